@@ -1,0 +1,41 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Flow-based language models (FLM) for transformers."""
+
+from transformers import AutoConfig, AutoModel
+
+from .configuration_flm import FLMConfig
+from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, FLMGenerationOutput
+from .modeling_flm import FLMModel, FLMOutput
+from .time_reparameterization import ReparameterizedTime
+
+
+__version__ = "0.1.0.dev0"
+
+# With this package imported, the auto classes load its models from their configuration alone ...
+AutoConfig.register(FLMConfig.model_type, FLMConfig)
+AutoModel.register(FLMConfig, FLMModel)
+# ... and everything that is saved carries the code to be loaded without the package, with `trust_remote_code=True`.
+FLMConfig.register_for_auto_class()
+FLMModel.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "FLMConfig",
+    "FLMGenerationConfig",
+    "FLMGenerationMixin",
+    "FLMGenerationOutput",
+    "FLMModel",
+    "FLMOutput",
+    "ReparameterizedTime",
+]

@@ -1,0 +1,113 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of flow-based language models."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class FLMConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`FLMModel`], a flow-based language model. The defaults give the architecture of the paper's
+    small models (12 blocks of width 768) with the vocabulary of `bert-base-uncased` and texts of 128 tokens.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 30522):
+            The size of the vocabulary, V, at least 2.
+        hidden_size (`int`, *optional*, defaults to 768):
+            The width of the token embedding and of the blocks.
+        intermediate_size (`int`, *optional*):
+            The width of the hidden layer of the MLPs. Four times `hidden_size` unless given.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            The number of blocks.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            The number of attention heads, a divisor of `hidden_size` that leaves an even head size.
+        conditioning_size (`int`, *optional*, defaults to 128):
+            The width of the time embedding that modulates every block.
+        timestep_embedding_size (`int`, *optional*, defaults to 256):
+            The number of sinusoids that a time is turned into, an even number.
+        max_position_embeddings (`int`, *optional*, defaults to 128):
+            The length of the texts, in tokens.
+        dropout (`float`, *optional*, defaults to 0.1):
+            The dropout on the output of every attention and MLP branch during training.
+        attn_logit_softcapping (`float`, *optional*, defaults to 50.0):
+            Attention logits are squashed into ±`attn_logit_softcapping`. The published weights need 50. `None` turns it
+            off, which makes the fast `sdpa` attention available.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-05):
+            The epsilon of the layer normalizations.
+        rope_parameters (`dict`, *optional*):
+            The rotary position embedding, `{"rope_type": "default", "rope_theta": 10000.0}` unless given.
+        bos_token_id (`int`, *optional*):
+            The token that begins a text.
+        eos_token_id (`int`, *optional*):
+            The token that ends a text.
+        pad_token_id (`int`, *optional*):
+            The token that fills a text up.
+
+    Example:
+
+    ```python
+    >>> from modeling_flm import FLMConfig, FLMModel
+
+    >>> config = FLMConfig(vocab_size=50258, max_position_embeddings=1024)
+    >>> model = FLMModel(config)
+    ```
+    """
+
+    model_type = "flm"
+    keys_to_ignore_at_inference = ["last_hidden_state", "hidden_states", "attentions"]
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    conditioning_size: int = 128
+    timestep_embedding_size: int = 256
+    max_position_embeddings: int = 128
+    dropout: float | int = 0.1
+    attn_logit_softcapping: float | int | None = 50.0
+    layer_norm_eps: float = 1e-5
+    rope_parameters: dict | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of the validation by `@strict`: sizes that cannot be built."""
+        if self.vocab_size < 2:
+            raise ValueError(f"`vocab_size` must be at least 2, got {self.vocab_size}.")
+        if self.hidden_size % (2 * self.num_attention_heads) != 0:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of twice `num_attention_heads` "
+                f"({self.num_attention_heads}): rotary embeddings need an even head size."
+            )
+        if self.timestep_embedding_size % 2 != 0:
+            raise ValueError(f"`timestep_embedding_size` must be even, got {self.timestep_embedding_size}.")
+        if self.attn_logit_softcapping is not None and self.attn_logit_softcapping <= 0:
+            raise ValueError(
+                f"`attn_logit_softcapping` must be positive, or `None` for no softcap, got {self.attn_logit_softcapping}."
+            )
+        if self.tie_word_embeddings:
+            raise ValueError("`tie_word_embeddings` must be `False`: the head is not the transposed embedding.")
+
+
+__all__ = ["FLMConfig"]

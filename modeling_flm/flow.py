@@ -1,0 +1,133 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The mathematics of flow-based language models as pure functions.
+
+A text is a (length, vocab_size) matrix `x1` of one-hot rows. Noise `x0 ~ N(0, I)` is carried to it along
+`I_t = (1 - t) x0 + t x1`. Networks see a state `x` only through `x @ E`, where `E` is their token embedding, and every
+update of the state is linear in `x`, so the whole process runs in embedding space: here a *state* is the
+(..., embedding_size) tensor `x @ E`, and no function holds a tensor with `vocab_size` columns.
+"""
+
+import torch
+
+
+def _like(times: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """Append axes to `times` (batch_size,) until it broadcasts against `state` (batch_size, ...)."""
+    return times.to(state.dtype).reshape(times.shape + (1,) * (state.dim() - times.dim()))
+
+
+def interpolate(noise: torch.Tensor, clean: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    r"""
+    The stochastic interpolant \\(I_t = (1 - t)\,x_0 + t\,x_1\\).
+
+    Args:
+        noise (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state of pure noise.
+        clean (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state of the data.
+        t (`torch.Tensor` of shape `(batch_size,)`): Interpolant times, 0 for noise and 1 for data.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`: The noisy state.
+    """
+    t = _like(t, clean)
+    return (1 - t) * noise + t * clean
+
+
+def flow_map(state: torch.Tensor, delta: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    r"""
+    The flow map in terms of the two-time denoiser, \\(X_{s,t}(x) = \frac{1-t}{1-s}\,x + \frac{t-s}{1-s}\,\delta_{s,t}(x)\\).
+
+    With the denoiser \\(D_s\\) of a flow in the place of \\(\delta_{s,t}\\) this is an Euler step of its probability flow.
+
+    Args:
+        state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state at time `s`.
+        delta (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`):
+            The expected embedding of the clean tokens, `delta_{s,t} @ E`.
+        s (`torch.Tensor` of shape `(batch_size,)`): Interpolant times to start from.
+        t (`torch.Tensor` of shape `(batch_size,)`): Interpolant times to arrive at, `s <= t <= 1`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`: The state at time `t`.
+    """
+    # X_{s,s} is the identity, also at s = 1 where the quotient is 0 / 0.
+    keep = torch.where(t > s, (1 - t) / (1 - s).clamp(min=torch.finfo(s.dtype).tiny), 1.0)
+    keep = _like(keep, state)
+    return keep * state + (1 - keep) * delta
+
+
+def semigroup_weight(s: torch.Tensor, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    r"""
+    The weight of the semigroup identity of the two-time denoiser,
+    \\(\delta_{s,t}(x) = \lambda\,\delta_{s,u}(x) + (1-\lambda)\,\delta_{u,t}(X_{s,u}(x))\\) with
+    \\(\lambda = \frac{(1-t)(u-s)}{(1-u)(t-s)}\\).
+
+    Args:
+        s (`torch.Tensor` of shape `(batch_size,)`): Interpolant times to start from.
+        u (`torch.Tensor` of shape `(batch_size,)`): Intermediate times, `s <= u <= t` and `u < 1`.
+        t (`torch.Tensor` of shape `(batch_size,)`): Interpolant times to arrive at, `s < t <= 1`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: λ, in [0, 1].
+    """
+    return (1 - t) * (u - s) / ((1 - u) * (t - s))
+
+
+def noise_size(*embeddings: torch.Tensor) -> int:
+    """
+    The number of Gaussian variables per token that [`noise_factors`] expects.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(vocab_size, embedding_size)`): One or several token embeddings.
+
+    Returns:
+        `int`: the joint width of the embeddings or the size of the vocabulary, whichever is smaller.
+    """
+    return min(embeddings[0].shape[0], sum(embedding.shape[1] for embedding in embeddings))
+
+
+def noise_factors(*embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    r"""
+    Factors \\(R_i\\) that turn few Gaussian variables into the noise that the networks see: for
+    \\(\varepsilon \sim N(0, I_K)\\), the states \\(\varepsilon R_1, \varepsilon R_2, \dots\\) have jointly the
+    distribution of \\(x_0 E_1, x_0 E_2, \dots\\) for *one* V-dimensional \\(x_0 \sim N(0, I_V)\\).
+
+    Let \\(A = [E_1 | E_2 | \dots]\\), held constant, and \\(C C^\top = A^\top A\\). Then
+    \\(R_i = C^{-1} A^\top E_i\\): in value a block of \\(C^\top\\), and differentiable in \\(E_i\\), with a gradient that
+    is the conditional expectation of the V-dimensional one given the noisy state, hence unbiased and less noisy. Where
+    the vocabulary is not larger than the joint width, \\(R_i = E_i\\) and the noise has V dimensions.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(vocab_size, embedding_size)`):
+            One or several token embeddings over one vocabulary. They may coincide.
+
+    Returns:
+        `tuple[torch.Tensor]`: for each embedding a factor of shape `(noise_size, embedding_size)`, in its dtype.
+    """
+    if len({embedding.shape[0] for embedding in embeddings}) != 1:
+        shapes = ", ".join(str(tuple(embedding.shape)) for embedding in embeddings)
+        raise ValueError(f"`embeddings` must share one vocabulary, got shapes {shapes}.")
+    if noise_size(*embeddings) == embeddings[0].shape[0]:
+        return embeddings
+    # Coinciding or tiny embeddings need float64, which MPS lacks.
+    device = "cpu" if embeddings[0].device.type == "mps" else embeddings[0].device
+    with torch.autocast(torch.device(device).type, enabled=False):
+        doubles = [embedding.to(device, torch.float64) for embedding in embeddings]
+        joint = torch.cat([double.detach() for double in doubles], dim=1)
+        products = [joint.T @ double for double in doubles]
+        gram = torch.cat([product.detach() for product in products], dim=1)
+        # Keeps the factorization defined where embeddings coincide; its effect is below float32 rounding.
+        gram.diagonal().add_(1e-10 * gram.diagonal().mean() + torch.finfo(torch.float64).tiny)
+        cholesky = torch.linalg.cholesky(gram)
+        factors = [torch.linalg.solve_triangular(cholesky, product, upper=False) for product in products]
+    return tuple(factor.to(embedding) for factor, embedding in zip(factors, embeddings))

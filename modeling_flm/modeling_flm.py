@@ -1,0 +1,461 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Flow-based language models."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_flm import FLMConfig
+from .flow import interpolate, noise_factors, noise_size
+from .generation_flm import FLMGenerationConfig, FLMGenerationMixin
+from .time_reparameterization import ReparameterizedTime
+
+
+# Probabilities over the vocabulary are held for this many tokens at a time (0.2 GB in float32 at V = 50k).
+CHUNK_TOKENS = 1024
+
+
+@dataclass
+class FLMOutput(ModelOutput):
+    """
+    Output of [`FLMModel`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
+            The cross-entropy of the denoiser to the clean tokens, in nats per token.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            The unnormalized log-probabilities of the clean tokens: `softmax(logits)` is the denoiser `D_t`.
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            The input of the head, after the final modulated normalization.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True`):
+            The states of shape `(batch_size, sequence_length, hidden_size)` that enter each block, and the last one.
+        attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
+            The attention weights of shape `(batch_size, num_heads, sequence_length, sequence_length)` of each block.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class FLMLayerNorm(nn.Module):
+    """Layer normalization without bias, computed and returned in float32."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(hidden_states.float(), self.weight.shape, self.weight.float(), None, self.eps)
+
+
+class FLMTimeEmbedding(nn.Module):
+    """Embeds times in [0, 1], of shape `(batch_size,)`, into `(batch_size, conditioning_size)`."""
+
+    def __init__(self, config: FLMConfig):
+        super().__init__()
+        self.num_frequencies = config.timestep_embedding_size // 2
+        self.linear_1 = nn.Linear(config.timestep_embedding_size, config.conditioning_size)
+        self.linear_2 = nn.Linear(config.conditioning_size, config.conditioning_size)
+
+    def forward(self, times: torch.Tensor) -> torch.Tensor:
+        exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=times.device)
+        frequencies = torch.exp(-math.log(10000) / self.num_frequencies * exponents)
+        angles = times.float()[:, None] * frequencies
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.linear_2(F.silu(self.linear_1(sinusoids.to(self.linear_1.weight.dtype))))
+
+
+class FLMModulation(nn.Linear):
+    """Turns the conditioning into `num_chunks` modulations of shape `(batch_size, 1, hidden_size)`; starts at zero."""
+
+    def __init__(self, config: FLMConfig, num_chunks: int):
+        super().__init__(config.conditioning_size, num_chunks * config.hidden_size)
+        self.num_chunks = num_chunks
+
+    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return super().forward(conditioning.to(self.weight.dtype))[:, None].chunk(self.num_chunks, dim=-1)
+
+
+class FLMHead(nn.Linear):
+    """The output projection, computed in float32 also under autocast; starts at zero, the uniform distribution."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+
+
+def rotary_embedding(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Cosines and sines of the rotary position embedding, each of shape `(length, head_dim)`. Computed in every forward
+    pass: it costs nothing beside a block, and a buffer would be lost in `from_pretrained`.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / theta**exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates `x` of shape `(batch_size, num_heads, sequence_length, head_dim)` in non-interleaved halves."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if softcap is not None:
+        weights = softcap * torch.tanh(weights / softcap)
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class FLMAttention(nn.Module):
+    """Bidirectional multi-head attention with rotary positions and softcapped logits."""
+
+    def __init__(self, config: FLMConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_size, length, hidden_size = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
+        query, key, value = (x.transpose(1, 2) for x in qkv.unbind(dim=2))
+        # Float32 tables promote: go back to the dtype of the value, which every attention function expects.
+        query = apply_rotary_embedding(query, *position_embeddings).to(value.dtype)
+        key = apply_rotary_embedding(key, *position_embeddings).to(value.dtype)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            softcap=self.config.attn_logit_softcapping,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(batch_size, length, hidden_size)), weights
+
+
+class FLMMLP(nn.Module):
+    def __init__(self, config: FLMConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.gelu(self.up_proj(hidden_states), approximate="tanh"))
+
+
+class FLMLayer(GradientCheckpointingLayer):
+    """A block of the diffusion transformer (DiT): attention and MLP, modulated and gated by the time (adaLN-Zero)."""
+
+    def __init__(self, config: FLMConfig):
+        super().__init__()
+        self.norm1 = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = FLMAttention(config)
+        self.norm2 = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = FLMMLP(config)
+        self.modulation = FLMModulation(config, num_chunks=6)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, **kwargs) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning)
+        dtype = hidden_states.dtype
+        normed = self.norm1(hidden_states) * (1 + scale1) + shift1
+        attention, _ = self.self_attn(normed.to(dtype), **kwargs)
+        hidden_states = hidden_states + gate1 * self.dropout(attention)
+        normed = self.norm2(hidden_states) * (1 + scale2) + shift2
+        return hidden_states + gate2 * self.dropout(self.mlp(normed.to(dtype)))
+
+
+class FLMPreTrainedModel(PreTrainedModel):
+    """Weight initialization and what the backbone supports."""
+
+    config: FLMConfig
+    generation_config_class = FLMGenerationConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FLMLayer"]
+    _keep_in_fp32_modules_strict = ["lm_head", "norm", "norm1", "norm2", "time_embedding"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": FLMLayer, "attentions": FLMAttention}
+
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        # Silently dropping the softcap would change what the model computes. Where nothing was asked for, transformers
+        # takes this as the sign to choose "eager".
+        if self.config.attn_logit_softcapping is not None:
+            raise ValueError(
+                f"`attn_implementation='sdpa'` cannot apply `attn_logit_softcapping={self.config.attn_logit_softcapping}`. "
+                "Pass `attn_implementation='eager'`, 'flex_attention' or 'flash_attention_2', or, for a model trained "
+                "without softcapping, set `attn_logit_softcapping=None` in its config."
+            )
+        return super()._sdpa_can_dispatch(is_init_check)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, (FLMModulation, FLMHead)):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.in_features)
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Embedding):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        elif isinstance(module, FLMLayerNorm):
+            init.ones_(module.weight)
+
+
+class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
+    r"""
+    A flow-based language model: a diffusion transformer \\(D_t(x)\\) that is shown a noised text and predicts, for every
+    position at once, the distribution of the clean token. [`~FLMModel.generate`] follows the flow of this denoiser from
+    noise to text.
+
+    Beyond its configuration, samplers and trainers use three things of it: `state_embedding`, the embedding in whose
+    space states live; `time`, the map between `tau` and `t`; and `denoise`, which gives \\(\delta_{s,t}\\).
+
+    Args:
+        config ([`FLMConfig`]): The configuration. The weights are initialized at random; use
+            [`~PreTrainedModel.from_pretrained`] to load trained ones.
+    """
+
+    def __init__(self, config: FLMConfig):
+        super().__init__(config)
+        self.time = ReparameterizedTime(config.vocab_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.time_embedding = FLMTimeEmbedding(config)
+        self.layers = nn.ModuleList([FLMLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.modulation = FLMModulation(config, num_chunks=2)
+        self.lm_head = FLMHead(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @property
+    def state_embedding(self) -> torch.Tensor:
+        """`torch.Tensor` of shape `(vocab_size, hidden_size)`: the embedding E in the states `x @ E`."""
+        # Through the module, not its weight: an offloaded weight is there only during the call.
+        return self.embed_tokens(torch.arange(self.config.vocab_size, device=self.device))
+
+    def _add_noise(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The noised state, in float32 also under autocast, and differentiable in the embedding through both terms."""
+        expected = (*clean.shape[:2], noise_size(self.embed_tokens.weight))
+        if noise.shape != expected:
+            raise ValueError(f"`noise` must have shape {expected}, got {tuple(noise.shape)}.")
+        with torch.autocast(clean.device.type, enabled=False):
+            (factor,) = noise_factors(self.embed_tokens.weight)
+            return interpolate(noise.to(factor.dtype) @ factor, clean, t)
+
+    def encode(
+        self,
+        state: torch.Tensor,
+        timesteps: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        The backbone: everything before the head.
+
+        Args:
+            state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Noised states.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`): The times `tau` of the states.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real positions.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`: the input of the head, in float32.
+        """
+        config = self.config
+        conditioning = F.silu(self.time_embedding(timesteps))
+        hidden_states = state.to(self.embed_tokens.weight.dtype)
+        attention_mask = create_bidirectional_mask(
+            config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        position_embeddings = rotary_embedding(
+            length=state.shape[1],
+            head_dim=config.hidden_size // config.num_attention_heads,
+            theta=config.rope_parameters["rope_theta"],
+            device=state.device,
+        )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                conditioning,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+        shift, scale = self.modulation(conditioning)
+        return self.norm(hidden_states) * (1 + scale) + shift
+
+    def denoise(
+        self,
+        state: torch.Tensor,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+    ) -> Iterator[torch.Tensor]:
+        r"""
+        The two-time denoiser \\(\delta_{s,t}\\), here that of an Euler step, \\(D_s\\), which ignores `t`. It is given
+        one stretch of positions after the other, so that a caller need not hold it whole.
+
+        Args:
+            state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The states at time `s`.
+            tau_s (`torch.Tensor` of shape `(batch_size,)`): The times of the states, reparameterized.
+            tau_t (`torch.Tensor` of shape `(batch_size,)`): The times to go to, reparameterized.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real positions.
+            logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
+                Changes the logits. It is called once per stretch, with scores of shape `(num_tokens, vocab_size)` and
+                an empty prefix.
+
+        Yields:
+            `torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`: probabilities, in float32.
+        """
+        hidden_states = self.encode(state, tau_s, attention_mask)
+        for chunk in hidden_states.split(max(1, CHUNK_TOKENS // state.shape[0]), dim=1):
+            logits = self.lm_head(chunk)
+            if logits_processor:
+                scores = logits.flatten(0, 1)
+                prefix = torch.empty((scores.shape[0], 0), dtype=torch.long, device=scores.device)
+                logits = logits_processor(prefix, scores).view_as(logits)
+            yield logits.softmax(dim=-1)
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        timesteps: torch.FloatTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        noise: torch.FloatTensor | None = None,
+        t: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> FLMOutput:
+        r"""
+        Denoises. The state is given as `inputs_embeds`, or made from clean tokens `input_ids`: noised if `noise` and `t`
+        are given (as in training), and left clean otherwise.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Clean tokens.
+            timesteps (`torch.FloatTensor` of shape `(batch_size,)`):
+                The reparameterized time `tau` in [0, 1] of each sequence: 0 is noise, 1 is text.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                States `x @ E`.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for positions that are attended to, 0 for padding.
+            noise (`torch.FloatTensor` of shape `(batch_size, sequence_length, noise_size)`, *optional*):
+                Standard normal variables. `noise_size` is `min(vocab_size, hidden_size)`, see
+                [`~flow.noise_factors`]. Needs `input_ids` and `t`.
+            t (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
+                The interpolant time of each sequence, `model.time.tau_to_t(timesteps)`. Needs `noise`.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Clean tokens to compute the loss against; positions with -100 do not count.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                What to divide the summed loss by, where a batch is one of several. The number of labels unless given.
+
+        Returns:
+            [`FLMOutput`]
+
+        Raises:
+            `ValueError`: where these arguments do not go together.
+
+        Example:
+
+        ```python
+        >>> model = FLMModel(FLMConfig(vocab_size=100, hidden_size=64, num_attention_heads=4, num_hidden_layers=2))
+        >>> input_ids = torch.randint(100, (2, 16))
+        >>> tau = torch.rand(2)
+        >>> noise = torch.randn(2, 16, 64)
+        >>> output = model(input_ids, tau, noise=noise, t=model.time.tau_to_t(tau), labels=input_ids)
+        >>> output.logits.shape
+        torch.Size([2, 16, 100])
+        ```
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either `input_ids` (clean tokens) or `inputs_embeds` (states), and not both.")
+        if timesteps is None:
+            raise ValueError("Pass `timesteps`, the reparameterized time tau in [0, 1] of each sequence.")
+        batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        if timesteps.shape != (batch_size,):
+            raise ValueError(f"`timesteps` must have shape ({batch_size},), one time per sequence, got {tuple(timesteps.shape)}.")
+        if (noise is None) != (t is None) or (noise is not None and input_ids is None):
+            raise ValueError("`noise` and `t` go together, and with `input_ids`: they noise the clean tokens.")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+            if noise is not None:
+                inputs_embeds = self._add_noise(inputs_embeds, noise, t)
+
+        hidden_states = self.encode(inputs_embeds, timesteps, attention_mask, **kwargs)
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten(), reduction="sum")
+            count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
+        return FLMOutput(loss=loss, logits=logits, last_hidden_state=hidden_states)
+
+
+__all__ = ["FLMModel", "FLMPreTrainedModel"]

@@ -1,0 +1,148 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reparameterized time: `tau`, the probability that a noised token can still be told, against the interpolant time `t`."""
+
+from functools import lru_cache
+
+import torch
+
+
+# The table is uniform in a = t / (1 - t), the signal-to-noise ratio of the interpolant: there the map is smooth, and the
+# integral below is a convolution. At a = 16 the error rate is below 1e-16 for every vocabulary up to 10 million tokens.
+_STEP = 1 / 64
+_A_MAX = 16.0
+_Z_MAX = 9.0
+
+
+def _hermite(x: torch.Tensor, knots: torch.Tensor, values: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
+    """Cubic Hermite interpolation of (`knots`, `values`, `slopes`) at `x`; `x` must lie within the knots."""
+    right = torch.searchsorted(knots, x, right=True).clamp(1, knots.numel() - 1)
+    left = right - 1
+    width = knots[right] - knots[left]
+    u = (x - knots[left]) / width
+    rise = values[right] - values[left]
+    correction = (1 - u) * (slopes[left] * width - rise) - u * (slopes[right] * width - rise)
+    return values[left] + u * rise + u * (1 - u) * correction
+
+
+@lru_cache(maxsize=64)
+def _table(vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Knots `a`, `tau(a)` and `dtau/da` on `device`, in float64 (float32 where the device has no float64).
+
+    With n = vocab_size - 1 competing tokens, 1 - P(a) = ∫ φ(z) (1 - Φ(z + a)^n) dz. The trapezoid rule converges
+    exponentially for this integrand, and knots in `a` that share the grid of `z` make it a product with a Hankel matrix.
+    """
+    z = torch.arange(-_Z_MAX, _Z_MAX + _STEP / 2, _STEP, dtype=torch.float64, device="cpu")
+    a = torch.arange(0.0, _A_MAX + _STEP / 2, _STEP, dtype=torch.float64, device="cpu")
+    weights = torch.exp(-0.5 * z**2)
+    weights = weights / weights.sum()
+
+    y = torch.arange(z.numel() + a.numel() - 1, dtype=torch.float64, device="cpu") * _STEP - _Z_MAX  # every z + a
+    log_cdf = torch.special.log_ndtr(y)
+    competitors = vocab_size - 1
+    miss = -torch.expm1(competitors * log_cdf)
+    density = torch.exp(-0.5 * y**2 + (competitors - 1) * log_cdf) * competitors / (2 * torch.pi) ** 0.5
+
+    scale = vocab_size / competitors
+    tau = 1 - scale * (miss.unfold(0, z.numel(), 1) @ weights)
+    tau[0] = 0.0  # P(0) = 1/V exactly
+    slope = scale * (density.unfold(0, z.numel(), 1) @ weights)
+    # Far out tau rounds to 1: keep the knots that still rise.
+    rising = int((tau.diff() > 0).long().cumprod(0).sum()) + 1
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return tuple(x[:rising].to(device, dtype) for x in (a, tau, slope))
+
+
+class ReparameterizedTime:
+    r"""
+    The map between the reparameterized time `tau`, in which networks are conditioned and times are drawn uniformly, and
+    the interpolant time `t` (paper, section on time reparameterization):
+
+    \\(\tau(t) = \frac{V}{V-1}\left(P(t) - \frac{1}{V}\right), \quad
+    P(t) = \int \varphi(z)\, \Phi\!\left(z + \tfrac{t}{1-t}\right)^{V-1} dz\\)
+
+    where \\(P(t)\\) is the probability that the largest entry of a noised one-hot vector is the right one. Both
+    directions are monotone and exact to 1e-5; 0 maps to 0 and 1 to 1. Values are computed in float64 on the device of
+    the argument, from a table that is built once per vocabulary size and device. An instance holds no tensors, so there
+    is nothing that saving, loading or moving a model could lose.
+
+    Args:
+        vocab_size (`int`): The size of the vocabulary, V, at least 2.
+
+    Example:
+
+    ```python
+    >>> time = ReparameterizedTime(vocab_size=50258)
+    >>> time.tau_to_t(torch.tensor([0.0, 0.5, 1.0]))
+    tensor([0.0000, 0.8087, 1.0000])
+    ```
+    """
+
+    def __init__(self, vocab_size: int):
+        if vocab_size < 2:
+            raise ValueError(f"`vocab_size` must be at least 2, got {vocab_size}.")
+        self.vocab_size = vocab_size
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(vocab_size={self.vocab_size})"
+
+    def _prepare(self, name: str, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not torch.is_floating_point(value):
+            raise TypeError(f"`{name}` must be a floating point tensor, got {value.dtype}.")
+        a, tau, slope = _table(self.vocab_size, value.device)
+        return value.to(a.dtype).clamp(0, 1), a, tau, slope
+
+    def tau_to_t(self, tau: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            tau (`torch.Tensor` of any shape): Reparameterized times in [0, 1].
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `tau`: the interpolant times `t` in [0, 1].
+        """
+        x, a_knots, tau_knots, slopes = self._prepare("tau", tau)
+        a = _hermite(x, tau_knots, a_knots, 1 / slopes)
+        t = torch.where(x < 1, a / (1 + a), 1.0)
+        return t.to(tau.dtype)
+
+    def t_to_tau(self, t: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            t (`torch.Tensor` of any shape): Interpolant times in [0, 1].
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `t`: the reparameterized times `tau` in [0, 1].
+        """
+        x, a_knots, tau_knots, slopes = self._prepare("t", t)
+        a = (x / (1 - x)).clamp(max=a_knots[-1])  # 1 / 0 is inf, and beyond the last knot tau is 1
+        return torch.where(x < 1, _hermite(a, a_knots, tau_knots, slopes), 1.0).to(t.dtype)
+
+    def dtau_dt(self, t: torch.Tensor) -> torch.Tensor:
+        """
+        The chain-rule factor between derivatives in `t` and in `tau`.
+
+        Args:
+            t (`torch.Tensor` of any shape): Interpolant times in [0, 1].
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `t`: `dtau/dt`, which vanishes at `t = 1`.
+        """
+        x, a_knots, tau_knots, slopes = self._prepare("t", t)
+        a = (x / (1 - x)).clamp(max=a_knots[-1])
+        # The slope is a density in `a`: interpolate its logarithm, which is close to a parabola.
+        right = torch.searchsorted(a_knots, a, right=True).clamp(1, a_knots.numel() - 1)
+        u = (a - a_knots[right - 1]) / (a_knots[right] - a_knots[right - 1])
+        slope = torch.exp(torch.lerp(slopes[right - 1].log(), slopes[right].log(), u))
+        return torch.where(x < 1, slope / (1 - x) ** 2, 0.0).to(t.dtype)
