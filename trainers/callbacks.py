@@ -1,0 +1,125 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Callbacks of the trainers: the moving average of the weights, and samples during training."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+from transformers import PreTrainedModel, TrainerCallback
+
+
+class EMACallback(TrainerCallback):
+    """
+    Keeps an exponential moving average of the weights. After `n` optimizer steps the decay is
+    `min(decay, (1 + n) / (10 + n))`, so that the start is forgotten quickly.
+
+    Args:
+        decay (`float`): The largest decay.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.averaged: AveragedModel | None = None
+        self._is_applied = False
+
+    @property
+    def num_updates(self) -> int:
+        """How many optimizer steps the average has seen."""
+        # `AveragedModel` counts the initial copy as well.
+        return int(self.averaged.n_averaged) - 1
+
+    def start(self, model: PreTrainedModel, num_updates: int = 0):
+        """Takes the weights of `model` for the average after `num_updates` steps."""
+        self.averaged = AveragedModel(model, multi_avg_fn=self._average).requires_grad_(False)
+        self.averaged.n_averaged.fill_(num_updates + 1)
+
+    @torch.no_grad()
+    def _average(self, averages: list[torch.Tensor], parameters: list[torch.Tensor], num_averaged: torch.Tensor):
+        step = self.num_updates + 1
+        torch._foreach_lerp_(averages, parameters, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.averaged is None:
+            self.start(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.averaged.update_parameters(model)
+
+    @torch.no_grad()
+    def _swap(self, model: PreTrainedModel):
+        # In place, so that wrappers and compiled graphs that hold the parameters see the change.
+        for parameter, average in zip(model.parameters(), self.averaged.module.parameters(), strict=True):
+            value = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(value)
+
+    @contextmanager
+    def applied(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within this context `model` has the averaged weights."""
+        if self.averaged is None or self._is_applied:
+            yield
+            return
+        self._swap(model)
+        self._is_applied = True
+        try:
+            yield
+        finally:
+            self._is_applied = False
+            self._swap(model)
+
+
+class SampleCallback(TrainerCallback):
+    """
+    Writes samples to `samples.jsonl` in the output directory every `args.sample_steps` optimizer steps, one JSON object
+    with `step`, `num_steps` and `text` per line. The noise is the same every time.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Turns tokens into text.
+        ema (`EMACallback`, *optional*): If given, samples are from the averaged weights.
+    """
+
+    def __init__(self, tokenizer, ema: EMACallback | None = None):
+        self.tokenizer = tokenizer
+        self.ema = ema
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % args.sample_steps != 0 or not state.is_world_process_zero:
+            return
+        was_training = model.training
+        model.eval()
+        if self.ema is None:
+            tokens = self._generate(args, model)
+        else:
+            with self.ema.applied(model):
+                tokens = self._generate(args, model)
+        model.train(was_training)
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        path = Path(args.output_dir) / "samples.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            for text in texts:
+                row = {"step": state.global_step, "num_steps": args.sample_num_steps, "text": text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    @staticmethod
+    def _generate(args, model: PreTrainedModel) -> torch.LongTensor:
+        return model.generate(
+            num_samples=args.sample_num_samples,
+            num_steps=args.sample_num_steps,
+            generator=torch.Generator().manual_seed(args.seed),
+        )

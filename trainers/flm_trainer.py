@@ -1,0 +1,227 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trainer of flow-based language models."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.utils import logging
+
+from modeling_flm.flow import noise_size
+from modeling_flm.time_reparameterization import ReparameterizedTime
+
+from .callbacks import EMACallback, SampleCallback
+from .data import DataCollatorForFLM
+from .flm_config import FLMTrainingArguments
+from .noise import draw_noise, evenly_spread_times, example_seed, stratified_times
+
+
+logger = logging.get_logger(__name__)
+
+# In a checkpoint, `model.safetensors` has the averaged weights, for everybody who loads it, and this file those that the
+# optimizer continues from.
+TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
+
+# Streams of random numbers that must not meet.
+_TRAIN, _EVAL = 0, 1
+
+
+class FLMTrainer(Trainer):
+    r"""
+    Trains a flow-based language model by flow matching: tokens are noised along the interpolant at a random time, and the
+    cross-entropy of the denoiser to the clean tokens is minimized (paper, denoiser objective).
+
+    - Times are uniform in the reparameterized time, and stratified over the global batch.
+    - The evaluation loss uses the same times and noise at every evaluation.
+    - Evaluation, samples, `save_model` and `push_to_hub` use the moving average of the weights (`args.ema_decay`).
+      A checkpoint holds the averaged weights in `model.safetensors` and those of the training in
+      `training_weights.safetensors`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `str`):
+            An [`FLMModel`], or the name or path of one.
+        args ([`FLMTrainingArguments`], *optional*):
+            Arguments of the training.
+        data_collator (`Callable`, *optional*):
+            Makes batches with `input_ids`, `labels` and, where there is padding, `attention_mask`. A
+            [`DataCollatorForFLM`] unless given.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Examples with `input_ids`, for example from [`pack_dataset`].
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            Examples to evaluate on.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. It is saved with the model and decodes samples.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks.
+        kwargs:
+            Further arguments of [`~transformers.Trainer`].
+
+    Example:
+
+    ```python
+    >>> trainer = FLMTrainer(
+    ...     model=FLMModel(FLMConfig(vocab_size=len(tokenizer))),
+    ...     args=FLMTrainingArguments(output_dir="flm", max_steps=1000),
+    ...     train_dataset=pack_dataset(dataset, tokenizer, block_size=128),
+    ...     processing_class=tokenizer,
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: FLMTrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs,
+    ):
+        if isinstance(model, str):
+            model = AutoModel.from_pretrained(model)
+        if args is None:
+            args = FLMTrainingArguments(output_dir=f"{type(model).__name__}-trained")
+        if not isinstance(args, FLMTrainingArguments):
+            raise TypeError(f"`args` must be `FLMTrainingArguments`, got `{type(args).__name__}`.")
+        if processing_class is not None and len(processing_class) > model.config.vocab_size:
+            raise ValueError(
+                f"`processing_class` has {len(processing_class)} tokens, but the model's `vocab_size` is "
+                f"{model.config.vocab_size}. Build the model with `vocab_size=len(tokenizer)`."
+            )
+        if args.sample_steps > 0 and processing_class is None:
+            raise ValueError("`sample_steps` needs a tokenizer to decode samples with: pass `processing_class`.")
+        if data_collator is None:
+            data_collator = DataCollatorForFLM(pad_token_id=model.config.pad_token_id)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        self.time = ReparameterizedTime(model.config.vocab_size)
+        self._eval_step = 0
+        self.ema = None if args.ema_decay is None else EMACallback(args.ema_decay)
+        if self.ema is not None:
+            self.add_callback(self.ema)
+            logger.warning_once(
+                f"Evaluation, samples, and saved and pushed models use the moving average of the weights "
+                f"(ema_decay={args.ema_decay}). Checkpoints keep the weights of the training beside it."
+            )
+        if args.sample_steps > 0:
+            self.add_callback(SampleCallback(processing_class, self.ema))
+
+    # Times and noise
+
+    def _set_signature_columns_if_needed(self):
+        # What else `forward` takes is made here, and a column of the dataset must not stand in for it.
+        self._signature_columns = ["input_ids", "attention_mask", "labels"]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of the next optimizer step, each with the times and the noise seeds of its examples."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_processes, batch_size = self.accelerator.num_processes, self._train_batch_size
+        key = (self.args.seed, _TRAIN, self.state.global_step)
+        times = stratified_times(len(batches) * num_processes * batch_size, *key)
+        for index, batch in enumerate(batches):
+            # The global batch in the order in which the processes are handed their shares of it.
+            first = (index * num_processes + self.accelerator.process_index) * batch_size
+            positions = range(first, first + len(batch["input_ids"]))
+            batch["timesteps"] = times[positions.start : positions.stop]
+            batch["noise_seeds"] = [example_seed(*key, position) for position in positions]
+        return batches, num_items_in_batch
+
+    def _add_noise(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Replaces the seeds in a batch by what `forward` needs to noise its tokens."""
+        inputs = self._prepare_inputs(inputs)
+        seeds = inputs.pop("noise_seeds")
+        input_ids = inputs["input_ids"]
+        size = noise_size(self.model.get_input_embeddings().weight)
+        inputs["noise"] = draw_noise(seeds, input_ids.shape[1], size, device=input_ids.device)
+        inputs["t"] = self.time.tau_to_t(inputs["timesteps"])
+        return inputs
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return super().training_step(model, self._add_noise(inputs), num_items_in_batch)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._eval_step = 0
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        num_processes, batch_size = self.accelerator.num_processes, self.args.eval_batch_size
+        first = (self._eval_step * num_processes + self.accelerator.process_index) * batch_size
+        self._eval_step += 1
+        positions = range(first, first + len(inputs["input_ids"]))
+        inputs["timesteps"] = evenly_spread_times(positions.start, len(positions))
+        inputs["noise_seeds"] = [example_seed(self.args.seed, _EVAL, position) for position in positions]
+        return super().prediction_step(model, self._add_noise(inputs), prediction_loss_only, ignore_keys)
+
+    # The moving average of the weights
+
+    def _averaged_weights(self) -> AbstractContextManager:
+        return nullcontext() if self.ema is None else self.ema.applied(self.model)
+
+    def evaluate(self, *args, **kwargs):
+        """As [`~transformers.Trainer.evaluate`], with the averaged weights."""
+        with self._averaged_weights():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As [`~transformers.Trainer.predict`], with the averaged weights."""
+        with self._averaged_weights():
+            return super().predict(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """As [`~transformers.Trainer.save_model`], with the averaged weights."""
+        with self._averaged_weights():
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.ema is not None and self.args.should_save:
+            state_dict = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+            metadata = {"format": "pt", "ema_updates": str(self.ema.num_updates)}
+            save_file(state_dict, Path(output_dir) / TRAINING_WEIGHTS_NAME, metadata=metadata)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / TRAINING_WEIGHTS_NAME
+        if not path.is_file():
+            if self.ema is not None:
+                logger.warning(f"{resume_from_checkpoint} has no {path.name}: the average starts from its weights.")
+            return
+        if self.ema is not None:
+            with safe_open(path, framework="pt") as file:
+                num_updates = int(file.metadata()["ema_updates"])
+            self.ema.start(self.model, num_updates)
+        self.model.load_state_dict(load_file(path))
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if self.ema is not None:
+            self.ema.start(self.model, self.ema.num_updates)
