@@ -293,8 +293,11 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
     @property
     def state_embedding(self) -> torch.Tensor:
         """`torch.Tensor` of shape `(vocab_size, hidden_size)`: the embedding E in the states `x @ E`."""
-        # Through the module, not its weight: an offloaded weight is there only during the call.
-        return self.embed_tokens(torch.arange(self.config.vocab_size, device=self.device))
+        # Through the module, not its weight: a weight that `device_map` offloads is there only during the call, for which
+        # the arguments are moved.
+        device = self.embed_tokens.weight.device
+        tokens = torch.arange(self.config.vocab_size, device="cpu" if device.type == "meta" else device)
+        return self.embed_tokens(tokens)
 
     def _add_noise(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The noised state, in float32 also under autocast, and differentiable in the embedding through both terms."""

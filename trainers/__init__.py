@@ -14,7 +14,7 @@
 """Trainers of flow-based language models."""
 
 from .callbacks import EMACallback, SampleCallback
-from .data import DataCollatorForFLM, load_texts, pack_dataset, pack_tokens, train_tokenizer
+from .data import DataCollatorForFLM, add_special_tokens, load_texts, pack_dataset, pack_tokens, train_tokenizer
 from .flm_config import FLMTrainingArguments
 from .flm_trainer import FLMTrainer
 
@@ -25,6 +25,7 @@ __all__ = [
     "FLMTrainer",
     "FLMTrainingArguments",
     "SampleCallback",
+    "add_special_tokens",
     "load_texts",
     "pack_dataset",
     "pack_tokens",

@@ -126,6 +126,28 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrai
     )
 
 
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """
+    Gives a tokenizer the BOS, EOS and PAD token that it lacks, as the paper does: BERT's `[CLS]` and `[SEP]` begin and
+    end texts, and GPT-2 gets a new `[PAD]` (hence its 50258 tokens).
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Changed in place.
+
+    Returns:
+        The tokenizer.
+    """
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.cls_token
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.sep_token
+    if tokenizer.bos_token is None or tokenizer.eos_token is None:
+        raise ValueError("`tokenizer` has no tokens to begin and end texts: set its `bos_token` and `eos_token`.")
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    return tokenizer
+
+
 def pack_tokens(token_lists: Iterable[list[int]], block_size: int, bos_token_id: int, eos_token_id: int) -> list[list[int]]:
     """
     Wrapped packing: appends EOS to every text, concatenates them, cuts the stream into stretches of `block_size - 2`
@@ -172,7 +194,7 @@ def pack_dataset(
     """
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError(
-            "`tokenizer` needs a BOS and an EOS token to pack texts: set `tokenizer.bos_token` and `tokenizer.eos_token`."
+            "`tokenizer` needs a BOS and an EOS token to pack texts: pass it through `add_special_tokens` first."
         )
     if block_size < 3:
         raise ValueError(f"`block_size` must be at least 3, got {block_size}.")

@@ -18,10 +18,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from modeling_flm.flow import noise_size
@@ -124,7 +125,6 @@ class FLMTrainer(Trainer):
             **kwargs,
         )
         self.time = ReparameterizedTime(model.config.vocab_size)
-        self._eval_step = 0
         self.ema = None if args.ema_decay is None else EMACallback(args.ema_decay)
         if self.ema is not None:
             self.add_callback(self.ema)
@@ -168,9 +168,19 @@ class FLMTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         return super().training_step(model, self._add_noise(inputs), num_items_in_batch)
 
-    def evaluation_loop(self, *args, **kwargs):
-        self._eval_step = 0
-        return super().evaluation_loop(*args, **kwargs)
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # In evaluation each process averages over its own tokens, and `evaluation_loop` puts the averages together.
+        num_items_in_batch = num_items_in_batch if model.training else None
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """As [`~transformers.Trainer.evaluation_loop`], with the loss averaged over all tokens, each counted once."""
+        self._eval_step, self._eval_totals = 0, (0.0, 0)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        losses, counts = zip(*gather_object([self._eval_totals]))
+        if sum(counts) > 0:
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / sum(counts)
+        return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         num_processes, batch_size = self.accelerator.num_processes, self.args.eval_batch_size
@@ -179,7 +189,16 @@ class FLMTrainer(Trainer):
         positions = range(first, first + len(inputs["input_ids"]))
         inputs["timesteps"] = evenly_spread_times(positions.start, len(positions))
         inputs["noise_seeds"] = [example_seed(self.args.seed, _EVAL, position) for position in positions]
-        return super().prediction_step(model, self._add_noise(inputs), prediction_loss_only, ignore_keys)
+        dataset = self.callback_handler.eval_dataloader.dataset
+        if has_length(dataset):
+            # So that all processes have equal batches, the last ones are filled up with examples seen before.
+            repeated = max(0, positions.stop - max(positions.start, len(dataset)))
+            inputs["labels"][len(positions) - repeated :] = -100
+        num_tokens = int((inputs["labels"] != -100).sum())
+        output = super().prediction_step(model, self._add_noise(inputs), prediction_loss_only, ignore_keys)
+        total, count = self._eval_totals
+        self._eval_totals = (total + float(output[0]) * num_tokens, count + num_tokens)
+        return output
 
     # The moving average of the weights
 

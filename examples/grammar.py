@@ -1,0 +1,86 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+A grammar of short stories whose samples can be checked word for word.
+
+    mia the brave fox lives in a forest . one morning she finds a red ball and gives the red ball to hugo . hugo thanks mia and she is happy .
+
+What makes it a test of a language model is in the dependencies: names, colors and things are copied over a distance, the
+pronoun agrees with the name, and the second verb with the first.
+"""
+
+import random
+
+
+GIRLS = ["mia", "anna", "lucy", "emma"]
+BOYS = ["tom", "ben", "max", "leo"]
+FRIENDS = ["hugo", "nora", "ivan", "rosa"]
+TRAITS = ["brave", "shy", "old", "clever"]
+ANIMALS = ["fox", "bear", "rabbit", "owl"]
+PLACES = ["forest", "village", "castle", "garden"]
+TIMES = ["morning", "day", "evening"]
+COLORS = ["red", "blue", "green", "golden"]
+THINGS = ["ball", "kite", "book", "hat", "bell"]
+# Which second verb goes with which first.
+VERBS = {"finds": "gives", "makes": "sends", "buys": "sells"}
+THANKS = ["thanks", "hugs", "visits"]
+MOODS = ["happy", "proud", "surprised"]
+
+# The words of a story in order. Strings of capitals stand for a choice; the same one again is the same word.
+TEMPLATE = (
+    "NAME the TRAIT ANIMAL lives in a PLACE . one TIME PRONOUN VERB a COLOR THING and SECOND_VERB the COLOR THING "
+    "to FRIEND . FRIEND THANKS NAME and PRONOUN is MOOD ."
+).split()
+NUM_WORDS = len(TEMPLATE)
+
+_CHOICES = {
+    "NAME": GIRLS + BOYS,
+    "TRAIT": TRAITS,
+    "ANIMAL": ANIMALS,
+    "PLACE": PLACES,
+    "TIME": TIMES,
+    "VERB": list(VERBS),
+    "COLOR": COLORS,
+    "THING": THINGS,
+    "FRIEND": FRIENDS,
+    "THANKS": THANKS,
+    "MOOD": MOODS,
+}
+
+
+def sample_story(rng: random.Random) -> str:
+    """A story drawn uniformly from the grammar."""
+    words = {slot: rng.choice(choices) for slot, choices in _CHOICES.items()}
+    words["PRONOUN"] = "she" if words["NAME"] in GIRLS else "he"
+    words["SECOND_VERB"] = VERBS[words["VERB"]]
+    return " ".join(words.get(word, word) for word in TEMPLATE)
+
+
+def is_valid(story: str) -> bool:
+    """Whether a story is word for word one of the grammar."""
+    words = story.split(" ")
+    if len(words) != NUM_WORDS:
+        return False
+    found = {}
+    for slot, word in zip(TEMPLATE, words):
+        if slot.isupper():
+            if found.setdefault(slot, word) != word:
+                return False
+        elif slot != word:
+            return False
+    return (
+        all(found[slot] in choices for slot, choices in _CHOICES.items())
+        and found["PRONOUN"] == ("she" if found["NAME"] in GIRLS else "he")
+        and found["SECOND_VERB"] == VERBS[found["VERB"]]
+    )

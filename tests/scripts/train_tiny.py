@@ -1,0 +1,74 @@
+"""Trains a tiny FLM and writes what each process saw; run by test_trainer.py under `accelerate launch` and alone."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from modeling_flm import FLMConfig, FLMModel
+from trainers import FLMTrainer, FLMTrainingArguments
+
+
+class RecordingTrainer(FLMTrainer):
+    """Keeps the tokens, times and noise of every training example."""
+
+    seen = []
+
+    def _add_noise(self, inputs):
+        inputs = super()._add_noise(inputs)
+        if self.model.training:
+            for row in zip(inputs["input_ids"], inputs["timesteps"], inputs["noise"]):
+                step = self.state.global_step
+                self.seen.append([step, row[0].tolist(), row[1].item(), row[2].sum().item()])
+        return inputs
+
+
+def build(output_dir: str, dropout: float = 0.0, trainer_class: type[FLMTrainer] = FLMTrainer, **options) -> FLMTrainer:
+    torch.manual_seed(0)
+    model = FLMModel(
+        FLMConfig(
+            vocab_size=40,
+            hidden_size=32,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            conditioning_size=16,
+            max_position_embeddings=10,
+            dropout=dropout,
+        )
+    )
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(5, 11, (120,), generator=generator).tolist()
+    rows = [torch.randint(4, 40, (length,), generator=generator).tolist() for length in lengths]
+    dataset = Dataset.from_dict({"input_ids": rows})
+    defaults = {
+        "max_steps": 20,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return trainer_class(
+        model=model,
+        args=FLMTrainingArguments(output_dir=output_dir, **{**defaults, **options}),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(21)),
+    )
+
+
+if __name__ == "__main__":
+    output_dir, options = sys.argv[1], json.loads(sys.argv[2])
+    trainer = build(output_dir, trainer_class=RecordingTrainer, **options)
+    trainer.train()
+    trainer.save_model()
+    result = {"seen": trainer.seen, "log": trainer.state.log_history}
+    Path(output_dir, f"process-{trainer.args.process_index}.json").write_text(json.dumps(result))

@@ -1,0 +1,169 @@
+"""`generate()`: what it returns, what it refuses, and that it computes what it says."""
+
+import pytest
+import torch
+from conftest import build_flm
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    SuppressTokensLogitsProcessor,
+    TextDiffusionStreamer,
+    TextIteratorStreamer,
+)
+
+from modeling_flm import FLMGenerationConfig, FLMGenerationOutput
+from modeling_flm import modeling_flm as modeling_module
+
+
+def seed(value: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(value)
+
+
+@pytest.fixture
+def tokenizer():
+    vocabulary = {f"w{index}": index for index in range(53)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_shapes_and_defaults(flm):
+    assert flm.generate(num_steps=2).shape == (1, 12)
+    assert flm.generate(num_samples=3, num_steps=2, length=5).shape == (3, 5)
+    output = flm.generate(num_samples=3, num_steps=4, return_dict_in_generate=True)
+    assert isinstance(output, FLMGenerationOutput)
+    assert output.drafts is None and output.num_forward_passes == 4
+    output = flm.generate(num_samples=3, num_steps=4, return_dict_in_generate=True, output_drafts=True)
+    assert output.drafts.shape == (3, 4, 12)
+    assert torch.equal(output.drafts[:, -1], output.sequences)
+
+
+def test_seeds_reproduce_and_batches_do_not_matter(flm):
+    expected = flm.generate(num_samples=7, num_steps=3, generator=seed())
+    assert torch.equal(flm.generate(num_samples=7, num_steps=3, generator=seed()), expected)
+    assert torch.equal(flm.generate(num_samples=7, num_steps=3, generator=seed(), batch_size=2), expected)
+    assert not torch.equal(flm.generate(num_samples=7, num_steps=3, generator=seed(1)), expected)
+    torch.manual_seed(5)
+    first = flm.generate(num_samples=2, num_steps=3)
+    torch.manual_seed(5)
+    assert torch.equal(flm.generate(num_samples=2, num_steps=3), first)
+
+
+def test_long_sequences_are_denoised_in_stretches(flm, monkeypatch):
+    expected = flm.generate(num_samples=4, num_steps=3, generator=seed())
+    widths = []
+    head = flm.lm_head.forward
+    monkeypatch.setattr(flm.lm_head, "forward", lambda x: widths.append(x.shape[1]) or head(x))
+    monkeypatch.setattr(modeling_module, "CHUNK_TOKENS", 20)
+    assert torch.equal(flm.generate(num_samples=4, num_steps=3, generator=seed()), expected)
+    assert widths == [5, 5, 2] * 3
+
+
+def test_prior_has_the_distribution_of_projected_noise():
+    model = build_flm(vocab_size=200, max_position_embeddings=64)
+    states = []
+    model.layers[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))
+    model.generate(num_samples=640, num_steps=1, batch_size=640)
+    state = states[0].flatten(0, 1)
+    embedding = model.state_embedding.detach()
+    expected = embedding.T @ embedding
+    covariance = state.T @ state / len(state)
+    # 40960 draws: a relative error of 1/sqrt(n) per entry, and 6 standard errors of room
+    scale = (expected.diag()[:, None] * expected.diag()).sqrt()
+    assert ((covariance - expected) / scale).abs().max() < 6 * 2**0.5 / len(state) ** 0.5
+
+
+def test_temperature_top_k_and_processors_act_at_every_step(flm):
+    plain = flm.generate(num_samples=20, num_steps=4, generator=seed())
+    cold = flm.generate(num_samples=20, num_steps=4, generator=seed(), temperature=1e-6)
+    greedy = flm.generate(num_samples=20, num_steps=4, generator=seed(), top_k=1)
+    nucleus = flm.generate(num_samples=20, num_steps=4, generator=seed(), top_p=1e-6)
+    # A vanishing temperature, one token and a vanishing nucleus are all the argmax.
+    assert torch.equal(cold, greedy) and torch.equal(nucleus, greedy)
+    assert not torch.equal(cold, plain)
+    assert torch.equal(flm.generate(num_samples=20, num_steps=4, generator=seed(), temperature=1.0), plain)
+
+    banned = plain.unique()[:5].tolist()
+    processor = LogitsProcessorList([SuppressTokensLogitsProcessor(banned, device="cpu")])
+    tokens = flm.generate(num_samples=20, num_steps=4, generator=seed(), logits_processor=processor)
+    assert not torch.isin(tokens, torch.tensor(banned)).any()
+
+
+def test_callback_sees_every_step(flm):
+    seen = []
+    output = flm.generate(
+        num_samples=3, num_steps=4, batch_size=2, callback=lambda *args: seen.append(args),
+        return_dict_in_generate=True, output_drafts=True,
+    )  # fmt: skip
+    assert [(step, total, tokens.shape[0]) for step, total, tokens in seen] == [
+        (step, 4, size) for size in (2, 1) for step in (1, 2, 3, 4)
+    ]
+    assert torch.equal(seen[1][2], output.drafts[:2, 1])
+
+
+def test_streamer_shows_drafts_then_the_text(flm, tokenizer, capsys):
+    output = flm.generate(
+        num_steps=3, generator=seed(), streamer=TextDiffusionStreamer(tokenizer),
+        return_dict_in_generate=True, output_drafts=True,
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    drafts = [tokenizer.decode(draft) for draft in output.drafts[0]]
+    positions = [shown.index(draft) for draft in drafts]
+    assert positions == sorted(positions)
+    assert shown.endswith(drafts[-1] + "\n")
+
+    streamer = TextIteratorStreamer(tokenizer)  # has no drafts
+    flm.generate(num_steps=3, generator=seed(), streamer=streamer)
+    assert "".join(streamer) == drafts[-1]
+    with pytest.raises(ValueError, match="`streamer` shows one text"):
+        flm.generate(num_samples=2, num_steps=3, streamer=TextDiffusionStreamer(tokenizer))
+
+
+def test_progress_bar_only_for_several_batches(flm, capsys):
+    flm.generate(num_samples=4, num_steps=1, batch_size=4)
+    assert "Generating" not in capsys.readouterr().err
+    flm.generate(num_samples=5, num_steps=1, batch_size=2)
+    assert "Generating: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_steps": 0}, "`num_steps` must be an integer of at least 1, got 0"),
+        ({"num_steps": 2.5}, "`num_steps`"),
+        ({"num_samples": 0}, "`num_samples`"),
+        ({"num_samples": True}, "`num_samples`"),
+        ({"length": 13}, "`length` is 13, but the model was made for at most 12"),
+        ({"length": 0}, "`length`"),
+        ({"batch_size": -1}, "`batch_size`"),
+        ({"temperature": 0.0}, "`temperature` must be above 0"),
+        ({"top_k": 0}, "`top_k`"),
+        ({"top_p": 1.5}, "`top_p`"),
+        ({"num_stpes": 3}, "`num_stpes` .did you mean `num_steps`"),
+        ({"input_ids": torch.ones(1, 3)}, "unknown arguments: `input_ids`"),
+        ({"_commit_hash": "x"}, "unknown arguments"),
+        ({"prior_state": torch.randn(2, 12, 7)}, "`prior_state` must have shape"),
+        ({"prior_state": torch.randn(12, 53)}, "`prior_state` must have shape"),
+        ({"prior_state": torch.randn(2, 13, 53)}, "`length` is 13"),
+        ({"prior_state": torch.randn(2, 12, 53), "num_samples": 3}, "does not go with `num_samples=3`"),
+        ({"prior_state": torch.randn(2, 12, 53), "length": 5}, "does not go with"),
+        ({"logits_processor": SuppressTokensLogitsProcessor([1])}, "`logits_processor` must be a `LogitsProcessorList`"),
+        ({"generation_config": {"num_steps": 3}}, "`generation_config` must be a `FLMGenerationConfig`"),
+    ],
+)
+def test_bad_arguments(flm, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        flm.generate(**arguments)
+
+
+def test_precedence_of_parameters(flm):
+    flm.generation_config.num_steps = 5
+    passes = lambda **kwargs: flm.generate(return_dict_in_generate=True, **kwargs).num_forward_passes  # noqa: E731
+    assert passes() == 5
+    assert passes(generation_config=FLMGenerationConfig(num_steps=3)) == 3
+    assert passes(generation_config=FLMGenerationConfig(num_samples=2)) == 5
+    assert passes(generation_config=FLMGenerationConfig(num_steps=3), num_steps=2) == 2
+    assert flm.generation_config.num_steps == 5 and flm.generation_config.num_samples is None
+    with pytest.raises(ValueError, match="Unknown generation parameters `max_new_tokens`"):
+        FLMGenerationConfig(max_new_tokens=3)

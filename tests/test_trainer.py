@@ -1,0 +1,300 @@
+"""The trainer: times and noise, the loss, evaluation, averaged weights, checkpoints, several processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build_flm
+from safetensors.torch import load_file
+from transformers import AutoModel, TrainerCallback
+
+from modeling_flm.flow import interpolate, noise_factors
+from trainers import EMACallback, FLMTrainer, FLMTrainingArguments, train_tokenizer
+from trainers.noise import draw_noise, evenly_spread_times, example_seed, stratified_times
+
+
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+from train_tiny import RecordingTrainer, build  # noqa: E402
+
+
+def logged(trainer_or_log, name):
+    log = trainer_or_log.state.log_history if isinstance(trainer_or_log, FLMTrainer) else trainer_or_log
+    return [row[name] for row in log if name in row]
+
+
+class TestNoise:
+    def test_one_time_in_each_stratum(self):
+        times = stratified_times(1000, 3, 0, 7)
+        assert torch.equal((times.sort().values * 1000).floor().long(), torch.arange(1000))
+        assert not torch.equal(times, times.sort().values)
+        assert torch.equal(times, stratified_times(1000, 3, 0, 7))
+        assert not torch.equal(times, stratified_times(1000, 3, 0, 8))
+
+    def test_times_are_uniform_within_their_stratum(self):
+        times = torch.stack([stratified_times(4, 0, step) for step in range(5000)])
+        inside = (times * 4) % 1
+        assert abs(inside.mean() - 0.5) < 5 * (1 / 12 / inside.numel()) ** 0.5
+        assert abs(times[:, 0].mean() - 0.5) < 5 * (1 / 12 / 5000) ** 0.5  # so is each position over all strata
+
+    def test_evaluation_times_spread_evenly_over_any_stretch(self):
+        times = evenly_spread_times(0, 1000)
+        assert torch.equal(evenly_spread_times(400, 100), times[400:500])
+        for stretch in (times[:50], times[313:363], times):
+            gaps = stretch.sort().values.diff()
+            assert gaps.max() < 3 / len(stretch)
+
+    def test_noise_of_an_example_depends_on_its_seed_alone(self):
+        seeds = [example_seed(0, 1, position) for position in range(6)]
+        assert len(set(seeds)) == 6
+        noise = draw_noise(seeds, 5, 3, device=torch.device("cpu"))
+        assert torch.equal(noise[2:4], draw_noise(seeds[2:4], 5, 3, device=torch.device("cpu")))
+        noise = draw_noise([example_seed(9, n) for n in range(2000)], 10, device=torch.device("cpu")).flatten()
+        assert abs(noise.mean()) < 5 / len(noise) ** 0.5
+        assert abs(noise.var() - 1) < 5 * (2 / len(noise)) ** 0.5
+
+
+class TestLoss:
+    def test_is_the_cross_entropy_over_real_tokens_of_the_whole_step(self, tmp_path):
+        trainer = build(
+            tmp_path, max_steps=1, gradient_accumulation_steps=3, trainer_class=RecordingTrainer, save_strategy="no"
+        )
+        model = trainer.model
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        trainer.seen.clear()
+        batches = []
+        add_noise = trainer._add_noise
+        trainer._add_noise = lambda inputs: batches.append(add_noise(dict(inputs))) or add_noise(inputs)
+        trainer.train()
+        reference = build_flm(**{name: getattr(model.config, name) for name in model.config.to_dict() if name in (
+            "vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "conditioning_size",
+            "max_position_embeddings")})  # fmt: skip
+        reference.load_state_dict(state)
+        total, count = 0.0, 0
+        for batch in batches[:3]:
+            (factor,) = noise_factors(reference.embed_tokens.weight)
+            t = reference.time.tau_to_t(batch["timesteps"])
+            state = interpolate(batch["noise"] @ factor, reference.embed_tokens(batch["input_ids"]), t)
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            logits = reference(inputs_embeds=state, timesteps=batch["timesteps"], attention_mask=mask).logits
+            losses = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"], reduction="none")
+            total, count = total + (losses * mask).sum().item(), count + mask.sum().item()
+        assert count < 3 * 8 * 10  # there was padding
+        assert logged(trainer, "loss")[0] == pytest.approx(total / count, rel=1e-4)
+
+    def test_times_of_a_step_are_stratified_over_its_global_batch(self, tmp_path):
+        trainer = build(tmp_path, max_steps=2, gradient_accumulation_steps=3, trainer_class=RecordingTrainer, save_strategy="no", eval_strategy="no")  # fmt: skip
+        trainer.seen.clear()
+        trainer.train()
+        for step in (0, 1):
+            times = sorted(row[2] for row in trainer.seen if row[0] == step)
+            assert [int(time * 24) for time in times] == list(range(24))
+
+    def test_accumulation_and_large_batches_agree(self, tmp_path):
+        options = {"max_steps": 4, "save_strategy": "no"}
+        small = build(tmp_path, gradient_accumulation_steps=2, **options)
+        large = build(tmp_path, per_device_train_batch_size=16, **options)
+        small.train(), large.train()
+        np.testing.assert_allclose(logged(small, "loss"), logged(large, "loss"), rtol=1e-4)
+        for first, second in zip(small.model.parameters(), large.model.parameters()):
+            torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+    def test_labels_and_columns_of_the_dataset(self, tmp_path):
+        # Labels are honored; other columns, also with names of `forward`'s arguments, are not passed on.
+        trainer = build(tmp_path, max_steps=1, save_strategy="no", eval_strategy="no")
+        rows = trainer.train_dataset.to_dict()["input_ids"]
+        dataset = trainer.train_dataset.add_column("labels", [[-100] * len(row) for row in rows])
+        dataset = dataset.add_column("t", [0.5] * len(rows)).add_column("noise", [0.1] * len(rows))
+        trainer.train_dataset = dataset
+        trainer.train()
+        assert logged(trainer, "loss")[0] == 0
+
+
+class TestEvaluation:
+    def test_is_deterministic_and_independent_of_the_batch_size(self, tmp_path):
+        trainer = build(tmp_path, max_steps=5)
+        trainer.train()
+        first = trainer.evaluate()["eval_loss"]
+        torch.manual_seed(123)
+        assert trainer.evaluate()["eval_loss"] == first
+        losses = []
+        for batch_size in (1, 4, 21):
+            trainer.args.per_device_eval_batch_size = batch_size
+            losses.append(trainer.evaluate()["eval_loss"])
+        np.testing.assert_allclose(losses, first, rtol=1e-5)
+
+    def test_predict_returns_logits(self, tmp_path):
+        trainer = build(tmp_path, max_steps=1)
+        trainer.compute_metrics = lambda prediction: {"shape": prediction.predictions.shape[-1]}
+        assert trainer.evaluate()["eval_shape"] == 40
+
+
+class TestAveragedWeights:
+    def test_follow_the_published_warm_up(self, tmp_path):
+        trajectory = []
+
+        class Record(TrainerCallback):
+            def on_train_begin(self, args, state, control, model=None, **kwargs):
+                self.on_step_end(args, state, control, model)
+
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                trajectory.append(model.embed_tokens.weight.detach().double().clone())
+
+        trainer = build(tmp_path, max_steps=15, ema_decay=0.5)
+        trainer.add_callback(Record())
+        trainer.train()
+        average = trajectory[0]
+        for step, weight in enumerate(trajectory[1:], start=1):
+            decay = min(0.5, (1 + step) / (10 + step))
+            average = decay * average + (1 - decay) * weight
+        torch.testing.assert_close(trainer.ema.averaged.module.embed_tokens.weight.double(), average, rtol=1e-5, atol=1e-7)
+        assert trainer.ema.num_updates == 15
+
+    def test_are_what_is_evaluated_and_saved(self, tmp_path):
+        trainer = build(tmp_path, ema_decay=0.9)
+        trainer.train()
+        average = trainer.ema.averaged.module
+        raw = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        trainer.save_model()
+        loaded = AutoModel.from_pretrained(tmp_path)
+        for name, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, average.state_dict()[name])
+            assert torch.equal(raw[name], trainer.model.state_dict()[name]), "the training's weights changed"
+        assert not torch.equal(loaded.embed_tokens.weight, trainer.model.embed_tokens.weight)
+        # A model with these weights and no average evaluates to the same.
+        plain = build(tmp_path / "plain", ema_decay=None)
+        plain.model.load_state_dict(loaded.state_dict())
+        assert plain.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+        checkpoint = load_file(tmp_path / "checkpoint-20" / "training_weights.safetensors")
+        assert all(torch.equal(checkpoint[name], tensor) for name, tensor in raw.items())
+
+    def test_survive_an_interrupted_evaluation(self, tmp_path):
+        trainer = build(tmp_path, max_steps=3, save_strategy="no", eval_strategy="no")
+        trainer.train()
+        raw = trainer.model.embed_tokens.weight.clone()
+        trainer.prediction_step = lambda *args, **kwargs: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            trainer.evaluate()
+        assert torch.equal(trainer.model.embed_tokens.weight, raw)
+
+    def test_best_model_is_the_averaged_one_of_its_checkpoint(self, tmp_path):
+        trainer = build(tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_loss", learning_rate=0.5)
+        trainer.train()
+        best = trainer.state.best_model_checkpoint
+        trainer.save_model(tmp_path / "best")
+        saved = load_file(tmp_path / "best" / "model.safetensors")
+        expected = load_file(f"{best}/model.safetensors")
+        assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric)
+
+
+class TestResume:
+    def test_equals_uninterrupted_training(self, tmp_path):
+        straight = build(tmp_path / "straight", dropout=0.1)
+        straight.train()
+        build(tmp_path / "resumed", dropout=0.1, max_steps=10).train()
+        resumed = build(tmp_path / "resumed", dropout=0.1)
+        resumed.train(resume_from_checkpoint=True)
+        assert logged(resumed, "loss") == logged(straight, "loss") and len(logged(straight, "loss")) == 20
+        assert logged(resumed, "eval_loss") == logged(straight, "eval_loss")
+        for first, second in ((straight.model, resumed.model), (straight.ema.averaged, resumed.ema.averaged)):
+            second = second.state_dict()
+            assert all(torch.equal(tensor, second[name]) for name, tensor in first.state_dict().items())
+
+    def test_from_a_checkpoint_without_an_average_warns(self, tmp_path, caplog):
+        build(tmp_path, max_steps=10, ema_decay=None).train()
+        resumed = build(tmp_path)
+        resumed.train(resume_from_checkpoint=True)
+        assert "has no training_weights.safetensors" in caplog.text
+        assert resumed.ema.num_updates == 10
+
+    def test_without_an_average_goes_on_from_the_weights_of_the_training(self, tmp_path):
+        straight = build(tmp_path)
+        straight.train()
+        resumed = build(tmp_path, ema_decay=None)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+        assert torch.equal(resumed.model.embed_tokens.weight, straight.model.embed_tokens.weight)
+
+
+class TestProcesses:
+    @staticmethod
+    def run(output_dir, num_processes, **options):
+        launcher = [sys.executable]
+        if num_processes > 1:
+            # `--multi_gpu` is for several processes of any kind; with `--cpu` accelerate starts a single one.
+            launcher += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
+            launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        script = Path(__file__).parent / "scripts" / "train_tiny.py"
+        subprocess.run([*launcher, str(script), str(output_dir), json.dumps(options)], check=True, timeout=300)
+        return [json.loads((output_dir / f"process-{index}.json").read_text()) for index in range(num_processes)]
+
+    def test_two_processes_see_and_learn_what_one_does(self, tmp_path):
+        options = {"max_steps": 6, "eval_steps": 3, "save_steps": 3, "ema_decay": 0.9}
+        (one,) = self.run(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
+        two = self.run(tmp_path / "two", 2, per_device_train_batch_size=8, **options)
+        # The same tokens with the same times and noise in every step, each in one of the processes.
+        unpadded = lambda rows: sorted((step, time, [t for t in tokens if t]) for step, tokens, time, _ in rows)  # noqa: E731
+        assert unpadded(one["seen"]) == unpadded(two[0]["seen"] + two[1]["seen"])
+        np.testing.assert_allclose(logged(two[0]["log"], "loss"), logged(one["log"], "loss"), rtol=1e-4)
+        np.testing.assert_allclose(logged(two[0]["log"], "grad_norm"), logged(one["log"], "grad_norm"), rtol=1e-3)
+        np.testing.assert_allclose(logged(two[0]["log"], "eval_loss"), logged(one["log"], "eval_loss"), rtol=1e-4)
+        first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+        for name, tensor in first.items():
+            torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+class TestSamples:
+    def test_are_written_during_training_from_the_averaged_weights(self, tmp_path):
+        tokenizer = train_tokenizer(["a b c d e f g"], "word", 40)
+        trainer = build(tmp_path, max_steps=4)
+        options = {"sample_steps": 2, "sample_num_samples": 3, "sample_num_steps": 5}
+        args = FLMTrainingArguments(tmp_path, max_steps=4, report_to=[], use_cpu=True, disable_tqdm=True, **options)
+        sampling = FLMTrainer(trainer.model, args, train_dataset=trainer.train_dataset, processing_class=tokenizer)
+        sampling.train()
+        rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+        assert [(row["step"], row["num_steps"]) for row in rows] == [(2, 5)] * 3 + [(4, 5)] * 3
+        with sampling.ema.applied(sampling.model):
+            tokens = sampling.model.eval().generate(num_samples=3, num_steps=5, generator=torch.Generator().manual_seed(42))
+        assert [row["text"] for row in rows[3:]] == tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"ema_decay": 1.0}, "`ema_decay`"),
+            ({"sample_steps": -1}, "`sample_steps`"),
+            ({"sample_num_steps": 0}, "`sample_num_steps`"),
+            ({"sample_num_samples": 0}, "`sample_num_samples`"),
+        ],
+    )
+    def test_bad_values(self, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            FLMTrainingArguments(tmp_path, **options)
+
+    def test_published_defaults(self, tmp_path):
+        args = FLMTrainingArguments(tmp_path)
+        assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay) == (3e-4, 0.9, 0.999, 0.0)
+        assert (args.ema_decay, args.max_grad_norm, args.lr_scheduler_type) == (0.9999, 1.0, "constant_with_warmup")
+
+    def test_trainer_refuses(self, tmp_path):
+        from transformers import TrainingArguments
+
+        with pytest.raises(TypeError, match="`args` must be `FLMTrainingArguments`"):
+            FLMTrainer(build_flm(), TrainingArguments(tmp_path))
+        tokenizer = train_tokenizer(["a b c d e f g"], "word", 40)
+        with pytest.raises(ValueError, match="`processing_class` has 11 tokens, but the model's `vocab_size` is 5"):
+            FLMTrainer(build_flm(vocab_size=5), FLMTrainingArguments(tmp_path), processing_class=tokenizer)
+        with pytest.raises(ValueError, match="`sample_steps` needs a tokenizer"):
+            FLMTrainer(build_flm(), FLMTrainingArguments(tmp_path, sample_steps=1))
+
+    def test_no_average(self, tmp_path):
+        trainer = build(tmp_path, max_steps=2, ema_decay=None)
+        assert not any(isinstance(callback, EMACallback) for callback in trainer.callback_handler.callbacks)
+        trainer.train()
+        trainer.save_model()
+        assert torch.equal(AutoModel.from_pretrained(tmp_path).embed_tokens.weight, trainer.model.embed_tokens.weight)
