@@ -23,6 +23,7 @@ It trains, measures samples at several numbers of steps, shows one text forming,
 
 import argparse
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def load_own_texts(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, D
     return tokenizer, pack_dataset(texts, tokenizer, args.length), args.length
 
 
-def train(args: argparse.Namespace, model: FLMModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> FLMTrainer:
+def train(
+    args: argparse.Namespace, model: FLMModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
+) -> FLMTrainer:
     decay_steps = int(0.3 * args.max_steps)
     warmup_steps = min(50, args.max_steps - decay_steps)
     training_args = FLMTrainingArguments(
@@ -108,7 +111,9 @@ def measure(model: FLMModel, tokenizer: PreTrainedTokenizerBase, num_samples: in
     for num_steps in NUM_STEPS:
         generator = torch.Generator().manual_seed(seed)
         start = time.perf_counter()
-        tokens = model.generate(num_samples=num_samples, num_steps=num_steps, batch_size=num_samples, generator=generator)
+        tokens = model.generate(
+            num_samples=num_samples, num_steps=num_steps, batch_size=num_samples, generator=generator
+        )
         seconds = time.perf_counter() - start
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         row = {
@@ -172,12 +177,11 @@ def main():
     rows = measure(model, tokenizer, args.num_samples, None if own_texts else grammar.is_valid, args.seed)
 
     print("\nA text forms, in 8 steps:\n")
-    model.generate(
-        num_steps=8,
-        generator=torch.Generator().manual_seed(args.seed + 1),
-        streamer=TextDiffusionStreamer(tokenizer, sleep_time=0.4, skip_special_tokens=True) if is_terminal() else None,
-        callback=None if is_terminal() else lambda step, _, tokens: print(f"{step}: {tokenizer.decode(tokens[0])}"),
-    )
+    if sys.stdout.isatty():
+        show = {"streamer": TextDiffusionStreamer(tokenizer, sleep_time=0.5)}
+    else:
+        show = {"callback": lambda step, _, tokens: print(f"    {step}  {tokenizer.decode(tokens[0])}")}
+    model.generate(num_steps=8, generator=torch.Generator().manual_seed(args.seed + 1), **show)
     picture = Path(args.output_dir) / "quickstart.png"
     plot(rows, trainer.state.log_history, picture)
     print(f"\nPlot: {picture}\nModel: {args.output_dir}. To use it, here or on a machine without this package:\n")

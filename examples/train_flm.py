@@ -70,7 +70,8 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "A txt, json, jsonl, csv or parquet file."})
     validation_file: str | None = field(default=None, metadata={"help": "A file like it to evaluate on."})
     validation_split_percentage: int = field(
-        default=5, metadata={"help": "How much of the training texts to evaluate on where there is no validation split."}
+        default=5,
+        metadata={"help": "How much of the training texts to evaluate on where there is no validation split."},
     )
     text_column: str | None = field(default=None, metadata={"help": "The column with the texts."})
     sample_by: str = field(

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
-from .flow import flow_map, noise_factors, noise_size
+from .flow import flow_map, noise_factors
 
 
 logger = logging.get_logger(__name__)

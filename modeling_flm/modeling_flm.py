@@ -103,6 +103,11 @@ class FLMModulation(nn.Linear):
         return super().forward(conditioning.to(self.weight.dtype))[:, None].chunk(self.num_chunks, dim=-1)
 
 
+def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`normed * (1 + scale) + shift`, in the float32 of `normed`."""
+    return torch.addcmul(shift.to(normed.dtype), normed, 1 + scale.to(normed.dtype))
+
+
 class FLMHead(nn.Linear):
     """The output projection, computed in float32 also under autocast; starts at zero, the uniform distribution."""
 
@@ -111,7 +116,9 @@ class FLMHead(nn.Linear):
             return F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
 
 
-def rotary_embedding(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_embedding(
+    length: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Cosines and sines of the rotary position embedding, each of shape `(length, head_dim)`. Computed in every forward
     pass: it costs nothing beside a block, and a buffer would be lost in `from_pretrained`.
@@ -215,11 +222,11 @@ class FLMLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, **kwargs) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning)
         dtype = hidden_states.dtype
-        normed = self.norm1(hidden_states) * (1 + scale1) + shift1
-        attention, _ = self.self_attn(normed.to(dtype), **kwargs)
-        hidden_states = hidden_states + gate1 * self.dropout(attention)
-        normed = self.norm2(hidden_states) * (1 + scale2) + shift2
-        return hidden_states + gate2 * self.dropout(self.mlp(normed.to(dtype)))
+        normed = modulate(self.norm1(hidden_states), shift1, scale1).to(dtype)
+        attention, _ = self.self_attn(normed, **kwargs)
+        hidden_states = torch.addcmul(hidden_states, gate1, self.dropout(attention))
+        normed = modulate(self.norm2(hidden_states), shift2, scale2).to(dtype)
+        return torch.addcmul(hidden_states, gate2, self.dropout(self.mlp(normed)))
 
 
 class FLMPreTrainedModel(PreTrainedModel):
@@ -347,7 +354,7 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
                 **kwargs,
             )
         shift, scale = self.modulation(conditioning)
-        return self.norm(hidden_states) * (1 + scale) + shift
+        return modulate(self.norm(hidden_states), shift, scale)
 
     def denoise(
         self,
@@ -442,7 +449,9 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
             raise ValueError("Pass `timesteps`, the reparameterized time tau in [0, 1] of each sequence.")
         batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
         if timesteps.shape != (batch_size,):
-            raise ValueError(f"`timesteps` must have shape ({batch_size},), one time per sequence, got {tuple(timesteps.shape)}.")
+            raise ValueError(
+                f"`timesteps` must have shape ({batch_size},), one time per sequence, got {tuple(timesteps.shape)}."
+            )
         if (noise is None) != (t is None) or (noise is not None and input_ids is None):
             raise ValueError("`noise` and `t` go together, and with `input_ids`: they noise the clean tokens.")
 

@@ -12,7 +12,9 @@ def relative_error(value, expected):
     return ((value - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("vocab_size, sizes", [(300, [16]), (300, [16, 24]), (20, [16, 24]), (10, [16]), (40, [16, 24, 8])])
+@pytest.mark.parametrize(
+    "vocab_size, sizes", [(300, [16]), (300, [16, 24]), (20, [16, 24]), (10, [16]), (40, [16, 24, 8])]
+)
 def test_factors_give_the_covariance_of_dense_noise(vocab_size, sizes):
     embeddings = [torch.randn(vocab_size, size) for size in sizes]
     factors = noise_factors(*embeddings)
@@ -120,9 +122,7 @@ def test_embedding_space_sampler_equals_the_dense_sampler(vocab_size, num_steps)
             denoised = model(inputs_embeds=x @ embedding, timesteps=tau[step].expand(4)).logits.softmax(-1)
         drafts.append(denoised.argmax(-1))
         x = x + (t[step + 1] - t[step]) * (denoised - x) / (1 - t[step])
-    output = model.generate(
-        prior_state=prior, num_steps=num_steps, return_dict_in_generate=True, output_drafts=True
-    )
+    output = model.generate(prior_state=prior, num_steps=num_steps, return_dict_in_generate=True, output_drafts=True)
     assert torch.equal(output.sequences, x.argmax(-1))
     assert torch.equal(output.drafts, torch.stack(drafts, dim=1))
     assert output.num_forward_passes == num_steps

@@ -148,7 +148,10 @@ def test_progress_bar_only_for_several_batches(flm, capsys):
         ({"prior_state": torch.randn(2, 13, 53)}, "`length` is 13"),
         ({"prior_state": torch.randn(2, 12, 53), "num_samples": 3}, "does not go with `num_samples=3`"),
         ({"prior_state": torch.randn(2, 12, 53), "length": 5}, "does not go with"),
-        ({"logits_processor": SuppressTokensLogitsProcessor([1])}, "`logits_processor` must be a `LogitsProcessorList`"),
+        (
+            {"logits_processor": SuppressTokensLogitsProcessor([1])},
+            "`logits_processor` must be a `LogitsProcessorList`",
+        ),
         ({"generation_config": {"num_steps": 3}}, "`generation_config` must be a `FLMGenerationConfig`"),
     ],
 )

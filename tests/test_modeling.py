@@ -99,10 +99,18 @@ class TestForward:
             ({"timesteps": torch.rand(3)}, "either `input_ids`"),
             ({"input_ids": torch.ones(3, 4).long(), "inputs_embeds": torch.randn(3, 4, 32)}, "either `input_ids`"),
             ({"input_ids": torch.ones(3, 4).long()}, "Pass `timesteps`"),
-            ({"input_ids": torch.ones(3, 4).long(), "timesteps": torch.rand(3, 4)}, r"`timesteps` must have shape \(3,\)"),
+            (
+                {"input_ids": torch.ones(3, 4).long(), "timesteps": torch.rand(3, 4)},
+                r"`timesteps` must have shape \(3,\)",
+            ),
             ({"input_ids": torch.ones(3, 4).long(), "timesteps": torch.rand(3), "t": torch.rand(3)}, "go together"),
             (
-                {"input_ids": torch.ones(3, 4).long(), "timesteps": torch.rand(3), "t": torch.rand(3), "noise": torch.randn(3, 4, 53)},
+                {
+                    "input_ids": torch.ones(3, 4).long(),
+                    "timesteps": torch.rand(3),
+                    "t": torch.rand(3),
+                    "noise": torch.randn(3, 4, 53),
+                },
                 r"`noise` must have shape \(3, 4, 32\)",
             ),
         ],
@@ -168,7 +176,9 @@ torch.save((logits, tokens), {str(tmp_path / "result.pt")!r})
         subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
         logits, tokens = torch.load(tmp_path / "result.pt")
         assert torch.equal(logits, flm(**batch).logits)
-        assert torch.equal(tokens, flm.generate(num_samples=2, num_steps=4, generator=torch.Generator().manual_seed(7)))
+        assert torch.equal(
+            tokens, flm.generate(num_samples=2, num_steps=4, generator=torch.Generator().manual_seed(7))
+        )
 
     def test_generation_config_is_saved(self, flm, tmp_path):
         flm.generation_config.num_steps = 3
@@ -198,7 +208,9 @@ torch.save((logits, tokens), {str(tmp_path / "result.pt")!r})
         assert model.embed_tokens.weight.device.type == "meta"
         assert torch.equal(model(**batch).logits, flm(**batch).logits)
         expected = flm.generate(num_samples=2, num_steps=3, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(model.generate(num_samples=2, num_steps=3, generator=torch.Generator().manual_seed(0)), expected)
+        assert torch.equal(
+            model.generate(num_samples=2, num_steps=3, generator=torch.Generator().manual_seed(0)), expected
+        )
 
 
 class TestAttention:

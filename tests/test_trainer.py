@@ -151,7 +151,9 @@ class TestAveragedWeights:
         for step, weight in enumerate(trajectory[1:], start=1):
             decay = min(0.5, (1 + step) / (10 + step))
             average = decay * average + (1 - decay) * weight
-        torch.testing.assert_close(trainer.ema.averaged.module.embed_tokens.weight.double(), average, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            trainer.ema.averaged.module.embed_tokens.weight.double(), average, rtol=1e-5, atol=1e-7
+        )
         assert trainer.ema.num_updates == 15
 
     def test_are_what_is_evaluated_and_saved(self, tmp_path):
@@ -227,7 +229,16 @@ class TestProcesses:
         if num_processes > 1:
             # `--multi_gpu` is for several processes of any kind; with `--cpu` accelerate starts a single one.
             launcher += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
-            launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+            launcher += [
+                "--num_machines",
+                "1",
+                "--mixed_precision",
+                "no",
+                "--dynamo_backend",
+                "no",
+                "--main_process_port",
+                "0",
+            ]
         script = Path(__file__).parent / "scripts" / "train_tiny.py"
         subprocess.run([*launcher, str(script), str(output_dir), json.dumps(options)], check=True, timeout=300)
         return [json.loads((output_dir / f"process-{index}.json").read_text()) for index in range(num_processes)]
@@ -258,7 +269,9 @@ class TestSamples:
         rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
         assert [(row["step"], row["num_steps"]) for row in rows] == [(2, 5)] * 3 + [(4, 5)] * 3
         with sampling.ema.applied(sampling.model):
-            tokens = sampling.model.eval().generate(num_samples=3, num_steps=5, generator=torch.Generator().manual_seed(42))
+            tokens = sampling.model.eval().generate(
+                num_samples=3, num_steps=5, generator=torch.Generator().manual_seed(42)
+            )
         assert [row["text"] for row in rows[3:]] == tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 

@@ -101,14 +101,16 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrai
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(special_tokens) + len(alphabet):
-            raise ValueError(f"`vocab_size` must be at least {len(special_tokens) + len(alphabet)} for 'bpe', got {vocab_size}.")
+            raise ValueError(
+                f"`vocab_size` must be at least {len(special_tokens) + len(alphabet)} for 'bpe', got {vocab_size}."
+            )
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
         )
     elif kind in ("char", "word"):
         tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
         if kind == "char":
-            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s:.)"), behavior="isolated")
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
             tokenizer.decoder = decoders.Fuse()
         else:
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -148,7 +150,9 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     return tokenizer
 
 
-def pack_tokens(token_lists: Iterable[list[int]], block_size: int, bos_token_id: int, eos_token_id: int) -> list[list[int]]:
+def pack_tokens(
+    token_lists: Iterable[list[int]], block_size: int, bos_token_id: int, eos_token_id: int
+) -> list[list[int]]:
     """
     Wrapped packing: appends EOS to every text, concatenates them, cuts the stream into stretches of `block_size - 2`
     tokens and puts BOS before and EOS after each. The remainder is dropped.

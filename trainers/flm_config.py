@@ -41,7 +41,8 @@ class FLMTrainingArguments(TrainingArguments):
 
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str = field(
-        default="constant_with_warmup", metadata={"help": "The learning rate schedule; see `transformers.SchedulerType`."}
+        default="constant_with_warmup",
+        metadata={"help": "The learning rate schedule; see `transformers.SchedulerType`."},
     )
     ema_decay: float | None = field(
         default=0.9999,

@@ -25,7 +25,9 @@ class RecordingTrainer(FLMTrainer):
         return inputs
 
 
-def build(output_dir: str, dropout: float = 0.0, trainer_class: type[FLMTrainer] = FLMTrainer, **options) -> FLMTrainer:
+def build(
+    output_dir: str, dropout: float = 0.0, trainer_class: type[FLMTrainer] = FLMTrainer, **options
+) -> FLMTrainer:
     torch.manual_seed(0)
     model = FLMModel(
         FLMConfig(

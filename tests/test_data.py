@@ -1,0 +1,189 @@
+"""Loading, tokenizers, packing and collation."""
+
+import json
+
+import oracle
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer, models
+from transformers import BertTokenizer, PreTrainedTokenizerFast
+
+from trainers import DataCollatorForFLM, add_special_tokens, load_texts, pack_dataset, pack_tokens, train_tokenizer
+
+
+TEXTS = ["the cat sat on the mat .", "a dog, a cat and a mat .", "the dog sat .", "Ünïcode costs 5 €!"]
+
+
+class TestPacking:
+    def test_matches_published_blocks(self):
+        data = oracle.read_json("data_preparation.json")
+        blocks = pack_tokens(data["token_lists"], data["block_size"], data["bos"], data["eos"])
+        assert blocks == data["packed_blocks"]
+
+    def test_boundaries(self):
+        assert pack_tokens([], 5, 1, 2) == []
+        assert pack_tokens([[7]], 5, 1, 2) == []
+        assert pack_tokens([[7, 8]], 5, 1, 2) == [[1, 7, 8, 2, 2]]
+        assert pack_tokens([[7, 8], [9]], 5, 1, 2) == [[1, 7, 8, 2, 2]]
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_dataset(self, streaming):
+        tokenizer = train_tokenizer(TEXTS, "word", 100)
+        dataset = Dataset.from_dict({"id": range(8), "text": TEXTS * 2})
+        expected = pack_tokens(
+            tokenizer(TEXTS * 2, add_special_tokens=False)["input_ids"],
+            6,
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+        )
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+        packed = pack_dataset(dataset, tokenizer, block_size=6)
+        assert [row["input_ids"] for row in packed] == expected
+        assert list(next(iter(packed))) == ["input_ids"]
+
+    def test_several_processes_and_a_column(self):
+        tokenizer = train_tokenizer(TEXTS, "char", 100)
+        dataset = Dataset.from_dict({"id": range(40), "body": TEXTS * 10})
+        packed = pack_dataset(dataset, tokenizer, block_size=16, text_column="body", num_proc=2)
+        assert {len(row["input_ids"]) for row in packed} == {16}
+        with pytest.raises(ValueError, match="`text_column` is 'txt', but the dataset has the columns"):
+            pack_dataset(dataset, tokenizer, block_size=16, text_column="txt")
+
+    def test_a_stream_that_does_not_know_its_columns(self):
+        tokenizer = train_tokenizer(TEXTS, "word", 100)
+        stream = IterableDataset.from_generator(lambda: ({"text": text} for text in TEXTS * 3))
+        assert sum(1 for _ in pack_dataset(stream, tokenizer, block_size=8)) > 3
+
+    def test_errors(self):
+        tokenizer = train_tokenizer(TEXTS, "word", 100)
+        dataset = Dataset.from_dict({"text": TEXTS})
+        with pytest.raises(ValueError, match="too few tokens for a single block"):
+            pack_dataset(dataset, tokenizer, block_size=512)
+        with pytest.raises(ValueError, match="`block_size` must be at least 3"):
+            pack_dataset(dataset, tokenizer, block_size=2)
+        tokenizer.bos_token = None
+        with pytest.raises(ValueError, match="`tokenizer` needs a BOS"):
+            pack_dataset(dataset, tokenizer, block_size=8)
+
+
+class TestTokenizers:
+    def test_characters_lose_nothing(self):
+        tokenizer = train_tokenizer(TEXTS, "char", 100)
+        for text in TEXTS:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert len(ids) == len(text)
+            assert tokenizer.decode(ids) == text
+        assert tokenizer("q", add_special_tokens=False)["input_ids"] == [tokenizer.unk_token_id]
+
+    def test_byte_pairs_lose_nothing(self, tmp_path):
+        tokenizer = train_tokenizer(TEXTS * 5, "bpe", 300)
+        assert len(tokenizer) <= 300
+        for text in [*TEXTS, "never seen: 漢字\n\ttabs"]:
+            assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+        tokenizer.save_pretrained(tmp_path)
+        reloaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        assert reloaded(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
+
+    def test_words(self):
+        tokenizer = train_tokenizer(TEXTS, "word", 100)
+        ids = tokenizer("the dog, sat .", add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == "the dog , sat ."
+        limited = train_tokenizer(TEXTS, "word", 7)
+        assert len(limited) == 7
+
+    def test_special_tokens(self):
+        tokenizer = train_tokenizer(TEXTS, "word", 100)
+        assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (
+            0,
+            1,
+            2,
+            3,
+        )
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="`kind` must be"):
+            train_tokenizer(TEXTS, "sentencepiece", 100)
+        with pytest.raises(ValueError, match="`vocab_size` must be above 4"):
+            train_tokenizer(TEXTS, "word", 4)
+        with pytest.raises(ValueError, match="`vocab_size` must be at least 260"):
+            train_tokenizer(TEXTS, "bpe", 259)
+
+    def test_tokens_of_bert_and_gpt2(self, tmp_path):
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat"]
+        (tmp_path / "vocab.txt").write_text("\n".join(words))
+        bert = add_special_tokens(BertTokenizer(vocab=str(tmp_path / "vocab.txt")))
+        assert (bert.bos_token, bert.eos_token, bert.pad_token, len(bert)) == ("[CLS]", "[SEP]", "[PAD]", 7)
+
+        plain = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="<|endoftext|>"))
+        gpt2 = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+        add_special_tokens(gpt2)
+        assert (gpt2.bos_token_id, gpt2.eos_token_id, gpt2.pad_token, gpt2.pad_token_id, len(gpt2)) == (
+            0,
+            0,
+            "[PAD]",
+            2,
+            3,
+        )
+        with pytest.raises(ValueError, match="no tokens to begin and end texts"):
+            add_special_tokens(PreTrainedTokenizerFast(tokenizer_object=plain))
+
+
+class TestLoading:
+    @pytest.mark.parametrize("ending", ["txt", "json", "jsonl", "csv", "parquet"])
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_files(self, tmp_path, ending, streaming):
+        path = tmp_path / f"data.{ending}"
+        rows = [{"text": f"text {index}"} for index in range(40)]
+        if ending == "txt":
+            path.write_text("\n".join(row["text"] for row in rows))
+        elif ending in ("json", "jsonl"):
+            path.write_text("\n".join(map(json.dumps, rows)))
+        elif ending == "csv":
+            Dataset.from_list(rows).to_csv(path)
+        else:
+            Dataset.from_list(rows).to_parquet(path)
+        loaded = load_texts(train_file=str(path), streaming=streaming, validation_percentage=10)
+        texts = [row["text"] for split in loaded.values() for row in split]
+        assert sorted(texts) == sorted(row["text"] for row in rows)
+        if not streaming:
+            assert len(loaded["validation"]) == 4
+        both = load_texts(train_file=str(path), validation_file=str(path), streaming=streaming)
+        assert sum(1 for _ in both["validation"]) == sum(1 for _ in both["train"]) == 40
+
+    def test_a_folder_and_paragraphs(self, tmp_path):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS * 10))
+        loaded = load_texts(dataset_name=str(tmp_path / "data"))
+        assert len(loaded["train"]) + len(loaded["validation"]) == 40
+        (tmp_path / "text.txt").write_text("one\ntwo\n\nthree\n\nfour")
+        loaded = load_texts(train_file=str(tmp_path / "text.txt"), sample_by="paragraph", validation_percentage=0)
+        assert loaded["train"]["text"][:] == ["one\ntwo", "three", "four"]
+
+    def test_errors(self, tmp_path):
+        with pytest.raises(ValueError, match="either `dataset_name` or `train_file`"):
+            load_texts()
+        with pytest.raises(ValueError, match="either `dataset_name` or `train_file`"):
+            load_texts(dataset_name="a", train_file="b.txt")
+        with pytest.raises(ValueError, match="must both be txt, json"):
+            load_texts(train_file="b.pdf")
+        with pytest.raises(ValueError, match="must both be txt, json"):
+            load_texts(train_file="b.txt", validation_file="c.csv")
+
+
+class TestCollator:
+    def test_pads_on_the_right(self):
+        batch = DataCollatorForFLM(pad_token_id=9)([{"input_ids": [1, 2, 3]}, {"input_ids": [4]}])
+        assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+        assert batch["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
+
+    def test_equal_lengths_need_no_mask(self):
+        batch = DataCollatorForFLM()([{"input_ids": [1, 2]}, {"input_ids": [4, 5]}])
+        assert "attention_mask" not in batch and torch.equal(batch["labels"], batch["input_ids"])
+
+    def test_keeps_masks_and_labels(self):
+        rows = [{"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}, {"input_ids": [4, 5], "labels": [-100, 5]}]
+        batch = DataCollatorForFLM(pad_token_id=0)(rows)
+        assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 0]]
+        assert batch["labels"].tolist() == [[1, 2, -100], [-100, 5, -100]]
