@@ -1,0 +1,58 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Write the English that ships with Python as a corpus to train on: its help topics and the docstrings of its standard
+library, one JSON object with a `text` per line.
+
+    python examples/python_corpus.py corpus.jsonl
+"""
+
+import ast
+import inspect
+import json
+import sys
+import sysconfig
+from pathlib import Path
+
+from pydoc_data.topics import topics
+
+
+def docstrings(path: Path):
+    """The docstrings of the module in a file and of what it defines."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield ast.get_docstring(node) or ""
+
+
+def main(output: str):
+    library = Path(sysconfig.get_path("stdlib"))
+    files = sorted(path for path in library.rglob("*.py") if not {"site-packages", "test", "tests"} & set(path.parts))
+    texts = [inspect.cleandoc(text) for text in topics.values()]
+    for path in files:
+        try:
+            texts += [text for text in docstrings(path) if len(text) >= 80]
+        except SyntaxError:  # files for the tests of 2to3 are not today's Python
+            continue
+    texts = list(dict.fromkeys(texts))
+    with open(output, "w", encoding="utf-8") as file:
+        for text in texts:
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    print(f"{output}: {len(texts):,} texts, {sum(map(len, texts)):,} characters")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    main(sys.argv[1])

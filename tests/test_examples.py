@@ -1,0 +1,190 @@
+"""The example scripts, run as a user runs them, on little data."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import grammar  # noqa: E402
+
+
+def run(*arguments, launcher=(), **options):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=280, **options)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n".join(grammar.sample_story(rng) for _ in range(300)))
+    return path
+
+
+TINY = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,conditioning_size=16,dropout=0.0"
+
+
+class TestGrammar:
+    def test_samples_are_valid_stories_of_25_to_35_words(self):
+        rng = random.Random(0)
+        stories = [grammar.sample_story(rng) for _ in range(2000)]
+        assert all(map(grammar.is_valid, stories))
+        assert len(set(stories)) == 2000
+        assert 25 <= len(stories[0].split()) <= 35
+        for choices in grammar._CHOICES.values():
+            assert all(any(f" {word} " in f" {story} " for story in stories) for word in choices)
+
+    @pytest.mark.parametrize(
+        "old, new",
+        [
+            ("mia the", "tom the"),  # the name is copied
+            ("one day she", "one day he"),  # the pronoun agrees
+            ("and she is", "and he is"),
+            ("gives the", "sells the"),  # the verbs agree
+            ("a red ball", "a blue ball"),  # the color is copied
+            ("the red ball", "the red hat"),  # the thing is copied
+            ("hugo thanks", "nora thanks"),  # the friend is copied
+            ("thanks mia", "thanks anna"),
+            ("brave", "happy"),  # of the wrong kind
+            (" lives in", " in"),
+            ("happy .", "happy . ."),
+            ("happy .", "happy"),
+            ("lives", "[UNK]"),
+        ],
+    )
+    def test_breaking_a_rule_is_noticed(self, old, new):
+        story = (
+            "mia the brave fox lives in a forest . one day she finds a red ball and gives the red ball to hugo . "
+            "hugo thanks mia and she is happy ."
+        )
+        assert grammar.is_valid(story)
+        assert old in story
+        assert not grammar.is_valid(story.replace(old, new, 1))
+
+    def test_free_choices_are_free(self):
+        story = (
+            "leo the shy bear lives in a castle . one evening he buys a blue hat and sells the blue hat to rosa . "
+            "rosa hugs leo and he is proud ."
+        )
+        assert grammar.is_valid(story)
+
+
+class TestQuickstart:
+    def test_stories(self, tmp_path):
+        options = ["--max_steps", 12, "--num_samples", 4, "--batch_size", 8, "--hidden_size", 32, "--num_hidden_layers", 1]
+        result = run(EXAMPLES / "quickstart.py", *options, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        table = [line.split() for line in result.stdout.splitlines() if line.strip()[:2].strip().isdigit()]
+        assert [int(row[0]) for row in table[:6]] == [1, 2, 4, 8, 16, 64]
+        assert all(row[1].endswith("%") and row[2].endswith("%") for row in table[:6])
+        assert [row[0] for row in table[6:]] == list("12345678")  # a text forming
+        picture = (tmp_path / "outputs/quickstart/quickstart.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+        # The last lines are code that works as printed.
+        code = textwrap.dedent(result.stdout.split("without this package:\n")[1])
+        loaded = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+            env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+        )  # fmt: skip
+        assert loaded.returncode == 0, loaded.stderr
+        assert loaded.stdout.strip().startswith("['")
+
+    def test_own_texts(self, corpus, tmp_path):
+        options = ["--max_steps", 4, "--num_samples", 2, "--batch_size", 4, "--hidden_size", 32, "--num_hidden_layers", 1]
+        result = run(
+            EXAMPLES / "quickstart.py", "--train_file", corpus, "--vocab_size", 300, "--length", 24, *options, cwd=tmp_path
+        )
+        assert result.returncode == 0, result.stderr
+        assert "texts of 24 tokens over 300 words" in result.stdout
+
+
+class TestTrainFLM:
+    def arguments(self, corpus, output_dir, **overrides):
+        options = {
+            "train_file": str(corpus),
+            "train_tokenizer": "word",
+            "vocab_size": 100,
+            "block_size": 16,
+            "config_overrides": TINY,
+            "output_dir": str(output_dir),
+            "max_steps": 6,
+            "save_steps": 3,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "report_to": "none",
+            "use_cpu": True,
+            **overrides,
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+    @staticmethod
+    def flags(options):
+        return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+    def test_flags_then_resume_then_go_on_from_the_model(self, corpus, tmp_path):
+        options = self.arguments(corpus, tmp_path / "out")
+        result = run(EXAMPLES / "train_flm.py", *self.flags(options))
+        assert result.returncode == 0, result.stderr
+        output = tmp_path / "out"
+        names = {path.name for path in output.iterdir()}
+        assert {"model.safetensors", "tokenizer.json", "train_results.json", "eval_results.json", "checkpoint-6"} <= names
+        assert json.loads((output / "config.json").read_text())["max_position_embeddings"] == 16
+        assert json.loads((output / "generation_config.json").read_text())["bos_token_id"] == 1
+        losses = [row["loss"] for row in self.log(output / "checkpoint-6") if "loss" in row]
+
+        result = run(EXAMPLES / "train_flm.py", *self.flags({**options, "resume_from_checkpoint": output / "checkpoint-3"}))
+        assert result.returncode == 0, result.stderr
+        assert [row["loss"] for row in self.log(output / "checkpoint-6") if "loss" in row] == losses
+
+        more = self.arguments(corpus, tmp_path / "more", config_overrides=None, train_tokenizer=None, block_size=None)
+        result = run(EXAMPLES / "train_flm.py", *self.flags({**more, "model_name_or_path": output, "max_steps": 1}))
+        assert result.returncode == 0, result.stderr
+        assert "texts of 16 tokens" in result.stderr
+
+    @staticmethod
+    def log(checkpoint):
+        return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+
+    def test_yaml_file_with_flags_over_it_and_a_stream(self, corpus, tmp_path):
+        options = self.arguments(corpus, tmp_path / "out", validation_file=str(corpus), streaming=True, train_tokenizer="bpe", vocab_size=280)  # fmt: skip
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+        result = run(EXAMPLES / "train_flm.py", tmp_path / "config.yaml", "--max_steps", 2, "--save_steps", 2)
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / "out" / "checkpoint-2").is_dir() and not (tmp_path / "out" / "checkpoint-3").exists()
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 280
+
+    def test_under_accelerate_launch(self, corpus, tmp_path):
+        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        options = self.arguments(corpus, tmp_path / "two", per_device_train_batch_size=2, vocab_size=60)
+        result = run(EXAMPLES / "train_flm.py", *self.flags(options), launcher=launcher)
+        assert result.returncode == 0, result.stderr
+        one = self.arguments(corpus, tmp_path / "one", per_device_train_batch_size=4, vocab_size=60)
+        assert run(EXAMPLES / "train_flm.py", *self.flags(one)).returncode == 0
+        losses = [
+            [row["loss"] for row in self.log(tmp_path / name / "checkpoint-6") if "loss" in row] for name in ("one", "two")
+        ]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+    @pytest.mark.parametrize(
+        "overrides, message",
+        [
+            ({"train_tokenizer": None}, "Pass --tokenizer_name, --train_tokenizer or --model_name_or_path"),
+            ({"config_overrides": "hiden_size=3"}, "FLMConfig has no hiden_size"),
+            ({"train_file": None}, "either `dataset_name` or `train_file`"),
+            ({"block_size": 5000}, "too few tokens for a single block"),
+        ],
+    )
+    def test_mistakes_are_explained(self, corpus, tmp_path, overrides, message):
+        result = run(EXAMPLES / "train_flm.py", *self.flags(self.arguments(corpus, tmp_path, **overrides)))
+        assert result.returncode != 0 and message in result.stderr
