@@ -15,20 +15,21 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .configuration_flm import FLMConfig
+from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, FLMGenerationOutput
-from .modeling_flm import FLMModel, FLMOutput
+from .modeling_flm import FLMModel, FLMOutput, FMLMModel, FMLMTwoNetworkModel
 from .time_reparameterization import ReparameterizedTime
 
 
 __version__ = "0.1.0.dev0"
 
-# With this package imported, the auto classes load its models from their configuration alone ...
-AutoConfig.register(FLMConfig.model_type, FLMConfig)
-AutoModel.register(FLMConfig, FLMModel)
-# ... and everything that is saved carries the code to be loaded without the package, with `trust_remote_code=True`.
-FLMConfig.register_for_auto_class()
-FLMModel.register_for_auto_class("AutoModel")
+for _config, _model in ((FLMConfig, FLMModel), (FMLMConfig, FMLMModel), (FMLMTwoNetworkConfig, FMLMTwoNetworkModel)):
+    # With this package imported, the auto classes load its models from their configuration alone ...
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    # ... and everything that is saved carries the code to be loaded without the package, with `trust_remote_code=True`.
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModel")
 
 __all__ = [
     "FLMConfig",
@@ -37,5 +38,9 @@ __all__ = [
     "FLMGenerationOutput",
     "FLMModel",
     "FLMOutput",
+    "FMLMConfig",
+    "FMLMModel",
+    "FMLMTwoNetworkConfig",
+    "FMLMTwoNetworkModel",
     "ReparameterizedTime",
 ]

@@ -110,4 +110,29 @@ class FLMConfig(PreTrainedConfig):
             raise ValueError("`tie_word_embeddings` must be `False`: the head is not the transposed embedding.")
 
 
-__all__ = ["FLMConfig"]
+@strict
+class FMLMConfig(FLMConfig):
+    r"""
+    Configuration of an [`FMLMModel`], a flow map language model: an [`FLMConfig`] and what follows.
+
+    Args:
+        learned_loss_weighting (`bool`, *optional*, defaults to `False`):
+            Whether the model has a small network \\(w(s)\\) that training uses to balance the losses of different
+            times, `exp(-w) * loss + w`. Generation does not need it.
+    """
+
+    model_type = "fmlm"
+
+    learned_loss_weighting: bool = False
+
+
+@strict
+class FMLMTwoNetworkConfig(FMLMConfig):
+    r"""
+    Configuration of an [`FMLMTwoNetworkModel`]: the sizes of both of its networks, as in [`FMLMConfig`].
+    """
+
+    model_type = "fmlm_two_network"
+
+
+__all__ = ["FLMConfig", "FMLMConfig", "FMLMTwoNetworkConfig"]

@@ -14,7 +14,7 @@
 """Flow-based language models."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_flm import FLMConfig
+from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .flow import interpolate, noise_factors, noise_size
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin
 from .time_reparameterization import ReparameterizedTime
@@ -41,19 +41,22 @@ CHUNK_TOKENS = 1024
 @dataclass
 class FLMOutput(ModelOutput):
     """
-    Output of [`FLMModel`].
+    Output of [`FLMModel`], [`FMLMModel`] and [`FMLMTwoNetworkModel`].
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
             The cross-entropy of the denoiser to the clean tokens, in nats per token.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            The unnormalized log-probabilities of the clean tokens: `softmax(logits)` is the denoiser `D_t`.
+            The unnormalized log-probabilities of the clean tokens: `softmax(logits)` is the denoiser `D_t` or the
+            two-time denoiser. For [`FMLMTwoNetworkModel`], the two-time denoiser itself.
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             The input of the head, after the final modulated normalization.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True`):
             The states of shape `(batch_size, sequence_length, hidden_size)` that enter each block, and the last one.
         attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
             The attention weights of shape `(batch_size, num_heads, sequence_length, sequence_length)` of each block.
+        log_weight (`torch.FloatTensor` of shape `(batch_size,)`, *optional*, returned with `config.learned_loss_weighting`):
+            The learned logarithm of the weight of the loss at the time of each sequence.
     """
 
     loss: torch.FloatTensor | None = None
@@ -61,6 +64,7 @@ class FLMOutput(ModelOutput):
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    log_weight: torch.FloatTensor | None = None
 
 
 class FLMLayerNorm(nn.Module):
@@ -90,6 +94,19 @@ class FLMTimeEmbedding(nn.Module):
         angles = times.float()[:, None] * frequencies
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.linear_2(F.silu(self.linear_1(sinusoids.to(self.linear_1.weight.dtype))))
+
+
+class FLMLossWeighting(nn.Module):
+    """The learned logarithm of the weight of the loss, of shape `(batch_size,)`, at times of this shape."""
+
+    def __init__(self, config: FMLMConfig):
+        super().__init__()
+        self.time_embedding = FLMTimeEmbedding(config)
+        self.linear_1 = nn.Linear(config.conditioning_size, 128)
+        self.linear_2 = nn.Linear(128, 1)
+
+    def forward(self, times: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.silu(self.linear_1(self.time_embedding(times)))).squeeze(-1)
 
 
 class FLMModulation(nn.Linear):
@@ -230,14 +247,17 @@ class FLMLayer(GradientCheckpointingLayer):
 
 
 class FLMPreTrainedModel(PreTrainedModel):
-    """Weight initialization and what the backbone supports."""
+    """
+    What flow-based language models have in common: weight initialization, what the backbone supports, states, and a
+    `forward` and a `denoise` in terms of three methods of the concrete model, `embeddings`, `encode` and `predict`.
+    """
 
     config: FLMConfig
     generation_config_class = FLMGenerationConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _no_split_modules = ["FLMLayer"]
-    _keep_in_fp32_modules_strict = ["lm_head", "norm", "norm1", "norm2", "time_embedding"]
+    _keep_in_fp32_modules_strict = ["lm_head", "norm", "norm1", "norm2", "time_embedding", "target_time_embedding"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -271,54 +291,18 @@ class FLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, FLMLayerNorm):
             init.ones_(module.weight)
 
-
-class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
-    r"""
-    A flow-based language model: a diffusion transformer \\(D_t(x)\\) that is shown a noised text and predicts, for every
-    position at once, the distribution of the clean token. [`~FLMModel.generate`] follows the flow of this denoiser from
-    noise to text.
-
-    Beyond its configuration, samplers and trainers use three things of it: `state_embedding`, the embedding in whose
-    space states live; `time`, the map between `tau` and `t`; and `denoise`, which gives \\(\delta_{s,t}\\).
-
-    Args:
-        config ([`FLMConfig`]): The configuration. The weights are initialized at random; use
-            [`~PreTrainedModel.from_pretrained`] to load trained ones.
-    """
-
-    def __init__(self, config: FLMConfig):
-        super().__init__(config)
-        self.time = ReparameterizedTime(config.vocab_size)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.time_embedding = FLMTimeEmbedding(config)
-        self.layers = nn.ModuleList([FLMLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.modulation = FLMModulation(config, num_chunks=2)
-        self.lm_head = FLMHead(config.hidden_size, config.vocab_size)
-        self.post_init()
+    # What a concrete model defines
 
     @property
-    def state_embedding(self) -> torch.Tensor:
-        """`torch.Tensor` of shape `(vocab_size, hidden_size)`: the embedding E in the states `x @ E`."""
-        # Through the module, not its weight: a weight that `device_map` offloads is there only during the call, for which
-        # the arguments are moved.
-        device = self.embed_tokens.weight.device
-        tokens = torch.arange(self.config.vocab_size, device="cpu" if device.type == "meta" else device)
-        return self.embed_tokens(tokens)
-
-    def _add_noise(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The noised state, in float32 also under autocast, and differentiable in the embedding through both terms."""
-        expected = (*clean.shape[:2], noise_size(self.embed_tokens.weight))
-        if noise.shape != expected:
-            raise ValueError(f"`noise` must have shape {expected}, got {tuple(noise.shape)}.")
-        with torch.autocast(clean.device.type, enabled=False):
-            (factor,) = noise_factors(self.embed_tokens.weight)
-            return interpolate(noise.to(factor.dtype) @ factor, clean, t)
+    def embeddings(self) -> list[nn.Embedding]:
+        """The token embedding of each of the model's networks."""
+        raise NotImplementedError
 
     def encode(
         self,
         state: torch.Tensor,
         timesteps: torch.Tensor,
+        target_timesteps: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
@@ -326,35 +310,72 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
         The backbone: everything before the head.
 
         Args:
-            state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Noised states.
+            state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): Noised states.
             timesteps (`torch.Tensor` of shape `(batch_size,)`): The times `tau` of the states.
+            target_timesteps (`torch.Tensor` of shape `(batch_size,)`, *optional*): The times to go to, for flow maps.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real positions.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`: the input of the head, in float32.
+            `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`: the input of the head, in float32.
         """
-        config = self.config
-        conditioning = F.silu(self.time_embedding(timesteps))
-        hidden_states = state.to(self.embed_tokens.weight.dtype)
-        attention_mask = create_bidirectional_mask(
-            config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
-        position_embeddings = rotary_embedding(
-            length=state.shape[1],
-            head_dim=config.hidden_size // config.num_attention_heads,
-            theta=config.rope_parameters["rope_theta"],
-            device=state.device,
-        )
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                conditioning,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                **kwargs,
-            )
-        shift, scale = self.modulation(conditioning)
-        return modulate(self.norm(hidden_states), shift, scale)
+        raise NotImplementedError
+
+    def predict(
+        self,
+        hidden_states: torch.Tensor,
+        timesteps: torch.Tensor,
+        target_timesteps: torch.Tensor | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+    ) -> torch.Tensor:
+        """
+        The head: what `forward` returns as logits, for any stretch of positions of what `encode` returned.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`, in float32.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def delta(logits: torch.Tensor) -> torch.Tensor:
+        r"""The two-time denoiser \\(\delta_{s,t}\\), from what `predict` returned."""
+        return logits.softmax(dim=-1)
+
+    # What follows from it
+
+    @property
+    def state_embedding(self) -> torch.Tensor:
+        """`torch.Tensor` of shape `(vocab_size, embedding_size)`: the embedding E in the states `x @ E`."""
+        embedded = []
+        for embedding in self.embeddings:
+            # Through the module, not its weight: a weight that `device_map` offloads is there only during the call, for
+            # which the arguments are moved.
+            device = embedding.weight.device
+            tokens = torch.arange(self.config.vocab_size, device="cpu" if device.type == "meta" else device)
+            embedded.append(embedding(tokens))
+        return embedded[0] if len(embedded) == 1 else torch.cat(embedded, dim=1)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings[0]
+
+    def _make_state(
+        self,
+        input_ids: torch.Tensor,
+        noise: torch.Tensor | None,
+        t: torch.Tensor | None,
+        companion_embeddings: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """The state of clean tokens, noised if there is noise, in float32 also under autocast, and differentiable."""
+        clean = torch.cat([embedding(input_ids) for embedding in self.embeddings], dim=-1)
+        if noise is None:
+            return clean
+        weights = [embedding.weight for embedding in self.embeddings]
+        expected = (*input_ids.shape, noise_size(*weights, *companion_embeddings))
+        if noise.shape != expected:
+            raise ValueError(f"`noise` must have shape {expected}, got {tuple(noise.shape)}.")
+        with torch.autocast(clean.device.type, enabled=False):
+            factors = noise_factors(*weights, *companion_embeddings)[: len(weights)]
+            factor = torch.cat(factors, dim=1)
+            return interpolate(noise.to(factor.dtype) @ factor, clean, t)
 
     def denoise(
         self,
@@ -365,11 +386,11 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
         logits_processor: LogitsProcessorList | None = None,
     ) -> Iterator[torch.Tensor]:
         r"""
-        The two-time denoiser \\(\delta_{s,t}\\), here that of an Euler step, \\(D_s\\), which ignores `t`. It is given
-        one stretch of positions after the other, so that a caller need not hold it whole.
+        The two-time denoiser \\(\delta_{s,t}\\), given one stretch of positions after the other, so that a caller need
+        not hold it whole.
 
         Args:
-            state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The states at time `s`.
+            state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The states at time `s`.
             tau_s (`torch.Tensor` of shape `(batch_size,)`): The times of the states, reparameterized.
             tau_t (`torch.Tensor` of shape `(batch_size,)`): The times to go to, reparameterized.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real positions.
@@ -378,26 +399,28 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
                 an empty prefix.
 
         Yields:
-            `torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`: probabilities, in float32.
+            `torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`, in float32: probabilities of the clean
+            tokens, except for [`FMLMTwoNetworkModel`], whose correction may leave the simplex.
         """
-        hidden_states = self.encode(state, tau_s, attention_mask)
+        hidden_states = self.encode(state, tau_s, tau_t, attention_mask)
         for chunk in hidden_states.split(max(1, CHUNK_TOKENS // state.shape[0]), dim=1):
-            logits = self.lm_head(chunk)
-            if logits_processor:
-                scores = logits.flatten(0, 1)
-                prefix = torch.empty((scores.shape[0], 0), dtype=torch.long, device=scores.device)
-                logits = logits_processor(prefix, scores).view_as(logits)
-            yield logits.softmax(dim=-1)
+            yield self.delta(self.predict(chunk, tau_s, tau_t, logits_processor))
+
+    def loss_weight(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        """The learned log-weight of the loss, for models that have one."""
+        return None
 
     @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         timesteps: torch.FloatTensor | None = None,
+        target_timesteps: torch.FloatTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         noise: torch.FloatTensor | None = None,
         t: torch.FloatTensor | None = None,
+        companion_embeddings: Sequence[torch.FloatTensor] = (),
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -411,15 +434,19 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
                 Clean tokens.
             timesteps (`torch.FloatTensor` of shape `(batch_size,)`):
                 The reparameterized time `tau` in [0, 1] of each sequence: 0 is noise, 1 is text.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+            target_timesteps (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
+                The reparameterized time to go to, at least `timesteps`. Flow maps need it, an FLM ignores it.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
                 States `x @ E`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for positions that are attended to, 0 for padding.
             noise (`torch.FloatTensor` of shape `(batch_size, sequence_length, noise_size)`, *optional*):
-                Standard normal variables. `noise_size` is `min(vocab_size, hidden_size)`, see
-                [`~flow.noise_factors`]. Needs `input_ids` and `t`.
+                Standard normal variables. For one network without companions `noise_size` is
+                `min(vocab_size, hidden_size)`, see [`~flow.noise_size`]. Needs `input_ids` and `t`.
             t (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
                 The interpolant time of each sequence, `model.time.tau_to_t(timesteps)`. Needs `noise`.
+            companion_embeddings (`Sequence[torch.FloatTensor]`, *optional*):
+                Embeddings, of shape `(vocab_size, their_size)`, of other networks that are to see the same noise.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Clean tokens to compute the loss against; positions with -100 do not count.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
@@ -445,29 +472,226 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either `input_ids` (clean tokens) or `inputs_embeds` (states), and not both.")
-        if timesteps is None:
-            raise ValueError("Pass `timesteps`, the reparameterized time tau in [0, 1] of each sequence.")
         batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
-        if timesteps.shape != (batch_size,):
-            raise ValueError(
-                f"`timesteps` must have shape ({batch_size},), one time per sequence, got {tuple(timesteps.shape)}."
-            )
+        for name, times in (("timesteps", timesteps), ("target_timesteps", target_timesteps)):
+            if times is None and name == "timesteps":
+                raise ValueError("Pass `timesteps`, the reparameterized time tau in [0, 1] of each sequence.")
+            if times is not None and times.shape != (batch_size,):
+                raise ValueError(
+                    f"`{name}` must have shape ({batch_size},), one time per sequence, got {tuple(times.shape)}."
+                )
         if (noise is None) != (t is None) or (noise is not None and input_ids is None):
             raise ValueError("`noise` and `t` go together, and with `input_ids`: they noise the clean tokens.")
 
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-            if noise is not None:
-                inputs_embeds = self._add_noise(inputs_embeds, noise, t)
-
-        hidden_states = self.encode(inputs_embeds, timesteps, attention_mask, **kwargs)
-        logits = self.lm_head(hidden_states)
+            inputs_embeds = self._make_state(input_ids, noise, t, companion_embeddings)
+        hidden_states = self.encode(inputs_embeds, timesteps, target_timesteps, attention_mask, **kwargs)
+        logits = self.predict(hidden_states, timesteps, target_timesteps)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten(), reduction="sum")
             count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
             loss = loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
-        return FLMOutput(loss=loss, logits=logits, last_hidden_state=hidden_states)
+        return FLMOutput(
+            loss=loss, logits=logits, last_hidden_state=hidden_states, log_weight=self.loss_weight(timesteps)
+        )
 
 
-__all__ = ["FLMModel", "FLMPreTrainedModel"]
+class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
+    r"""
+    A flow-based language model: a diffusion transformer \\(D_t(x)\\) that is shown a noised text and predicts, for every
+    position at once, the distribution of the clean token. [`~FLMModel.generate`] follows the flow of this denoiser from
+    noise to text.
+
+    Args:
+        config ([`FLMConfig`]): The configuration. The weights are initialized at random; use
+            [`~PreTrainedModel.from_pretrained`] to load trained ones.
+    """
+
+    def __init__(self, config: FLMConfig):
+        super().__init__(config)
+        self.time = ReparameterizedTime(config.vocab_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.time_embedding = FLMTimeEmbedding(config)
+        self.layers = nn.ModuleList([FLMLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.modulation = FLMModulation(config, num_chunks=2)
+        self.lm_head = FLMHead(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @property
+    def embeddings(self) -> list[nn.Embedding]:
+        return [self.embed_tokens]
+
+    def embed_times(self, timesteps: torch.Tensor, target_timesteps: torch.Tensor | None) -> torch.Tensor:
+        """The time embedding, of shape `(batch_size, conditioning_size)`. An Euler step does not depend on its length."""
+        return self.time_embedding(timesteps)
+
+    def encode(self, state, timesteps, target_timesteps=None, attention_mask=None, **kwargs):
+        config = self.config
+        conditioning = F.silu(self.embed_times(timesteps, target_timesteps))
+        hidden_states = state.to(self.embed_tokens.weight.dtype)
+        attention_mask = create_bidirectional_mask(
+            config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        position_embeddings = rotary_embedding(
+            length=state.shape[1],
+            head_dim=config.hidden_size // config.num_attention_heads,
+            theta=config.rope_parameters["rope_theta"],
+            device=state.device,
+        )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                conditioning,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+        shift, scale = self.modulation(conditioning)
+        return modulate(self.norm(hidden_states), shift, scale)
+
+    def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
+        logits = self.lm_head(hidden_states)
+        if logits_processor:
+            scores = logits.flatten(0, 1)
+            prefix = torch.empty((scores.shape[0], 0), dtype=torch.long, device=scores.device)
+            logits = logits_processor(prefix, scores).view_as(logits)
+        return logits
+
+
+class FMLMModel(FLMModel):
+    r"""
+    A flow map language model: one network \\(\delta_{s,t}(x)\\) with two time embeddings, which jumps from time `s` to
+    any later time `t` at once. [`~FMLMModel.generate`] takes a single step unless told otherwise.
+
+    Args:
+        config ([`FMLMConfig`]): The configuration. The weights are initialized at random; use
+            [`~FMLMModel.from_flm`] to start from an FLM, or [`~PreTrainedModel.from_pretrained`] to load trained ones.
+    """
+
+    config: FMLMConfig
+
+    def __init__(self, config: FMLMConfig):
+        super().__init__(config)
+        self.target_time_embedding = FLMTimeEmbedding(config)
+        self.loss_weighting = FLMLossWeighting(config) if config.learned_loss_weighting else None
+        self.generation_config.num_steps = 1
+        self.post_init()
+
+    @classmethod
+    def from_flm(cls, teacher: FLMModel, **config_overrides) -> "FMLMModel":
+        r"""
+        A flow map that starts from a trained FLM: its weights are copied, and as the last layer of the second time
+        embedding is zero, \\(\delta_{s,t}\\) is the teacher's \\(D_s\\) for every `t`.
+
+        Args:
+            teacher ([`FLMModel`]): The trained FLM.
+            config_overrides: Settings of [`FMLMConfig`] that differ from the teacher's, such as
+                `learned_loss_weighting` or `dropout`.
+
+        Returns:
+            [`FMLMModel`], on the device and in the dtype of the teacher.
+        """
+        model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
+        model.load_state_dict(teacher.state_dict(), strict=False)
+        nn.init.zeros_(model.target_time_embedding.linear_2.weight)
+        nn.init.zeros_(model.target_time_embedding.linear_2.bias)
+        return model.to(device=teacher.device, dtype=teacher.dtype)
+
+    def embed_times(self, timesteps, target_timesteps):
+        if target_timesteps is None:
+            raise ValueError("Pass `target_timesteps`, the reparameterized time that each sequence is to go to.")
+        return self.time_embedding(timesteps) + self.target_time_embedding(target_timesteps)
+
+    def loss_weight(self, timesteps):
+        return None if self.loss_weighting is None else self.loss_weighting(timesteps)
+
+
+class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
+    r"""
+    A flow map made of two networks, the first stage of the paper's distillation: a frozen flow \\(D_s\\), and a
+    correction network \\(g_{s,t}\\) with raw outputs,
+    \\(\delta_{s,t}(x) = D_s(x) + \tfrac12 (t-s)(1-s)\, g_{s,t}(x)\\).
+
+    Its state is the concatenation of the states of its networks, which see the same noise.
+
+    Args:
+        config ([`FMLMTwoNetworkConfig`]): The configuration of both networks.
+    """
+
+    config: FMLMTwoNetworkConfig
+
+    def __init__(self, config: FMLMTwoNetworkConfig):
+        super().__init__(config)
+        self.time = ReparameterizedTime(config.vocab_size)
+        self.flow = FLMModel(config).requires_grad_(False)
+        self.correction = FMLMModel(config)
+        self.generation_config.num_steps = 1
+        self.post_init()
+
+    @classmethod
+    def from_flm(cls, teacher: FLMModel, **config_overrides) -> "FMLMTwoNetworkModel":
+        """
+        The trained FLM as the flow, and a correction that has its weights but for a head of zeros, so that the model
+        starts as the teacher.
+
+        Args:
+            teacher ([`FLMModel`]): The trained FLM.
+            config_overrides: Settings of [`FMLMTwoNetworkConfig`] that differ from the teacher's.
+
+        Returns:
+            [`FMLMTwoNetworkModel`], on the device and in the dtype of the teacher.
+        """
+        model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
+        model.flow.load_state_dict(teacher.state_dict())
+        model.correction.load_state_dict(FMLMModel.from_flm(teacher).state_dict(), strict=False)
+        nn.init.zeros_(model.correction.lm_head.weight)
+        nn.init.zeros_(model.correction.lm_head.bias)
+        return model.to(device=teacher.device, dtype=teacher.dtype)
+
+    def train(self, mode: bool = True) -> "FMLMTwoNetworkModel":
+        super().train(mode)
+        self.flow.eval().requires_grad_(False)  # frozen, also after `from_pretrained`
+        return self
+
+    @property
+    def embeddings(self) -> list[nn.Embedding]:
+        return [self.flow.embed_tokens, self.correction.embed_tokens]
+
+    def encode(self, state, timesteps, target_timesteps=None, attention_mask=None, **kwargs):
+        flow_state, correction_state = state.chunk(2, dim=-1)
+        flow = self.flow.encode(flow_state, timesteps, None, attention_mask, **kwargs)
+        correction = self.correction.encode(correction_state, timesteps, target_timesteps, attention_mask, **kwargs)
+        return torch.cat([flow, correction.to(flow.device)], dim=-1)
+
+    def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
+        flow_states, correction_states = hidden_states.chunk(2, dim=-1)
+        logits = self.flow.predict(flow_states, timesteps, logits_processor=logits_processor)
+        correction = self.correction.predict(correction_states, timesteps).to(logits.device)
+        s, t = (self.time.tau_to_t(times.to(logits.device)) for times in (timesteps, target_timesteps))
+        scale = (0.5 * (t - s) * (1 - s))[:, None, None]
+        # What a processor ruled out stays so.
+        return logits.softmax(dim=-1) + scale * correction.masked_fill(logits == -torch.inf, 0.0)
+
+    @staticmethod
+    def delta(logits):
+        return logits
+
+    def loss_weight(self, timesteps):
+        return self.correction.loss_weight(timesteps)
+
+
+def flow_map_config(config_class: type[FMLMConfig], teacher: FLMModel, overrides: dict) -> FMLMConfig:
+    """The configuration of a flow map with the sizes, the tokens and the attention of its teacher."""
+    settings = {name: getattr(teacher.config, name) for name in FLMConfig().to_dict() if hasattr(teacher.config, name)}
+    for name in ("architectures", "auto_map", "dtype", "model_type", "transformers_version", "_name_or_path"):
+        settings.pop(name, None)
+    if unknown := sorted(overrides.keys() - config_class().to_dict().keys()):
+        raise ValueError(f"{config_class.__name__} has no setting {', '.join(unknown)}.")
+    config = config_class(**{**settings, **overrides})
+    config._attn_implementation = teacher.config._attn_implementation
+    return config
+
+
+__all__ = ["FLMModel", "FLMPreTrainedModel", "FMLMModel", "FMLMTwoNetworkModel"]

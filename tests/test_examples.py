@@ -81,7 +81,18 @@ class TestGrammar:
 
 class TestQuickstart:
     def test_stories(self, tmp_path):
-        options = ["--max_steps", 12, "--num_samples", 4, "--batch_size", 8, "--hidden_size", 32, "--num_hidden_layers", 1]
+        options = [
+            "--max_steps",
+            12,
+            "--num_samples",
+            4,
+            "--batch_size",
+            8,
+            "--hidden_size",
+            32,
+            "--num_hidden_layers",
+            1,
+        ]
         result = run(EXAMPLES / "quickstart.py", *options, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         table = [line.split() for line in result.stdout.splitlines() if line.strip()[:2].strip().isdigit()]
@@ -100,9 +111,28 @@ class TestQuickstart:
         assert loaded.stdout.strip().startswith("['")
 
     def test_own_texts(self, corpus, tmp_path):
-        options = ["--max_steps", 4, "--num_samples", 2, "--batch_size", 4, "--hidden_size", 32, "--num_hidden_layers", 1]
+        options = [
+            "--max_steps",
+            4,
+            "--num_samples",
+            2,
+            "--batch_size",
+            4,
+            "--hidden_size",
+            32,
+            "--num_hidden_layers",
+            1,
+        ]
         result = run(
-            EXAMPLES / "quickstart.py", "--train_file", corpus, "--vocab_size", 300, "--length", 24, *options, cwd=tmp_path
+            EXAMPLES / "quickstart.py",
+            "--train_file",
+            corpus,
+            "--vocab_size",
+            300,
+            "--length",
+            24,
+            *options,
+            cwd=tmp_path,
         )
         assert result.returncode == 0, result.stderr
         assert "texts of 24 tokens over 300 words" in result.stdout
@@ -137,12 +167,20 @@ class TestTrainFLM:
         assert result.returncode == 0, result.stderr
         output = tmp_path / "out"
         names = {path.name for path in output.iterdir()}
-        assert {"model.safetensors", "tokenizer.json", "train_results.json", "eval_results.json", "checkpoint-6"} <= names
+        assert {
+            "model.safetensors",
+            "tokenizer.json",
+            "train_results.json",
+            "eval_results.json",
+            "checkpoint-6",
+        } <= names
         assert json.loads((output / "config.json").read_text())["max_position_embeddings"] == 16
         assert json.loads((output / "generation_config.json").read_text())["bos_token_id"] == 1
         losses = [row["loss"] for row in self.log(output / "checkpoint-6") if "loss" in row]
 
-        result = run(EXAMPLES / "train_flm.py", *self.flags({**options, "resume_from_checkpoint": output / "checkpoint-3"}))
+        result = run(
+            EXAMPLES / "train_flm.py", *self.flags({**options, "resume_from_checkpoint": output / "checkpoint-3"})
+        )
         assert result.returncode == 0, result.stderr
         assert [row["loss"] for row in self.log(output / "checkpoint-6") if "loss" in row] == losses
 
@@ -172,7 +210,8 @@ class TestTrainFLM:
         one = self.arguments(corpus, tmp_path / "one", per_device_train_batch_size=4, vocab_size=60)
         assert run(EXAMPLES / "train_flm.py", *self.flags(one)).returncode == 0
         losses = [
-            [row["loss"] for row in self.log(tmp_path / name / "checkpoint-6") if "loss" in row] for name in ("one", "two")
+            [row["loss"] for row in self.log(tmp_path / name / "checkpoint-6") if "loss" in row]
+            for name in ("one", "two")
         ]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
