@@ -83,6 +83,23 @@ def semigroup_weight(s: torch.Tensor, u: torch.Tensor, t: torch.Tensor) -> torch
     return (1 - t) * (u - s) / ((1 - u) * (t - s))
 
 
+def project_to_simplex(x: torch.Tensor) -> torch.Tensor:
+    """
+    The nearest point of the probability simplex (sparsemax).
+
+    Args:
+        x (`torch.Tensor` of shape `(..., vocab_size)`): Any values.
+
+    Returns:
+        `torch.Tensor` of shape `(..., vocab_size)`: nonnegative values that sum to 1.
+    """
+    ordered = x.sort(dim=-1, descending=True).values
+    excess = ordered.cumsum(dim=-1) - 1
+    rank = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    support = (rank * ordered > excess).sum(dim=-1, keepdim=True)
+    return (x - excess.gather(-1, support - 1) / support).clamp(min=0)
+
+
 def noise_size(*embeddings: torch.Tensor) -> int:
     """
     The number of Gaussian variables per token that [`noise_factors`] expects.

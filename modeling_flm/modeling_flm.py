@@ -106,7 +106,7 @@ class FLMLossWeighting(nn.Module):
         self.linear_2 = nn.Linear(128, 1)
 
     def forward(self, times: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(F.silu(self.linear_1(self.time_embedding(times)))).squeeze(-1)
+        return self.linear_2(F.gelu(self.linear_1(self.time_embedding(times)))).squeeze(-1)
 
 
 class FLMModulation(nn.Linear):

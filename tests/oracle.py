@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from modeling_flm import FLMConfig, FLMModel
+from modeling_flm import FLMConfig, FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkConfig, FMLMTwoNetworkModel
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -60,6 +60,13 @@ def rename(name: str) -> str:
     for old, new in {
         "backbone.": "",
         "vocab_embed.embedding": "embed_tokens.weight",
+        "sigma_map_prime": "target_sigma_map",
+        "learnable_loss_weighting.s_embed.mlp.0": "loss_weighting.time_embedding.linear_1",
+        "learnable_loss_weighting.s_embed.mlp.2": "loss_weighting.time_embedding.linear_2",
+        "learnable_loss_weighting.mlp.0": "loss_weighting.linear_1",
+        "learnable_loss_weighting.mlp.2": "loss_weighting.linear_2",
+        "target_sigma_map.mlp.0": "target_time_embedding.linear_1",
+        "target_sigma_map.mlp.2": "target_time_embedding.linear_2",
         "sigma_map.mlp.0": "time_embedding.linear_1",
         "sigma_map.mlp.2": "time_embedding.linear_2",
         "blocks.": "layers.",
@@ -76,21 +83,44 @@ def rename(name: str) -> str:
     return name
 
 
-def flm() -> FLMModel:
-    """The published tiny FLM with its EMA weights."""
+def settings() -> dict:
+    """The sizes of the published tiny models, as settings of our configurations."""
     sizes = read_json("values_tiny.json")
-    config = FLMConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden_size"],
-        num_hidden_layers=sizes["num_blocks"],
-        num_attention_heads=sizes["num_heads"],
-        conditioning_size=sizes["cond_dim"],
-        max_position_embeddings=sizes["length"],
-        attn_logit_softcapping=sizes["softcap"],
-    )
-    model = FLMModel(config).eval()
-    checkpoint = load_checkpoint("flm_tiny.ckpt")
+    return {
+        "vocab_size": sizes["vocab_size"],
+        "hidden_size": sizes["hidden_size"],
+        "num_hidden_layers": sizes["num_blocks"],
+        "num_attention_heads": sizes["num_heads"],
+        "conditioning_size": sizes["cond_dim"],
+        "max_position_embeddings": sizes["length"],
+        "attn_logit_softcapping": sizes["softcap"],
+    }
+
+
+def ema_weights(name: str) -> dict[str, torch.Tensor]:
+    """The averaged weights of a published checkpoint, under the names of our models."""
+    checkpoint = load_checkpoint(name)
     parameters = [name for name in checkpoint["state_dict"] if "rotary" not in name]  # a buffer has no average
-    ema = dict(zip(map(rename, parameters), checkpoint["ema"]["shadow_params"], strict=True))
-    model.load_state_dict(ema)
+    return dict(zip(map(rename, parameters), checkpoint["ema"]["shadow_params"], strict=True))
+
+
+def flm() -> FLMModel:
+    """The published tiny FLM."""
+    model = FLMModel(FLMConfig(**settings())).eval()
+    model.load_state_dict(ema_weights("flm_tiny.ckpt"))
+    return model
+
+
+def fmlm() -> FMLMModel:
+    """The published tiny flow map of the second stage."""
+    model = FMLMModel(FMLMConfig(**settings(), learned_loss_weighting=True)).eval()
+    model.load_state_dict(ema_weights("fmlm_tiny.ckpt"))
+    return model
+
+
+def two_network_fmlm() -> FMLMTwoNetworkModel:
+    """The published tiny FLM with the correction network of the first stage."""
+    model = FMLMTwoNetworkModel(FMLMTwoNetworkConfig(**settings(), learned_loss_weighting=True)).eval()
+    model.flow.load_state_dict(ema_weights("flm_tiny.ckpt"))
+    model.correction.load_state_dict(ema_weights("fmlm_stage1_tiny.ckpt"))
     return model

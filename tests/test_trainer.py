@@ -15,7 +15,7 @@ from transformers import AutoModel, TrainerCallback
 
 from modeling_flm.flow import interpolate, noise_factors
 from trainers import EMACallback, FLMTrainer, FLMTrainingArguments, train_tokenizer
-from trainers.noise import draw_noise, evenly_spread_times, example_seed, stratified_times
+from trainers.noise import draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
 
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
@@ -29,24 +29,32 @@ def logged(trainer_or_log, name):
 
 class TestNoise:
     def test_one_time_in_each_stratum(self):
-        times = stratified_times(1000, 3, 0, 7)
-        assert torch.equal((times.sort().values * 1000).floor().long(), torch.arange(1000))
-        assert not torch.equal(times, times.sort().values)
-        assert torch.equal(times, stratified_times(1000, 3, 0, 7))
-        assert not torch.equal(times, stratified_times(1000, 3, 0, 8))
+        points = stratified_uniforms(1000, 3, 3, 0, 7)
+        for times in points.T:
+            assert torch.equal((times.sort().values * 1000).floor().long(), torch.arange(1000))
+            assert not torch.equal(times, times.sort().values)
+        assert torch.corrcoef(points.T).triu(1).abs().max() < 5 / 1000**0.5
+        assert torch.equal(points, stratified_uniforms(1000, 3, 3, 0, 7))
+        assert not torch.equal(points, stratified_uniforms(1000, 3, 3, 0, 8))
 
     def test_times_are_uniform_within_their_stratum(self):
-        times = torch.stack([stratified_times(4, 0, step) for step in range(5000)])
+        times = torch.stack([stratified_uniforms(4, 1, 0, step)[:, 0] for step in range(5000)])
         inside = (times * 4) % 1
         assert abs(inside.mean() - 0.5) < 5 * (1 / 12 / inside.numel()) ** 0.5
         assert abs(times[:, 0].mean() - 0.5) < 5 * (1 / 12 / 5000) ** 0.5  # so is each position over all strata
 
     def test_evaluation_times_spread_evenly_over_any_stretch(self):
-        times = evenly_spread_times(0, 1000)
-        assert torch.equal(evenly_spread_times(400, 100), times[400:500])
+        times = evenly_spread_uniforms(0, 1000, 1)[:, 0]
+        assert torch.equal(evenly_spread_uniforms(400, 100, 1)[:, 0], times[400:500])
         for stretch in (times[:50], times[313:363], times):
             gaps = stretch.sort().values.diff()
             assert gaps.max() < 3 / len(stretch)
+
+    def test_evaluation_points_fill_the_square(self):
+        points = evenly_spread_uniforms(0, 400, 2)
+        cells = (points * 10).floor().long()
+        counts = torch.bincount(cells[:, 0] * 10 + cells[:, 1], minlength=100)
+        assert counts.min() >= 2 and counts.max() <= 6  # 4 on average
 
     def test_noise_of_an_example_depends_on_its_seed_alone(self):
         seeds = [example_seed(0, 1, position) for position in range(6)]

@@ -17,6 +17,8 @@ from .callbacks import EMACallback, SampleCallback
 from .data import DataCollatorForFLM, add_special_tokens, load_texts, pack_dataset, pack_tokens, train_tokenizer
 from .flm_config import FLMTrainingArguments
 from .flm_trainer import FLMTrainer
+from .fmlm_config import PRESETS, FMLMTrainingArguments
+from .fmlm_trainer import FMLMTrainer
 
 
 __all__ = [
@@ -24,6 +26,9 @@ __all__ = [
     "EMACallback",
     "FLMTrainer",
     "FLMTrainingArguments",
+    "FMLMTrainer",
+    "FMLMTrainingArguments",
+    "PRESETS",
     "SampleCallback",
     "add_special_tokens",
     "load_texts",

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,7 +32,7 @@ from modeling_flm.time_reparameterization import ReparameterizedTime
 from .callbacks import EMACallback, SampleCallback
 from .data import DataCollatorForFLM
 from .flm_config import FLMTrainingArguments
-from .noise import draw_noise, evenly_spread_times, example_seed, stratified_times
+from .noise import draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
 
 
 logger = logging.get_logger(__name__)
@@ -137,30 +138,40 @@ class FLMTrainer(Trainer):
 
     # Times and noise
 
+    num_uniforms = 1
+
     def _set_signature_columns_if_needed(self):
         # What else `forward` takes is made here, and a column of the dataset must not stand in for it.
         self._signature_columns = ["input_ids", "attention_mask", "labels"]
+
+    def _draw_times(self, uniforms: torch.Tensor, positions: range) -> dict[str, Any]:
+        """The times of the examples at `positions` of a global batch, from `num_uniforms` uniform variables of each."""
+        return {"timesteps": uniforms[:, 0]}
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of the next optimizer step, each with the times and the noise seeds of its examples."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_processes, batch_size = self.accelerator.num_processes, self._train_batch_size
         key = (self.args.seed, _TRAIN, self.state.global_step)
-        times = stratified_times(len(batches) * num_processes * batch_size, *key)
+        uniforms = stratified_uniforms(len(batches) * num_processes * batch_size, self.num_uniforms, *key)
         for index, batch in enumerate(batches):
             # The global batch in the order in which the processes are handed their shares of it.
             first = (index * num_processes + self.accelerator.process_index) * batch_size
             positions = range(first, first + len(batch["input_ids"]))
-            batch["timesteps"] = times[positions.start : positions.stop]
+            batch.update(self._draw_times(uniforms[positions.start : positions.stop], positions))
             batch["noise_seeds"] = [example_seed(*key, position) for position in positions]
         return batches, num_items_in_batch
+
+    def _noised_embeddings(self) -> list[torch.Tensor]:
+        """The embeddings of all networks that are to see the same noise, those of the model first."""
+        return [embedding.weight.detach() for embedding in self.model.embeddings]
 
     def _add_noise(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Replaces the seeds in a batch by what `forward` needs to noise its tokens."""
         inputs = self._prepare_inputs(inputs)
         seeds = inputs.pop("noise_seeds")
         input_ids = inputs["input_ids"]
-        size = noise_size(self.model.get_input_embeddings().weight)
+        size = noise_size(*self._noised_embeddings())
         inputs["noise"] = draw_noise(seeds, input_ids.shape[1], size, device=input_ids.device)
         inputs["t"] = self.time.tau_to_t(inputs["timesteps"])
         return inputs
@@ -187,7 +198,8 @@ class FLMTrainer(Trainer):
         first = (self._eval_step * num_processes + self.accelerator.process_index) * batch_size
         self._eval_step += 1
         positions = range(first, first + len(inputs["input_ids"]))
-        inputs["timesteps"] = evenly_spread_times(positions.start, len(positions))
+        uniforms = evenly_spread_uniforms(positions.start, len(positions), self.num_uniforms)
+        inputs.update(self._draw_times(uniforms, positions))
         inputs["noise_seeds"] = [example_seed(self.args.seed, _EVAL, position) for position in positions]
         dataset = self.callback_handler.eval_dataloader.dataset
         if has_length(dataset):

@@ -24,34 +24,42 @@ import numpy as np
 import torch
 
 
-def stratified_times(num_times: int, *key: int) -> torch.FloatTensor:
+# Rounding to float32 must not reach 1: as a time, 1 has no noise left.
+_BELOW_ONE = 1 - 2**-24
+
+
+def stratified_uniforms(num_points: int, num_dimensions: int, *key: int) -> torch.FloatTensor:
     """
-    Uniform random times in [0, 1), one in each of `num_times` equal intervals, in random order.
+    Uniform random points in [0, 1)^d that are stratified in every coordinate (a Latin hypercube): each of `num_points`
+    equal intervals has one, in random order.
 
     Args:
-        num_times (`int`): The number of times.
-        key (`int`): What the times are a function of.
+        num_points (`int`): The number of points.
+        num_dimensions (`int`): The number of coordinates, d.
+        key (`int`): What the points are a function of.
 
     Returns:
-        `torch.FloatTensor` of shape `(num_times,)`, on the CPU.
+        `torch.FloatTensor` of shape `(num_points, num_dimensions)`, on the CPU.
     """
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
-    times = (generator.permutation(num_times) + generator.random(num_times)) / num_times
-    # Rounding to float32 must not reach 1, where there is no noise left.
-    return torch.from_numpy(times).float().clamp(max=1 - 2**-24)
+    columns = [generator.permutation(num_points) + generator.random(num_points) for _ in range(num_dimensions)]
+    return torch.from_numpy(np.stack(columns, axis=1) / num_points).float().clamp(max=_BELOW_ONE)
 
 
-def evenly_spread_times(first: int, num_times: int) -> torch.FloatTensor:
+def evenly_spread_uniforms(first: int, num_points: int, num_dimensions: int) -> torch.FloatTensor:
     """
-    Terms `first` to `first + num_times - 1` of a fixed sequence (of Kronecker, with the golden ratio) that fills [0, 1)
-    evenly whichever stretch of it is taken.
+    Points `first` to `first + num_points - 1` of a fixed sequence that fills [0, 1)^d evenly whichever stretch of it is
+    taken: that of Kronecker with powers of the generalized golden ratio.
 
     Returns:
-        `torch.FloatTensor` of shape `(num_times,)`, on the CPU.
+        `torch.FloatTensor` of shape `(num_points, num_dimensions)`, on the CPU.
     """
-    golden_ratio = (5**0.5 - 1) / 2
-    index = torch.arange(first, first + num_times, dtype=torch.float64)
-    return ((index + 0.5) * golden_ratio % 1).float().clamp(max=1 - 2**-24)
+    ratio = 1.5
+    for _ in range(50):  # the root of x^(d + 1) = x + 1
+        ratio = (1 + ratio) ** (1 / (num_dimensions + 1))
+    steps = ratio ** -torch.arange(1, num_dimensions + 1, dtype=torch.float64)
+    index = torch.arange(first, first + num_points, dtype=torch.float64)
+    return ((index[:, None] + 0.5) * steps % 1).float().clamp(max=_BELOW_ONE)
 
 
 def example_seed(*key: int) -> int:
