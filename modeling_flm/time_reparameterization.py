@@ -13,8 +13,6 @@
 # limitations under the License.
 """Reparameterized time: `tau`, the probability that a noised token can still be told, against the interpolant time `t`."""
 
-from functools import lru_cache
-
 import torch
 
 
@@ -36,8 +34,10 @@ def _hermite(x: torch.Tensor, knots: torch.Tensor, values: torch.Tensor, slopes:
     return values[left] + u * rise + u * (1 - u) * correction
 
 
-@lru_cache(maxsize=64)
-def _table(vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+_TABLES: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+
+def _build_table(vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Knots `a`, `tau(a)` and `dtau/da` on `device`, in float64 (float32 where the device has no float64).
 
@@ -101,7 +101,10 @@ class ReparameterizedTime:
     def _prepare(self, name: str, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not torch.is_floating_point(value):
             raise TypeError(f"`{name}` must be a floating point tensor, got {value.dtype}.")
-        a, tau, slope = _table(self.vocab_size, value.device)
+        key = (self.vocab_size, value.device)
+        if key not in _TABLES:
+            _TABLES[key] = _build_table(*key)
+        a, tau, slope = _TABLES[key]
         return value.to(a.dtype).clamp(0, 1), a, tau, slope
 
     def tau_to_t(self, tau: torch.Tensor) -> torch.Tensor:

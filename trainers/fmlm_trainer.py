@@ -198,7 +198,7 @@ class FMLMTrainer(FLMTrainer):
         for network in networks:
             factor = torch.cat([next(factors) for _ in network.embeddings], dim=1)
             clean = torch.cat([embedding(inputs["input_ids"]) for embedding in network.embeddings], dim=-1)
-            states.append(interpolate(inputs["noise"] @ factor, clean, inputs["t"]))
+            states.append(interpolate(inputs["noise"] @ factor.to(inputs["noise"]), clean, inputs["t"]))
         return states
 
     # Targets

@@ -4,14 +4,16 @@ import json
 import sys
 from pathlib import Path
 
-import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch  # noqa: E402
 from datasets import Dataset
 
 from modeling_flm import FLMConfig, FLMModel
-from trainers import FLMTrainer, FLMTrainingArguments
+from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer
 
 
-class RecordingTrainer(FLMTrainer):
+class Recording:
     """Keeps the tokens, times and noise of every training example."""
 
     seen = []
@@ -23,6 +25,14 @@ class RecordingTrainer(FLMTrainer):
                 step = self.state.global_step
                 self.seen.append([step, row[0].tolist(), row[1].item(), row[2].sum().item()])
         return inputs
+
+
+class RecordingTrainer(Recording, FLMTrainer):
+    pass
+
+
+class RecordingDistillation(Recording, FMLMTrainer):
+    pass
 
 
 def build(
@@ -69,7 +79,12 @@ def build(
 
 if __name__ == "__main__":
     output_dir, options = sys.argv[1], json.loads(sys.argv[2])
-    trainer = build(output_dir, trainer_class=RecordingTrainer, **options)
+    if options.pop("distill", False):
+        from test_fmlm import distillation
+
+        trainer = distillation(output_dir, trainer_class=RecordingDistillation, **options)
+    else:
+        trainer = build(output_dir, trainer_class=RecordingTrainer, **options)
     trainer.train()
     trainer.save_model()
     result = {"seen": trainer.seen, "log": trainer.state.log_history}

@@ -1,0 +1,524 @@
+"""Flow maps: the models, the targets against published values and an exact solution, training."""
+
+import json
+import math
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build_flm
+from datasets import Dataset
+from test_trainer import TestProcesses, logged
+from train_tiny import build
+from transformers import AutoModel
+
+from modeling_flm import FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkConfig, FMLMTwoNetworkModel
+from modeling_flm.flow import flow_map, project_to_simplex
+from trainers import PRESETS, FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+from trainers.fmlm_trainer import divergence
+
+
+def relative_error(value, expected):
+    return ((value - expected).abs().max() / expected.abs().max()).item()
+
+
+def build_trainer(path, model, teacher=None, **options) -> FMLMTrainer:
+    args = FMLMTrainingArguments(path, use_cpu=True, report_to=[], disable_tqdm=True, **options)
+    return FMLMTrainer(model, args, teacher=teacher)
+
+
+def build_batch(trainer, input_ids, noise, tau_s, tau_t, tau_u=None, **rows):
+    return {
+        "input_ids": input_ids,
+        "labels": input_ids,
+        "noise": noise,
+        "t": trainer.time.tau_to_t(tau_s),
+        "timesteps": tau_s,
+        "target_timesteps": tau_t,
+        "intermediate_timesteps": (tau_s + tau_t) / 2 if tau_u is None else tau_u,
+        "rows": rows or {"off_diagonal": list(range(len(input_ids)))},
+    }
+
+
+class TestModels:
+    @pytest.mark.parametrize("model_class", [FMLMModel, FMLMTwoNetworkModel])
+    def test_starts_as_its_teacher(self, flm, model_class):
+        model = model_class.from_flm(flm).eval()
+        tau_s, tau_t = torch.tensor([0.1, 0.5, 0.7]), torch.tensor([0.1, 0.9, 1.0])
+        input_ids = torch.randint(53, (3, 12))
+        delta = model.delta(model(input_ids, tau_s, tau_t).logits)
+        assert torch.equal(delta, flm(input_ids, tau_s).logits.softmax(-1))
+        prior = torch.randn(3, 12, 53)
+        expected = flm.generate(prior_state=prior, num_steps=3)
+        assert torch.equal(model.generate(prior_state=prior, num_steps=3), expected)
+
+    def test_copies_what_the_teacher_is(self, flm):
+        flm.config.eos_token_id = 2
+        student = FMLMModel.from_flm(flm, dropout=0.0, learned_loss_weighting=True)
+        assert student.config.model_type == "fmlm" and student.config.eos_token_id == 2
+        assert student.config.dropout == 0.0 and student.config.hidden_size == 32
+        assert student.embed_tokens.weight.data_ptr() != flm.embed_tokens.weight.data_ptr()
+        assert not student.target_time_embedding.linear_2.weight.any()
+        assert student.target_time_embedding.linear_1.weight.any()
+        with pytest.raises(ValueError, match="FMLMConfig has no setting dorpout"):
+            FMLMModel.from_flm(flm, dorpout=0.0)
+        sdpa = FMLMModel.from_flm(build_flm(attn_logit_softcapping=None))
+        assert sdpa.config._attn_implementation == "sdpa"
+
+    def test_one_step_by_default(self, flm):
+        for model in (FMLMModel.from_flm(flm), FMLMTwoNetworkModel.from_flm(flm)):
+            assert model.generate(return_dict_in_generate=True).num_forward_passes == 1
+            assert model.generate(num_steps=3, return_dict_in_generate=True).num_forward_passes == 3
+
+    @pytest.mark.parametrize(
+        "model_class, config_class", [(FMLMModel, FMLMConfig), (FMLMTwoNetworkModel, FMLMTwoNetworkConfig)]
+    )
+    def test_saves_loads_checkpoints_and_compiles(self, model_class, config_class, flm, tmp_path):
+        model = model_class.from_flm(flm, learned_loss_weighting=True).eval()
+        torch.nn.init.normal_(
+            model.get_submodule("correction" if "Two" in model_class.__name__ else "").lm_head.weight
+        )
+        batch = {
+            "input_ids": torch.randint(53, (3, 12)),
+            "timesteps": torch.tensor([0.1, 0.5, 0.7]),
+            "target_timesteps": torch.tensor([0.1, 0.9, 1.0]),
+        }
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+            "AutoConfig": f"configuration_flm.{config_class.__name__}",
+            "AutoModel": f"modeling_flm.{model_class.__name__}",
+        }
+        reloaded = AutoModel.from_pretrained(tmp_path)
+        assert type(reloaded) is model_class and type(reloaded.config) is config_class
+        output, expected = reloaded(**batch), model(**batch)
+        assert torch.equal(output.logits, expected.logits) and torch.equal(output.log_weight, expected.log_weight)
+        assert reloaded.generation_config.num_steps == 1
+        if model_class is FMLMTwoNetworkModel:
+            reloaded.train()
+            assert not any(p.requires_grad for p in reloaded.flow.parameters()) and not reloaded.flow.training
+            assert all(p.requires_grad for p in reloaded.correction.parameters()) and reloaded.correction.training
+        compiled = torch.compile(model, fullgraph=True)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**batch).logits, expected.logits, rtol=1e-4, atol=1e-4)
+        noise = torch.randn(3, 12, 53 if model_class is FMLMTwoNetworkModel else 32)
+        noised = {"noise": noise, "t": model.time.tau_to_t(batch["timesteps"])}
+        torch.manual_seed(0)
+        model.train()
+        model(**batch, **noised).logits.square().sum().backward()
+        gradient = model.embeddings[-1].weight.grad.clone()
+        model.zero_grad()
+        model.activation_checkpointing_enable()
+        torch.manual_seed(0)
+        model(**batch, **noised).logits.square().sum().backward()
+        torch.testing.assert_close(model.embeddings[-1].weight.grad, gradient)
+
+    def test_needs_the_time_to_go_to(self, flm):
+        with pytest.raises(ValueError, match="Pass `target_timesteps`"):
+            FMLMModel.from_flm(flm)(torch.ones(1, 3).long(), torch.rand(1))
+
+    def test_processors_bind_the_correction_too(self, flm):
+        from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+
+        model = FMLMTwoNetworkModel.from_flm(flm).eval()
+        torch.nn.init.normal_(model.correction.lm_head.weight, std=10)
+        tokens = model.generate(num_samples=20, num_steps=2, generator=torch.Generator().manual_seed(0))
+        banned = tokens.unique()[:5].tolist()
+        processor = LogitsProcessorList([SuppressTokensLogitsProcessor(banned, device="cpu")])
+        tokens = model.generate(num_samples=20, num_steps=2, logits_processor=processor)
+        assert not torch.isin(tokens, torch.tensor(banned)).any()
+
+
+class TestPublishedValues:
+    values = oracle.values()
+
+    def batch(self, trainer, tau_s, tau_t, tau_u=None, **rows):
+        # V is below the joint width of two networks: projected noise is one-hot noise.
+        return build_batch(trainer, self.values["input_ids"], self.values["noise"], tau_s, tau_t, tau_u, **rows)
+
+    def forward(self, trainer, batch):
+        names = ("input_ids", "timesteps", "target_timesteps", "noise", "t")
+        companions = trainer._noised_embeddings()[len(trainer.model.embeddings) :]
+        return trainer.model(**{name: batch[name] for name in names}, companion_embeddings=companions)
+
+    def test_two_networks(self, tmp_path):
+        values, model = self.values, oracle.two_network_fmlm()
+        trainer = build_trainer(tmp_path, model, divergence="squared_error", diagonal_fraction=0.0)
+        batch = self.batch(trainer, values["stage1.tau_s"], values["stage1.tau_t"], off_diagonal=[0, 2], boundary=[1])
+        output = self.forward(trainer, batch)
+        torch.testing.assert_close(output.log_weight, values["stage1.log_weight"], rtol=1e-4, atol=1e-5)
+        hidden_states = output.last_hidden_state.chunk(2, dim=-1)[1]
+        assert relative_error(model.correction.lm_head(hidden_states), values["stage1.correction"]) < 1e-4
+        losses = torch.zeros(3, 12)
+        for _, rows, target, weight in trainer.compute_targets(batch):
+            losses[rows] = weight[:, None] * divergence("squared_error", target, output.logits[rows], None)
+        losses = torch.exp(-output.log_weight)[:, None] * losses + output.log_weight[:, None]
+        assert relative_error(losses, values["stage1.loss_per_token"]) < 3e-3
+        model.eval()
+        assert trainer.compute_loss(model, batch).item() == pytest.approx(losses.mean().item(), rel=1e-5)
+
+    def test_second_stage(self, tmp_path):
+        values, model = self.values, oracle.fmlm()
+        options = {"target": "teacher", "divergence": "squared_error", "diagonal_fraction": 0.0}
+        trainer = build_trainer(tmp_path, model, teacher=oracle.two_network_fmlm(), **options)
+        batch = self.batch(trainer, values["stage2.tau_s"], values["stage2.tau_t"])
+        logits = self.forward(trainer, batch).logits
+        assert relative_error(logits, values["stage2.logits"]) < 1e-4
+        ((_, _, target, weight),) = trainer.compute_targets(batch)
+        losses = weight[:, None] * divergence("squared_error", target, logits.softmax(-1), None)
+        assert relative_error(losses, values["stage2.loss_per_token"]) < 3e-3
+
+    @pytest.mark.parametrize("stage, build_model", [("stage1", oracle.two_network_fmlm), ("stage2", oracle.fmlm)])
+    @pytest.mark.parametrize("num_steps", [1, 2, 4])
+    def test_tokens(self, stage, build_model, num_steps):
+        tokens = build_model().generate(prior_state=self.values["prior_state"], num_steps=num_steps)
+        assert torch.equal(tokens, self.values[f"{stage}.tokens_{num_steps}"])
+
+    def test_semigroup_and_diagonal(self, tmp_path):
+        values = self.values
+        trainer = build_trainer(tmp_path, oracle.fmlm(), teacher=oracle.flm())
+        tau_s, tau_u, tau_t = (values[f"two_time.tau_{name}"] for name in "sut")
+        batch = self.batch(trainer, tau_s, tau_t, tau_u)
+        log_delta = self.forward(trainer, batch).logits.log_softmax(-1)
+        assert relative_error(log_delta, values["two_time.log_delta_st"]) < 1e-4
+        ((_, _, target, weight),) = trainer.compute_targets(batch)
+        assert relative_error(target, values["semigroup.target"]) < 1e-4
+        assert torch.equal(weight, torch.ones(3))
+        for kind in ("cross_entropy", "kl", "squared_error"):
+            losses = divergence(kind, target, log_delta.exp(), log_delta)
+            assert relative_error(losses, values[f"semigroup.{kind}_per_token"]) < 3e-3
+
+        batch = self.batch(trainer, tau_s, tau_s, diagonal=[0, 1, 2])
+        ((_, _, target, _),) = trainer.compute_targets(batch)
+        assert relative_error(target, values["diagonal.target"]) < 1e-4
+        log_delta = self.forward(trainer, batch).logits.log_softmax(-1)
+        losses = divergence("cross_entropy", target, log_delta.exp(), log_delta)
+        assert relative_error(losses, values["diagonal.cross_entropy_per_token"]) < 3e-3
+
+    @pytest.mark.parametrize("target", ["lagrangian", "eulerian"])
+    def test_derivatives(self, target, tmp_path):
+        values, options = self.values, {"target": target, "divergence": "squared_error", "boundary_probability": 0.0}
+        trainer = build_trainer(tmp_path, oracle.fmlm(), teacher=oracle.flm(), **options)
+        rows = values["jvp_rows"].tolist()
+        tau_s, tau_t = values["two_time.tau_s"], values["two_time.tau_t"]
+        for name, tau in (("s", tau_s), ("t", tau_t)):
+            factor = trainer.time.dtau_dt(trainer.time.tau_to_t(tau[rows]))
+            torch.testing.assert_close(factor, values[f"dtau_dt_at_{name}"], rtol=1e-4, atol=0)
+        batch = self.batch(trainer, tau_s, tau_t, off_diagonal=rows)
+        state, teacher_state = (state[rows] for state in trainer._states(batch))
+        with torch.no_grad():
+            make_target = getattr(trainer, f"_{target}_target")
+            value = make_target(state, teacher_state, tau_s[rows], tau_t[rows], None)
+        assert relative_error(value, values[f"{target}.target"]) < 1e-4
+        ((_, _, projected, _),) = trainer.compute_targets(batch)
+        expected = project_to_simplex(value) if target == "lagrangian" else value
+        torch.testing.assert_close(projected, expected)
+
+
+class ExactFlowMap(FMLMModel):
+    """
+    The flow map of the texts "0 0" (70 %) and "1 1" (30 %) over two tokens, in closed form but for a fine integration
+    of its ordinary differential equation; the embedding is the identity, so that states are one-hot states.
+    """
+
+    def __init__(self):
+        super().__init__(FMLMConfig(vocab_size=2, hidden_size=2, num_attention_heads=1, num_hidden_layers=1))
+        self.embed_tokens.weight.data = torch.eye(2)
+        self.texts = torch.eye(2, dtype=torch.float64)[:, None, :].expand(2, 2, 2)
+        self.weights = torch.tensor([0.7, 0.3], dtype=torch.float64)
+
+    def denoiser(self, x, t):
+        # log p(text | x) = log p(text) + t <x, text> / (1 - t)^2 + const
+        logits = self.weights.log() + (t / (1 - t) ** 2)[:, None] * torch.einsum("blv,klv->bk", x, self.texts)
+        return torch.einsum("bk,klv->blv", logits.softmax(-1), self.texts)
+
+    def denoise(self, state, tau_s, tau_t, attention_mask=None, logits_processor=None):
+        s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
+        if torch.equal(s, t):
+            yield self.denoiser(state, s)
+            return
+        velocity = lambda x, time: (self.denoiser(x, time) - x) / (1 - time)[:, None, None]  # noqa: E731
+        x, num_steps = state, 400
+        step = (t - s) / num_steps
+        half = step[:, None, None] / 2
+        for n in range(num_steps):  # Runge-Kutta of order 4
+            time = s + n * step
+            k1 = velocity(x, time)
+            k2 = velocity(x + half * k1, time + step / 2)
+            k3 = velocity(x + half * k2, time + step / 2)
+            k4 = velocity(x + 2 * half * k3, time + step)
+            x = x + half / 3 * (k1 + 2 * k2 + 2 * k3 + k4)
+        keep = ((1 - t) / (1 - s))[:, None, None]
+        yield (x - keep * state) / (1 - keep)
+
+
+class TestExactSolution:
+    tau_s = torch.tensor([0.02, 0.1, 0.3, 0.5], dtype=torch.float64)
+    tau_t = torch.tensor([0.3, 0.8, 0.5, 0.9], dtype=torch.float64)
+
+    @pytest.mark.parametrize("target", ["semigroup", "lagrangian", "eulerian"])
+    @pytest.mark.parametrize("with_teacher", [True, False])
+    def test_is_a_fixed_point(self, target, with_teacher, tmp_path):
+        model = ExactFlowMap()
+        options = {"target": target, "divergence": "squared_error", "boundary_probability": 0.0}
+        trainer = build_trainer(tmp_path, model, teacher=ExactFlowMap() if with_teacher else None, **options)
+        input_ids = torch.tensor([[0, 0], [1, 1], [0, 0], [1, 1]])
+        noise = torch.randn(4, 2, 2, dtype=torch.float64)
+        tau_u = self.tau_s + 0.3 * (self.tau_t - self.tau_s)
+        batch = build_batch(trainer, input_ids, noise, self.tau_s, self.tau_t, tau_u)
+        ((_, _, value, _),) = trainer.compute_targets(batch)
+        state = trainer._states(batch)[0]
+        (delta,) = model.denoise(state, self.tau_s, self.tau_t)
+        assert value.dtype == torch.float64
+        # Semigroup: exact. The derivatives go through the table of the time map, which is exact to 1e-5.
+        torch.testing.assert_close(value, delta, rtol=0, atol=1e-8 if target == "semigroup" else 2e-5)
+        # which is no accident of a constant map
+        (denoised,) = model.denoise(state, self.tau_s, self.tau_s)
+        assert (delta - denoised).abs().max() > 1e-2
+
+    def test_samples_have_the_distribution_of_the_data(self):
+        model = ExactFlowMap()
+        x = torch.randn(4000, 2, 2, dtype=torch.float64)
+        zero, late = torch.zeros(4000, dtype=torch.float64), torch.full((4000,), 0.9999, dtype=torch.float64)
+        (delta,) = model.denoise(x, zero, late)
+        tokens = delta.argmax(-1)
+        assert (tokens[:, 0] == tokens[:, 1]).all()
+        share = (tokens[:, 0] == 0).double().mean().item()
+        assert abs(share - 0.7) < 4 * math.sqrt(0.7 * 0.3 / 4000) + 1e-3
+
+
+def test_projection_to_the_simplex_is_the_nearest_point():
+    x = torch.randn(50, 7, dtype=torch.float64) * 2
+    projected = project_to_simplex(x)
+    assert (projected >= 0).all()
+    torch.testing.assert_close(projected.sum(-1), torch.ones(50, dtype=torch.float64))
+    # Optimality: (x - p) · (q - p) <= 0 for every q of the simplex, that is for its vertices.
+    gaps = torch.einsum("nv,nqv->nq", x - projected, torch.eye(7, dtype=torch.float64) - projected[:, None])
+    assert gaps.max() < 1e-12
+    assert (
+        torch.equal(project_to_simplex(projected), projected)
+        or (project_to_simplex(projected) - projected).abs().max() < 1e-12
+    )
+
+
+class TestTimes:
+    def draw(self, tmp_path, flm, num=4000, **options):
+        trainer = build_trainer(tmp_path, FMLMModel.from_flm(flm), teacher=flm, **options)
+        from trainers.noise import stratified_uniforms
+
+        return trainer._draw_times(stratified_uniforms(num, 4, 0), range(num))
+
+    def test_kinds(self, tmp_path, flm):
+        times = self.draw(tmp_path, flm, diagonal_fraction=0.25, boundary_probability=0.1)
+        rows = times["rows"]
+        assert len(rows["diagonal"]) == 1000 and rows["diagonal"][:3] == [3, 7, 11]
+        assert abs(len(rows["boundary"]) - 300) < 5 * math.sqrt(300)
+        assert sorted(sum(rows.values(), [])) == list(range(4000))
+        s, u, t = (times[f"{name}timesteps"] for name in ("", "intermediate_", "target_"))
+        assert torch.equal(s[rows["diagonal"]], t[rows["diagonal"]])
+        assert (s[rows["boundary"]] == 0).all() and (t[rows["boundary"]] == 1).all()
+        off = rows["off_diagonal"]
+        assert (t[off] - s[off] > 9e-4).all() and (s >= 0).all() and (t <= 1).all()
+        torch.testing.assert_close(u, (s + t) / 2)
+
+    def test_distributions(self, tmp_path, flm):
+        options = {"diagonal_fraction": 0.0, "boundary_probability": 0.0}
+        times = self.draw(tmp_path, flm, **options)
+        s, t = times["timesteps"].double(), times["target_timesteps"].double()
+        # d ~ U(0, 1), s ~ U(0, 1 - d): means 1/2 and 1/4
+        assert abs((t - s).mean() - 0.5) < 0.01 and abs(s.mean() - 0.25) < 0.01
+        times = self.draw(tmp_path, flm, time_sampling="uniform_pair", intermediate_time="random", **options)
+        s, u, t = (times[f"{name}timesteps"].double() for name in ("", "intermediate_", "target_"))
+        assert abs(s.mean() - 1 / 3) < 0.01 and abs(t.mean() - 2 / 3) < 0.01
+        fraction = (u - s) / (t - s)
+        assert abs(fraction.mean() - 0.5) < 0.01 and abs(fraction.var() - 1 / 12) < 0.01
+
+
+def distillation(output_dir, preset="single_stage", dropout=0.0, trainer_class=FMLMTrainer, **options):
+    """The tiny run of train_tiny.py with a flow map in the place of the FLM."""
+    flm_trainer = build(output_dir, dropout=dropout, **options)
+    torch.manual_seed(5)
+    teacher = flm_trainer.model.eval()
+    for parameter in teacher.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    two_network = FMLMTwoNetworkModel.from_flm(teacher, learned_loss_weighting=True, dropout=dropout)
+    model = {
+        "two_network": two_network,
+        "self_distillation": FMLMModel(FMLMConfig(**{
+            **FMLMModel.from_flm(teacher).config.to_diff_dict(), "dropout": dropout, "model_type": "fmlm"})),
+    }.get(preset) or FMLMModel.from_flm(teacher, dropout=dropout)  # fmt: skip
+    teacher = {"two_network": None, "self_distillation": None, "second_stage": two_network}.get(preset, teacher)
+    fields = {name: getattr(flm_trainer.args, name) for name in (
+        "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "logging_steps",
+        "eval_strategy", "eval_steps", "save_strategy", "save_steps", "seed", "gradient_accumulation_steps", "ema_decay",
+    )}  # fmt: skip
+    extra = {name: value for name, value in options.items() if name not in fields}
+    args = FMLMTrainingArguments.from_preset(
+        preset, output_dir=output_dir, report_to=[], use_cpu=True, disable_tqdm=True, **fields, **extra
+    )
+    return trainer_class(
+        model, args, teacher=teacher, train_dataset=flm_trainer.train_dataset, eval_dataset=flm_trainer.eval_dataset
+    )
+
+
+class TestTraining:
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_presets_train(self, preset, tmp_path):
+        trainer = distillation(tmp_path, preset, max_steps=50, eval_steps=25, save_strategy="no")
+        before = trainer.evaluate()["eval_loss"]
+        frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < before
+        kinds = {"two_network", "second_stage"} & {preset}
+        expected = {"loss_off_diagonal"} if kinds else {"loss_diagonal", "loss_off_diagonal"}
+        for prefix in ("", "eval_"):
+            assert all(logged(trainer, prefix + name) for name in expected)
+        assert bool(logged(trainer, "loss_diagonal")) == (not kinds)
+        assert all(torch.equal(p, trainer.model.get_parameter(name)) for name, p in frozen.items())
+        trainer.save_model()
+        tokens = AutoModel.from_pretrained(tmp_path).generate(num_samples=3)
+        assert tokens.shape == (3, 10)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"target": "lagrangian"},
+            {"target": "lagrangian", "divergence": "kl", "target_network": "ema"},
+            {"target": "eulerian", "divergence": "squared_error", "boundary_probability": 0.0},
+            {"target_network": "ema", "intermediate_time": "random", "time_sampling": "uniform_pair"},
+        ],
+    )
+    def test_other_objectives_train(self, options, tmp_path):
+        trainer = distillation(tmp_path, max_steps=20, save_strategy="no", eval_steps=20, **options)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < before
+
+    def test_resumes_and_evaluates_as_the_flm_does(self, tmp_path):
+        straight = distillation(tmp_path / "straight", dropout=0.1, target_network="ema")
+        straight.train()
+        resumed = distillation(tmp_path / "straight", dropout=0.1, target_network="ema")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-10"))
+        for name in ("loss", "eval_loss", "eval_loss_diagonal"):
+            assert logged(resumed, name) == logged(straight, name) != []
+        assert straight.evaluate()["eval_loss"] == straight.evaluate()["eval_loss"]
+        weights = resumed.ema.averaged.state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in straight.ema.averaged.state_dict().items())
+
+    def test_accumulation_and_large_batches_agree(self, tmp_path):
+        options = {"max_steps": 4, "save_strategy": "no", "eval_strategy": "no"}
+        small = distillation(tmp_path, gradient_accumulation_steps=2, **options)
+        large = distillation(tmp_path, per_device_train_batch_size=16, **options)
+        small.train(), large.train()
+        for name in ("loss", "loss_diagonal", "loss_off_diagonal"):
+            assert logged(small, name) == pytest.approx(logged(large, name), rel=1e-4)
+
+    def test_two_processes_learn_what_one_does(self, tmp_path):
+        options = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "distill": True}
+        (one,) = TestProcesses.run(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
+        two = TestProcesses.run(tmp_path / "two", 2, per_device_train_batch_size=8, **options)
+        for name in ("loss", "loss_diagonal", "loss_off_diagonal", "grad_norm", "eval_loss", "eval_loss_off_diagonal"):
+            assert logged(two[0]["log"], name) == pytest.approx(logged(one["log"], name), rel=1e-3)
+
+    def test_student_and_teacher_see_the_same_noise(self, tmp_path, flm):
+        # At initialization their embeddings coincide, and so must their states.
+        trainer = build_trainer(
+            tmp_path, FMLMModel.from_flm(build_flm(vocab_size=200)), teacher=build_flm(vocab_size=200)
+        )
+        trainer.teacher.load_state_dict(trainer.model.state_dict(), strict=False)
+        noise = torch.randn(3, 12, 64)
+        batch = build_batch(trainer, torch.randint(200, (3, 12)), noise, torch.rand(3) * 0.5, torch.ones(3))
+        student, teacher = trainer._states(batch)
+        torch.testing.assert_close(student, teacher, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"target": "semigrop"}, "`target` must be one of semigroup"),
+            ({"divergence": "l2"}, "`divergence` must be one of"),
+            ({"diagonal_fraction": 1.5}, "`diagonal_fraction` must be in"),
+            ({"boundary_probability": -0.1}, "`boundary_probability` must be in"),
+            ({"target": "eulerian"}, "needs `divergence='squared_error'`"),
+            ({"target": "eulerian", "divergence": "squared_error"}, "needs `boundary_probability=0`"),
+            ({"target_network": "ema", "ema_decay": None}, "set `ema_decay`"),
+        ],
+    )
+    def test_bad_arguments(self, options, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            FMLMTrainingArguments(tmp_path, **options)
+
+    def test_bad_combinations(self, flm, tmp_path):
+        student = FMLMModel.from_flm(flm)
+        with pytest.raises(ValueError, match="`preset` must be one of two_network"):
+            FMLMTrainingArguments.from_preset("v3", output_dir=tmp_path)
+        with pytest.raises(TypeError, match="`model` must be a flow map"):
+            build_trainer(tmp_path, flm)
+        with pytest.raises(TypeError, match="`args` must be `FMLMTrainingArguments`"):
+            FMLMTrainer(student, FLMTrainingArguments(tmp_path))
+        with pytest.raises(ValueError, match="`teacher` has 20 tokens, but the model has 53"):
+            build_trainer(tmp_path, student, teacher=build_flm(vocab_size=20))
+        with pytest.raises(ValueError, match="`target='teacher'` needs a `teacher` that is itself a flow map"):
+            build_trainer(tmp_path, student, teacher=flm, target="teacher")
+        with pytest.raises(ValueError, match="needs `divergence='squared_error'`"):
+            build_trainer(tmp_path, FMLMTwoNetworkModel.from_flm(flm), diagonal_fraction=0.0)
+        with pytest.raises(ValueError, match="needs `diagonal_fraction=0`"):
+            build_trainer(tmp_path, FMLMTwoNetworkModel.from_flm(flm), divergence="squared_error")
+        fast = build_flm(attn_logit_softcapping=None)
+        with pytest.raises(ValueError, match="load the model with `attn_implementation='eager'`"):
+            build_trainer(tmp_path, FMLMModel.from_flm(fast), teacher=fast, target="lagrangian")
+
+
+class TestCorrelations:
+    """Two equally likely texts: marginals that are sampled independently would mix them half of the time."""
+
+    def test_one_step_gives_whole_texts(self, tmp_path):
+        new_york, san_diego = [0, 1], [2, 3]
+        dataset = Dataset.from_dict({"input_ids": [new_york, san_diego] * 500})
+        options = {
+            "per_device_train_batch_size": 64, "learning_rate": 3e-3, "ema_decay": 0.98, "save_strategy": "no",
+            "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 500, "lr_scheduler_type": "linear",
+        }  # fmt: skip
+        sizes = {"vocab_size": 4, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+        config = build_flm(**sizes, max_position_embeddings=2, dropout=0.0, attn_logit_softcapping=None).config
+        flm_trainer = FLMTrainer(FLMModel(config), FLMTrainingArguments(tmp_path, max_steps=400, **options), train_dataset=dataset)  # fmt: skip
+        flm_trainer.train()
+        flm_trainer.save_model()
+        teacher = FLMModel.from_pretrained(tmp_path)
+        args = FMLMTrainingArguments(tmp_path, max_steps=600, **options)
+        trainer = FMLMTrainer(FMLMModel.from_flm(teacher), args, teacher=teacher, train_dataset=dataset)
+        trainer.train()
+        trainer.save_model(tmp_path / "student")
+        student = FMLMModel.from_pretrained(tmp_path / "student")
+
+        def shares(model, num_steps):
+            generator = torch.Generator().manual_seed(0)
+            tokens = model.generate(num_samples=2000, num_steps=num_steps, batch_size=2000, generator=generator)
+            return [(tokens == torch.tensor(text)).all(1).double().mean().item() for text in (new_york, san_diego)]
+
+        first, second = shares(student, 1)
+        assert first + second > 0.97
+        assert 0.4 < first < 0.6
+        assert sum(shares(teacher, 32)) > 0.97
+
+        # The trained flow map composes: one jump arrives where two do.
+        state = torch.randn(500, 2, 4) @ student.state_embedding
+        zero, half, one = torch.zeros(500), torch.full((500,), 0.5), torch.ones(500)
+        u = student.time.tau_to_t(half)
+        with torch.no_grad():
+            (direct,) = student.denoise(state, zero, one)
+            (first_leg,) = student.denoise(state, zero, half)
+            arrived = flow_map(state, first_leg @ student.state_embedding, zero, u)
+            (second_leg,) = student.denoise(arrived, half, one)
+        assert (direct.argmax(-1) == second_leg.argmax(-1)).double().mean() > 0.95
+
+
+def test_divergences():
+    target, logits = torch.randn(5, 7).softmax(-1), torch.randn(5, 7)
+    log_delta = logits.log_softmax(-1)
+    expected = F.kl_div(log_delta, target, reduction="none").sum(-1)
+    torch.testing.assert_close(divergence("kl", target, log_delta.exp(), log_delta), expected)
+    expected = F.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(divergence("cross_entropy", target, log_delta.exp(), log_delta), expected)
+    one_hot = F.one_hot(torch.arange(5), 7).float()
+    assert torch.isfinite(divergence("kl", one_hot, log_delta.exp(), log_delta)).all()
