@@ -12,13 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Train a small flow-based language model from nothing and watch it write: five minutes on a laptop's CPU.
+Train a small flow-based language model (FLM) from nothing, distil it into a flow map (FMLM), and watch both write: ten
+minutes on a laptop's CPU.
 
     python examples/quickstart.py                          # stories of a small grammar, checked word for word
     python examples/quickstart.py --train_file corpus.txt  # a text of your own
     python examples/quickstart.py --dataset roneneldan/TinyStories
 
-It trains, measures samples at several numbers of steps, shows one text forming, draws a plot and saves the model.
+It trains, measures samples at several numbers of steps, shows one text forming, draws a plot and saves the models.
 """
 
 import argparse
@@ -33,15 +34,24 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TextDiffusionStreamer, set_seed
 
-from modeling_flm import FLMConfig, FLMModel
-from trainers import FLMTrainer, FLMTrainingArguments, load_texts, pack_dataset, train_tokenizer
+from modeling_flm import FLMConfig, FLMModel, FMLMModel
+from trainers import (
+    FLMTrainer,
+    FLMTrainingArguments,
+    FMLMTrainer,
+    FMLMTrainingArguments,
+    load_texts,
+    pack_dataset,
+    train_tokenizer,
+)
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-NUM_STEPS = (1, 2, 4, 8, 16, 64)
+FLM_STEPS = (1, 2, 4, 8, 16, 64)
+FMLM_STEPS = (1, 2, 4, 8)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,11 +60,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train_file", help="a txt, json, jsonl, csv or parquet file to learn from")
     parser.add_argument("--vocab_size", type=int, default=2048, help="the largest vocabulary for texts of your own")
     parser.add_argument("--length", type=int, default=64, help="the length in tokens of texts of your own")
-    parser.add_argument("--max_steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument("--max_steps", type=int, default=2400, help="optimizer steps of the FLM")
+    parser.add_argument("--distillation_steps", type=int, default=1200, help="optimizer steps of the FMLM")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="of the FLM; half of it for the FMLM")
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--num_hidden_layers", type=int, default=4)
+    parser.add_argument("--num_attention_heads", type=int, default=8)
     parser.add_argument("--num_samples", type=int, default=500, help="samples to measure at each number of steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs/quickstart")
@@ -78,72 +90,72 @@ def load_own_texts(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, D
     return tokenizer, pack_dataset(texts, tokenizer, args.length), args.length
 
 
-def train(
-    args: argparse.Namespace, model: FLMModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
-) -> FLMTrainer:
-    decay_steps = int(0.3 * args.max_steps)
-    warmup_steps = min(50, args.max_steps - decay_steps)
-    training_args = FLMTrainingArguments(
-        output_dir=args.output_dir,
-        max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": decay_steps, "decay_type": "linear"},
-        warmup_steps=warmup_steps,
-        ema_decay=0.995,
-        logging_steps=max(1, args.max_steps // 30),
-        save_strategy="no",
-        report_to=[],
-        seed=args.seed,
-    )
-    trainer = FLMTrainer(model=model, args=training_args, train_dataset=dataset, processing_class=tokenizer)
-    trainer.train()
-    trainer.save_model()
-    return trainer
+def training_settings(args: argparse.Namespace, name: str, max_steps: int, learning_rate: float) -> dict:
+    """What both trainings have in common: a short warm-up, a long plateau and a linear decay."""
+    return {
+        "output_dir": f"{args.output_dir}/{name}",
+        "max_steps": max_steps,
+        "per_device_train_batch_size": args.batch_size,
+        "learning_rate": learning_rate,
+        "adam_beta2": 0.95,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": int(0.3 * max_steps), "decay_type": "linear"},
+        "warmup_steps": min(50, max_steps // 2),
+        "ema_decay": 0.995,
+        "logging_steps": max(1, max_steps // 20),
+        "save_strategy": "no",
+        "report_to": [],
+        "seed": args.seed,
+    }
 
 
-def measure(model: FLMModel, tokenizer: PreTrainedTokenizerBase, num_samples: int, is_valid, seed: int) -> list[dict]:
+def measure(
+    name: str, model: FLMModel, tokenizer: PreTrainedTokenizerBase, all_steps, is_valid, args: argparse.Namespace
+) -> list[dict]:
     """Samples at several numbers of steps: how many are grammatical, how many differ, how long they take."""
     rows = []
-    print(f"\n{num_samples} samples at each number of steps")
-    print(f"{'steps':>5}  {'grammatical':>11}  {'distinct':>8}  {'ms/text':>7}  a sample")
-    for num_steps in NUM_STEPS:
-        generator = torch.Generator().manual_seed(seed)
+    for num_steps in all_steps:
+        generator = torch.Generator().manual_seed(args.seed)
         start = time.perf_counter()
         tokens = model.generate(
-            num_samples=num_samples, num_steps=num_steps, batch_size=num_samples, generator=generator
+            num_samples=args.num_samples, num_steps=num_steps, batch_size=args.num_samples, generator=generator
         )
         seconds = time.perf_counter() - start
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         row = {
+            "model": name,
             "num_steps": num_steps,
-            "valid": None if is_valid is None else sum(map(is_valid, texts)) / num_samples,
-            "distinct": len(set(texts)) / num_samples,
-            "seconds": seconds / num_samples,
+            "valid": None if is_valid is None else sum(map(is_valid, texts)) / len(texts),
+            "distinct": len(set(texts)) / len(texts),
+            "seconds": seconds / len(texts),
         }
         rows.append(row)
         valid = "-" if row["valid"] is None else f"{row['valid']:.1%}"
-        sample = " ".join(texts[0].split())[:60]
-        print(f"{num_steps:>5}  {valid:>11}  {row['distinct']:>8.1%}  {1000 * row['seconds']:>7.2f}  {sample}...")
+        print(
+            f"{name:>5}  {num_steps:>5}  {valid:>11}  {row['distinct']:>8.1%}  {1000 * row['seconds']:>7.2f}",
+            flush=True,
+        )
     return rows
 
 
-def plot(rows: list[dict], log_history: list[dict], path: Path):
-    """The training loss, and for the grammar the share of grammatical samples against the number of steps."""
+def plot(rows: list[dict], log_histories: dict[str, list[dict]], path: Path):
+    """The training losses, and for the grammar the share of grammatical samples against the number of steps."""
     has_validity = rows[0]["valid"] is not None
     figure, axes = plt.subplots(1, 2 if has_validity else 1, figsize=(9 if has_validity else 5, 3.6), squeeze=False)
-    logs = [row for row in log_history if "loss" in row]
-    axes[0, 0].plot([row["step"] for row in logs], [row["loss"] for row in logs])
-    axes[0, 0].set(xlabel="optimizer steps", ylabel="cross-entropy (nats per token)", title="Training")
-    axes[0, 0].set_ylim(bottom=0)
+    for name, log_history in log_histories.items():
+        logs = [row for row in log_history if "loss" in row]
+        axes[0, 0].plot([row["step"] for row in logs], [row["loss"] for row in logs], label=name)
+        if has_validity:
+            points = [(row["num_steps"], 100 * row["valid"]) for row in rows if row["model"] == name]
+            axes[0, 1].plot(*zip(*points), marker="o", label=name)
+    axes[0, 0].set(xlabel="optimizer steps", ylabel="cross-entropy (nats per token)", title="Training", yscale="log")
+    axes[0, 0].legend()
     if has_validity:
-        steps = [row["num_steps"] for row in rows]
-        axes[0, 1].plot(steps, [100 * row["valid"] for row in rows], marker="o", label="grammatical")
         axes[0, 1].set_xscale("log", base=2)
-        axes[0, 1].set_xticks(steps, labels=[str(step) for step in steps])
-        axes[0, 1].set(xlabel="sampling steps", ylabel="% of samples", ylim=(0, 102), title="FLM, grammatical samples")
+        axes[0, 1].set_xticks(FLM_STEPS, labels=[str(step) for step in FLM_STEPS])
+        axes[0, 1].set(xlabel="sampling steps", ylabel="% of samples", ylim=(0, 102), title="Grammatical samples")
         axes[0, 1].grid(alpha=0.3)
+        axes[0, 1].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -154,41 +166,70 @@ def main():
     set_seed(args.seed)
     own_texts = args.dataset is not None or args.train_file is not None
     tokenizer, dataset, length = load_own_texts(args) if own_texts else load_stories(args.seed)
+    is_valid = None if own_texts else grammar.is_valid
     print(f"Learning from {len(dataset):,} texts of {length} tokens over {len(tokenizer):,} words, such as:\n")
     print(f"    {tokenizer.decode(dataset[0]['input_ids'])}\n")
 
+    print("Training the FLM", flush=True)
     model = FLMModel(
         FLMConfig(
             vocab_size=len(tokenizer),
             hidden_size=args.hidden_size,
             num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=4,
+            num_attention_heads=args.num_attention_heads,
             max_position_embeddings=length,
-            dropout=0.0,  # every example is new
+            dropout=0.0,  # nearly every example is new
             attn_logit_softcapping=None,  # for the fast attention of PyTorch
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    trainer = train(args, model, tokenizer, dataset)
+    settings = training_settings(args, "flm", args.max_steps, args.learning_rate)
+    flm_trainer = FLMTrainer(
+        model, FLMTrainingArguments(**settings), train_dataset=dataset, processing_class=tokenizer
+    )
+    flm_trainer.train()
+    flm_trainer.save_model()
     # What was saved: the moving average of the weights
-    model = FLMModel.from_pretrained(args.output_dir).to(trainer.args.device)
-    rows = measure(model, tokenizer, args.num_samples, None if own_texts else grammar.is_valid, args.seed)
+    flm = FLMModel.from_pretrained(settings["output_dir"])
 
-    print("\nA text forms, in 8 steps:\n")
+    print("\nDistilling it into the FMLM", flush=True)
+    settings = training_settings(args, "fmlm", args.distillation_steps, args.learning_rate / 2)
+    fmlm_trainer = FMLMTrainer(
+        model=FMLMModel.from_flm(flm),
+        args=FMLMTrainingArguments.from_preset("single_stage", **settings),
+        teacher=flm,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    fmlm_trainer.train()
+    fmlm_trainer.save_model()
+    fmlm = FMLMModel.from_pretrained(settings["output_dir"]).to(flm.device)
+
+    print(f"\n{args.num_samples} samples at each number of steps\n")
+    print(f"{'model':>5}  {'steps':>5}  {'grammatical':>11}  {'distinct':>8}  {'ms/text':>7}")
+    rows = measure("FLM", flm, tokenizer, FLM_STEPS, is_valid, args)
+    rows += measure("FMLM", fmlm, tokenizer, FMLM_STEPS, is_valid, args)
+
+    print("\nA text of the FLM forms, in 8 steps:\n")
     if sys.stdout.isatty():
         show = {"streamer": TextDiffusionStreamer(tokenizer, sleep_time=0.5)}
     else:
         show = {"callback": lambda step, _, tokens: print(f"    {step}  {tokenizer.decode(tokens[0])}")}
-    model.generate(num_steps=8, generator=torch.Generator().manual_seed(args.seed + 1), **show)
+    flm.generate(num_steps=8, generator=torch.Generator().manual_seed(args.seed + 1), **show)
+    tokens = fmlm.generate(num_samples=3, generator=torch.Generator().manual_seed(args.seed + 1))
+    print("\nThree texts of the FMLM, in one step:\n")
+    for text in tokenizer.batch_decode(tokens):
+        print(f"    {text}")
+
     picture = Path(args.output_dir) / "quickstart.png"
-    plot(rows, trainer.state.log_history, picture)
-    print(f"\nPlot: {picture}\nModel: {args.output_dir}. To use it, here or on a machine without this package:\n")
+    plot(rows, {"FLM": flm_trainer.state.log_history, "FMLM": fmlm_trainer.state.log_history}, picture)
+    print(f"\nPlot: {picture}. To use a model, here or on a machine without this package:\n")
     print("    from transformers import AutoModel, AutoTokenizer")
-    print(f'    model = AutoModel.from_pretrained("{args.output_dir}", trust_remote_code=True)')
-    print(f'    tokenizer = AutoTokenizer.from_pretrained("{args.output_dir}")')
-    print("    print(tokenizer.batch_decode(model.generate(num_samples=4, num_steps=16)))")
+    print(f'    model = AutoModel.from_pretrained("{settings["output_dir"]}", trust_remote_code=True)')
+    print(f'    tokenizer = AutoTokenizer.from_pretrained("{settings["output_dir"]}")')
+    print("    print(tokenizer.batch_decode(model.generate(num_samples=4)))")
 
 
 if __name__ == "__main__":

@@ -80,27 +80,21 @@ class TestGrammar:
 
 
 class TestQuickstart:
+    options = ["--max_steps", 8, "--distillation_steps", 4, "--num_samples", 4, "--batch_size", 8]
+    options += ["--hidden_size", 32, "--num_hidden_layers", 1, "--num_attention_heads", 2]
+
     def test_stories(self, tmp_path):
-        options = [
-            "--max_steps",
-            12,
-            "--num_samples",
-            4,
-            "--batch_size",
-            8,
-            "--hidden_size",
-            32,
-            "--num_hidden_layers",
-            1,
-        ]
-        result = run(EXAMPLES / "quickstart.py", *options, cwd=tmp_path)
+        result = run(EXAMPLES / "quickstart.py", *self.options, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        table = [line.split() for line in result.stdout.splitlines() if line.strip()[:2].strip().isdigit()]
-        assert [int(row[0]) for row in table[:6]] == [1, 2, 4, 8, 16, 64]
-        assert all(row[1].endswith("%") and row[2].endswith("%") for row in table[:6])
-        assert [row[0] for row in table[6:]] == list("12345678")  # a text forming
+        table = [line.split() for line in result.stdout.splitlines() if line.split()[:1] in (["FLM"], ["FMLM"])]
+        assert [(row[0], int(row[1])) for row in table] == [
+            *(("FLM", steps) for steps in (1, 2, 4, 8, 16, 64)),
+            *(("FMLM", steps) for steps in (1, 2, 4, 8)),
+        ]
+        assert all(row[2].endswith("%") and row[3].endswith("%") for row in table)
         picture = (tmp_path / "outputs/quickstart/quickstart.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+        assert "FLMModel" in (tmp_path / "outputs/quickstart/flm/config.json").read_text()
         # The last lines are code that works as printed.
         code = textwrap.dedent(result.stdout.split("without this package:\n")[1])
         loaded = subprocess.run(
@@ -111,34 +105,13 @@ class TestQuickstart:
         assert loaded.stdout.strip().startswith("['")
 
     def test_own_texts(self, corpus, tmp_path):
-        options = [
-            "--max_steps",
-            4,
-            "--num_samples",
-            2,
-            "--batch_size",
-            4,
-            "--hidden_size",
-            32,
-            "--num_hidden_layers",
-            1,
-        ]
-        result = run(
-            EXAMPLES / "quickstart.py",
-            "--train_file",
-            corpus,
-            "--vocab_size",
-            300,
-            "--length",
-            24,
-            *options,
-            cwd=tmp_path,
-        )
+        texts = ["--train_file", corpus, "--vocab_size", 300, "--length", 24]
+        result = run(EXAMPLES / "quickstart.py", *texts, *self.options, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert "texts of 24 tokens over 300 words" in result.stdout
 
 
-class TestTrainFLM:
+class TestTrainingScripts:
     def arguments(self, corpus, output_dir, **overrides):
         options = {
             "train_file": str(corpus),
@@ -214,6 +187,48 @@ class TestTrainFLM:
             for name in ("one", "two")
         ]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+    def test_distillation_takes_tokenizer_and_data_from_the_teacher(self, corpus, tmp_path):
+        options = self.arguments(corpus, tmp_path / "flm", max_steps=2, save_steps=2)
+        assert run(EXAMPLES / "train_flm.py", *self.flags(options)).returncode == 0
+        settings = {
+            "max_steps": 2,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 4,
+            "report_to": "none",
+            "use_cpu": True,
+        }
+
+        def distill(output, **overrides):
+            flags = self.flags({**settings, "output_dir": tmp_path / output, **overrides})
+            result = run(EXAMPLES / "distill_fmlm.py", *flags)
+            assert result.returncode == 0, result.stderr
+            state = json.loads((tmp_path / output / "trainer_state.json").read_text())
+            config = json.loads((tmp_path / output / "config.json").read_text())
+            return config, state["log_history"][0]
+
+        config, log = distill("single", teacher=tmp_path / "flm")
+        assert config["architectures"] == ["FMLMModel"] and config["max_position_embeddings"] == 16
+        assert {"loss_diagonal", "loss_off_diagonal"} <= log.keys()
+        assert (tmp_path / "single" / "tokenizer.json").read_text() == (
+            tmp_path / "flm" / "tokenizer.json"
+        ).read_text()
+        assert (tmp_path / "single" / "data_settings.json").read_text() == (
+            tmp_path / "flm" / "data_settings.json"
+        ).read_text()
+        config, log = distill("two", teacher=tmp_path / "flm", preset="two_network", boundary_probability=0.0)
+        assert config["architectures"] == ["FMLMTwoNetworkModel"] and config["learned_loss_weighting"]
+        assert "loss_diagonal" not in log
+        config, log = distill("second", teacher=tmp_path / "two", preset="second_stage")
+        assert config["architectures"] == ["FMLMModel"] and not config["learned_loss_weighting"]
+        config, log = distill("self", teacher=tmp_path / "flm", preset="self_distillation", block_size=12, dropout=0.0)
+        assert config["architectures"] == ["FMLMModel"] and config["dropout"] == 0.0
+
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "teacher": str(tmp_path / "flm"), "diagonal_fraction": 1.0}))  # fmt: skip
+        result = run(EXAMPLES / "distill_fmlm.py", tmp_path / "config.yaml", "--output_dir", tmp_path / "yaml")
+        assert result.returncode == 0, result.stderr
+        log = json.loads((tmp_path / "yaml" / "trainer_state.json").read_text())["log_history"][0]
+        assert "loss_diagonal" in log and "loss_off_diagonal" not in log
 
     @pytest.mark.parametrize(
         "overrides, message",

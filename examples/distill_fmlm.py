@@ -1,0 +1,102 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Distil a trained flow-based language model into a flow map, which writes a whole text in one forward pass.
+
+    python examples/distill_fmlm.py --teacher outputs/flm --preset single_stage --output_dir outputs/fmlm
+
+The data are those that the teacher was trained with, where its folder says which, unless other flags name others.
+The presets are the paper's recipes: single_stage; two_network and then, with its result as the teacher, second_stage; and
+self_distillation, which needs no trained teacher (here --teacher gives only the architecture and the tokenizer). Every flag
+can also stand in a YAML file, given as the first argument; flags after it take precedence, and both over the preset.
+"""
+
+from dataclasses import dataclass, field
+
+from script_utils import DataArguments, load_datasets, pack_datasets, parse_arguments, read_data_settings, run
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, set_seed
+
+from modeling_flm import FMLMModel, FMLMTwoNetworkModel
+from trainers import PRESETS, FMLMTrainer, FMLMTrainingArguments, add_special_tokens
+
+
+@dataclass
+class DistillationArguments:
+    """Which model to distil, and how."""
+
+    teacher: str = field(metadata={"help": "Name or folder of a trained model, with its tokenizer."})
+    preset: str = field(default="single_stage", metadata={"help": "The recipe.", "choices": list(PRESETS)})
+    student: str | None = field(
+        default=None, metadata={"help": "A flow map to go on from. It starts from the teacher unless given."}
+    )
+    dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of the student. The teacher's unless given."}
+    )
+    learned_loss_weighting: bool | None = field(
+        default=None, metadata={"help": "Learn the weight of each time's loss. Only for two_network unless given."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flex_attention or flash_attention_2."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether to run code that comes with the models."}
+    )
+
+
+def get_student(arguments: DistillationArguments, teacher: PreTrainedModel, options: dict) -> PreTrainedModel:
+    """A flow map for the preset: loaded, new, or with the weights of the teacher."""
+    if arguments.student is not None:
+        return AutoModel.from_pretrained(arguments.student, **options)
+    weighting = arguments.learned_loss_weighting
+    overrides = {"learned_loss_weighting": arguments.preset == "two_network" if weighting is None else weighting}
+    if arguments.dropout is not None:
+        overrides["dropout"] = arguments.dropout
+    # What the second stage imitates has the FLM in it.
+    flow = teacher.flow if isinstance(teacher, FMLMTwoNetworkModel) else teacher
+    model_class = FMLMTwoNetworkModel if arguments.preset == "two_network" else FMLMModel
+    student = model_class.from_flm(flow, **overrides)
+    return FMLMModel(student.config) if arguments.preset == "self_distillation" else student
+
+
+def main():
+    arguments, data_args, training_args = parse_arguments(
+        DistillationArguments,
+        DataArguments,
+        FMLMTrainingArguments,
+        find_defaults=lambda chosen: {**read_data_settings(chosen.teacher), **PRESETS[chosen.preset]},
+    )
+    set_seed(training_args.seed)
+    options = {"trust_remote_code": arguments.trust_remote_code}
+    if arguments.attn_implementation is not None:
+        options["attn_implementation"] = arguments.attn_implementation
+    teacher = AutoModel.from_pretrained(arguments.teacher, **options)
+    tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(arguments.teacher))
+    student = get_student(arguments, teacher, options)
+    packed = pack_datasets(
+        load_datasets(data_args), data_args, tokenizer, teacher.config.max_position_embeddings, training_args
+    )
+    needs_teacher = arguments.preset not in ("two_network", "self_distillation")
+    trainer = FMLMTrainer(
+        model=student,
+        args=training_args,
+        teacher=teacher if needs_teacher else None,
+        train_dataset=packed["train"],
+        eval_dataset=packed.get("validation"),
+        processing_class=tokenizer,
+    )
+    run(trainer, data_args)
+
+
+if __name__ == "__main__":
+    main()

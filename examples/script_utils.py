@@ -1,0 +1,156 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the training scripts share: arguments from flags and YAML files, texts, and the run itself."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers.utils import cached_file, logging
+
+from trainers import FLMTrainer, FLMTrainingArguments, load_texts, pack_dataset
+
+
+logger = logging.get_logger(__name__)
+
+DATA_SETTINGS_NAME = "data_settings.json"
+
+
+@dataclass
+class DataArguments:
+    """Which texts to train on."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset of the Hub, or its folder."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "A txt, json, jsonl, csv or parquet file."})
+    validation_file: str | None = field(default=None, metadata={"help": "A file like it to evaluate on."})
+    validation_split_percentage: int = field(
+        default=5,
+        metadata={"help": "How much of the training texts to evaluate on where there is no validation split."},
+    )
+    text_column: str | None = field(default=None, metadata={"help": "The column with the texts."})
+    sample_by: str = field(
+        default="line", metadata={"help": "What a text is in txt files.", "choices": ["line", "paragraph", "document"]}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the dataset while training instead of before."})
+    block_size: int | None = field(
+        default=None, metadata={"help": "The length of the texts in tokens. The model's length unless given."}
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenization."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training texts."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many validation texts."})
+
+
+def parse_arguments(*dataclasses, find_defaults: Callable[[argparse.Namespace], dict] | None = None):
+    """
+    Arguments from the command line, over those of a YAML file, which may come first, over what `find_defaults` makes of
+    both.
+    """
+    parser = HfArgumentParser(dataclasses)
+    arguments = sys.argv[1:]
+    known = {action.dest: action for action in parser._actions}
+
+    def set_defaults(defaults: dict, source: str):
+        if unknown := sorted(defaults.keys() - known.keys()):
+            raise SystemExit(f"{source}: unknown settings {', '.join(unknown)}")
+        parser.set_defaults(**defaults)
+        for name in defaults:
+            known[name].required = False
+
+    settings = {}
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        source = arguments.pop(0)
+        with open(source, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+        set_defaults(settings, source)
+    if find_defaults is not None:
+        set_defaults({**find_defaults(parser.parse_args(arguments)), **settings}, "defaults")
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def load_datasets(arguments: DataArguments) -> dict:
+    """The texts that the arguments name, by split."""
+    dataset = load_texts(
+        dataset_name=arguments.dataset_name,
+        dataset_config_name=arguments.dataset_config_name,
+        train_file=arguments.train_file,
+        validation_file=arguments.validation_file,
+        validation_percentage=arguments.validation_split_percentage,
+        streaming=arguments.streaming,
+        sample_by=arguments.sample_by,
+    )
+    for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
+        if limit is not None and split in dataset:
+            dataset[split] = dataset[split].take(limit)  # what streams and tables share
+    return dataset
+
+
+def pack_datasets(
+    dataset: dict,
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    training_args: FLMTrainingArguments,
+) -> dict:
+    """The training and validation texts in blocks."""
+    block_size = arguments.block_size or max_length
+    if block_size > max_length:
+        raise SystemExit(f"--block_size is {block_size}, above the model's {max_length}.")
+    with training_args.main_process_first(desc="packing"):
+        return {
+            split: pack_dataset(
+                dataset[split],
+                tokenizer,
+                block_size=block_size,
+                text_column=arguments.text_column,
+                num_proc=arguments.preprocessing_num_workers,
+            )
+            for split in ("train", "validation")
+            if split in dataset
+        }
+
+
+def read_data_settings(name: str) -> dict:
+    """The data arguments that the model with this name, or in this folder, was trained with, if it says so."""
+    path = cached_file(name, DATA_SETTINGS_NAME, _raise_exceptions_for_missing_entries=False)
+    return {} if path is None else json.loads(Path(path).read_text())
+
+
+def run(trainer: FLMTrainer, data_args: DataArguments):
+    """Trains, evaluates and saves, as `trainer.args` says; with the model, the data arguments that it was trained with."""
+    args = trainer.args
+    if args.should_save:
+        settings = {name: value for name, value in vars(data_args).items() if value is not None}
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir, DATA_SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+    model = trainer.model
+    logger.warning(f"{model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens")
+    if args.do_train or not args.do_eval:
+        checkpoint = args.resume_from_checkpoint
+        result = trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if args.push_to_hub:
+        trainer.push_to_hub()
