@@ -150,7 +150,7 @@ class TestPublishedValues:
         hidden_states = output.last_hidden_state.chunk(2, dim=-1)[1]
         assert relative_error(model.correction.lm_head(hidden_states), values["stage1.correction"]) < 1e-4
         losses = torch.zeros(3, 12)
-        for _, rows, target, weight in trainer.compute_targets(batch):
+        for rows, target, weight in trainer.compute_targets(batch):
             losses[rows] = weight[:, None] * divergence("squared_error", target, output.logits[rows], None)
         losses = torch.exp(-output.log_weight)[:, None] * losses + output.log_weight[:, None]
         assert relative_error(losses, values["stage1.loss_per_token"]) < 3e-3
@@ -164,7 +164,7 @@ class TestPublishedValues:
         batch = self.batch(trainer, values["stage2.tau_s"], values["stage2.tau_t"])
         logits = self.forward(trainer, batch).logits
         assert relative_error(logits, values["stage2.logits"]) < 1e-4
-        ((_, _, target, weight),) = trainer.compute_targets(batch)
+        ((_, target, weight),) = trainer.compute_targets(batch)
         losses = weight[:, None] * divergence("squared_error", target, logits.softmax(-1), None)
         assert relative_error(losses, values["stage2.loss_per_token"]) < 3e-3
 
@@ -181,7 +181,7 @@ class TestPublishedValues:
         batch = self.batch(trainer, tau_s, tau_t, tau_u)
         log_delta = self.forward(trainer, batch).logits.log_softmax(-1)
         assert relative_error(log_delta, values["two_time.log_delta_st"]) < 1e-4
-        ((_, _, target, weight),) = trainer.compute_targets(batch)
+        ((_, target, weight),) = trainer.compute_targets(batch)
         assert relative_error(target, values["semigroup.target"]) < 1e-4
         assert torch.equal(weight, torch.ones(3))
         for kind in ("cross_entropy", "kl", "squared_error"):
@@ -189,7 +189,7 @@ class TestPublishedValues:
             assert relative_error(losses, values[f"semigroup.{kind}_per_token"]) < 3e-3
 
         batch = self.batch(trainer, tau_s, tau_s, diagonal=[0, 1, 2])
-        ((_, _, target, _),) = trainer.compute_targets(batch)
+        ((_, target, _),) = trainer.compute_targets(batch)
         assert relative_error(target, values["diagonal.target"]) < 1e-4
         log_delta = self.forward(trainer, batch).logits.log_softmax(-1)
         losses = divergence("cross_entropy", target, log_delta.exp(), log_delta)
@@ -210,7 +210,7 @@ class TestPublishedValues:
             make_target = getattr(trainer, f"_{target}_target")
             value = make_target(state, teacher_state, tau_s[rows], tau_t[rows], None)
         assert relative_error(value, values[f"{target}.target"]) < 1e-4
-        ((_, _, projected, _),) = trainer.compute_targets(batch)
+        ((_, projected, _),) = trainer.compute_targets(batch)
         expected = project_to_simplex(value) if target == "lagrangian" else value
         torch.testing.assert_close(projected, expected)
 
@@ -266,7 +266,7 @@ class TestExactSolution:
         noise = torch.randn(4, 2, 2, dtype=torch.float64)
         tau_u = self.tau_s + 0.3 * (self.tau_t - self.tau_s)
         batch = build_batch(trainer, input_ids, noise, self.tau_s, self.tau_t, tau_u)
-        ((_, _, value, _),) = trainer.compute_targets(batch)
+        ((_, value, _),) = trainer.compute_targets(batch)
         state = trainer._states(batch)[0]
         (delta,) = model.denoise(state, self.tau_s, self.tau_t)
         assert value.dtype == torch.float64
@@ -336,27 +336,27 @@ class TestTimes:
 
 def distillation(output_dir, preset="single_stage", dropout=0.0, trainer_class=FMLMTrainer, **options):
     """The tiny run of train_tiny.py with a flow map in the place of the FLM."""
-    flm_trainer = build(output_dir, dropout=dropout, **options)
+    own = set(FMLMTrainingArguments.__annotations__)
+    flm_trainer = build(output_dir, dropout=dropout, **{k: v for k, v in options.items() if k not in own})
     torch.manual_seed(5)
     teacher = flm_trainer.model.eval()
     for parameter in teacher.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     two_network = FMLMTwoNetworkModel.from_flm(teacher, learned_loss_weighting=True, dropout=dropout)
-    model = {
-        "two_network": two_network,
-        "self_distillation": FMLMModel(FMLMConfig(**{
-            **FMLMModel.from_flm(teacher).config.to_diff_dict(), "dropout": dropout, "model_type": "fmlm"})),
-    }.get(preset) or FMLMModel.from_flm(teacher, dropout=dropout)  # fmt: skip
-    teacher = {"two_network": None, "self_distillation": None, "second_stage": two_network}.get(preset, teacher)
-    fields = {name: getattr(flm_trainer.args, name) for name in (
+    if preset == "two_network":
+        model, teacher = two_network, None
+    else:
+        model = FMLMModel.from_flm(teacher, dropout=dropout)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # so that there is something to learn
+        teacher = {"second_stage": two_network, "self_distillation": None}.get(preset, teacher)
+    settings = {name: getattr(flm_trainer.args, name) for name in (
         "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "logging_steps",
         "eval_strategy", "eval_steps", "save_strategy", "save_steps", "seed", "gradient_accumulation_steps", "ema_decay",
+        "report_to", "use_cpu", "disable_tqdm",
     )}  # fmt: skip
-    extra = {name: value for name, value in options.items() if name not in fields}
-    args = FMLMTrainingArguments.from_preset(
-        preset, output_dir=output_dir, report_to=[], use_cpu=True, disable_tqdm=True, **fields, **extra
-    )
+    settings.update({name: value for name, value in options.items() if name in own})
+    args = FMLMTrainingArguments.from_preset(preset, output_dir=output_dir, **settings)
     return trainer_class(
         model, args, teacher=teacher, train_dataset=flm_trainer.train_dataset, eval_dataset=flm_trainer.eval_dataset
     )

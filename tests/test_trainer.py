@@ -255,8 +255,13 @@ class TestProcesses:
         options = {"max_steps": 6, "eval_steps": 3, "save_steps": 3, "ema_decay": 0.9}
         (one,) = self.run(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
         two = self.run(tmp_path / "two", 2, per_device_train_batch_size=8, **options)
+
         # The same tokens with the same times and noise in every step, each in one of the processes.
-        unpadded = lambda rows: sorted((step, time, [t for t in tokens if t]) for step, tokens, time, _ in rows)  # noqa: E731
+        def unpadded(rows):
+            return sorted(
+                (step, time, [token for token in tokens if token], noise) for step, tokens, time, noise in rows
+            )
+
         assert unpadded(one["seen"]) == unpadded(two[0]["seen"] + two[1]["seen"])
         np.testing.assert_allclose(logged(two[0]["log"], "loss"), logged(one["log"], "loss"), rtol=1e-4)
         np.testing.assert_allclose(logged(two[0]["log"], "grad_norm"), logged(one["log"], "grad_norm"), rtol=1e-3)

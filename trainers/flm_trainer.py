@@ -171,8 +171,10 @@ class FLMTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         seeds = inputs.pop("noise_seeds")
         input_ids = inputs["input_ids"]
-        size = noise_size(*self._noised_embeddings())
-        inputs["noise"] = draw_noise(seeds, input_ids.shape[1], size, device=input_ids.device)
+        length, size = input_ids.shape[1], noise_size(*self._noised_embeddings())
+        # Drawn for the longest text, so that it does not depend on how far the batch happens to be padded.
+        longest = max(length, self.model.config.max_position_embeddings)
+        inputs["noise"] = draw_noise(seeds, longest, size, device=input_ids.device)[:, :length]
         inputs["t"] = self.time.tau_to_t(inputs["timesteps"])
         return inputs
 

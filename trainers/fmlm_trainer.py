@@ -249,7 +249,7 @@ class FMLMTrainer(FLMTrainer):
         return denoised + ((t - s) / (1 - t))[:, None, None] * derivative
 
     @torch.no_grad()
-    def compute_targets(self, inputs: dict[str, Any]) -> Iterator[tuple[str, list[int], torch.Tensor, torch.Tensor]]:
+    def compute_targets(self, inputs: dict[str, Any]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
         r"""
         The targets of a batch.
 
@@ -259,7 +259,7 @@ class FMLMTrainer(FLMTrainer):
                 `intermediate_timesteps`, `rows` and, where there is padding, `attention_mask`.
 
         Yields:
-            For each kind of example that the batch has, its name, its rows, their targets of shape
+            For the examples on the diagonal, and then for those off it, their rows, their targets of shape
             `(num_rows, sequence_length, vocab_size)`, and a weight for each row of shape `(num_rows,)`.
         """
         networks = self._networks()
@@ -268,7 +268,9 @@ class FMLMTrainer(FLMTrainer):
         target_state = state_of(self._target_network())
         teacher_state = None if self.teacher is None else state_of(self.teacher)
         mask = inputs.get("attention_mask")
-        for kind, rows in inputs["rows"].items():
+        diagonal = inputs["rows"].get("diagonal", [])
+        others = [row for kind, rows in inputs["rows"].items() if kind != "diagonal" for row in rows]
+        for rows in (diagonal, others):
             if not rows:
                 continue
             take = lambda x: None if x is None else x[rows]  # noqa: E731, B023
@@ -277,7 +279,7 @@ class FMLMTrainer(FLMTrainer):
             )
             state, from_teacher, attention_mask = take(target_state), take(teacher_state), take(mask)
             weight = torch.ones_like(tau_s)
-            if kind == "diagonal":
+            if rows is diagonal:
                 target = self._diagonal_target(from_teacher, tau_s, attention_mask, take(inputs["labels"]))
             elif self.args.target == "semigroup":
                 target = self._semigroup_target(state, tau_s, tau_u, tau_t, attention_mask)
@@ -291,7 +293,7 @@ class FMLMTrainer(FLMTrainer):
                 # The squared distance of the states that the two maps arrive at
                 s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
                 weight = ((t - s) / (1 - s)).square()
-            yield kind, rows, target, weight
+            yield rows, target, weight
 
     # The loss
 
@@ -307,21 +309,25 @@ class FMLMTrainer(FLMTrainer):
         is_softmax = self.args.divergence != "squared_error"
         losses = torch.zeros(inputs["input_ids"].shape, device=output.logits.device)
         mask = inputs["labels"] != -100
-        for kind, rows, target, weight in targets:
+        for rows, target, weight in targets:
             logits = output.logits[rows]
             log_delta = logits.log_softmax(dim=-1) if is_softmax else None
             delta = None if is_softmax else self.model.delta(logits)
             values = weight[:, None] * divergence(self.args.divergence, target, delta, log_delta)
             losses = losses.index_put((torch.tensor(rows, device=losses.device),), values)
-            counted = values.detach() * mask[rows]
-            self._components[kind] += torch.stack([counted.sum(), mask[rows].sum()])
+        for kind, rows in inputs["rows"].items():
+            counted = mask[rows]
+            self._components[kind] += torch.stack([(losses.detach()[rows] * counted).sum(), counted.sum()])
         if output.log_weight is not None:
             losses = torch.exp(-output.log_weight)[:, None] * losses + output.log_weight[:, None]
 
-        count = mask.sum() if num_items_in_batch is None or not model.training else num_items_in_batch
-        loss = (losses * mask).sum() / count
-        if model.training and num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # the count is over all processes, which are averaged
+        loss = (losses * mask).sum()
+        if not model.training or num_items_in_batch is None:
+            loss = loss / mask.sum().clamp(min=1)
+        else:
+            loss = loss / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # the count is over all processes, which are averaged
         return (loss, output) if return_outputs else loss
 
     def _pop_components(self, prefix: str) -> dict[str, float]:

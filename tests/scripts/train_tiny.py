@@ -23,7 +23,7 @@ class Recording:
         if self.model.training:
             for row in zip(inputs["input_ids"], inputs["timesteps"], inputs["noise"]):
                 step = self.state.global_step
-                self.seen.append([step, row[0].tolist(), row[1].item(), row[2].sum().item()])
+                self.seen.append([step, row[0].tolist(), row[1].item(), row[2][0].tolist()])
         return inputs
 
 
