@@ -61,9 +61,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=int, default=2048, help="the largest vocabulary for texts of your own")
     parser.add_argument("--length", type=int, default=64, help="the length in tokens of texts of your own")
     parser.add_argument("--max_steps", type=int, default=2400, help="optimizer steps of the FLM")
-    parser.add_argument("--distillation_steps", type=int, default=1200, help="optimizer steps of the FMLM")
+    parser.add_argument("--distillation_steps", type=int, default=1600, help="optimizer steps of the FMLM")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="of the FLM; half of it for the FMLM")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="of both trainings")
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--num_hidden_layers", type=int, default=4)
     parser.add_argument("--num_attention_heads", type=int, default=8)
@@ -90,13 +90,13 @@ def load_own_texts(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, D
     return tokenizer, pack_dataset(texts, tokenizer, args.length), args.length
 
 
-def training_settings(args: argparse.Namespace, name: str, max_steps: int, learning_rate: float) -> dict:
+def training_settings(args: argparse.Namespace, name: str, max_steps: int) -> dict:
     """What both trainings have in common: a short warm-up, a long plateau and a linear decay."""
     return {
         "output_dir": f"{args.output_dir}/{name}",
         "max_steps": max_steps,
         "per_device_train_batch_size": args.batch_size,
-        "learning_rate": learning_rate,
+        "learning_rate": args.learning_rate,
         "adam_beta2": 0.95,
         "lr_scheduler_type": "warmup_stable_decay",
         "lr_scheduler_kwargs": {"num_decay_steps": int(0.3 * max_steps), "decay_type": "linear"},
@@ -185,7 +185,7 @@ def main():
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    settings = training_settings(args, "flm", args.max_steps, args.learning_rate)
+    settings = training_settings(args, "flm", args.max_steps)
     flm_trainer = FLMTrainer(
         model, FLMTrainingArguments(**settings), train_dataset=dataset, processing_class=tokenizer
     )
@@ -195,7 +195,8 @@ def main():
     flm = FLMModel.from_pretrained(settings["output_dir"])
 
     print("\nDistilling it into the FMLM", flush=True)
-    settings = training_settings(args, "fmlm", args.distillation_steps, args.learning_rate / 2)
+    settings = training_settings(args, "fmlm", args.distillation_steps)
+    settings["boundary_probability"] = 0.25  # a short training should often see the whole way, which one step takes
     fmlm_trainer = FMLMTrainer(
         model=FMLMModel.from_flm(flm),
         args=FMLMTrainingArguments.from_preset("single_stage", **settings),
