@@ -16,7 +16,7 @@ Distil a trained flow-based language model into a flow map, which writes a whole
 
     python examples/distill_fmlm.py --teacher outputs/flm --preset single_stage --output_dir outputs/fmlm
 
-The data are those that the teacher was trained with, where its folder says which, unless other flags name others.
+The data are those that the teacher was trained with, where its folder says which, unless flags name others.
 The presets are the paper's recipes: single_stage; two_network and then, with its result as the teacher, second_stage; and
 self_distillation, which needs no trained teacher (here --teacher gives only the architecture and the tokenizer). Every flag
 can also stand in a YAML file, given as the first argument; flags after it take precedence, and both over the preset.
@@ -24,6 +24,7 @@ can also stand in a YAML file, given as the first argument; flags after it take 
 
 from dataclasses import dataclass, field
 
+import torch
 from script_utils import DataArguments, load_datasets, pack_datasets, parse_arguments, read_data_settings, run
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, set_seed
 
@@ -57,11 +58,9 @@ class DistillationArguments:
 def get_student(arguments: DistillationArguments, teacher: PreTrainedModel, options: dict) -> PreTrainedModel:
     """A flow map for the preset: loaded, new, or with the weights of the teacher."""
     if arguments.student is not None:
-        return AutoModel.from_pretrained(arguments.student, **options)
-    weighting = arguments.learned_loss_weighting
-    overrides = {"learned_loss_weighting": arguments.preset == "two_network" if weighting is None else weighting}
-    if arguments.dropout is not None:
-        overrides["dropout"] = arguments.dropout
+        return AutoModel.from_pretrained(arguments.student, dtype=torch.float32, **options)
+    overrides = {"dropout": arguments.dropout, "learned_loss_weighting": arguments.learned_loss_weighting}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     # What the second stage imitates has the FLM in it.
     flow = teacher.flow if isinstance(teacher, FMLMTwoNetworkModel) else teacher
     model_class = FMLMTwoNetworkModel if arguments.preset == "two_network" else FMLMModel
@@ -74,7 +73,7 @@ def main():
         DistillationArguments,
         DataArguments,
         FMLMTrainingArguments,
-        find_defaults=lambda chosen: {**read_data_settings(chosen.teacher), **PRESETS[chosen.preset]},
+        find_defaults=lambda chosen: {**read_data_settings(chosen.teacher, chosen), **PRESETS[chosen.preset]},
     )
     set_seed(training_args.seed)
     options = {"trust_remote_code": arguments.trust_remote_code}

@@ -14,7 +14,7 @@
 """
 A grammar of short stories whose samples can be checked word for word.
 
-    mia the brave fox lives in a forest . one morning she finds a red ball and gives the red ball to hugo . hugo thanks mia and she is happy .
+    mia the brave fox lives in a forest . one morning she finds a red ball and gives the red ball to hugo . hugo thanks mia .
 
 What makes it a test of a language model is in the dependencies: names, colors and things are copied over a distance, the
 pronoun agrees with the name, and the second verb with the first.
@@ -35,12 +35,11 @@ THINGS = ["ball", "kite", "book", "hat", "bell"]
 # Which second verb goes with which first.
 VERBS = {"finds": "gives", "makes": "sends", "buys": "sells"}
 THANKS = ["thanks", "hugs", "visits"]
-MOODS = ["happy", "proud", "surprised"]
 
 # The words of a story in order. Strings of capitals stand for a choice; the same one again is the same word.
 TEMPLATE = (
     "NAME the TRAIT ANIMAL lives in a PLACE . one TIME PRONOUN VERB a COLOR THING and SECOND_VERB the COLOR THING "
-    "to FRIEND . FRIEND THANKS NAME and PRONOUN is MOOD ."
+    "to FRIEND . FRIEND THANKS NAME ."
 ).split()
 NUM_WORDS = len(TEMPLATE)
 
@@ -55,7 +54,6 @@ _CHOICES = {
     "THING": THINGS,
     "FRIEND": FRIENDS,
     "THANKS": THANKS,
-    "MOOD": MOODS,
 }
 
 

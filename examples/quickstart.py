@@ -40,6 +40,7 @@ from trainers import (
     FLMTrainingArguments,
     FMLMTrainer,
     FMLMTrainingArguments,
+    find_text_column,
     load_texts,
     pack_dataset,
     train_tokenizer,
@@ -85,7 +86,7 @@ def load_stories(seed: int) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
 def load_own_texts(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
     """The same for the texts that the user names, with a tokenizer trained on them and wrapped packing."""
     texts = load_texts(dataset_name=args.dataset, train_file=args.train_file, validation_percentage=0)["train"]
-    column = "text" if "text" in texts.column_names else texts.column_names[0]
+    column = find_text_column(texts)
     tokenizer = train_tokenizer((row[column] for row in texts), "bpe", args.vocab_size)
     return tokenizer, pack_dataset(texts, tokenizer, args.length), args.length
 
@@ -119,7 +120,7 @@ def measure(
         start = time.perf_counter()
         tokens = model.generate(
             num_samples=args.num_samples, num_steps=num_steps, batch_size=args.num_samples, generator=generator
-        )
+        ).cpu()
         seconds = time.perf_counter() - start
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         row = {
@@ -229,7 +230,7 @@ def main():
     print(f"\nPlot: {picture}. To use a model, here or on a machine without this package:\n")
     print("    from transformers import AutoModel, AutoTokenizer")
     print(f'    model = AutoModel.from_pretrained("{settings["output_dir"]}", trust_remote_code=True)')
-    print(f'    tokenizer = AutoTokenizer.from_pretrained("{settings["output_dir"]}")')
+    print(f'    tokenizer = AutoTokenizer.from_pretrained("{settings["output_dir"]}", trust_remote_code=True)')
     print("    print(tokenizer.batch_decode(model.generate(num_samples=4)))")
 
 

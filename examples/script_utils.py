@@ -22,12 +22,10 @@ from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from trainers import FLMTrainer, FLMTrainingArguments, load_texts, pack_dataset
 
-
-logger = logging.get_logger(__name__)
 
 DATA_SETTINGS_NAME = "data_settings.json"
 
@@ -77,7 +75,7 @@ def parse_arguments(*dataclasses, find_defaults: Callable[[argparse.Namespace], 
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         source = arguments.pop(0)
         with open(source, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
+            settings = yaml.safe_load(file) or {}
         set_defaults(settings, source)
     if find_defaults is not None:
         set_defaults({**find_defaults(parser.parse_args(arguments)), **settings}, "defaults")
@@ -98,6 +96,8 @@ def load_datasets(arguments: DataArguments) -> dict:
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
         if limit is not None and split in dataset:
             dataset[split] = dataset[split].take(limit)  # what streams and tables share
+    if arguments.streaming:  # tables are shuffled by the trainer
+        dataset["train"] = dataset["train"].shuffle(seed=0, buffer_size=10_000)
     return dataset
 
 
@@ -126,10 +126,16 @@ def pack_datasets(
         }
 
 
-def read_data_settings(name: str) -> dict:
-    """The data arguments that the model with this name, or in this folder, was trained with, if it says so."""
+def read_data_settings(name: str, chosen: argparse.Namespace) -> dict:
+    """
+    The data arguments that the model with this name, or in this folder, was trained with, if it says so; where other data
+    were chosen, only the length of the texts.
+    """
     path = cached_file(name, DATA_SETTINGS_NAME, _raise_exceptions_for_missing_entries=False)
-    return {} if path is None else json.loads(Path(path).read_text())
+    settings = {} if path is None else json.loads(Path(path).read_text())
+    if chosen.dataset_name is not None or chosen.train_file is not None:
+        settings = {key: value for key, value in settings.items() if key == "block_size"}
+    return settings
 
 
 def run(trainer: FLMTrainer, data_args: DataArguments):
@@ -137,10 +143,14 @@ def run(trainer: FLMTrainer, data_args: DataArguments):
     args = trainer.args
     if args.should_save:
         settings = {name: value for name, value in vars(data_args).items() if value is not None}
+        for name in ("train_file", "validation_file"):
+            if name in settings:
+                settings[name] = str(Path(settings[name]).resolve())
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         Path(args.output_dir, DATA_SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n")
     model = trainer.model
-    logger.warning(f"{model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens")
+    if trainer.is_world_process_zero():
+        print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens")
     if args.do_train or not args.do_eval:
         checkpoint = args.resume_from_checkpoint
         result = trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)

@@ -23,12 +23,13 @@ Every flag can also stand in a YAML file, given as the first argument; flags aft
 
 from dataclasses import dataclass, field
 
+import torch
 import yaml
 from script_utils import DataArguments, load_datasets, pack_datasets, parse_arguments, run
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from modeling_flm import FLMConfig, FLMModel
-from trainers import FLMTrainer, FLMTrainingArguments, add_special_tokens, train_tokenizer
+from trainers import FLMTrainer, FLMTrainingArguments, add_special_tokens, find_text_column, train_tokenizer
 
 
 @dataclass
@@ -79,7 +80,10 @@ def get_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, blo
         if arguments.config_overrides is not None:
             raise SystemExit("--config_overrides is for a new model, and does not go with --model_name_or_path.")
         return AutoModel.from_pretrained(
-            arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code, **options
+            arguments.model_name_or_path,
+            trust_remote_code=arguments.trust_remote_code,
+            dtype=torch.float32,
+            **options,
         )
     overrides = yaml.safe_load("{" + (arguments.config_overrides or "").replace("=", ": ") + "}")
     if unknown := sorted(name for name in overrides if not hasattr(FLMConfig(), name)):
@@ -99,8 +103,10 @@ def main():
     model_args, data_args, training_args = parse_arguments(ModelArguments, DataArguments, FLMTrainingArguments)
     set_seed(training_args.seed)
     dataset = load_datasets(data_args)
-    column = data_args.text_column or "text"
-    tokenizer = get_tokenizer(model_args, (row[column] for row in dataset["train"]), training_args)
+    column = find_text_column(dataset["train"], data_args.text_column)
+    # A stream may be endless: its start will do for a tokenizer.
+    texts = (row[column] for row in dataset["train"].take(100_000))
+    tokenizer = get_tokenizer(model_args, texts, training_args)
     model = get_model(model_args, tokenizer, data_args.block_size)
     packed = pack_datasets(dataset, data_args, tokenizer, model.config.max_position_embeddings, training_args)
     trainer = FLMTrainer(

@@ -106,6 +106,11 @@ class FLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`attn_logit_softcapping` must be positive, or `None` for no softcap, got {self.attn_logit_softcapping}."
             )
+        if self.rope_parameters["rope_type"] != "default":
+            raise ValueError(
+                f"`rope_parameters` must have the `rope_type` 'default', got {self.rope_parameters['rope_type']!r}; only "
+                "`rope_theta` can be set."
+            )
         if self.tie_word_embeddings:
             raise ValueError("`tie_word_embeddings` must be `False`: the head is not the transposed embedding.")
 

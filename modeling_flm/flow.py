@@ -96,7 +96,7 @@ def project_to_simplex(x: torch.Tensor) -> torch.Tensor:
     ordered = x.sort(dim=-1, descending=True).values
     excess = ordered.cumsum(dim=-1) - 1
     rank = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
-    support = (rank * ordered > excess).sum(dim=-1, keepdim=True)
+    support = (rank * ordered > excess).sum(dim=-1, keepdim=True).clamp(min=1)  # not 0 for NaNs
     return (x - excess.gather(-1, support - 1) / support).clamp(min=0)
 
 

@@ -108,10 +108,10 @@ class FLMGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"`temperature` must be above 0, got {self.temperature!r}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p!r}.")
+        if self.temperature is not None and not (isinstance(self.temperature, (int, float)) and self.temperature > 0):
+            raise ValueError(f"`temperature` must be a number above 0, got {self.temperature!r}.")
+        if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
+            raise ValueError(f"`top_p` must be a number above 0 and at most 1, got {self.top_p!r}.")
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:
@@ -188,7 +188,8 @@ class FLMGenerationMixin:
                 `(num_tokens, vocab_size)` with an empty prefix.
             prior_state (`torch.Tensor` of shape `(num_samples, length, vocab_size)` or `(num_samples, length, embedding_size)`, *optional*):
                 The noise to start from: Gaussian in one-hot space, from where it is projected by the embedding, or
-                already a state. Drawn unless given. It sets `num_samples` and `length`.
+                already a state (where both have the same size, it is taken for the former). Drawn unless given. It sets
+                `num_samples` and `length`.
             streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
                 Is `put` the finished text, and before that the draft of every step if it has a `put_draft`, as
                 [`~transformers.TextDiffusionStreamer`] does. For one text.
@@ -213,19 +214,20 @@ class FLMGenerationMixin:
         >>> texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         ```
         """
-        if prior_state is not None and num_samples is None:
-            num_samples = prior_state.shape[0]
+        embedding = self.state_embedding.float()
         if num_samples is not None:
             kwargs["num_samples"] = num_samples
         if num_steps is not None:
             kwargs["num_steps"] = num_steps
-        config = self._prepare_generation_config(generation_config, prior_state, kwargs)
+        if prior_state is not None:
+            self._check_prior_state(prior_state, embedding, kwargs)
+            kwargs["num_samples"], kwargs["length"] = prior_state.shape[:2]
+        config = self._prepare_generation_config(generation_config, kwargs)
         if streamer is not None and config.num_samples != 1:
             raise ValueError(f"`streamer` shows one text: pass `num_samples=1`, got {config.num_samples}.")
         if logits_processor is not None and not isinstance(logits_processor, list):
             raise ValueError("`logits_processor` must be a `LogitsProcessorList`; wrap a single processor into one.")
 
-        embedding = self.state_embedding.float()
         factor = noise_factors(embedding)[0] if prior_state is None else None
         processors = self._prepare_logits_processor(config, logits_processor)
 
@@ -233,14 +235,18 @@ class FLMGenerationMixin:
         progress = logging.tqdm(
             total=config.num_samples, desc="Generating", unit="text", disable=config.num_samples <= config.batch_size
         )
+        if streamer is not None:
+            streamer.put(torch.empty((1, 0), dtype=torch.long))  # streamers take what comes first for the prompt
         with progress:
             for start in range(0, config.num_samples, config.batch_size):
                 size = min(config.batch_size, config.num_samples - start)
-                if prior_state is None:
-                    state = self._draw_noise(size, config.length, factor, generator)
-                else:
-                    state = prior_state[start : start + size].to(embedding)
-                    state = state @ embedding if state.shape[-1] == embedding.shape[0] else state
+                # States are in float32 whatever precision the caller runs the model in.
+                with torch.autocast(embedding.device.type, enabled=False):
+                    if prior_state is None:
+                        state = self._draw_noise(size, config.length, factor, generator)
+                    else:
+                        state = prior_state[start : start + size].to(embedding)
+                        state = state @ embedding if state.shape[-1] == embedding.shape[0] else state
                 tokens, batch_drafts = self._sample(state, embedding, config, processors, streamer, callback)
                 sequences.append(tokens)
                 drafts.append(batch_drafts)
@@ -303,44 +309,50 @@ class FLMGenerationMixin:
         noise = [torch.randn(length, factor.shape[0], generator=generator, device=device) for _ in range(num_samples)]
         return torch.stack(noise).to(factor.device) @ factor
 
+    @staticmethod
+    def _check_prior_state(prior_state: torch.Tensor, embedding: torch.Tensor, kwargs: dict[str, Any]):
+        sizes = tuple(embedding.shape)
+        if prior_state.dim() != 3 or prior_state.shape[-1] not in sizes:
+            raise ValueError(
+                f"`prior_state` must have shape (num_samples, length, {sizes[0]} or {sizes[1]}), got "
+                f"{tuple(prior_state.shape)}."
+            )
+        for name, size in zip(("num_samples", "length"), prior_state.shape):
+            if kwargs.get(name, size) != size:
+                raise ValueError(
+                    f"`prior_state` of shape {tuple(prior_state.shape)} does not go with `{name}={kwargs[name]}`."
+                )
+
     def _prepare_generation_config(
-        self, generation_config: FLMGenerationConfig | None, prior_state: torch.Tensor | None, kwargs: dict[str, Any]
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> FLMGenerationConfig:
         """Parameters by precedence: arguments, `generation_config`, `self.generation_config`, defaults."""
-        if generation_config is not None and not isinstance(generation_config, type(self.generation_config)):
-            raise ValueError(
-                f"`generation_config` must be a `{type(self.generation_config).__name__}`, got "
-                f"`{type(generation_config).__name__}`."
-            )
-        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        if generation_config is None:
+            config = copy.deepcopy(self.generation_config)
+        else:
+            config = self._own_generation_config(generation_config)
         if unknown := [name for name in kwargs if name.startswith("_") or name not in vars(config)]:
             raise ValueError(f"`generate()` got unknown arguments: {config._suggest(unknown)}.")
         config.update(**kwargs)
         config.update(defaults_only=True, **self.generation_config.to_dict())
         config.update(defaults_only=True, **config._get_default_generation_params())
-
         max_length = self.config.max_position_embeddings
-        if prior_state is None:
-            config.update(defaults_only=True, length=max_length)
-        else:
-            embedding_size = self.state_embedding.shape[1]
-            if prior_state.dim() != 3 or prior_state.shape[-1] not in (self.config.vocab_size, embedding_size):
-                raise ValueError(
-                    "`prior_state` must have shape (num_samples, length, "
-                    f"{self.config.vocab_size} or {embedding_size}), got {tuple(prior_state.shape)}."
-                )
-            config.update(defaults_only=True, length=prior_state.shape[1])
-            if tuple(prior_state.shape[:2]) != (config.num_samples, config.length):
-                raise ValueError(
-                    f"`prior_state` of shape {tuple(prior_state.shape)} does not go with "
-                    f"`num_samples={config.num_samples}` and `length={config.length}`."
-                )
+        config.update(defaults_only=True, length=max_length)
         if config.length > max_length:
             raise ValueError(
                 f"`length` is {config.length}, but the model was made for at most {max_length} tokens "
                 "(`config.max_position_embeddings`)."
             )
         return config
+
+    def _own_generation_config(self, generation_config: GenerationConfig) -> FLMGenerationConfig:
+        """A copy of what the user set, as the model's own class: code from a repository has another one than a package."""
+        if not isinstance(generation_config, GenerationConfig):
+            raise ValueError(
+                f"`generation_config` must be a `{self.generation_config_class.__name__}`, got "
+                f"`{type(generation_config).__name__}`."
+            )
+        return self.generation_config_class.from_dict(generation_config.to_diff_dict())
 
     @staticmethod
     def _prepare_logits_processor(
@@ -374,7 +386,7 @@ class FLMGenerationMixin:
     ):
         """Called by `from_pretrained` to set `model.generation_config`."""
         if generation_config is not None:
-            self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
+            self.generation_config = self._own_generation_config(generation_config)
             return
         try:
             self.generation_config = self.generation_config_class.from_pretrained(

@@ -50,7 +50,8 @@ class FLMOutput(ModelOutput):
             The unnormalized log-probabilities of the clean tokens: `softmax(logits)` is the denoiser `D_t` or the
             two-time denoiser. For [`FMLMTwoNetworkModel`], the two-time denoiser itself.
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            The input of the head, after the final modulated normalization.
+            The input of the head, after the final modulated normalization. For [`FMLMTwoNetworkModel`] those of both
+            heads, concatenated.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True`):
             The states of shape `(batch_size, sequence_length, hidden_size)` that enter each block, and the last one.
         attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
@@ -257,7 +258,7 @@ class FLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _no_split_modules = ["FLMLayer"]
-    _keep_in_fp32_modules_strict = ["lm_head", "norm", "norm1", "norm2", "time_embedding", "target_time_embedding"]
+    _keep_in_fp32_modules_strict = ["lm_head", "norm", "norm1", "norm2", "time_embedding", "loss_weighting"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -340,6 +341,11 @@ class FLMPreTrainedModel(PreTrainedModel):
         r"""The two-time denoiser \\(\delta_{s,t}\\), from what `predict` returned."""
         return logits.softmax(dim=-1)
 
+    @staticmethod
+    def log_delta(logits: torch.Tensor) -> torch.Tensor:
+        """Its logarithm."""
+        return logits.log_softmax(dim=-1)
+
     # What follows from it
 
     @property
@@ -352,10 +358,16 @@ class FLMPreTrainedModel(PreTrainedModel):
             device = embedding.weight.device
             tokens = torch.arange(self.config.vocab_size, device="cpu" if device.type == "meta" else device)
             embedded.append(embedding(tokens))
-        return embedded[0] if len(embedded) == 1 else torch.cat(embedded, dim=1)
+        return torch.cat([weight.to(embedded[0].device) for weight in embedded], dim=1)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings[0]
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise NotImplementedError(
+            "The size of the vocabulary defines the times and the noise of the model, which would have to be trained anew: "
+            "build a model with another `vocab_size`."
+        )
 
     def _make_state(
         self,
@@ -365,10 +377,12 @@ class FLMPreTrainedModel(PreTrainedModel):
         companion_embeddings: Sequence[torch.Tensor],
     ) -> torch.Tensor:
         """The state of clean tokens, noised if there is noise, in float32 also under autocast, and differentiable."""
-        clean = torch.cat([embedding(input_ids) for embedding in self.embeddings], dim=-1)
+        embedded = [embedding(input_ids).float() for embedding in self.embeddings]
+        device = embedded[0].device
+        clean = torch.cat([part.to(device) for part in embedded], dim=-1)
         if noise is None:
             return clean
-        weights = [embedding.weight for embedding in self.embeddings]
+        weights = [embedding.weight.to(device, torch.float32) for embedding in self.embeddings]
         expected = (*input_ids.shape, noise_size(*weights, *companion_embeddings))
         if noise.shape != expected:
             raise ValueError(f"`noise` must have shape {expected}, got {tuple(noise.shape)}.")
@@ -489,7 +503,8 @@ class FLMPreTrainedModel(PreTrainedModel):
         logits = self.predict(hidden_states, timesteps, target_timesteps)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.to(logits.device).flatten(), reduction="sum")
+            log_delta = self.log_delta(logits).flatten(0, 1)
+            loss = F.nll_loss(log_delta, labels.to(logits.device).flatten(), reduction="sum")
             count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
             loss = loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
         return FLMOutput(
@@ -591,13 +606,16 @@ class FMLMModel(FLMModel):
                 `learned_loss_weighting` or `dropout`.
 
         Returns:
-            [`FMLMModel`], on the device and in the dtype of the teacher.
+            [`FMLMModel`], on the device of the teacher and in float32, in which it is to be trained.
         """
         model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
-        model.load_state_dict(teacher.state_dict(), strict=False)
+        missing, unexpected = model.load_state_dict(teacher.state_dict(), strict=False)
+        new = ("target_time_embedding.", "loss_weighting.")
+        if unexpected or any(not name.startswith(new) for name in missing):
+            raise ValueError(f"`config_overrides` must leave the teacher's sizes as they are, got {config_overrides}.")
         nn.init.zeros_(model.target_time_embedding.linear_2.weight)
         nn.init.zeros_(model.target_time_embedding.linear_2.bias)
-        return model.to(device=teacher.device, dtype=teacher.dtype)
+        return model.to(teacher.device)
 
     def embed_times(self, timesteps, target_timesteps):
         if target_timesteps is None:
@@ -621,6 +639,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     """
 
     config: FMLMTwoNetworkConfig
+    _can_record_outputs = {}  # the layers of two networks would be one sequence
 
     def __init__(self, config: FMLMTwoNetworkConfig):
         super().__init__(config)
@@ -638,17 +657,20 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 
         Args:
             teacher ([`FLMModel`]): The trained FLM.
-            config_overrides: Settings of [`FMLMTwoNetworkConfig`] that differ from the teacher's.
+            config_overrides: Settings of [`FMLMTwoNetworkConfig`] that differ from the teacher's. As in the paper,
+                `learned_loss_weighting` is on unless given.
 
         Returns:
-            [`FMLMTwoNetworkModel`], on the device and in the dtype of the teacher.
+            [`FMLMTwoNetworkModel`], on the device of the teacher and in float32, in which it is to be trained.
         """
+        config_overrides.setdefault("learned_loss_weighting", True)
+        correction = FMLMModel.from_flm(teacher, **config_overrides)
+        nn.init.zeros_(correction.lm_head.weight)
+        nn.init.zeros_(correction.lm_head.bias)
         model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
         model.flow.load_state_dict(teacher.state_dict())
-        model.correction.load_state_dict(FMLMModel.from_flm(teacher).state_dict(), strict=False)
-        nn.init.zeros_(model.correction.lm_head.weight)
-        nn.init.zeros_(model.correction.lm_head.bias)
-        return model.to(device=teacher.device, dtype=teacher.dtype)
+        model.correction.load_state_dict(correction.state_dict())
+        return model.to(teacher.device)
 
     def train(self, mode: bool = True) -> "FMLMTwoNetworkModel":
         super().train(mode)
@@ -678,15 +700,19 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     def delta(logits):
         return logits
 
+    @staticmethod
+    def log_delta(logits):
+        return logits.clamp(min=torch.finfo(logits.dtype).tiny).log()  # the correction may leave the simplex
+
     def loss_weight(self, timesteps):
         return self.correction.loss_weight(timesteps)
 
 
 def flow_map_config(config_class: type[FMLMConfig], teacher: FLMModel, overrides: dict) -> FMLMConfig:
     """The configuration of a flow map with the sizes, the tokens and the attention of its teacher."""
-    settings = {name: getattr(teacher.config, name) for name in FLMConfig().to_dict() if hasattr(teacher.config, name)}
-    for name in ("architectures", "auto_map", "dtype", "model_type", "transformers_version", "_name_or_path"):
-        settings.pop(name, None)
+    not_settings = ("architectures", "dtype", "model_type", "transformers_version", "_name_or_path")
+    names = FLMConfig().to_dict().keys() - set(not_settings)
+    settings = {name: value for name, value in teacher.config.to_dict().items() if name in names}
     if unknown := sorted(overrides.keys() - config_class().to_dict().keys()):
         raise ValueError(f"{config_class.__name__} has no setting {', '.join(unknown)}.")
     config = config_class(**{**settings, **overrides})

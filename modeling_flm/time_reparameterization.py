@@ -74,8 +74,8 @@ class ReparameterizedTime:
     P(t) = \int \varphi(z)\, \Phi\!\left(z + \tfrac{t}{1-t}\right)^{V-1} dz\\)
 
     where \\(P(t)\\) is the probability that the largest entry of a noised one-hot vector is the right one. Both
-    directions are monotone and exact to 1e-5; 0 maps to 0 and 1 to 1. Values are computed in float64 on the device of
-    the argument, from a table that is built once per vocabulary size and device. An instance holds no tensors, so there
+    directions are monotone and exact to 1e-5; 0 maps to 0 and 1 to 1. Values are computed in float64 (on MPS, which has
+    none, in float32, with less precision near 1) on the device of the argument, from a table that is built once per vocabulary size and device. An instance holds no tensors, so there
     is nothing that saving, loading or moving a model could lose.
 
     Args:
@@ -148,4 +148,4 @@ class ReparameterizedTime:
         right = torch.searchsorted(a_knots, a, right=True).clamp(1, a_knots.numel() - 1)
         u = (a - a_knots[right - 1]) / (a_knots[right] - a_knots[right - 1])
         slope = torch.exp(torch.lerp(slopes[right - 1].log(), slopes[right].log(), u))
-        return torch.where(x < 1, slope / (1 - x) ** 2, 0.0).to(t.dtype)
+        return torch.where(x / (1 - x) < a_knots[-1], slope / (1 - x) ** 2, 0.0).to(t.dtype)

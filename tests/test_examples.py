@@ -39,7 +39,7 @@ class TestGrammar:
         rng = random.Random(0)
         stories = [grammar.sample_story(rng) for _ in range(2000)]
         assert all(map(grammar.is_valid, stories))
-        assert len(set(stories)) == 2000
+        assert len(set(stories)) > 1980
         assert 25 <= len(stories[0].split()) <= 35
         for choices in grammar._CHOICES.values():
             assert all(any(f" {word} " in f" {story} " for story in stories) for word in choices)
@@ -49,23 +49,22 @@ class TestGrammar:
         [
             ("mia the", "tom the"),  # the name is copied
             ("one day she", "one day he"),  # the pronoun agrees
-            ("and she is", "and he is"),
             ("gives the", "sells the"),  # the verbs agree
             ("a red ball", "a blue ball"),  # the color is copied
             ("the red ball", "the red hat"),  # the thing is copied
             ("hugo thanks", "nora thanks"),  # the friend is copied
             ("thanks mia", "thanks anna"),
-            ("brave", "happy"),  # of the wrong kind
+            ("brave", "red"),  # of the wrong kind
             (" lives in", " in"),
-            ("happy .", "happy . ."),
-            ("happy .", "happy"),
+            ("mia .", "mia . ."),
+            ("mia .", "mia"),
             ("lives", "[UNK]"),
         ],
     )
     def test_breaking_a_rule_is_noticed(self, old, new):
         story = (
             "mia the brave fox lives in a forest . one day she finds a red ball and gives the red ball to hugo . "
-            "hugo thanks mia and she is happy ."
+            "hugo thanks mia ."
         )
         assert grammar.is_valid(story)
         assert old in story
@@ -74,7 +73,7 @@ class TestGrammar:
     def test_free_choices_are_free(self):
         story = (
             "leo the shy bear lives in a castle . one evening he buys a blue hat and sells the blue hat to rosa . "
-            "rosa hugs leo and he is proud ."
+            "rosa hugs leo ."
         )
         assert grammar.is_valid(story)
 
@@ -160,7 +159,8 @@ class TestTrainingScripts:
         more = self.arguments(corpus, tmp_path / "more", config_overrides=None, train_tokenizer=None, block_size=None)
         result = run(EXAMPLES / "train_flm.py", *self.flags({**more, "model_name_or_path": output, "max_steps": 1}))
         assert result.returncode == 0, result.stderr
-        assert "texts of 16 tokens" in result.stderr
+        assert "FLMModel: " in result.stdout
+        assert json.loads((tmp_path / "more" / "config.json").read_text())["max_position_embeddings"] == 16
 
     @staticmethod
     def log(checkpoint):
@@ -223,6 +223,12 @@ class TestTrainingScripts:
         assert config["architectures"] == ["FMLMModel"] and not config["learned_loss_weighting"]
         config, log = distill("self", teacher=tmp_path / "flm", preset="self_distillation", block_size=12, dropout=0.0)
         assert config["architectures"] == ["FMLMModel"] and config["dropout"] == 0.0
+
+        other = tmp_path / "other.jsonl"
+        other.write_text("\n".join(json.dumps({"story": line}) for line in corpus.read_text().splitlines()))
+        distill("other", teacher=tmp_path / "flm", train_file=other)
+        data = json.loads((tmp_path / "other" / "data_settings.json").read_text())
+        assert data["train_file"] == str(other) and data["block_size"] == 16
 
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "teacher": str(tmp_path / "flm"), "diagonal_fraction": 1.0}))  # fmt: skip
         result = run(EXAMPLES / "distill_fmlm.py", tmp_path / "config.yaml", "--output_dir", tmp_path / "yaml")

@@ -23,9 +23,9 @@ def relative_error(value, expected):
     return ((value - expected).abs().max() / expected.abs().max()).item()
 
 
-def build_trainer(path, model, teacher=None, **options) -> FMLMTrainer:
+def build_trainer(path, model, teacher=None, dataset=None, **options) -> FMLMTrainer:
     args = FMLMTrainingArguments(path, use_cpu=True, report_to=[], disable_tqdm=True, **options)
-    return FMLMTrainer(model, args, teacher=teacher)
+    return FMLMTrainer(model, args, teacher=teacher, train_dataset=dataset, eval_dataset=dataset)
 
 
 def build_batch(trainer, input_ids, noise, tau_s, tau_t, tau_u=None, **rows):
@@ -63,6 +63,10 @@ class TestModels:
         assert student.target_time_embedding.linear_1.weight.any()
         with pytest.raises(ValueError, match="FMLMConfig has no setting dorpout"):
             FMLMModel.from_flm(flm, dorpout=0.0)
+        for size in (1, 3):
+            with pytest.raises(ValueError, match="must leave the teacher's sizes as they are"):
+                FMLMModel.from_flm(flm, num_hidden_layers=size)
+        assert FMLMTwoNetworkModel.from_flm(flm).config.learned_loss_weighting
         sdpa = FMLMModel.from_flm(build_flm(attn_logit_softcapping=None))
         assert sdpa.config._attn_implementation == "sdpa"
 
@@ -113,6 +117,29 @@ class TestModels:
         model(**batch, **noised).logits.square().sum().backward()
         torch.testing.assert_close(model.embeddings[-1].weight.grad, gradient)
 
+    @pytest.mark.parametrize("model_class", [FMLMModel, FMLMTwoNetworkModel])
+    def test_bfloat16(self, flm, model_class, tmp_path):
+        flm.save_pretrained(tmp_path / "flm")
+        teacher = FLMModel.from_pretrained(tmp_path / "flm", dtype=torch.bfloat16)
+        model = model_class.from_flm(teacher, learned_loss_weighting=True).eval()
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        batch = (torch.randint(53, (3, 12)), torch.tensor([0.1, 0.5, 0.7]), torch.tensor([0.1, 0.9, 1.0]))
+        expected = teacher(*batch[:2]).logits
+        tolerance = 0.03 * expected.abs().max().item()
+        delta = model.delta(model(*batch).logits)
+        torch.testing.assert_close(delta.log(), expected.log_softmax(-1), rtol=0, atol=tolerance)
+        model.save_pretrained(tmp_path / "model")
+        low = model_class.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+        torch.testing.assert_close(low.delta(low(*batch).logits).log(), delta.log(), rtol=0, atol=tolerance)
+        assert low.generate(num_samples=2).shape == (2, 12)
+
+    def test_loss_against_labels_is_a_cross_entropy(self, flm):
+        input_ids, tau = torch.randint(53, (3, 12)), torch.tensor([0.1, 0.5, 0.7])
+        expected = flm(input_ids, tau, labels=input_ids).loss
+        for model in (FMLMModel.from_flm(flm), FMLMTwoNetworkModel.from_flm(flm)):
+            loss = model.eval()(input_ids, tau, torch.ones(3), labels=input_ids).loss
+            torch.testing.assert_close(loss, expected)
+
     def test_needs_the_time_to_go_to(self, flm):
         with pytest.raises(ValueError, match="Pass `target_timesteps`"):
             FMLMModel.from_flm(flm)(torch.ones(1, 3).long(), torch.rand(1))
@@ -154,8 +181,11 @@ class TestPublishedValues:
             losses[rows] = weight[:, None] * divergence("squared_error", target, output.logits[rows], None)
         losses = torch.exp(-output.log_weight)[:, None] * losses + output.log_weight[:, None]
         assert relative_error(losses, values["stage1.loss_per_token"]) < 3e-3
+        # Evaluation is by the loss itself, which the learned weight cannot lower.
         model.eval()
-        assert trainer.compute_loss(model, batch).item() == pytest.approx(losses.mean().item(), rel=1e-5)
+        weight = output.log_weight[:, None]
+        unweighted = ((losses - weight) * weight.exp()).mean().item()
+        assert trainer.compute_loss(model, batch).item() == pytest.approx(unweighted, rel=1e-4)
 
     def test_second_stage(self, tmp_path):
         values, model = self.values, oracle.fmlm()
@@ -287,6 +317,10 @@ class TestExactSolution:
         assert abs(share - 0.7) < 4 * math.sqrt(0.7 * 0.3 / 4000) + 1e-3
 
 
+def test_projection_keeps_a_nan_visible():
+    assert project_to_simplex(torch.tensor([[float("nan"), 0.0, 1.0]])).isnan().any()
+
+
 def test_projection_to_the_simplex_is_the_nearest_point():
     x = torch.randn(50, 7, dtype=torch.float64) * 2
     projected = project_to_simplex(x)
@@ -353,7 +387,7 @@ def distillation(output_dir, preset="single_stage", dropout=0.0, trainer_class=F
     settings = {name: getattr(flm_trainer.args, name) for name in (
         "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "logging_steps",
         "eval_strategy", "eval_steps", "save_strategy", "save_steps", "seed", "gradient_accumulation_steps", "ema_decay",
-        "report_to", "use_cpu", "disable_tqdm",
+        "report_to", "use_cpu", "disable_tqdm", "bf16",
     )}  # fmt: skip
     settings.update({name: value for name, value in options.items() if name in own})
     args = FMLMTrainingArguments.from_preset(preset, output_dir=output_dir, **settings)
@@ -394,6 +428,50 @@ class TestTraining:
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         assert trainer.evaluate()["eval_loss"] < before
+
+    def test_targets_come_from_the_chosen_network(self, tmp_path):
+        # V is above the joint width, so that the noise has another size with the average among the networks.
+        for choice, expected in (("student", {"student"}), ("ema", {"average"})):
+            flm = build_flm(vocab_size=200, hidden_size=16)
+            options = {"max_steps": 4, "target_network": choice, "eval_strategy": "steps", "eval_steps": 2}
+            options.update(diagonal_fraction=0.0, save_strategy="no", per_device_train_batch_size=4)
+            dataset = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 40})
+            trainer = build_trainer(tmp_path, FMLMModel.from_flm(flm, dropout=0.5), flm, dataset, **options)
+            used, was_training = {"train": set(), "evaluate": set()}, set()
+            semigroup_target = trainer._semigroup_target
+
+            def spy(*args, trainer=trainer, used=used, was_training=was_training, original=semigroup_target):
+                network = trainer._target_network()
+                mode = "evaluate" if trainer.ema.is_applied else "train"
+                used[mode].add("student" if network is trainer.model else "average")
+                was_training.add(network.training)
+                return original(*args)
+
+            trainer._semigroup_target = spy
+            trainer.train()
+            assert used == {"train": expected, "evaluate": {"student"}}
+            assert was_training == {False}, "targets were made with dropout"
+
+    def test_mixed_precision_keeps_states_in_float32(self, tmp_path):
+        seen, trainers = {}, {}
+        for name in ("bf16", "float32"):
+            options = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "bf16": name == "bf16"}
+            each = trainers[name] = distillation(tmp_path, **options)
+            delta = each._delta
+
+            def spy(network, state, *args, name=name, original=delta):
+                value = original(network, state, *args)
+                seen.setdefault(name, []).append((state, value))
+                return value
+
+            each._delta = spy
+            each.train()
+        (state, delta), (expected_state, expected_delta) = seen["bf16"][0], seen["float32"][0]
+        assert torch.equal(state, expected_state)
+        assert not torch.equal(delta, expected_delta)  # the blocks did run in bfloat16
+        torch.testing.assert_close(delta, expected_delta, rtol=0, atol=0.02)
+        losses = [logged(trainers[name], "train_loss") for name in ("bf16", "float32")]
+        assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
     def test_resumes_and_evaluates_as_the_flm_does(self, tmp_path):
         straight = distillation(tmp_path / "straight", dropout=0.1, target_network="ema")
@@ -456,6 +534,12 @@ class TestTraining:
             build_trainer(tmp_path, flm)
         with pytest.raises(TypeError, match="`args` must be `FMLMTrainingArguments`"):
             FMLMTrainer(student, FLMTrainingArguments(tmp_path))
+        with pytest.raises(ValueError, match="`teacher` is frozen"):
+            build_trainer(tmp_path, student, teacher=student)
+        with pytest.raises(
+            TypeError, match="`model` must be a `FLMModel` for `FLMTrainer`, got `FMLMTwoNetworkModel`"
+        ):
+            FLMTrainer(FMLMTwoNetworkModel.from_flm(flm), FLMTrainingArguments(tmp_path))
         with pytest.raises(ValueError, match="`teacher` has 20 tokens, but the model has 53"):
             build_trainer(tmp_path, student, teacher=build_flm(vocab_size=20))
         with pytest.raises(ValueError, match="`target='teacher'` needs a `teacher` that is itself a flow map"):
@@ -485,7 +569,7 @@ class TestCorrelations:
         flm_trainer.train()
         flm_trainer.save_model()
         teacher = FLMModel.from_pretrained(tmp_path)
-        args = FMLMTrainingArguments(tmp_path, max_steps=600, **options)
+        args = FMLMTrainingArguments(tmp_path, max_steps=800, boundary_probability=0.25, **options)
         trainer = FMLMTrainer(FMLMModel.from_flm(teacher), args, teacher=teacher, train_dataset=dataset)
         trainer.train()
         trainer.save_model(tmp_path / "student")
@@ -497,7 +581,7 @@ class TestCorrelations:
             return [(tokens == torch.tensor(text)).all(1).double().mean().item() for text in (new_york, san_diego)]
 
         first, second = shares(student, 1)
-        assert first + second > 0.97
+        assert first + second > 0.93
         assert 0.4 < first < 0.6
         assert sum(shares(teacher, 32)) > 0.97
 

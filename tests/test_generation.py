@@ -5,11 +5,13 @@ import torch
 from conftest import build_flm
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    GenerationConfig,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
     SuppressTokensLogitsProcessor,
     TextDiffusionStreamer,
     TextIteratorStreamer,
+    TextStreamer,
 )
 
 from modeling_flm import FLMGenerationConfig, FLMGenerationOutput
@@ -116,6 +118,9 @@ def test_streamer_shows_drafts_then_the_text(flm, tokenizer, capsys):
     streamer = TextIteratorStreamer(tokenizer)  # has no drafts
     flm.generate(num_steps=3, generator=seed(), streamer=streamer)
     assert "".join(streamer) == drafts[-1]
+    capsys.readouterr()
+    flm.generate(num_steps=3, generator=seed(), streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out == drafts[-1] + "\n"
     with pytest.raises(ValueError, match="`streamer` shows one text"):
         flm.generate(num_samples=2, num_steps=3, streamer=TextDiffusionStreamer(tokenizer))
 
@@ -137,7 +142,7 @@ def test_progress_bar_only_for_several_batches(flm, capsys):
         ({"length": 13}, "`length` is 13, but the model was made for at most 12"),
         ({"length": 0}, "`length`"),
         ({"batch_size": -1}, "`batch_size`"),
-        ({"temperature": 0.0}, "`temperature` must be above 0"),
+        ({"temperature": 0.0}, "`temperature` must be a number above 0"),
         ({"top_k": 0}, "`top_k`"),
         ({"top_p": 1.5}, "`top_p`"),
         ({"num_stpes": 3}, "`num_stpes` .did you mean `num_steps`"),
@@ -146,6 +151,11 @@ def test_progress_bar_only_for_several_batches(flm, capsys):
         ({"prior_state": torch.randn(2, 12, 7)}, "`prior_state` must have shape"),
         ({"prior_state": torch.randn(12, 53)}, "`prior_state` must have shape"),
         ({"prior_state": torch.randn(2, 13, 53)}, "`length` is 13"),
+        ({"temperature": "hot"}, "`temperature` must be a number"),
+        (
+            {"generation_config": GenerationConfig(max_new_tokens=3)},
+            "Unknown generation parameters `max_new_tokens`.$",
+        ),
         ({"prior_state": torch.randn(2, 12, 53), "num_samples": 3}, "does not go with `num_samples=3`"),
         ({"prior_state": torch.randn(2, 12, 53), "length": 5}, "does not go with"),
         (
@@ -158,6 +168,24 @@ def test_progress_bar_only_for_several_batches(flm, capsys):
 def test_bad_arguments(flm, arguments, message):
     with pytest.raises(ValueError, match=message):
         flm.generate(**arguments)
+
+
+def test_prior_state_sets_the_length(flm):
+    flm.generation_config.length = 8
+    flm.generation_config.num_samples = 3
+    assert flm.generate(num_steps=1).shape == (3, 8)
+    assert flm.generate(prior_state=torch.randn(2, 4, 53), num_steps=1).shape == (2, 4)
+
+
+def test_states_stay_in_float32_under_autocast(flm):
+    states = []
+    denoise = flm.denoise
+    flm.denoise = lambda state, *args, **kwargs: states.append(state) or denoise(state, *args, **kwargs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        flm.generate(num_steps=3, generator=seed())
+    flm.generate(num_steps=3, generator=seed())
+    assert [state.dtype for state in states] == [torch.float32] * 6
+    assert torch.equal(states[0], states[3])
 
 
 def test_precedence_of_parameters(flm):

@@ -88,6 +88,15 @@ class TestForward:
         assert [a.shape for a in output.attentions] == [(3, 4, 12, 12)] * 2
         torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(3, 4, 12))
 
+    def test_the_vocabulary_cannot_be_resized(self, flm):
+        with pytest.raises(NotImplementedError, match="another `vocab_size`"):
+            flm.resize_token_embeddings(60)
+
+    def test_other_rotary_base(self, flm, batch):
+        other = build_flm(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+        other.load_state_dict(flm.state_dict())
+        assert not torch.allclose(other(**batch).logits, flm(**batch).logits)
+
     def test_starts_uniform(self, batch):
         model = FLMModel(FLMConfig(vocab_size=53, hidden_size=32, num_attention_heads=4, num_hidden_layers=2))
         assert not model(**batch).logits.any()
@@ -130,6 +139,7 @@ class TestConfig:
             ({"timestep_embedding_size": 255}, "timestep_embedding_size"),
             ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping"),
             ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+            ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters"),
         ],
     )
     def test_bad_sizes(self, options, message):
@@ -280,6 +290,8 @@ class TestPrecisionAndSpeed:
         expected = flm(**batch).logits
         assert (output.logits - expected).abs().max() < 0.03 * expected.abs().max()
         assert model.generate(num_samples=2, num_steps=3).shape == (2, 12)
+        state = model._make_state(batch["input_ids"], torch.randn(3, 12, 32), torch.rand(3), ())
+        assert state.dtype == torch.float32
 
     def test_autocast_keeps_state_and_head_in_float32(self, flm, batch):
         arguments = {"noise": torch.randn(3, 12, 32), "t": flm.time.tau_to_t(batch["timesteps"])}

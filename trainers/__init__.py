@@ -14,7 +14,15 @@
 """Trainers of flow-based language models."""
 
 from .callbacks import EMACallback, SampleCallback
-from .data import DataCollatorForFLM, add_special_tokens, load_texts, pack_dataset, pack_tokens, train_tokenizer
+from .data import (
+    DataCollatorForFLM,
+    add_special_tokens,
+    find_text_column,
+    load_texts,
+    pack_dataset,
+    pack_tokens,
+    train_tokenizer,
+)
 from .flm_config import FLMTrainingArguments
 from .flm_trainer import FLMTrainer
 from .fmlm_config import PRESETS, FMLMTrainingArguments
@@ -31,6 +39,7 @@ __all__ = [
     "PRESETS",
     "SampleCallback",
     "add_special_tokens",
+    "find_text_column",
     "load_texts",
     "pack_dataset",
     "pack_tokens",

@@ -35,7 +35,7 @@ class EMACallback(TrainerCallback):
     def __init__(self, decay: float):
         self.decay = decay
         self.averaged: AveragedModel | None = None
-        self._is_applied = False
+        self.is_applied = False
 
     @property
     def num_updates(self) -> int:
@@ -71,15 +71,15 @@ class EMACallback(TrainerCallback):
     @contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[None]:
         """Within this context `model` has the averaged weights."""
-        if self.averaged is None or self._is_applied:
+        if self.averaged is None or self.is_applied:
             yield
             return
         self._swap(model)
-        self._is_applied = True
+        self.is_applied = True
         try:
             yield
         finally:
-            self._is_applied = False
+            self.is_applied = False
             self._swap(model)
 
 

@@ -172,6 +172,25 @@ def pack_tokens(
     return [[bos_token_id, *stream[start : start + inner], eos_token_id] for start in starts]
 
 
+def find_text_column(dataset: Dataset | IterableDataset, text_column: str | None = None) -> str:
+    """
+    The column of a dataset that has the texts.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The texts.
+        text_column (`str`, *optional*): Its name: `"text"` if there is one, else the first column, unless given.
+
+    Returns:
+        `str`: the name, which is one of the columns.
+    """
+    columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
+    if text_column is None:
+        text_column = "text" if "text" in columns else columns[0]
+    if text_column not in columns:
+        raise ValueError(f"`text_column` is {text_column!r}, but the dataset has the columns {columns}.")
+    return text_column
+
+
 def pack_dataset(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -188,7 +207,7 @@ def pack_dataset(
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The texts.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A tokenizer with a BOS and an EOS token.
         block_size (`int`): The length of the blocks.
-        text_column (`str`, *optional*): The column with the texts: `"text"` if there is one, else the first, unless given.
+        text_column (`str`, *optional*): The column with the texts, see [`find_text_column`].
         num_proc (`int`, *optional*): The number of processes. Not for streams.
         batch_size (`int`, *optional*, defaults to 1000):
             How many texts are concatenated. Less than a block is lost for every so many texts.
@@ -202,11 +221,7 @@ def pack_dataset(
         )
     if block_size < 3:
         raise ValueError(f"`block_size` must be at least 3, got {block_size}.")
-    columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
-    if text_column is None:
-        text_column = "text" if "text" in columns else columns[0]
-    if text_column not in columns:
-        raise ValueError(f"`text_column` is {text_column!r}, but the dataset has the columns {columns}.")
+    text_column = find_text_column(dataset, text_column)
 
     def tokenize_and_pack(batch: dict[str, list]) -> dict[str, list]:
         # `verbose`: a text may well be longer than a block.
@@ -214,6 +229,7 @@ def pack_dataset(
         return {"input_ids": pack_tokens(tokens, block_size, tokenizer.bos_token_id, tokenizer.eos_token_id)}
 
     options = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc, "desc": "Tokenizing and packing"}
+    columns = dataset.column_names or list(next(iter(dataset)))
     packed = dataset.map(tokenize_and_pack, batched=True, batch_size=batch_size, remove_columns=columns, **options)
     if not isinstance(packed, IterableDataset) and len(packed) == 0:
         raise ValueError(f"The dataset has too few tokens for a single block: use a `block_size` below {block_size}.")

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Trainer of flow-based language models."""
 
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, Tr
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from modeling_flm import FLMModel
 from modeling_flm.flow import noise_size
 from modeling_flm.time_reparameterization import ReparameterizedTime
 
@@ -52,8 +54,8 @@ class FLMTrainer(Trainer):
 
     - Times are uniform in the reparameterized time, and stratified over the global batch.
     - The evaluation loss uses the same times and noise at every evaluation.
-    - Evaluation, samples, `save_model` and `push_to_hub` use the moving average of the weights (`args.ema_decay`).
-      A checkpoint holds the averaged weights in `model.safetensors` and those of the training in
+    - Evaluation, samples, `save_model` and `push_to_hub` use the moving average of the weights (`args.ema_decay`);
+      `trainer.model` has the weights of the training. A checkpoint holds the averaged weights in `model.safetensors` and those of the training in
       `training_weights.safetensors`.
 
     Args:
@@ -88,6 +90,8 @@ class FLMTrainer(Trainer):
     ```
     """
 
+    model_classes: tuple[type[PreTrainedModel], ...] = (FLMModel,)
+
     def __init__(
         self,
         model: PreTrainedModel | str,
@@ -100,7 +104,10 @@ class FLMTrainer(Trainer):
         **kwargs,
     ):
         if isinstance(model, str):
-            model = AutoModel.from_pretrained(model)
+            model = AutoModel.from_pretrained(model, dtype=torch.float32)
+        if not isinstance(model, self.model_classes):
+            names = " or ".join(f"`{model_class.__name__}`" for model_class in self.model_classes)
+            raise TypeError(f"`model` must be a {names} for `{type(self).__name__}`, got `{type(model).__name__}`.")
         if args is None:
             args = FLMTrainingArguments(output_dir=f"{type(model).__name__}-trained")
         if not isinstance(args, FLMTrainingArguments):
@@ -112,6 +119,13 @@ class FLMTrainer(Trainer):
             )
         if args.sample_steps > 0 and processing_class is None:
             raise ValueError("`sample_steps` needs a tokenizer to decode samples with: pass `processing_class`.")
+        if args.ema_decay is not None and any(
+            p.requires_grad and p.dtype != torch.float32 for p in model.parameters()
+        ):
+            raise ValueError(
+                f"`model` has weights in {model.dtype}, in which small steps of their moving average round away: load it "
+                "with `dtype=torch.float32`, and pass `bf16=True` to train in mixed precision."
+            )
         if data_collator is None:
             data_collator = DataCollatorForFLM(pad_token_id=model.config.pad_token_id)
 
@@ -125,6 +139,8 @@ class FLMTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(f"`{type(self).__name__}` does not support FSDP and DeepSpeed yet: use DDP.")
         self.time = ReparameterizedTime(model.config.vocab_size)
         self.ema = None if args.ema_decay is None else EMACallback(args.ema_decay)
         if self.ema is not None:
@@ -187,7 +203,10 @@ class FLMTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
-        """As [`~transformers.Trainer.evaluation_loop`], with the loss averaged over all tokens, each counted once."""
+        """
+        As [`~transformers.Trainer.evaluation_loop`], with the loss averaged over all tokens, each counted once (but for
+        datasets without a length, of which several processes may see the last examples twice).
+        """
         self._eval_step, self._eval_totals = 0, (0.0, 0)
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         losses, counts = zip(*gather_object([self._eval_totals]))
@@ -256,5 +275,12 @@ class FLMTrainer(Trainer):
 
     def _load_best_model(self):
         super()._load_best_model()
-        if self.ema is not None:
+        # `Trainer` only warns where the checkpoint is gone; then the average is still the best there is.
+        if self.ema is not None and Path(self.state.best_model_checkpoint).is_dir():
             self.ema.start(self.model, self.ema.num_updates)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        # `Trainer` copies configurations and weights; without the code nobody could load them.
+        for path in Path(checkpoint_folder).glob("*.py"):
+            shutil.copy(path, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)

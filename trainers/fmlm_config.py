@@ -19,23 +19,23 @@ from typing import Any
 from .flm_config import FLMTrainingArguments
 
 
-# What the published training scripts do. `student` is the model class that goes with each.
+# What the published training scripts do.
 PRESETS: dict[str, dict[str, Any]] = {
-    # First stage: a correction network beside the frozen flow, by the semigroup identity
+    # First stage: the correction network of an `FMLMTwoNetworkModel` beside the frozen flow
     "two_network": {
         "target": "semigroup",
         "divergence": "squared_error",
         "diagonal_fraction": 0.0,
         "boundary_probability": 1 / 64,
     },
-    # Second stage: one network that imitates the two
+    # Second stage: an `FMLMModel` that imitates the two networks
     "second_stage": {
         "target": "teacher",
         "divergence": "squared_error",
         "diagonal_fraction": 0.0,
         "boundary_probability": 1 / 128,
     },
-    # Both at once (v2 of the paper): one network, from the FLM
+    # Both at once (v2 of the paper): an `FMLMModel`, from the FLM
     "single_stage": {
         "target": "semigroup",
         "divergence": "cross_entropy",

@@ -100,6 +100,7 @@ class FMLMTrainer(FLMTrainer):
     ```
     """
 
+    model_classes = (FMLMModel, FMLMTwoNetworkModel)
     num_uniforms = 4
 
     def __init__(
@@ -110,13 +111,15 @@ class FMLMTrainer(FLMTrainer):
         **kwargs,
     ):
         if isinstance(model, str):
-            model = AutoModel.from_pretrained(model)
+            model = AutoModel.from_pretrained(model, dtype=torch.float32)
         if isinstance(teacher, str):
             teacher = AutoModel.from_pretrained(teacher)
-        if not isinstance(model, (FMLMModel, FMLMTwoNetworkModel)):
+        if not isinstance(model, self.model_classes):
             raise TypeError(
                 f"`model` must be a flow map, got `{type(model).__name__}`: use `FMLMModel.from_flm(teacher)`."
             )
+        if teacher is model:
+            raise ValueError("`teacher` is frozen, and cannot be `model` itself: pass none for self-distillation.")
         if args is None:
             args = FMLMTrainingArguments(output_dir=f"{type(model).__name__}-trained")
         if not isinstance(args, FMLMTrainingArguments):
@@ -136,6 +139,10 @@ class FMLMTrainer(FLMTrainer):
             raise ValueError(
                 f"`target='{args.target}'` takes forward-mode derivatives, which `{model.config._attn_implementation}` "
                 "attention does not have: load the model with `attn_implementation='eager'`."
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                "`FMLMTrainer` needs a process for each device: start the script with `accelerate launch`."
             )
         super().__init__(model=model, args=args, **kwargs)
         self.teacher = teacher
@@ -183,9 +190,10 @@ class FMLMTrainer(FLMTrainer):
         return [net for n, net in enumerate(networks) if net is not None and all(net is not m for m in networks[:n])]
 
     def _target_network(self) -> PreTrainedModel:
-        # In evaluation the model itself has the averaged weights.
-        use_average = self.args.target_network == "ema" and self.model.training and self.ema.averaged is not None
-        return self.ema.averaged.module if use_average else self.model
+        # In evaluation the model itself has the averaged weights, and the average those of the training.
+        if self.args.target_network == "student" or self.ema.averaged is None or self.ema.is_applied:
+            return self.model
+        return self.ema.averaged.module
 
     def _noised_embeddings(self):
         return [embedding.weight.detach() for network in self._networks() for embedding in network.embeddings]
@@ -203,9 +211,10 @@ class FMLMTrainer(FLMTrainer):
 
     # Targets
 
-    @staticmethod
-    def _delta(network: PreTrainedModel, state: torch.Tensor, tau_s, tau_t, attention_mask) -> torch.Tensor:
-        return torch.cat(list(network.denoise(state, tau_s, tau_t, attention_mask)), dim=1)
+    def _delta(self, network: PreTrainedModel, state: torch.Tensor, tau_s, tau_t, attention_mask) -> torch.Tensor:
+        # Blocks run in the precision of the training; states and their updates stay in float32.
+        with self.accelerator.autocast():
+            return torch.cat(list(network.denoise(state, tau_s, tau_t, attention_mask)), dim=1)
 
     def _diagonal_target(self, teacher_state, tau_s, attention_mask, labels) -> torch.Tensor:
         """The denoiser of the teacher, or the data."""
@@ -298,7 +307,7 @@ class FMLMTrainer(FLMTrainer):
     # The loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with self.accelerator.autocast(), evaluating(*self._networks()):
+        with evaluating(*self._networks()):
             targets = list(self.compute_targets(inputs))
         names = ("input_ids", "timesteps", "target_timesteps", "noise", "t", "attention_mask")
         own = len(self.model.embeddings)
@@ -311,14 +320,14 @@ class FMLMTrainer(FLMTrainer):
         mask = inputs["labels"] != -100
         for rows, target, weight in targets:
             logits = output.logits[rows]
-            log_delta = logits.log_softmax(dim=-1) if is_softmax else None
+            log_delta = self.model.log_delta(logits) if is_softmax else None
             delta = None if is_softmax else self.model.delta(logits)
             values = weight[:, None] * divergence(self.args.divergence, target, delta, log_delta)
             losses = losses.index_put((torch.tensor(rows, device=losses.device),), values)
         for kind, rows in inputs["rows"].items():
             counted = mask[rows]
             self._components[kind] += torch.stack([(losses.detach()[rows] * counted).sum(), counted.sum()])
-        if output.log_weight is not None:
+        if output.log_weight is not None and model.training:
             losses = torch.exp(-output.log_weight)[:, None] * losses + output.log_weight[:, None]
 
         loss = (losses * mask).sum()
