@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A process for each core, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 .PHONY: install quickstart test test-slow lint format clean
 
@@ -17,10 +19,10 @@ quickstart: $(INSTALLED)  ## train a small model and watch it write
 	$(BIN)/python examples/quickstart.py
 
 test: $(INSTALLED)  ## the fast tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(INSTALLED)  ## the tests that take long
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

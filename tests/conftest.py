@@ -1,7 +1,13 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from modeling_flm import FLMConfig, FLMModel
+
+
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 
 
 @pytest.fixture(autouse=True)

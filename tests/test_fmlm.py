@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import build_flm
 from datasets import Dataset
-from test_trainer import TestProcesses, logged
-from train_tiny import build
+from train_tiny import build, launch, logged
 from transformers import AutoModel
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkConfig, FMLMTwoNetworkModel
@@ -494,8 +493,8 @@ class TestTraining:
 
     def test_two_processes_learn_what_one_does(self, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "distill": True}
-        (one,) = TestProcesses.run(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
-        two = TestProcesses.run(tmp_path / "two", 2, per_device_train_batch_size=8, **options)
+        (one,) = launch(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
+        two = launch(tmp_path / "two", 2, per_device_train_batch_size=8, **options)
         for name in ("loss", "loss_diagonal", "loss_off_diagonal", "grad_norm", "eval_loss", "eval_loss_off_diagonal"):
             assert logged(two[0]["log"], name) == pytest.approx(logged(one["log"], name), rel=1e-3)
 

@@ -1,8 +1,6 @@
 """The trainer: times and noise, the loss, evaluation, averaged weights, checkpoints, several processes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +9,13 @@ import torch
 import torch.nn.functional as F
 from conftest import build_flm
 from safetensors.torch import load_file
+from train_tiny import RecordingTrainer, build, launch, logged
 from transformers import AutoModel, Trainer, TrainerCallback
 
 import modeling_flm
 from modeling_flm.flow import interpolate, noise_factors
 from trainers import EMACallback, FLMTrainer, FLMTrainingArguments, train_tokenizer
 from trainers.noise import draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
-
-
-sys.path.insert(0, str(Path(__file__).parent / "scripts"))
-from train_tiny import RecordingTrainer, build  # noqa: E402
-
-
-def logged(trainer_or_log, name):
-    log = trainer_or_log.state.log_history if isinstance(trainer_or_log, FLMTrainer) else trainer_or_log
-    return [row[name] for row in log if name in row]
 
 
 class TestNoise:
@@ -232,30 +222,10 @@ class TestResume:
 
 
 class TestProcesses:
-    @staticmethod
-    def run(output_dir, num_processes, **options):
-        launcher = [sys.executable]
-        if num_processes > 1:
-            # `--multi_gpu` is for several processes of any kind; with `--cpu` accelerate starts a single one.
-            launcher += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
-            launcher += [
-                "--num_machines",
-                "1",
-                "--mixed_precision",
-                "no",
-                "--dynamo_backend",
-                "no",
-                "--main_process_port",
-                "0",
-            ]
-        script = Path(__file__).parent / "scripts" / "train_tiny.py"
-        subprocess.run([*launcher, str(script), str(output_dir), json.dumps(options)], check=True, timeout=300)
-        return [json.loads((output_dir / f"process-{index}.json").read_text()) for index in range(num_processes)]
-
     def test_two_processes_see_and_learn_what_one_does(self, tmp_path):
         options = {"max_steps": 6, "eval_steps": 3, "save_steps": 3, "ema_decay": 0.9}
-        (one,) = self.run(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
-        two = self.run(tmp_path / "two", 2, per_device_train_batch_size=8, **options)
+        (one,) = launch(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
+        two = launch(tmp_path / "two", 2, per_device_train_batch_size=8, **options)
 
         # The same tokens with the same times and noise in every step, each in one of the processes.
         def unpadded(rows):

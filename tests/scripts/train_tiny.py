@@ -1,6 +1,7 @@
-"""Trains a tiny FLM and writes what each process saw; run by test_trainer.py under `accelerate launch` and alone."""
+"""Trains a tiny model and writes what each process saw; run by the tests under `accelerate launch` and alone."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,6 +76,32 @@ def build(
         train_dataset=dataset,
         eval_dataset=dataset.select(range(21)),
     )
+
+
+def launch(output_dir: Path, num_processes: int, **options) -> list[dict]:
+    """Runs this script in so many processes; what each of them wrote."""
+    command = [sys.executable]
+    if num_processes > 1:
+        # `--multi_gpu` is for several processes of any kind; with `--cpu` accelerate starts a single one.
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
+        command += [
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+        ]
+    subprocess.run([*command, __file__, str(output_dir), json.dumps(options)], check=True, timeout=300)
+    return [json.loads((output_dir / f"process-{index}.json").read_text()) for index in range(num_processes)]
+
+
+def logged(trainer_or_log: FLMTrainer | list[dict], name: str) -> list[float]:
+    """All values of a quantity in a log."""
+    log = trainer_or_log.state.log_history if isinstance(trainer_or_log, FLMTrainer) else trainer_or_log
+    return [row[name] for row in log if name in row]
 
 
 if __name__ == "__main__":
