@@ -61,8 +61,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train_file", help="a txt, json, jsonl, csv or parquet file to learn from")
     parser.add_argument("--vocab_size", type=int, default=2048, help="the largest vocabulary for texts of your own")
     parser.add_argument("--length", type=int, default=64, help="the length in tokens of texts of your own")
-    parser.add_argument("--max_steps", type=int, default=2400, help="optimizer steps of the FLM")
-    parser.add_argument("--distillation_steps", type=int, default=1600, help="optimizer steps of the FMLM")
+    parser.add_argument("--max_steps", type=int, default=2200, help="optimizer steps of the FLM")
+    parser.add_argument("--distillation_steps", type=int, default=1700, help="optimizer steps of the FMLM")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="of both trainings")
     parser.add_argument("--hidden_size", type=int, default=128)
@@ -176,6 +176,7 @@ def main():
         FLMConfig(
             vocab_size=len(tokenizer),
             hidden_size=args.hidden_size,
+            intermediate_size=2 * args.hidden_size,
             num_hidden_layers=args.num_hidden_layers,
             num_attention_heads=args.num_attention_heads,
             max_position_embeddings=length,
