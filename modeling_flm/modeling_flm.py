@@ -487,9 +487,9 @@ class FLMPreTrainedModel(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either `input_ids` (clean tokens) or `inputs_embeds` (states), and not both.")
         batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        if timesteps is None:
+            raise ValueError("Pass `timesteps`, the reparameterized time tau in [0, 1] of each sequence.")
         for name, times in (("timesteps", timesteps), ("target_timesteps", target_timesteps)):
-            if times is None and name == "timesteps":
-                raise ValueError("Pass `timesteps`, the reparameterized time tau in [0, 1] of each sequence.")
             if times is not None and times.shape != (batch_size,):
                 raise ValueError(
                     f"`{name}` must have shape ({batch_size},), one time per sequence, got {tuple(times.shape)}."

@@ -75,8 +75,9 @@ class ReparameterizedTime:
 
     where \\(P(t)\\) is the probability that the largest entry of a noised one-hot vector is the right one. Both
     directions are monotone and exact to 1e-5; 0 maps to 0 and 1 to 1. Values are computed in float64 (on MPS, which has
-    none, in float32, with less precision near 1) on the device of the argument, from a table that is built once per vocabulary size and device. An instance holds no tensors, so there
-    is nothing that saving, loading or moving a model could lose.
+    none, in float32, with less precision near 1) on the device of the argument, from a table that is built once per
+    vocabulary size and device. An instance holds no tensors, so there is nothing that saving, loading or moving a model
+    could lose.
 
     Args:
         vocab_size (`int`): The size of the vocabulary, V, at least 2.

@@ -172,6 +172,10 @@ def pack_tokens(
     return [[bos_token_id, *stream[start : start + inner], eos_token_id] for start in starts]
 
 
+def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    return dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
+
+
 def find_text_column(dataset: Dataset | IterableDataset, text_column: str | None = None) -> str:
     """
     The column of a dataset that has the texts.
@@ -183,7 +187,7 @@ def find_text_column(dataset: Dataset | IterableDataset, text_column: str | None
     Returns:
         `str`: the name, which is one of the columns.
     """
-    columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
+    columns = _column_names(dataset)
     if text_column is None:
         text_column = "text" if "text" in columns else columns[0]
     if text_column not in columns:
@@ -229,8 +233,9 @@ def pack_dataset(
         return {"input_ids": pack_tokens(tokens, block_size, tokenizer.bos_token_id, tokenizer.eos_token_id)}
 
     options = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc, "desc": "Tokenizing and packing"}
-    columns = dataset.column_names or list(next(iter(dataset)))
-    packed = dataset.map(tokenize_and_pack, batched=True, batch_size=batch_size, remove_columns=columns, **options)
+    packed = dataset.map(
+        tokenize_and_pack, batched=True, batch_size=batch_size, remove_columns=_column_names(dataset), **options
+    )
     if not isinstance(packed, IterableDataset) and len(packed) == 0:
         raise ValueError(f"The dataset has too few tokens for a single block: use a `block_size` below {block_size}.")
     return packed

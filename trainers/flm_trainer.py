@@ -164,18 +164,26 @@ class FLMTrainer(Trainer):
         """The times of the examples at `positions` of a global batch, from `num_uniforms` uniform variables of each."""
         return {"timesteps": uniforms[:, 0]}
 
+    def _positions(self, batch: dict[str, Any], index: int, batch_size: int) -> range:
+        """Where the examples of this process's batch number `index` stand in the order in which batches are handed out."""
+        first = (index * self.accelerator.num_processes + self.accelerator.process_index) * batch_size
+        return range(first, first + len(batch["input_ids"]))
+
+    def _set_times(self, batch: dict[str, Any], uniforms: torch.Tensor, positions: range, key: tuple[int, ...]):
+        """Puts the times and the noise seeds of its examples into a batch."""
+        batch.update(self._draw_times(uniforms, positions))
+        batch["noise_seeds"] = [example_seed(*key, position) for position in positions]
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of the next optimizer step, each with the times and the noise seeds of its examples."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_processes, batch_size = self.accelerator.num_processes, self._train_batch_size
+        batch_size = self._train_batch_size
         key = (self.args.seed, _TRAIN, self.state.global_step)
-        uniforms = stratified_uniforms(len(batches) * num_processes * batch_size, self.num_uniforms, *key)
+        num_examples = len(batches) * self.accelerator.num_processes * batch_size
+        uniforms = stratified_uniforms(num_examples, self.num_uniforms, *key)
         for index, batch in enumerate(batches):
-            # The global batch in the order in which the processes are handed their shares of it.
-            first = (index * num_processes + self.accelerator.process_index) * batch_size
-            positions = range(first, first + len(batch["input_ids"]))
-            batch.update(self._draw_times(uniforms[positions.start : positions.stop], positions))
-            batch["noise_seeds"] = [example_seed(*key, position) for position in positions]
+            positions = self._positions(batch, index, batch_size)
+            self._set_times(batch, uniforms[positions.start : positions.stop], positions, key)
         return batches, num_items_in_batch
 
     def _noised_embeddings(self) -> list[torch.Tensor]:
@@ -215,13 +223,10 @@ class FLMTrainer(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        num_processes, batch_size = self.accelerator.num_processes, self.args.eval_batch_size
-        first = (self._eval_step * num_processes + self.accelerator.process_index) * batch_size
+        positions = self._positions(inputs, self._eval_step, self.args.eval_batch_size)
         self._eval_step += 1
-        positions = range(first, first + len(inputs["input_ids"]))
         uniforms = evenly_spread_uniforms(positions.start, len(positions), self.num_uniforms)
-        inputs.update(self._draw_times(uniforms, positions))
-        inputs["noise_seeds"] = [example_seed(self.args.seed, _EVAL, position) for position in positions]
+        self._set_times(inputs, uniforms, positions, (self.args.seed, _EVAL))
         dataset = self.callback_handler.eval_dataloader.dataset
         if has_length(dataset):
             # So that all processes have equal batches, the last ones are filled up with examples seen before.

@@ -187,7 +187,7 @@ class FMLMTrainer(FLMTrainer):
     def _networks(self) -> list[PreTrainedModel]:
         """The networks that see a batch: the student, then the teacher, then the network in the targets, if others."""
         networks = [self.model, self.teacher, self._target_network()]
-        return [net for n, net in enumerate(networks) if net is not None and all(net is not m for m in networks[:n])]
+        return [network for network in dict.fromkeys(networks) if network is not None]
 
     def _target_network(self) -> PreTrainedModel:
         # In evaluation the model itself has the averaged weights, and the average those of the training.
@@ -271,11 +271,8 @@ class FMLMTrainer(FLMTrainer):
             For the examples on the diagonal, and then for those off it, their rows, their targets of shape
             `(num_rows, sequence_length, vocab_size)`, and a weight for each row of shape `(num_rows,)`.
         """
-        networks = self._networks()
-        states = self._states(inputs)
-        state_of = lambda network: states[next(n for n, net in enumerate(networks) if net is network)]  # noqa: E731
-        target_state = state_of(self._target_network())
-        teacher_state = None if self.teacher is None else state_of(self.teacher)
+        states = dict(zip(self._networks(), self._states(inputs)))
+        target_state, teacher_state = states[self._target_network()], states.get(self.teacher)
         mask = inputs.get("attention_mask")
         diagonal = inputs["rows"].get("diagonal", [])
         others = [row for kind, rows in inputs["rows"].items() if kind != "diagonal" for row in rows]
