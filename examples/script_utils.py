@@ -143,8 +143,8 @@ def run(trainer: FLMTrainer, data_args: DataArguments):
     args = trainer.args
     if args.should_save:
         settings = {name: value for name, value in vars(data_args).items() if value is not None}
-        for name in ("train_file", "validation_file"):
-            if name in settings:
+        for name in ("dataset_name", "train_file", "validation_file"):
+            if name in settings and Path(settings[name]).exists():
                 settings[name] = str(Path(settings[name]).resolve())
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         Path(args.output_dir, DATA_SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n")

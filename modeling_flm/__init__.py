@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, FLMGenerationOutput
 from .modeling_flm import FLMModel, FLMOutput, FMLMModel, FMLMTwoNetworkModel
+from .pipeline_flm import FLMPipeline
 from .time_reparameterization import ReparameterizedTime
 
 
@@ -38,6 +39,7 @@ __all__ = [
     "FLMGenerationOutput",
     "FLMModel",
     "FLMOutput",
+    "FLMPipeline",
     "FMLMConfig",
     "FMLMModel",
     "FMLMTwoNetworkConfig",

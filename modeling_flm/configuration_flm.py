@@ -13,8 +13,19 @@
 # limitations under the License.
 """Configuration of flow-based language models."""
 
+# ruff: noqa: E402
+import copy
+
+from transformers.utils.versions import require_version
+
+
+# This is the first file that remote code runs: say what is missing before an import fails.
+require_version("transformers>=5.20", "FLM models need a newer one: `pip install --upgrade transformers`.")
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .pipeline_flm import CUSTOM_PIPELINES
 
 
 @strict
@@ -89,6 +100,7 @@ class FLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

@@ -155,6 +155,8 @@ class FLMGenerationOutput(ModelOutput):
 class FLMGenerationMixin:
     """Gives a model with `state_embedding`, `time` and `denoise` its `generate()`."""
 
+    output_modalities = ("text",)
+
     @torch.no_grad()
     def generate(
         self,

@@ -13,20 +13,35 @@
 # limitations under the License.
 """Trainer of flow-based language models."""
 
+import dataclasses
+import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    AutoModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from hub.card import TRAINING_NAME
+from hub.publish import assemble, publish
 from modeling_flm import FLMModel
 from modeling_flm.flow import noise_size
 from modeling_flm.time_reparameterization import ReparameterizedTime
@@ -258,6 +273,22 @@ class FLMTrainer(Trainer):
         with self._averaged_weights():
             super().save_model(output_dir, _internal_call)
 
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        path = Path(output_dir or self.args.output_dir, TRAINING_NAME)
+        path.write_text(json.dumps(self._training_record(), indent=2) + "\n", encoding="utf-8")
+
+    def _training_record(self) -> dict[str, Any]:
+        """What a model card tells of the training."""
+        inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+        own = {
+            field.name: getattr(self.args, field.name)
+            for field in dataclasses.fields(self.args)
+            if field.name not in inherited and not field.name.startswith("sample_")
+        }
+        arguments = {**extract_hyperparameters_from_trainer(self), "bf16": self.args.bf16, **own}
+        return {"trainer": type(self).__name__, "step": self.state.global_step, "arguments": arguments}
+
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.ema is not None and self.args.should_save:
@@ -283,6 +314,64 @@ class FLMTrainer(Trainer):
         # `Trainer` only warns where the checkpoint is gone; then the average is still the best there is.
         if self.ema is not None and Path(self.state.best_model_checkpoint).is_dir():
             self.ema.start(self.model, self.ema.num_updates)
+
+    def create_model_card(self, model_name: str | None = None, **kwargs):
+        """
+        Saves the model, and writes its card to `README.md` beside it.
+
+        Args:
+            model_name (`str`, *optional*): The name of the repository. The one that `push_to_hub` takes unless given.
+            kwargs: The metadata of the card, see [`~hub.card.build_card`].
+        """
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            with tempfile.TemporaryDirectory() as folder:
+                assemble(self.args.output_dir, folder, model_name or self._repo_id(), **kwargs)
+                shutil.copy(Path(folder, "README.md"), self.args.output_dir)
+
+    def _repo_id(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """
+        Saves the model and publishes it as [`~hub.publish.publish`] does, with `args.hub_model_id`, `args.hub_token`,
+        `args.hub_revision` and `args.hub_private_repo`, unless they are given here.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`): The first line of the commit message.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait until it is published.
+            token (`str`, *optional*): A token with the right to write.
+            revision (`str`, *optional*): The branch to commit to.
+            private (`bool`, *optional*): Whether a repository that is created is private.
+            kwargs: The metadata of the card, see [`~hub.card.build_card`].
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], or if not `blocking` a `Future` of it; nothing but on the first process.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        task = partial(
+            publish,
+            self.args.output_dir,
+            self._repo_id(),
+            private=self.args.hub_private_repo if private is None else private,
+            revision=self.args.hub_revision if revision is None else revision,
+            token=token or self.args.hub_token,
+            commit_message=commit_message,
+            **kwargs,
+        )
+        return task() if blocking else HfApi().run_as_future(task)
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
         # `Trainer` copies configurations and weights; without the code nobody could load them.

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from hub.card import is_hub_name
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import flow_map, interpolate, noise_factors, project_to_simplex, semigroup_weight
 
@@ -342,6 +343,11 @@ class FMLMTrainer(FLMTrainer):
         totals = self.accelerator.reduce(torch.stack([self._components[kind] for kind in kinds]), "sum").tolist()
         self._components.clear()
         return {f"{prefix}loss_{kind}": total / count for kind, (total, count) in zip(kinds, totals) if count > 0}
+
+    def _training_record(self) -> dict[str, Any]:
+        # A teacher on this machine has no name for others.
+        name = None if self.teacher is None else self.teacher.name_or_path
+        return {**super()._training_record(), "teacher": name if is_hub_name(name) else None}
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:

@@ -1,0 +1,311 @@
+"""Conversion of published checkpoints: what comes out, and what must not happen on the way."""
+
+import os
+import struct
+import subprocess
+import sys
+import zipfile
+
+import oracle
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from hub.convert import Checkpoint, CheckpointError, convert, main
+from trainers import train_tokenizer
+
+
+FLM, STAGE_1, STAGE_2 = (oracle.FIXTURES / f"{name}_tiny.ckpt" for name in ("flm", "fmlm_stage1", "fmlm"))
+
+
+class TestPublishedValues:
+    @pytest.mark.parametrize(
+        "prefix, name, arguments, num_steps",
+        [
+            ("flm", "FLMModel", ["--checkpoint", FLM], (1, 2, 5)),
+            ("stage1", "FMLMTwoNetworkModel", ["--checkpoint", FLM, "--correction", STAGE_1], (1, 2, 4)),
+            ("stage2", "FMLMModel", ["--checkpoint", STAGE_2], (1, 2, 4)),
+        ],
+    )
+    def test_tokens_through_the_auto_classes(self, prefix, name, arguments, num_steps, tmp_path):
+        values = oracle.values()
+        main([*map(str, arguments), "--output", str(tmp_path / "model")])
+        model = AutoModel.from_pretrained(tmp_path / "model")
+        assert type(model).__name__ == name
+        for steps in num_steps:
+            tokens = model.generate(prior_state=values["prior_state"], num_steps=steps)
+            assert torch.equal(tokens, values[f"{prefix}.tokens_{steps}"])
+
+    @pytest.mark.parametrize("prefix, checkpoint", [("flm", FLM), ("stage2", STAGE_2)])
+    def test_logits_with_remote_code(self, prefix, checkpoint, tmp_path):
+        values = oracle.values()
+        main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "model")])
+        script = """
+import sys, torch
+sys.modules["modeling_flm"] = None
+from transformers import AutoModel
+model = AutoModel.from_pretrained("model", trust_remote_code=True)
+batch = torch.load("batch.pt")
+torch.save(model(**batch).logits.detach(), "logits.pt")
+"""
+        batch = {"input_ids": values["input_ids"], "noise": values["noise"]}
+        if prefix == "flm":
+            # Noise in one-hot space is projected by the embedding, which the model does by a root of its Gram matrix.
+            embedding = oracle.flm().state_embedding
+            t = values["flm.t"][:, None, None]
+            one_hot = torch.nn.functional.one_hot(values["input_ids"], len(embedding)).float()
+            batch = {"inputs_embeds": ((1 - t) * values["noise"] + t * one_hot) @ embedding}
+            batch["timesteps"] = values["flm.tau"]
+        else:
+            model = oracle.fmlm()
+            t = model.time.tau_to_t(values["stage2.tau_s"])[:, None, None]
+            one_hot = torch.nn.functional.one_hot(values["input_ids"], 67).float()
+            batch = {"inputs_embeds": ((1 - t) * values["noise"] + t * one_hot) @ model.state_embedding}
+            batch |= {"timesteps": values["stage2.tau_s"], "target_timesteps": values["stage2.tau_t"]}
+        torch.save({key: value.detach() for key, value in batch.items()}, tmp_path / "batch.pt")
+        environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+        subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
+        logits, expected = torch.load(tmp_path / "logits.pt"), values[f"{prefix}.logits"]
+        assert (logits - expected).abs().max() / expected.abs().max() < 1e-4
+
+    def test_raw_weights(self):
+        values = oracle.values()
+        for raw, name in ((False, "ema"), (True, "raw")):
+            embedding = convert(FLM, raw_weights=raw).embed_tokens.weight[:2]
+            assert torch.equal(embedding, values[f"flm.{name}_weight_check"])
+        assert not torch.equal(values["flm.ema_weight_check"], values["flm.raw_weight_check"])
+
+    def test_settings(self):
+        sizes, config = oracle.read_json("values_tiny.json"), convert(STAGE_2).config
+        assert config.num_attention_heads == sizes["num_heads"]
+        assert config.max_position_embeddings == sizes["length"]
+        assert config.attn_logit_softcapping == sizes["softcap"]
+        assert config.learned_loss_weighting and not convert(FLM).training
+
+    def test_tokenizer(self, tmp_path):
+        train_tokenizer([" ".join(f"w{n}" for n in range(63))], "word", vocab_size=100).save_pretrained(tmp_path / "t")
+        arguments = ["--checkpoint", str(FLM), "--tokenizer", str(tmp_path / "t")]
+        main([*arguments, "--output", str(tmp_path / "model")])
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+        model = AutoModel.from_pretrained(tmp_path / "model")
+        assert len(tokenizer) == model.config.vocab_size == 67
+        for config in (model.config, model.generation_config):
+            assert config.eos_token_id == tokenizer.eos_token_id
+            assert config.pad_token_id == tokenizer.pad_token_id
+
+
+def published(**changes) -> dict:
+    """The content of a checkpoint as the published code writes it, of which tensors and settings can be changed."""
+    weights = {name: tensor.load() for name, tensor in Checkpoint(STAGE_2).content["state_dict"].items()}
+    algorithm = changes.pop("algorithm", "flm_distill_double")
+    config = {"algo": {"name": algorithm}, "model": {"n_heads": 3, "length": 12}}
+    weights = {**weights, **changes}
+    return {
+        "state_dict": {name: tensor for name, tensor in weights.items() if tensor is not None},
+        "hyper_parameters": {"config": config},
+    }
+
+
+class TestOtherCheckpoints:
+    @pytest.mark.parametrize("algorithm", ["fmlm", "dos_denoiser", "something_new"])
+    def test_algorithms_of_the_second_version(self, algorithm, tmp_path):
+        torch.save(published(algorithm=algorithm), tmp_path / "x.ckpt")
+        model = convert(tmp_path / "x.ckpt", raw_weights=True)
+        expected = convert(STAGE_2, raw_weights=True).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+    def test_compiled_model(self, tmp_path):
+        content = published()
+        weights = content["state_dict"].items()
+        content["state_dict"] = {name.replace("backbone.", "backbone._orig_mod."): tensor for name, tensor in weights}
+        torch.save(content, tmp_path / "x.ckpt")
+        assert convert(tmp_path / "x.ckpt", raw_weights=True).config.num_hidden_layers == 2
+
+    def test_flags_in_the_place_of_a_configuration(self, tmp_path):
+        content = published()
+        del content["hyper_parameters"]
+        torch.save(content, tmp_path / "x.ckpt")
+        with pytest.raises(CheckpointError, match="num_attention_heads.*--num-heads"):
+            convert(tmp_path / "x.ckpt", raw_weights=True)
+        with pytest.raises(CheckpointError, match="max_position_embeddings.*--length"):
+            convert(tmp_path / "x.ckpt", raw_weights=True, num_heads=3)
+        model = convert(tmp_path / "x.ckpt", raw_weights=True, num_heads=3, length=12)
+        assert model.config.max_position_embeddings == 12
+
+    def test_no_averages(self, tmp_path):
+        torch.save(published(), tmp_path / "x.ckpt")
+        with pytest.raises(CheckpointError, match="--raw-weights"):
+            convert(tmp_path / "x.ckpt")
+
+    def test_half_precision_becomes_single(self, tmp_path):
+        content = published()
+        content["state_dict"] = {name: tensor.bfloat16() for name, tensor in content["state_dict"].items()}
+        torch.save(content, tmp_path / "x.ckpt")
+        assert convert(tmp_path / "x.ckpt", raw_weights=True).dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        "name, value, message",
+        [
+            ("backbone.blocks.1.attn_out.weight", None, r"missing: layers.1.self_attn.o_proj.weight \(48, 48\)"),
+            ("backbone.surprise", torch.zeros(3), r"unknown: surprise \(3,\)"),
+            ("backbone.output_layer.linear.bias", torch.zeros(5), r"wrong shape: lm_head.bias \(5,\), expected \(67,\)"),
+            ("backbone.blocks.7.norm1.weight", torch.zeros(48), r"unknown: layers.7.norm1.weight"),
+            ("backbone.vocab_embed.embedding", None, "no embed_tokens.weight"),
+        ],
+    )
+    def test_tensors_that_do_not_fit(self, name, value, message, tmp_path):
+        torch.save(published(**{name: value}), tmp_path / "x.ckpt")
+        with pytest.raises(CheckpointError, match=message):
+            convert(tmp_path / "x.ckpt", raw_weights=True)
+
+    def test_wrong_roles(self):
+        with pytest.raises(CheckpointError, match="pass it as `--correction`"):
+            convert(STAGE_1)
+        with pytest.raises(CheckpointError, match="`--checkpoint` must be an FLM"):
+            convert(STAGE_2, correction=STAGE_1)
+        with pytest.raises(CheckpointError, match="a flow map by itself"):
+            convert(FLM, correction=STAGE_2)
+        with pytest.raises(CheckpointError, match="is not a flow map"):
+            convert(FLM, correction=FLM)
+        with pytest.raises(CheckpointError, match="no such file"):
+            convert("nowhere.ckpt")
+
+
+class _Runs:
+    """Unpickled by `pickle`, it makes a file."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class _RunsWhenItsStateIsSet:
+    def __init__(self, path):
+        self.path = path
+
+    def __setstate__(self, state):
+        open(state["path"], "w").close()
+
+
+def rewrite(source, target, edit, compression=zipfile.ZIP_STORED):
+    """Copies an archive, with `edit(name, content)` in the place of each member's content."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, edit(member.filename, old.read(member)))
+
+
+def member_of(name: str) -> str:
+    """The member of the archive that has the numbers of an averaged weight."""
+    return Checkpoint(STAGE_2).weights()[name].storage.member
+
+
+class TestHostileFiles:
+    def refuse(self, tmp_path, match, *flags):
+        """Neither a model nor anything left of it."""
+        before = sorted(os.listdir(tmp_path))
+        with pytest.raises(SystemExit, match=match):
+            main(["--checkpoint", str(tmp_path / "x.ckpt"), "--output", str(tmp_path / "out"), *flags])
+        assert sorted(os.listdir(tmp_path)) == before
+
+    def test_nothing_in_the_file_runs(self, tmp_path):
+        marks = [tmp_path / f"mark{n}" for n in range(5)]
+        content = published()
+        content["callbacks"] = [
+            _Runs(os.system, f"touch {marks[0]}"),
+            _Runs(open, str(marks[1]), "w"),
+            _Runs(eval, f"open({str(marks[2])!r}, 'w')"),
+            _RunsWhenItsStateIsSet(str(marks[3])),
+        ]
+        content["hyper_parameters"]["config"]["extra"] = _Runs(exec, f"open({str(marks[4])!r}, 'w')")
+        torch.save(content, tmp_path / "x.ckpt")
+        model = convert(tmp_path / "x.ckpt", raw_weights=True)
+        assert model.config.num_attention_heads == 3
+        assert not any(mark.exists() for mark in marks)
+        # The file does what it is meant to where it is trusted.
+        torch.load(tmp_path / "x.ckpt", weights_only=False)
+        assert all(mark.exists() for mark in marks)
+
+    def test_a_tensor_that_is_code(self, tmp_path):
+        mark = tmp_path / "mark"
+        content = published(**{"backbone.output_layer.linear.bias": _Runs(os.system, f"touch {mark}")})
+        torch.save(content, tmp_path / "x.ckpt")
+        self.refuse(tmp_path, "missing: lm_head.bias", "--raw-weights")
+        assert not mark.exists()
+
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+    def test_truncated(self, share, tmp_path):
+        content = STAGE_2.read_bytes()
+        (tmp_path / "x.ckpt").write_bytes(content[: int(share * len(content))])
+        self.refuse(tmp_path, "truncated")
+
+    def test_damaged(self, tmp_path):
+        content = bytearray(STAGE_2.read_bytes())
+        with zipfile.ZipFile(STAGE_2) as archive:
+            content[archive.getinfo(member_of("embed_tokens.weight")).header_offset + 1000] ^= 255
+        (tmp_path / "x.ckpt").write_bytes(content)
+        self.refuse(tmp_path, "cannot be read: Bad CRC")
+
+    def test_compressed(self, tmp_path):
+        rewrite(STAGE_2, tmp_path / "x.ckpt", lambda name, content: content + b"\0" * 10**7, zipfile.ZIP_DEFLATED)
+        self.refuse(tmp_path, "declares .* bytes of content")
+
+    def test_declared_size_of_a_member(self, tmp_path):
+        content = bytearray(STAGE_2.read_bytes())
+        with zipfile.ZipFile(STAGE_2) as archive:
+            entry = content.index(b"PK\x01\x02", archive.start_dir)
+        content[entry + 24 : entry + 28] = struct.pack("<I", 2**31)  # its uncompressed size
+        (tmp_path / "x.ckpt").write_bytes(content)
+        self.refuse(tmp_path, "declares .* bytes of content")
+
+    def test_storage_that_is_too_small(self, tmp_path):
+        member = member_of("embed_tokens.weight")
+        edit = lambda name, content: content[:-4] if name == member else content  # noqa: E731
+        rewrite(STAGE_2, tmp_path / "x.ckpt", edit)
+        self.refuse(tmp_path, r"cannot be read: it declares [\d,]+ bytes of numbers")
+
+    def test_storage_that_is_not_there(self, tmp_path):
+        with zipfile.ZipFile(STAGE_2) as old, zipfile.ZipFile(tmp_path / "x.ckpt", "w") as new:
+            for member in old.infolist():
+                if not member.filename.endswith("/data/0"):
+                    new.writestr(member.filename, old.read(member))
+        self.refuse(tmp_path, "cannot be read", "--raw-weights")
+
+    def test_shape_that_is_larger_than_its_numbers(self, tmp_path):
+        huge = torch.zeros(1).expand(48, 10**9)
+        torch.save(published(**{"backbone.blocks.0.norm1.weight": huge}), tmp_path / "x.ckpt")
+        self.refuse(tmp_path, "wrong shape: layers.0.norm1.weight", "--raw-weights")
+        huge = torch.zeros(1).expand(10**9, 48)
+        torch.save(published(**{"backbone.vocab_embed.embedding": huge}), tmp_path / "x.ckpt")
+        self.refuse(tmp_path, "wrong shape: lm_head", "--raw-weights")
+        content = published(**{"backbone.vocab_embed.embedding": huge})
+        content["state_dict"]["backbone.output_layer.linear.weight"] = huge
+        content["state_dict"]["backbone.output_layer.linear.bias"] = torch.zeros(1).expand(10**9)
+        torch.save(content, tmp_path / "x.ckpt")
+        self.refuse(tmp_path, "more numbers than the 1 that are stored", "--raw-weights")
+
+    def test_not_a_checkpoint(self, tmp_path):
+        torch.save({"weights": 1}, tmp_path / "x.ckpt")
+        self.refuse(tmp_path, "no `state_dict`")
+        torch.save(torch.zeros(3), tmp_path / "x.ckpt")
+        self.refuse(tmp_path, "no `state_dict`")
+        with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
+            archive.writestr("hello.txt", "hello")
+        self.refuse(tmp_path, "is not a checkpoint")
+        rewrite(STAGE_2, tmp_path / "x.ckpt", lambda name, content: b"garbage" if "data.pkl" in name else content)
+        self.refuse(tmp_path, "cannot be read")
+
+    def test_output_that_exists(self, tmp_path, capsys):
+        (tmp_path / "out").mkdir()
+        with pytest.raises(SystemExit):
+            main(["--checkpoint", str(FLM), "--output", str(tmp_path / "out")])
+        assert "exists already" in capsys.readouterr().err
+        assert list((tmp_path / "out").iterdir()) == []
+
+    def test_tokenizer_of_another_size(self, tmp_path, capsys):
+        train_tokenizer(["a b c"], "word", vocab_size=100).save_pretrained(tmp_path / "t")
+        with pytest.raises(SystemExit):
+            main(["--checkpoint", str(FLM), "--tokenizer", str(tmp_path / "t"), "--output", str(tmp_path / "out")])
+        assert "the model has 67" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
