@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train_file", help="a txt, json, jsonl, csv or parquet file to learn from")
     parser.add_argument("--vocab_size", type=int, default=2048, help="the largest vocabulary for texts of your own")
     parser.add_argument("--length", type=int, default=64, help="the length in tokens of texts of your own")
-    parser.add_argument("--max_steps", type=int, default=2200, help="optimizer steps of the FLM")
+    parser.add_argument("--max_steps", type=int, default=1900, help="optimizer steps of the FLM")
     parser.add_argument("--distillation_steps", type=int, default=1700, help="optimizer steps of the FMLM")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="of both trainings")
@@ -108,6 +108,11 @@ def training_settings(args: argparse.Namespace, name: str, max_steps: int) -> di
         "report_to": [],
         "seed": args.seed,
     }
+
+
+def distillation_settings(args: argparse.Namespace, name: str, max_steps: int) -> dict:
+    """Those of a short distillation, which should often see the whole way, which one step takes."""
+    return {**training_settings(args, name, max_steps), "boundary_probability": 0.25}
 
 
 def measure(
@@ -176,7 +181,6 @@ def main():
         FLMConfig(
             vocab_size=len(tokenizer),
             hidden_size=args.hidden_size,
-            intermediate_size=2 * args.hidden_size,
             num_hidden_layers=args.num_hidden_layers,
             num_attention_heads=args.num_attention_heads,
             max_position_embeddings=length,
@@ -197,8 +201,7 @@ def main():
     flm = FLMModel.from_pretrained(settings["output_dir"])
 
     print("\nDistilling it into the FMLM", flush=True)
-    settings = training_settings(args, "fmlm", args.distillation_steps)
-    settings["boundary_probability"] = 0.25  # a short training should often see the whole way, which one step takes
+    settings = distillation_settings(args, "fmlm", args.distillation_steps)
     fmlm_trainer = FMLMTrainer(
         model=FMLMModel.from_flm(flm),
         args=FMLMTrainingArguments.from_preset("single_stage", **settings),

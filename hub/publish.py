@@ -228,11 +228,17 @@ def publish(
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             return _upload(api, Path(assembled), repo_id, revision, commit_message)
         except Exception as error:
-            reason = error.__cause__ or error  # uploads of files are wrapped into errors that do not say why
             raise PublishError(
                 f"Nothing was uploaded to {repo_id}, whose files are as they were (if it is new, it is empty): run this "
-                f"again, after dealing with\n{type(reason).__name__}: {reason}"
+                f"again, after dealing with\n{_reason(error)}"
             ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong. Uploads of single files fail with a `RuntimeError` that does not say why."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 def _upload(api: HfApi, folder: Path, repo_id: str, revision: str | None, commit_message: str) -> CommitInfo:
@@ -254,7 +260,7 @@ def _upload(api: HfApi, folder: Path, repo_id: str, revision: str | None, commit
         except Exception as error:
             if attempt == _NUM_ATTEMPTS or not _may_pass(error):
                 raise
-            logger.warning(f"Uploading failed ({error.__cause__ or error}); trying again.")
+            logger.warning(f"Uploading failed, trying again. {_reason(error)}")
             time.sleep(attempt)
 
 
@@ -263,7 +269,7 @@ def _may_pass(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, HfHubHTTPError):
             return error.response.status_code >= 500
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             return False
         error = error.__cause__
     return True

@@ -192,7 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
         settings = json.loads(self.body)
         name = f"{settings.get('organization') or USER}/{settings['name']}"
         if name in self.server.repositories:
-            raise _Problem(409, "You already created this model repo")
+            answer = {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}
+            return self.json(answer, 409)
         if not name.startswith(f"{USER}/"):
             raise _Problem(403, "You don't have the rights to create a model under this namespace")
         repository = self.server.repositories[name] = Repository(settings.get("visibility") == "private")

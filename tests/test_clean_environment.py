@@ -1,35 +1,74 @@
-"""Remote code in a virtual environment that has torch and transformers, and nothing of this project."""
+"""Models in a virtual environment that has torch and transformers, and nothing of this project."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import build_flm
+from hub_server import TOKEN, LoopbackHub
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
+from trainers import train_tokenizer
 
 
-@pytest.mark.slow
-def test_generates_with_torch_and_transformers_alone(flm, tmp_path):
+pytestmark = pytest.mark.slow
+
+SCRIPT = """
+import importlib.util, sys, torch
+from transformers import AutoModel, AutoTokenizer, pipeline
+for name in ("modeling_flm", "trainers", "hub", "datasets", "accelerate"):
+    assert importlib.util.find_spec(name) is None, name
+name = sys.argv[1]
+generator = lambda: torch.Generator().manual_seed(0)
+model = AutoModel.from_pretrained(name, trust_remote_code=True)
+tokens = model.generate(num_samples=2, num_steps=4, generator=generator())
+tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+pipe = pipeline("text-generation", model=name, trust_remote_code=True)
+rows = pipe(num_samples=2, num_steps=4, generator=generator())
+assert [row["generated_text"] for row in rows] == tokenizer.batch_decode(tokens, skip_special_tokens=True)
+torch.save(tokens, "tokens.pt")
+"""
+
+
+def test_published_models_load_with_torch_and_transformers_alone(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    constraints = Path(__file__).parents[1] / "constraints.txt"
-    install = [python, "-m", "pip", "install", "--quiet", "--constraint", constraints, "torch", "transformers"]
+    root = Path(__file__).parents[1]
+    install = [python, "-m", "pip", "install", "--quiet", "--constraint", root / "constraints.txt"]
+    subprocess.run([*install, "torch", "transformers"], check=True)
+
+    flm = build_flm()
+    tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", vocab_size=100)
+    with LoopbackHub() as server:
+        connection = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        elsewhere = {**connection, "PATH": "", "HF_HOME": str(tmp_path / "home")}
+        for model in (flm, FMLMModel.from_flm(flm).eval(), FMLMTwoNetworkModel.from_flm(flm).eval()):
+            name = type(model).__name__
+            model.save_pretrained(tmp_path / name)
+            tokenizer.save_pretrained(tmp_path / name)
+            publish = [sys.executable, "-m", "hub.publish", "--model", tmp_path / name, "--repo-id", f"tester/{name}"]
+            subprocess.run(publish, check=True, cwd=root, env={**os.environ, **connection})
+            expected = model.generate(num_samples=2, num_steps=4, generator=torch.Generator().manual_seed(0))
+            # From the Hub, from its cache, and from the folder.
+            for source, offline in ((f"tester/{name}", "0"), (f"tester/{name}", "1"), (str(tmp_path / name), "1")):
+                environment = {**elsewhere, "HF_HUB_OFFLINE": offline}
+                subprocess.run([python, "-c", SCRIPT, source], check=True, cwd=tmp_path, env=environment)
+                assert torch.equal(torch.load(tmp_path / "tokens.pt"), expected)
+                (tmp_path / "tokens.pt").unlink()
+
+
+def test_old_transformers_is_named(flm, tmp_path):
+    flm.save_pretrained(tmp_path / "model")
+    old = tmp_path / "old"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", old, "transformers==4.57.1"]
     subprocess.run(install, check=True)
-    script = """
-import importlib.util, sys, torch
-from transformers import AutoModel
-for name in ("modeling_flm", "trainers", "datasets", "accelerate"):
-    assert importlib.util.find_spec(name) is None, name
-model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokens = model.generate(num_samples=2, num_steps=4, generator=torch.Generator().manual_seed(0))
-torch.save(tokens, sys.argv[1] + "/tokens.pt")
-"""
-    environment = {"PATH": "", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    for model in (flm, FMLMModel.from_flm(flm).eval(), FMLMTwoNetworkModel.from_flm(flm).eval()):
-        name = type(model).__name__
-        model.save_pretrained(tmp_path / name)
-        subprocess.run([python, "-c", script, name], check=True, cwd=tmp_path, env=environment)
-        expected = model.generate(num_samples=2, num_steps=4, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(torch.load(tmp_path / name / "tokens.pt"), expected)
+    script = "from transformers import AutoModel; AutoModel.from_pretrained('model', trust_remote_code=True)"
+    environment = {**os.environ, "PYTHONPATH": str(old), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode != 0
+    assert "transformers>=5.20" in process.stderr and "pip install --upgrade transformers" in process.stderr

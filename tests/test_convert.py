@@ -148,7 +148,11 @@ class TestOtherCheckpoints:
         [
             ("backbone.blocks.1.attn_out.weight", None, r"missing: layers.1.self_attn.o_proj.weight \(48, 48\)"),
             ("backbone.surprise", torch.zeros(3), r"unknown: surprise \(3,\)"),
-            ("backbone.output_layer.linear.bias", torch.zeros(5), r"wrong shape: lm_head.bias \(5,\), expected \(67,\)"),
+            (
+                "backbone.output_layer.linear.bias",
+                torch.zeros(5),
+                r"wrong shape: lm_head.bias \(5,\), expected \(67,\)",
+            ),
             ("backbone.blocks.7.norm1.weight", torch.zeros(48), r"unknown: layers.7.norm1.weight"),
             ("backbone.vocab_embed.embedding", None, "no embed_tokens.weight"),
         ],

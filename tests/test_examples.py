@@ -9,11 +9,19 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from conftest import build_flm
+from datasets import Dataset
+from transformers import AutoModel, AutoTokenizer
+
+from modeling_flm import FLMModel
+from trainers import train_tokenizer
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
+import generate  # noqa: E402
 import grammar  # noqa: E402
 
 
@@ -248,3 +256,72 @@ class TestTrainingScripts:
     def test_mistakes_are_explained(self, corpus, tmp_path, overrides, message):
         result = run(EXAMPLES / "train_flm.py", *self.flags(self.arguments(corpus, tmp_path, **overrides)))
         assert result.returncode != 0 and message in result.stderr
+
+
+class TestGenerate:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", vocab_size=100).save_pretrained(tmp_path / "m")
+        build_flm().save_pretrained(tmp_path / "m")
+        return tmp_path / "m"
+
+    def generate(self, monkeypatch, *arguments):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+        generate.main()
+
+    def expected(self, folder, **options):
+        model = AutoModel.from_pretrained(folder)
+        tokens = model.generate(generator=torch.Generator().manual_seed(7), **options)
+        texts = AutoTokenizer.from_pretrained(folder).batch_decode(tokens, skip_special_tokens=True)
+        return tokens.tolist(), texts
+
+    def test_outputs(self, folder, tmp_path, monkeypatch, capsys):
+        options = ["--num_samples", 5, "--num_steps", 3, "--batch_size", 2, "--seed", 7]
+        tokens, texts = self.expected(folder, num_samples=5, num_steps=3)
+        self.generate(monkeypatch, folder, *options)
+        assert capsys.readouterr().out.splitlines() == texts
+        rows = [{"text": a, "tokens": b, "num_steps": 3, "seed": 7} for a, b in zip(texts, tokens)]
+        self.generate(monkeypatch, folder, *options, "--output", tmp_path / "new" / "x.jsonl")
+        assert [json.loads(line) for line in (tmp_path / "new" / "x.jsonl").read_text().splitlines()] == rows
+        self.generate(monkeypatch, folder, *options, "--output", tmp_path / "x.parquet")
+        assert Dataset.from_parquet(str(tmp_path / "x.parquet")).to_list() == rows
+
+    def test_interrupted(self, folder, tmp_path, monkeypatch):
+        steps = iter(range(3))
+
+        def give_up(*args, **kwargs):
+            if next(steps) == 2:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        original, model_class = FLMModel.generate, FLMModel
+        monkeypatch.setattr(model_class, "generate", give_up)
+        with pytest.raises(KeyboardInterrupt):
+            arguments = ["--num_samples", 10, "--batch_size", 3, "--num_steps", 1, "--output", tmp_path / "x.jsonl"]
+            self.generate(monkeypatch, folder, *arguments)
+        assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 6
+
+    def test_live(self, folder, monkeypatch, capsys):
+        self.generate(monkeypatch, folder, "--live", "--num_steps", 2, "--seed", 7)
+        _, (text,) = self.expected(folder, num_steps=2)
+        assert capsys.readouterr().out.rstrip().endswith(text.split()[-1])
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (["--output", "x.csv"], "must end in .jsonl or .parquet"),
+            (["--live", "--num_samples", 2], "--live shows one text"),
+            (["--num_samples", 0], "--num_samples must be at least 1"),
+        ],
+    )
+    def test_mistakes_are_explained(self, arguments, message, folder, monkeypatch, capsys):
+        with pytest.raises(SystemExit):
+            self.generate(monkeypatch, folder, *arguments)
+        assert message in capsys.readouterr().err
+
+    def test_a_file_is_not_overwritten(self, folder, tmp_path, monkeypatch, capsys):
+        (tmp_path / "x.jsonl").write_text("precious")
+        with pytest.raises(SystemExit):
+            self.generate(monkeypatch, folder, "--output", tmp_path / "x.jsonl")
+        assert "exists already" in capsys.readouterr().err
+        assert (tmp_path / "x.jsonl").read_text() == "precious"

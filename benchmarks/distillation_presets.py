@@ -1,0 +1,87 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Compares the paper's distillation recipes on the quickstart's grammar, all from the FLM that the quickstart has trained:
+
+    python examples/quickstart.py
+    python benchmarks/distillation_presets.py
+
+It prints how many samples are grammatical at each number of steps, as a Markdown table. Every recipe gets the quickstart's
+steps and settings; self-distillation, which has no FLM to start from, gets the FLM's steps as well, and two networks are
+distilled into one by as many steps again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from datasets import disable_progress_bars
+from transformers import PreTrainedModel, set_seed
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import grammar  # noqa: E402
+import quickstart  # noqa: E402
+
+from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel  # noqa: E402
+from trainers import FMLMTrainer, FMLMTrainingArguments  # noqa: E402
+
+
+PRESETS = ("single_stage", "self_distillation", "two_network", "second_stage")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=PRESETS, choices=PRESETS)
+    parser.add_argument("--teacher", default="outputs/quickstart/flm")
+    parser.add_argument("--benchmark_dir", default="outputs/distillation_presets")
+    own, others = parser.parse_known_args()
+    sys.argv[1:] = [*others, "--output_dir", own.benchmark_dir]
+    args = quickstart.parse_arguments()
+    disable_progress_bars()
+
+    set_seed(args.seed)
+    tokenizer, dataset, _ = quickstart.load_stories(args.seed)
+    flm = FLMModel.from_pretrained(own.teacher)
+
+    def train(preset: str, model: PreTrainedModel, teacher: PreTrainedModel | None, max_steps: int) -> list[dict]:
+        settings = quickstart.distillation_settings(args, preset, max_steps)
+        training_args = FMLMTrainingArguments.from_preset(preset, **settings)
+        trainer = FMLMTrainer(model, training_args, teacher, train_dataset=dataset, processing_class=tokenizer)
+        trainer.train()
+        trainer.save_model()
+        model = type(model).from_pretrained(settings["output_dir"]).to(flm.device)
+        return quickstart.measure(preset, model, tokenizer, quickstart.FMLM_STEPS, grammar.is_valid, args)
+
+    steps, rows = args.distillation_steps, {}
+    for preset in own.presets:
+        if preset == "single_stage":
+            rows[preset] = train(preset, FMLMModel.from_flm(flm), flm, steps)
+        elif preset == "self_distillation":
+            untrained = FMLMModel(FMLMModel.from_flm(flm).config)
+            rows[preset] = train(preset, untrained, None, args.max_steps + steps)
+        elif preset == "two_network":
+            rows[preset] = train(preset, FMLMTwoNetworkModel.from_flm(flm), None, steps)
+        else:
+            teacher = FMLMTwoNetworkModel.from_pretrained(f"{own.benchmark_dir}/two_network")
+            rows[preset] = train(preset, FMLMModel.from_flm(flm), teacher, steps)
+
+    print("\n| preset | " + " | ".join(map(str, quickstart.FMLM_STEPS)) + " |")
+    print("|---" * (len(quickstart.FMLM_STEPS) + 1) + "|")
+    for preset, measured in rows.items():
+        print(f"| `{preset}` | " + " | ".join(f"{100 * row['valid']:.1f} %" for row in measured) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Generative perplexity: how likely texts are to another language model. A metric for `evaluate`."""
+
+import math
+from collections import Counter
+from functools import lru_cache
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+_DESCRIPTION = """
+Generative perplexity of texts under a causal language model, by which models that generate texts unconditionally are
+compared: texts are tokenized by the scorer, and the perplexity is that of all their tokens together. As texts that repeat
+themselves score well, it comes with the mean entropy of the tokens of a text, and with the share of distinct n-grams.
+"""
+
+_INPUTS = """
+Args:
+    predictions (`list[str]`): The texts.
+    model_id (`str`, *optional*, defaults to `"gpt2-large"`): Name or folder of the causal language model that scores.
+    batch_size (`int`, *optional*, defaults to 8): Texts at a time. It does not change the result but for rounding.
+    max_length (`int`, *optional*): Tokens of a text that count; what comes after them does not. 1024, or the context of
+        the scorer if that is shorter, unless given.
+    device (`str`, *optional*): Where to score. An accelerator if there is one unless given.
+    dtype (`str`, *optional*): The precision to score in, such as "bfloat16". That of the scorer unless given.
+    token_ids (`list[list[int]]`, *optional*): The tokens that the generating model made of each text. Entropy and
+        distinct n-grams are about them if given, and about the tokens of the scorer if not.
+
+Returns:
+    A dictionary with
+    - "gen_ppl" (`float`): the generative perplexity;
+    - "perplexities" (`list[float | None]`): of each text, `None` where nothing of it counts;
+    - "token_counts" (`list[int]`): how many tokens of each text count;
+    - "entropy" (`float`): the mean over the texts of the entropy of their tokens, in nats;
+    - "entropies" (`list[float | None]`): of each text, `None` where it is empty;
+    - "distinct_1", "distinct_2", "distinct_3" (`float`): how many of all n-grams differ;
+    - "num_texts", "num_tokens" (`int`): how many texts there were, and how many tokens count;
+    - "num_empty", "num_truncated" (`int`): of how many texts nothing counts, and how many were cut at `max_length`.
+
+Every token counts that has a token before it. A text that is shorter than the longest is followed by the scorer's token for
+the end of a text, the first of which counts as well; further ones do not.
+
+Example:
+    >>> gen_ppl = evaluate.load("gen_ppl")
+    >>> gen_ppl.compute(predictions=["The cat sat on the mat."], model_id="gpt2")["gen_ppl"]
+"""
+
+_CITATION = """
+@article{flm2026,
+    title = {One-step Language Modeling via Continuous Denoising},
+    journal = {arXiv:2602.16813},
+    year = {2026},
+}
+"""
+
+
+@lru_cache(maxsize=1)
+def load_scorer(
+    model_id: str, device: str | None, dtype: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The scorer and its tokenizer; the last one stays in memory."""
+    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    model = AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype or "auto").to(device).eval()
+    return model, AutoTokenizer.from_pretrained(model_id)
+
+
+@torch.inference_mode()
+def negative_log_likelihoods(
+    model: PreTrainedModel, sequences: list[list[int]], eos_token_id: int | None, batch_size: int
+) -> list[tuple[float, int]]:
+    """For each sequence of tokens, the sum of the negative log-likelihoods of those that count, and their number."""
+    results = [(0.0, 0)] * len(sequences)
+    # By length, for little padding; the longest first, so that memory that does not suffice shows at once.
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+    order = [index for index in order if len(sequences[index]) > 1]
+    with tqdm(total=len(sequences), desc="Scoring", unit="text", initial=len(sequences) - len(order)) as progress:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            tokens = [torch.tensor(sequences[index]) for index in batch]
+            input_ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device)
+            lengths = torch.tensor([len(row) for row in tokens], device=model.device)
+            mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
+            logits = model(input_ids, attention_mask=mask.long()).logits[:, :-1]
+            losses = F.cross_entropy(logits.float().transpose(1, 2), input_ids[:, 1:], reduction="none")
+            if eos_token_id is not None:
+                is_eos = input_ids == eos_token_id
+                mask &= ~is_eos | (is_eos.cumsum(dim=1) == 1)
+            counted = mask[:, 1:]
+            sums, counts = (losses.double() * counted).sum(dim=1).tolist(), counted.sum(dim=1).tolist()
+            for index, result in zip(batch, zip(sums, counts)):
+                results[index] = result
+            progress.update(len(batch))
+    return results
+
+
+def entropy(tokens: list[int]) -> float:
+    """The entropy of the distribution of the tokens of a text, in nats."""
+    counts = Counter(tokens).values()
+    return -sum(count / len(tokens) * math.log(count / len(tokens)) for count in counts)
+
+
+def distinct(sequences: list[list[int]], n: int) -> float:
+    """How many of all n-grams of the sequences differ, as a share."""
+    ngrams = [tuple(tokens[start : start + n]) for tokens in sequences for start in range(len(tokens) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
+class GenPPL(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            module_type="metric",
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+            reference_urls=["https://arxiv.org/abs/2602.16813"],
+        )
+
+    def _compute(
+        self,
+        predictions: list[str],
+        model_id: str = "gpt2-large",
+        batch_size: int = 8,
+        max_length: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        token_ids: list[list[int]] | None = None,
+    ) -> dict[str, Any]:
+        if token_ids is not None and len(token_ids) != len(predictions):
+            raise ValueError(f"`token_ids` has {len(token_ids)} texts, but `predictions` {len(predictions)}.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        model, tokenizer = load_scorer(model_id, device, dtype)
+        context = getattr(model.config, "max_position_embeddings", None)
+        if max_length is None:
+            max_length = min(1024, context or 1024)
+        if max_length < 2 or (context is not None and max_length > context):
+            raise ValueError(
+                f"`max_length` must be at least 2, and at most the {context} of the scorer, got {max_length}."
+            )
+
+        sequences = [tokenizer(text)["input_ids"] for text in predictions]
+        token_ids = sequences if token_ids is None else token_ids
+        num_truncated = sum(len(tokens) > max_length for tokens in sequences)
+        sequences = [tokens[:max_length] for tokens in sequences]
+        longest = max(map(len, sequences))
+        if tokenizer.eos_token_id is not None:
+            ends = [[tokenizer.eos_token_id] if len(tokens) < longest else [] for tokens in sequences]
+            sequences = [tokens + end for tokens, end in zip(sequences, ends)]
+        results = negative_log_likelihoods(model, sequences, tokenizer.eos_token_id, batch_size)
+
+        totals, counts = zip(*results)
+        entropies = [entropy(tokens) if len(tokens) > 0 else None for tokens in token_ids]
+        known = [value for value in entropies if value is not None]
+        return {
+            "gen_ppl": math.exp(sum(totals) / sum(counts)) if sum(counts) > 0 else math.nan,
+            "perplexities": [math.exp(total / count) if count > 0 else None for total, count in results],
+            "token_counts": list(counts),
+            "entropy": sum(known) / len(known) if known else math.nan,
+            "entropies": entropies,
+            **{f"distinct_{n}": distinct(token_ids, n) for n in (1, 2, 3)},
+            "num_texts": len(predictions),
+            "num_tokens": sum(counts),
+            "num_empty": counts.count(0),
+            "num_truncated": num_truncated,
+        }

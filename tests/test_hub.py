@@ -1,0 +1,427 @@
+"""Publishing to a Hub, and loading from it, in this process and in others that have nothing of this package."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import build_flm
+from datasets import Dataset
+from hub_server import TOKEN, Fault, LoopbackHub, metadata_problems
+from huggingface_hub import ModelCard
+from transformers import AutoModel, BertConfig, BertModel
+
+import hub.publish
+from hub.card import MARKER
+from hub.publish import PublishError, assemble, publish
+from modeling_flm import FMLMModel
+from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments, train_tokenizer
+
+
+REPO_ID = "tester/tiny"
+PUBLISHED = {
+    *("README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors", "training.json"),
+    *("tokenizer.json", "tokenizer_config.json"),
+    *("configuration_flm.py", "modeling_flm.py", "generation_flm.py", "pipeline_flm.py", "flow.py"),
+    "time_reparameterization.py",
+}
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A Hub that this process knows as the Hub."""
+    with LoopbackHub() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        yield server
+
+
+def tokenizer_of(vocab_size: int):
+    return train_tokenizer([" ".join(f"w{n}" for n in range(vocab_size - 4))], "word", vocab_size=100)
+
+
+def build_trainer(output_dir: Path, **options) -> FLMTrainer:
+    """A trainer that has made two steps."""
+    tokenizer = tokenizer_of(53)
+    dataset = Dataset.from_dict({"input_ids": torch.randint(53, (16, 12)).tolist()})
+    defaults = {"max_steps": 2, "report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    args = FLMTrainingArguments(output_dir, per_device_train_batch_size=4, **{**defaults, **options})
+    model = build_flm(attn_logit_softcapping=None)
+    trainer = FLMTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("trained") / "flm"
+    build_trainer(folder).save_model()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def assembled(trained, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("assembled") / "repository"
+    assemble(trained, folder, REPO_ID, language="en", datasets=["me/words"], tags="tiny")
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the check by another process, which other tests are about."""
+    monkeypatch.setattr(hub.publish, "_check", lambda folder, num_samples: ["w1 w2 w3"] * num_samples)
+    monkeypatch.setattr(hub.publish.time, "sleep", lambda seconds: None)
+
+
+def run_elsewhere(script: str, folder: Path, server: LoopbackHub | None = None, **environment) -> str:
+    """Runs a script in a process that can import nothing of this package."""
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('modeling_flm', 'trainers', 'hub')))\n"
+    environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", **environment}
+    if server is not None:
+        environment["HF_ENDPOINT"] = server.url
+    command = [sys.executable, "-c", blocked + script]
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+class TestAssemble:
+    def test_files(self, assembled, trained):
+        assert {path.name for path in assembled.iterdir()} == PUBLISHED
+        root = Path(__file__).parents[1]
+        assert (assembled / "LICENSE").read_text() == (root / "LICENSE").read_text()
+        expected = AutoModel.from_pretrained(trained).state_dict()
+        for name, tensor in AutoModel.from_pretrained(assembled).state_dict().items():
+            assert torch.equal(tensor, expected[name])
+
+    def test_card(self, assembled):
+        card = ModelCard.load(assembled / "README.md")
+        assert metadata_problems(card.content) == []
+        assert card.data.library_name == "transformers"
+        assert card.data.pipeline_tag == "text-generation"
+        assert card.data.license == "apache-2.0"
+        assert card.data.language == "en"
+        assert card.data.datasets == ["me/words"]
+        assert {"flm", "tiny", "arxiv:2602.16813"} <= set(card.data.tags)
+        assert card.data.base_model is None and card.data.eval_results is None
+        assert "| `learning_rate` | 0.0003 |" in card.text and "| `ema_decay` | 0.9999 |" in card.text
+        assert "after 2 steps" in card.text and "37,706" not in card.text
+        parameters = AutoModel.from_pretrained(assembled).num_parameters()
+        assert f"| parameters | {parameters:,} |" in card.text
+        assert not re.search(r"\{[{%]|None|Undefined", card.content)
+
+    def test_samples_of_the_card_are_what_its_seed_gives(self, assembled):
+        card = ModelCard.load(assembled / "README.md").text
+        samples = re.findall(r"```text\n(.*?)\n```", card, re.DOTALL)
+        model = AutoModel.from_pretrained(assembled)
+        tokens = model.generate(num_samples=3, generator=torch.Generator().manual_seed(0))
+        assert samples == tokenizer_of(53).batch_decode(tokens, skip_special_tokens=True)
+
+    def test_results_of_an_evaluation(self, trained, tmp_path, quick):
+        rows = [
+            {"num_steps": 1, "gen_ppl": 213.456, "entropy": 4.3},
+            {"num_steps": 8, "gen_ppl": 98.7, "entropy": 4.25},
+        ]
+        evaluation = {"scorer": "gpt2-large", "num_samples": 1024, "results": rows}
+        folder = copy(trained, tmp_path / "model")
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+        assemble(folder, tmp_path / "out", REPO_ID)
+        card = ModelCard.load(tmp_path / "out" / "README.md")
+        assert metadata_problems(card.content) == []
+        values = {(r.metric_type, r.metric_args["num_steps"]): r.metric_value for r in card.data.eval_results}
+        assert values[("perplexity", 1)] == 213.456 and values[("entropy", 8)] == 4.25 and len(values) == 4
+        assert "| 1 | 213.46 | 4.300 |" in card.text
+
+    def test_paths_of_this_machine_stay_here(self, trained, tmp_path, quick):
+        folder = copy(trained, tmp_path / "model")
+        settings = {"train_file": "/home/me/x.txt", "dataset_name": "/data/y", "block_size": 12}
+        (folder / "data_settings.json").write_text(json.dumps(settings))
+        assemble(folder, tmp_path / "out", REPO_ID)
+        assert json.loads((tmp_path / "out" / "data_settings.json").read_text()) == {"block_size": 12}
+        (folder / "data_settings.json").write_text(json.dumps({"dataset_name": "me/words"}))
+        assemble(folder, tmp_path / "out2", REPO_ID)
+        assert ModelCard.load(tmp_path / "out2" / "README.md").data.datasets == ["me/words"]
+
+    def test_own_card_is_kept(self, trained, tmp_path, quick):
+        folder = copy(trained, tmp_path / "model")
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+        assemble(folder, tmp_path / "out", REPO_ID)
+        assert (tmp_path / "out" / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
+        (folder / "README.md").write_text(f"---\nlicense: mit\n---\n<!-- {MARKER} -->\n")
+        assemble(folder, tmp_path / "out2", REPO_ID)
+        assert "## Limits" in (tmp_path / "out2" / "README.md").read_text()
+        (folder / "README.md").write_text("---\n- license\n- mit\n---\n# Mine\n")
+        with pytest.raises(PublishError, match="metadata"):
+            assemble(folder, tmp_path / "out3", REPO_ID)
+
+    def test_a_repository_that_does_not_work_by_itself(self, trained, tmp_path, monkeypatch, server):
+        from modeling_flm import FLMModel
+
+        save = FLMModel.save_pretrained
+
+        def save_without_the_sampler(self, folder, **kwargs):
+            save(self, folder, **kwargs)
+            Path(folder, "flow.py").write_text("import trainers\n")
+
+        monkeypatch.setattr(FLMModel, "save_pretrained", save_without_the_sampler)
+        with pytest.raises(PublishError, match="does not work by itself(.|\n)*trainers"):
+            publish(trained, REPO_ID, token=TOKEN)
+        assert server.repositories == {}
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda folder: (folder / "config.json").unlink(), "not a model folder"),
+            (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer"),
+            (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
+            (lambda folder: tokenizer_of(60).save_pretrained(folder), "60 tokens, but the model 53"),
+            (lambda folder: BertModel(BertConfig(hidden_size=24)).save_pretrained(folder), "`BertModel`"),
+        ],
+    )
+    def test_errors(self, change, message, trained, tmp_path):
+        folder = copy(trained, tmp_path / "model")
+        change(folder)
+        with pytest.raises(PublishError, match=message):
+            assemble(folder, tmp_path / "out", REPO_ID)
+        assert not (tmp_path / "out").exists()
+
+    def test_output_that_is_not_empty(self, trained):
+        with pytest.raises(PublishError, match="not empty"):
+            assemble(trained, trained, REPO_ID)
+
+    def test_command(self, trained, tmp_path):
+        command = [sys.executable, "-m", "hub.publish", "--model", str(trained), "--repo-id", REPO_ID]
+        command += ["--dry-run", str(tmp_path / "out"), "--num-samples", "1", "--license", "cc-by-4.0"]
+        environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(Path(__file__).parents[1])}
+        process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert process.returncode == 0, process.stderr
+        assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "cc-by-4.0"
+        process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert process.returncode != 0 and "not empty" in process.stderr and "Traceback" not in process.stderr
+
+
+def copy(source: Path, target: Path) -> Path:
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.is_file():
+            (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+class TestPublish:
+    def test_publishes_in_one_commit_and_updates_in_place(self, trained, tmp_path, server, quick):
+        publish(trained, REPO_ID, token=TOKEN)
+        repository = server.repositories[REPO_ID]
+        assert repository.messages == ["initial commit", "Publish the model"]
+        assert set(server.files(REPO_ID)) == {*PUBLISHED, ".gitattributes"}
+        assert not repository.private
+
+        publish(trained, REPO_ID, token=TOKEN)  # nothing has changed
+        assert len(repository.messages) == 2
+
+        folder = copy(trained, tmp_path / "model")
+        model = AutoModel.from_pretrained(folder)
+        torch.nn.init.ones_(model.lm_head.bias)
+        model.save_pretrained(folder)
+        (folder / "training.json").unlink()
+        before = server.files(REPO_ID)
+        publish(folder, REPO_ID, token=TOKEN, commit_message="Better")
+        after = server.files(REPO_ID)
+        assert repository.messages[2:] == ["Better"]
+        assert {name for name in after if after[name] != before[name]} == {"model.safetensors", "README.md"}
+        assert before.keys() - after.keys() == {"training.json"}
+
+    def test_files_of_others_are_left_alone(self, trained, server, quick):
+        publish(trained, REPO_ID, token=TOKEN)
+        repository = server.repositories[REPO_ID]
+        others = {"plot.png": b"p", "last-checkpoint/model.safetensors": b"c", "old_code.py": b"o"}
+        files = repository.commits[repository.branches["main"]]
+        repository.commit("main", {**files, **{n: type(files["LICENSE"])(c) for n, c in others.items()}}, "By hand")
+        publish(trained, REPO_ID, token=TOKEN)
+        left = set(server.files(REPO_ID)) - {*PUBLISHED, ".gitattributes"}
+        assert left == {"plot.png", "last-checkpoint/model.safetensors"}
+
+    def test_private_and_branch(self, trained, server, quick):
+        publish(trained, "tiny", private=True, revision="v2", token=TOKEN)
+        repository = server.repositories[REPO_ID]  # the namespace is that of the account
+        assert repository.private
+        assert set(server.files(REPO_ID)) == {".gitattributes"}
+        assert set(server.files(REPO_ID, "v2")) == {*PUBLISHED, ".gitattributes"}
+
+    @pytest.mark.parametrize(
+        "pattern",
+        ["POST .*/commit/", "PUT /lfs/", "POST .*/preupload/", "POST .*/objects/batch", "POST .*/validate-yaml"],
+    )
+    @pytest.mark.parametrize("action", ["500", "cut"])
+    def test_passing_failures(self, pattern, action, trained, server, quick):
+        server.faults.append(Fault(pattern, action))
+        publish(trained, REPO_ID, token=TOKEN)
+        assert server.faults[0].count == 0
+        assert server.repositories[REPO_ID].messages == ["initial commit", "Publish the model"]
+        assert set(server.files(REPO_ID)) == {*PUBLISHED, ".gitattributes"}
+        weights = server.files(REPO_ID)["model.safetensors"]
+        assert weights == (trained / "model.safetensors").read_bytes()
+
+    @pytest.mark.parametrize("action", ["500", "cut"])
+    def test_lasting_failure(self, action, trained, server, quick):
+        publish(trained, REPO_ID, token=TOKEN)
+        before = server.files(REPO_ID)
+        server.faults.append(Fault("POST .*/commit/", action, count=100))
+        with pytest.raises(PublishError, match=f"Nothing was uploaded to {REPO_ID}.*\n.*Error"):
+            publish(trained, REPO_ID, token=TOKEN, license="mit")
+        assert server.files(REPO_ID) == before
+        with pytest.raises(PublishError, match="if it is new, it is empty"):
+            publish(trained, "tester/other", token=TOKEN)
+        assert set(server.files("tester/other")) == {".gitattributes"}
+
+    def test_metadata_that_the_hub_refuses(self, trained, server, quick):
+        with pytest.raises(PublishError, match="`license` must be an identifier"):
+            publish(trained, REPO_ID, token=TOKEN, license="Do What You Want")
+        assert server.uploads == {}
+
+    @pytest.mark.parametrize("token", ["hf_wrong", None])
+    def test_wrong_token(self, token, trained, server, quick, monkeypatch):
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "nowhere")
+        with pytest.raises(PublishError, match="hf auth login"):
+            publish(trained, REPO_ID, token=token)
+        assert server.repositories == {}
+
+    def test_somebody_elses_namespace(self, trained, server, quick):
+        with pytest.raises(PublishError, match="rights to create a model under this namespace"):
+            publish(trained, "somebody/tiny", token=TOKEN)
+
+    def test_name_that_is_none(self, trained, server):
+        with pytest.raises(PublishError, match="`repo_id`"):
+            publish(trained, "a/b/c", token=TOKEN)
+        assert server.requests == []
+
+    def test_trainer_gives_the_same(self, trained, tmp_path, server, quick):
+        publish(trained, "tester/one", token=TOKEN, language="en")
+        trainer = build_trainer(tmp_path / "one", hub_model_id="tester/two", hub_token=TOKEN)
+        commit = trainer.push_to_hub(language="en")
+        assert commit.oid == server.repositories["tester/two"].branches["main"]
+        one, two = server.files("tester/one"), server.files("tester/two")
+        assert one.keys() == two.keys() and server.repositories["tester/two"].messages[-1] == "End of training"
+        ours = AutoModel.from_pretrained(tmp_path / "one").state_dict()
+        assert all(torch.equal(x, ours[name]) for name, x in trainer.ema.averaged.module.state_dict().items())
+        renamed = one["README.md"].replace(b"tester/one", b"tester/two").replace(b"# one", b"# two")
+        assert two["README.md"] == renamed.replace(b"model_name: one", b"model_name: two")
+        for name in one.keys() - {"model.safetensors", "README.md"}:
+            assert two[name] == one[name], name
+        assert trainer.push_to_hub(blocking=False).result(60).oid
+
+    def test_trainer_pushes_during_training(self, tmp_path, server, quick):
+        options = {"push_to_hub": True, "hub_token": TOKEN, "hub_model_id": REPO_ID, "save_strategy": "steps"}
+        trainer = build_trainer(tmp_path / "flm", save_steps=1, hub_always_push=True, **options)
+        trainer.push_to_hub()
+        files = server.files(REPO_ID)
+        assert {name for name in files if "/" not in name} == {*PUBLISHED, ".gitattributes"}
+        assert files["model.safetensors"] == (tmp_path / "flm" / "model.safetensors").read_bytes()
+
+    def test_student_names_its_teacher(self, tmp_path, quick):
+        teacher = build_flm()
+        tokenizer = tokenizer_of(53)
+        for name, expected in (("me/teacher", "me/teacher"), (str(tmp_path), None), ("", None)):
+            teacher.name_or_path = name
+            args = FMLMTrainingArguments.from_preset(
+                "single_stage", output_dir=tmp_path / "s", report_to=[], use_cpu=True
+            )
+            trainer = FMLMTrainer(FMLMModel.from_flm(teacher), args, teacher=teacher, processing_class=tokenizer)
+            trainer.create_model_card()
+            card = ModelCard.load(tmp_path / "s" / "README.md")
+            assert card.data.base_model == expected
+            assert "fmlm" in card.data.tags and "| `target` | semigroup |" in card.text
+            assert ("from `me/teacher`" in card.text) == (expected is not None)
+
+
+LOAD = """
+import torch
+from transformers import AutoModel, AutoTokenizer, pipeline
+name, options = "tester/tiny", {"trust_remote_code": True}
+generator = lambda: torch.Generator().manual_seed(5)
+model = AutoModel.from_pretrained(name, **options)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+tokens = model.generate(num_samples=3, num_steps=4, generator=generator())
+pipe = pipeline("text-generation", model=name, **options)
+rows = pipe(num_samples=3, num_steps=4, generator=generator())
+texts = AutoTokenizer.from_pretrained(name, **options).batch_decode(tokens, skip_special_tokens=True)
+assert [row["generated_text"] for row in rows] == texts
+torch.save({"tokens": tokens, "texts": texts}, "result.pt")
+"""
+
+
+def expected_result(folder: Path) -> dict:
+    model = AutoModel.from_pretrained(folder)
+    tokens = model.generate(num_samples=3, num_steps=4, generator=torch.Generator().manual_seed(5))
+    return {"tokens": tokens, "texts": tokenizer_of(53).batch_decode(tokens, skip_special_tokens=True)}
+
+
+class TestLoad:
+    @pytest.fixture
+    def published(self, assembled, server):
+        from hub_server import File, Repository
+
+        repository = server.repositories[REPO_ID] = Repository()
+        files = {p.name: File(p.read_bytes(), p.suffix == ".safetensors") for p in assembled.iterdir()}
+        repository.commit("main", files, "Publish the model")
+        return repository
+
+    def test_by_name_and_then_offline(self, published, server, assembled, tmp_path):
+        # The download breaks off in the middle, and goes on from there.
+        server.faults.append(Fault("GET .*/resolve/.*/model.safetensors", "cut"))
+        for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+            num_requests = len(server.requests)
+            run_elsewhere(LOAD, tmp_path, server, **environment)
+            result, expected = torch.load(tmp_path / "result.pt"), expected_result(assembled)
+            assert torch.equal(result["tokens"], expected["tokens"]) and result["texts"] == expected["texts"]
+            assert (len(server.requests) == num_requests) == ("HF_HUB_OFFLINE" in environment)
+        assert server.faults[0].count == 0
+        assert sum("GET" in request and "model.safetensors" in request for request in server.requests) == 2
+
+    def test_loading_options(self, published, server, assembled, tmp_path):
+        first = published.branches["main"]
+        files = published.commits[first]
+        config = files["config.json"].content.replace(
+            b'"max_position_embeddings": 12', b'"max_position_embeddings": 9'
+        )
+        published.commit("main", {**files, "config.json": type(files["config.json"])(config)}, "Shorter")
+        script = f"""
+import torch
+from transformers import AutoModel
+load = lambda **options: AutoModel.from_pretrained("tester/tiny", trust_remote_code=True, **options)
+length = lambda model: model.generate(num_steps=1).shape[1]
+assert length(load()) == 9
+assert length(load(revision="{first}")) == 12
+model = load(dtype=torch.bfloat16)
+assert model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
+assert length(model) == 9
+model = load(device_map="auto")
+assert length(model) == 9
+tokens = {{}}
+for name in ("eager", "sdpa"):
+    model = load(attn_implementation=name)
+    assert model.config._attn_implementation == name
+    tokens[name] = model.generate(num_steps=4, generator=torch.Generator().manual_seed(0))
+assert torch.equal(tokens["eager"], tokens["sdpa"])
+"""
+        run_elsewhere(script, tmp_path, server)
+
+    def test_code_of_the_card_runs_as_printed(self, published, server, assembled, tmp_path):
+        blocks = re.findall(r"```python\n(.*?)```", (assembled / "README.md").read_text(), re.DOTALL)
+        assert len(blocks) == 2
+        output = run_elsewhere("print('between')\n".join(blocks), tmp_path, server)
+        for texts in output.split("between"):
+            assert len(re.findall(r"\bw\d+\b", texts)) > 4
+
+    def test_private_needs_a_token(self, published, server, tmp_path):
+        published.private = True
+        run_elsewhere(LOAD, tmp_path, server, HF_TOKEN=TOKEN)
+        with pytest.raises(AssertionError, match="not a valid model identifier|Repository Not Found|private"):
+            run_elsewhere(LOAD, tmp_path, server, HF_HOME=str(tmp_path / "other"), HF_TOKEN="hf_wrong")

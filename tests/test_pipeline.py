@@ -1,0 +1,100 @@
+"""`pipeline("text-generation")`."""
+
+import json
+
+import pytest
+import torch
+from conftest import build_flm
+from transformers import AutoModel, pipeline
+
+from modeling_flm import FLMPipeline, FMLMModel, FMLMTwoNetworkModel
+from trainers import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", vocab_size=100)
+
+
+@pytest.fixture
+def folder(flm, tokenizer, tmp_path):
+    flm.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def generator():
+    return torch.Generator().manual_seed(3)
+
+
+def test_texts_are_those_of_generate(flm, tokenizer, folder):
+    pipe = pipeline("text-generation", model=str(folder), trust_remote_code=True, num_steps=3)
+    tokens = flm.generate(num_samples=5, num_steps=3, generator=generator())
+    rows = pipe(num_samples=5, generator=generator(), return_tensors=True)
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    assert rows == [{"generated_text": a, "generated_token_ids": b} for a, b in zip(texts, tokens.tolist())]
+    # What a call says goes over what the pipeline was made with.
+    tokens = flm.generate(num_samples=2, num_steps=1, length=4, generator=generator())
+    rows = pipe(num_samples=2, num_steps=1, length=4, generator=generator(), skip_special_tokens=False)
+    assert [row["generated_text"] for row in rows] == tokenizer.batch_decode(tokens)
+    assert len(pipe()) == 1
+    assert "FLMModel" in repr(pipe)
+
+
+def test_task_is_inferred_and_the_pipeline_can_be_saved(folder, tmp_path):
+    for _ in range(2):  # `pipeline()` changes the configuration that it is given
+        pipe = pipeline(model=str(folder), trust_remote_code=True)
+    pipe.save_pretrained(tmp_path / "again")
+    configs = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again")]
+    task = {"text-generation": {"impl": "pipeline_flm.FLMPipeline", "pt": ["AutoModel"]}}
+    assert configs[0]["custom_pipelines"] == configs[1]["custom_pipelines"] == task
+    again = pipeline(model=str(tmp_path / "again"), trust_remote_code=True)
+    options = {"num_samples": 2, "num_steps": 2}
+    assert again(generator=generator(), **options) == pipe(generator=generator(), **options)
+
+
+@pytest.mark.parametrize("model_class", [FMLMModel, FMLMTwoNetworkModel])
+def test_flow_maps_take_one_step(model_class, flm, tokenizer):
+    model = model_class.from_flm(flm).eval()
+    pipe = FLMPipeline(model=model, tokenizer=tokenizer)
+    expected = model.generate(num_samples=2, num_steps=1, generator=generator())
+    rows = pipe(num_samples=2, generator=generator(), return_tensors=True)
+    assert [row["generated_token_ids"] for row in rows] == expected.tolist()
+
+
+def test_batch_size_bounds_how_many_texts_are_made_at_a_time(flm, tokenizer):
+    sizes = []
+    denoise = flm.denoise
+    flm.denoise = lambda state, *args, **kwargs: sizes.append(len(state)) or denoise(state, *args, **kwargs)
+    pipe = FLMPipeline(model=flm, tokenizer=tokenizer, batch_size=2)
+    rows = pipe(num_samples=5, num_steps=1, generator=generator())
+    assert sizes == [2, 2, 1]
+    assert rows == pipe(num_samples=5, num_steps=1, generator=generator(), batch_size=5)
+
+
+def test_mistakes_are_explained(flm, tokenizer, folder):
+    pipe = FLMPipeline(model=flm, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="There is no prompt"):
+        pipe("Once upon a time")
+    with pytest.raises(ValueError, match="`num_step` .did you mean `num_steps`"):
+        pipe(num_step=2)
+    with pytest.raises(ValueError, match="`num_samples` must be"):
+        pipe(num_samples=0)
+    with pytest.raises(ValueError, match="`tokenizer` is needed"):
+        FLMPipeline(model=build_flm())
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        pipeline("text-generation", model=str(folder))
+
+
+def test_streamer_and_callback_pass_through(flm, tokenizer):
+    steps = []
+    pipe = FLMPipeline(model=flm, tokenizer=tokenizer)
+    pipe(num_steps=3, callback=lambda step, num_steps, tokens: steps.append(step))
+    assert steps == [1, 2, 3]
+
+
+def test_models_saved_before_there_was_a_pipeline(folder, tokenizer):
+    config = json.loads((folder / "config.json").read_text())
+    del config["custom_pipelines"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert AutoModel.from_pretrained(folder).config.custom_pipelines
