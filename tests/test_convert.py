@@ -252,7 +252,8 @@ class TestHostileFiles:
         self.refuse(tmp_path, "cannot be read: Bad CRC")
 
     def test_compressed(self, tmp_path):
-        rewrite(STAGE_2, tmp_path / "x.ckpt", lambda name, content: content + b"\0" * 10**7, zipfile.ZIP_DEFLATED)
+        edit = lambda name, content: content + b"\0" * 10**7 if name.endswith("/data/0") else content  # noqa: E731
+        rewrite(STAGE_2, tmp_path / "x.ckpt", edit, zipfile.ZIP_DEFLATED)
         self.refuse(tmp_path, "declares .* bytes of content")
 
     def test_declared_size_of_a_member(self, tmp_path):
