@@ -24,7 +24,7 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from trainers import FLMTrainer, FLMTrainingArguments, load_texts, pack_dataset
+from trainers import PREPROCESSING, FLMTrainer, FLMTrainingArguments, load_texts, pack_dataset
 
 
 DATA_SETTINGS_NAME = "data_settings.json"
@@ -36,6 +36,11 @@ class DataArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset of the Hub, or its folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of that dataset."})
+    train_split: str = field(default="train", metadata={"help": "The split to train on, or a part, train[:-1000]."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "The same to evaluate on. validation, if there is one, unless given."}
+    )
     train_file: str | None = field(default=None, metadata={"help": "A txt, json, jsonl, csv or parquet file."})
     validation_file: str | None = field(default=None, metadata={"help": "A file like it to evaluate on."})
     validation_split_percentage: int = field(
@@ -43,6 +48,13 @@ class DataArguments:
         metadata={"help": "How much of the training texts to evaluate on where there is no validation split."},
     )
     text_column: str | None = field(default=None, metadata={"help": "The column with the texts."})
+    preprocessing: str | None = field(
+        default=None,
+        metadata={
+            "help": "lm1b undoes that corpus's tokenization; characters is for text8.",
+            "choices": [*PREPROCESSING],
+        },
+    )
     sample_by: str = field(
         default="line", metadata={"help": "What a text is in txt files.", "choices": ["line", "paragraph", "document"]}
     )
@@ -92,6 +104,9 @@ def load_datasets(arguments: DataArguments) -> dict:
         validation_percentage=arguments.validation_split_percentage,
         streaming=arguments.streaming,
         sample_by=arguments.sample_by,
+        dataset_revision=arguments.dataset_revision,
+        train_split=arguments.train_split,
+        validation_split=arguments.validation_split,
     )
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
         if limit is not None and split in dataset:
@@ -120,6 +135,7 @@ def pack_datasets(
                 block_size=block_size,
                 text_column=arguments.text_column,
                 num_proc=arguments.preprocessing_num_workers,
+                preprocessing=arguments.preprocessing,
             )
             for split in ("train", "validation")
             if split in dataset

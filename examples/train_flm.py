@@ -46,7 +46,7 @@ class ModelArguments:
     tokenizer_name: str | None = field(default=None, metadata={"help": "Name or folder of a trained tokenizer."})
     train_tokenizer: str | None = field(
         default=None,
-        metadata={"help": "Train a tokenizer on the training texts.", "choices": ["bpe", "char", "word"]},
+        metadata={"help": "Train a tokenizer on the training texts.", "choices": ["bpe", "char", "word", "text8"]},
     )
     vocab_size: int = field(default=8192, metadata={"help": "The largest vocabulary for --train_tokenizer."})
     attn_implementation: str | None = field(

@@ -1,6 +1,9 @@
 """Loading, tokenizers, packing and collation."""
 
 import json
+import os
+import subprocess
+import sys
 
 import oracle
 import pytest
@@ -9,7 +12,15 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from trainers import DataCollatorForFLM, add_special_tokens, load_texts, pack_dataset, pack_tokens, train_tokenizer
+from trainers import (
+    DataCollatorForFLM,
+    add_special_tokens,
+    detokenize_lm1b,
+    load_texts,
+    pack_dataset,
+    pack_tokens,
+    train_tokenizer,
+)
 
 
 TEXTS = ["the cat sat on the mat .", "a dog, a cat and a mat .", "the dog sat .", "Ünïcode costs 5 €!"]
@@ -20,6 +31,50 @@ class TestPacking:
         data = oracle.read_json("data_preparation.json")
         blocks = pack_tokens(data["token_lists"], data["block_size"], data["bos"], data["eos"])
         assert blocks == data["packed_blocks"]
+
+    def test_matches_published_detokenizer(self):
+        data = oracle.read_json("data_preparation.json")
+        assert list(map(detokenize_lm1b, data["lm1b_raw"])) == data["lm1b_detokenized"]
+        tokenizer = train_tokenizer(data["lm1b_detokenized"], "char", 100)
+        raw, clean = (Dataset.from_dict({"text": data[f"lm1b_{kind}"]}) for kind in ("raw", "detokenized"))
+        packed = pack_dataset(raw, tokenizer, block_size=32, preprocessing="lm1b")
+        assert packed[:] == pack_dataset(clean, tokenizer, block_size=32)[:]
+        assert packed[:] != pack_dataset(raw, tokenizer, block_size=32)[:]
+        with pytest.raises(ValueError, match="`preprocessing` must be one of lm1b, characters"):
+            pack_dataset(raw, tokenizer, block_size=32, preprocessing="LM1B")
+
+    def test_text8(self):
+        text = "anarchism originated as a term of abuse " * 700  # longer than what is tokenized at a time
+        tokenizer = add_special_tokens(train_tokenizer([], "text8", 27))
+        assert len(tokenizer) == 27
+        dataset = Dataset.from_dict({"text": [text[:20_011], text[20_011:]]})
+        packed = pack_dataset(dataset, tokenizer, block_size=256, preprocessing="characters")
+        assert "".join(tokenizer.batch_decode(packed[:]["input_ids"])) == text[: len(text) // 256 * 256]
+        with pytest.raises(Exception, match="UNK"):
+            tokenizer("Anarchism")
+
+    def test_second_process_finds_the_cache(self, tmp_path):
+        Dataset.from_dict({"text": TEXTS * 50}).to_parquet(tmp_path / "train.parquet")
+        train_tokenizer(TEXTS, "bpe", 300).save_pretrained(tmp_path / "tokenizer")
+        script = """
+import datasets
+from transformers import AutoTokenizer
+from trainers import load_texts, pack_dataset
+texts = load_texts(train_file="train.parquet", validation_percentage=0)["train"]
+packed = pack_dataset(texts, AutoTokenizer.from_pretrained("tokenizer"), 16, preprocessing="lm1b", num_proc=2)
+print(sorted(file["filename"] for file in packed.cache_files))
+"""
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+        outputs, times = [], []
+        for _ in range(2):
+            command = [sys.executable, "-c", script]
+            process = subprocess.run(
+                command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+            )
+            outputs.append(process.stdout)
+            times.append({path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*.arrow")})
+        assert outputs[0] == outputs[1] and ".arrow" in outputs[0]
+        assert times[0] == times[1]
 
     def test_boundaries(self):
         assert pack_tokens([], 5, 1, 2) == []
@@ -130,6 +185,28 @@ class TestTokenizers:
 
 
 class TestLoading:
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_splits(self, tmp_path, streaming):
+        for split, size in (("train", 50), ("test", 7)):
+            rows = [f"{split} {n}" for n in range(size)]
+            Dataset.from_dict({"text": rows}).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+        load = lambda **options: load_texts(str(tmp_path), streaming=streaming, **options)  # noqa: E731
+        texts = lambda split: [row["text"] for row in split]  # noqa: E731
+        splits = load(validation_split="test")
+        assert len(texts(splits["train"])) == 50 and texts(splits["validation"]) == [f"test {n}" for n in range(7)]
+        splits = load(train_split="train[10:40]", validation_split="train[:10]")
+        assert texts(splits["train"]) == [f"train {n}" for n in range(10, 40)]
+        assert texts(splits["validation"]) == [f"train {n}" for n in range(10)]
+        with pytest.raises(ValueError, match="no split 'dev'"):
+            load(validation_split="dev")
+        if not streaming:
+            splits = load(train_split="train[:-5]", validation_split="train[-5:]")
+            assert len(splits["train"]) == 45 and texts(splits["validation"]) == [f"train {n}" for n in range(45, 50)]
+            assert set(load(validation_percentage=0)) == {"train"}
+        else:
+            with pytest.raises(ValueError, match="counts from the end"):
+                load(validation_split="train[-5:]")
+
     @pytest.mark.parametrize("ending", ["txt", "json", "jsonl", "csv", "parquet"])
     @pytest.mark.parametrize("streaming", [False, True])
     def test_files(self, tmp_path, ending, streaming):

@@ -15,8 +15,10 @@
 
 from .callbacks import EMACallback, SampleCallback
 from .data import (
+    PREPROCESSING,
     DataCollatorForFLM,
     add_special_tokens,
+    detokenize_lm1b,
     find_text_column,
     load_texts,
     pack_dataset,
@@ -30,6 +32,7 @@ from .fmlm_trainer import FMLMTrainer
 
 
 __all__ = [
+    "PREPROCESSING",
     "DataCollatorForFLM",
     "EMACallback",
     "FLMTrainer",
@@ -39,6 +42,7 @@ __all__ = [
     "PRESETS",
     "SampleCallback",
     "add_special_tokens",
+    "detokenize_lm1b",
     "find_text_column",
     "load_texts",
     "pack_dataset",

@@ -13,7 +13,9 @@
 # limitations under the License.
 """From texts to batches: loading, tokenizers, packing, collation."""
 
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -37,6 +39,9 @@ def load_texts(
     validation_percentage: int = 5,
     streaming: bool = False,
     sample_by: str = "line",
+    dataset_revision: str | None = None,
+    train_split: str = "train",
+    validation_split: str | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """
     Loads a dataset of the Hub, or files, with a `train` and a `validation` split.
@@ -47,9 +52,14 @@ def load_texts(
         train_file (`str`, *optional*): A txt, json, jsonl, csv or parquet file to train on.
         validation_file (`str`, *optional*): A file like it to evaluate on.
         validation_percentage (`int`, *optional*, defaults to 5):
-            How much of the training split becomes the validation split where there is none. Not for streaming.
+            How much of the training split becomes the validation split where there is none and none is named. Not for
+            streaming.
         streaming (`bool`, *optional*, defaults to `False`): Read while training instead of before.
         sample_by (`str`, *optional*, defaults to `"line"`): What a text is in txt files: line, paragraph or document.
+        dataset_revision (`str`, *optional*):
+            The branch, tag or commit of the dataset. What used to need a script has its tables on `refs/convert/parquet`.
+        train_split (`str`, *optional*, defaults to `"train"`): The split to train on, or a part of it, `"train[:-1000]"`.
+        validation_split (`str`, *optional*): The same to evaluate on. `"validation"`, if there is one, unless given.
 
     Returns:
         [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]
@@ -60,7 +70,7 @@ def load_texts(
     if (dataset_name is None) == (train_file is None):
         raise ValueError("Pass either `dataset_name` or `train_file`, and not both.")
     if dataset_name is not None:
-        dataset = load_dataset(dataset_name, dataset_config_name, streaming=streaming)
+        dataset = load_dataset(dataset_name, dataset_config_name, streaming=streaming, revision=dataset_revision)
     else:
         files = {"train": train_file, "validation": validation_file}
         files = {split: str(file) for split, file in files.items() if file is not None}
@@ -72,10 +82,35 @@ def load_texts(
         builder = _BUILDERS[endings.pop()]
         options = {"sample_by": sample_by} if builder == "text" else {}
         dataset = load_dataset(builder, data_files=files, streaming=streaming, **options)
-    if "validation" not in dataset and not streaming and validation_percentage > 0:
-        parts = dataset["train"].train_test_split(test_size=validation_percentage / 100, seed=0)
-        dataset["train"], dataset["validation"] = parts["train"], parts["test"]
-    return dataset
+    splits = {"train": train_split, "validation": validation_split}
+    if validation_split is None and "validation" in dataset:
+        splits["validation"] = "validation"
+    splits = {name: _take_split(dataset, split) for name, split in splits.items() if split is not None}
+    if "validation" not in splits and not streaming and validation_percentage > 0:
+        parts = splits["train"].train_test_split(test_size=validation_percentage / 100, seed=0)
+        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    return type(dataset)(splits)
+
+
+def _take_split(dataset: DatasetDict | IterableDatasetDict, split: str) -> Dataset | IterableDataset:
+    """A split such as "test", or a part of it such as "train[:-1000]", also of a stream."""
+    match = re.fullmatch(r"(\w+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
+    if match is None or match[1] not in dataset:
+        raise ValueError(
+            f"The dataset has no split {split!r}: name one of {list(dataset)}, or a part, 'train[:-1000]'."
+        )
+    part = dataset[match[1]]
+    if match[2] is None and match[3] is None:
+        return part
+    if isinstance(part, Dataset):
+        num_rows = len(part)
+    else:
+        num_rows = part.info.splits[match[1]].num_examples if part.info.splits else None
+        if num_rows is None and "-" in split:
+            raise ValueError(f"{split!r} counts from the end, but how long the stream is is not known.")
+    bounds = [None if bound is None else int(bound) for bound in match.groups()[1:]]
+    start, stop, _ = slice(*bounds).indices(num_rows if num_rows is not None else sys.maxsize)
+    return part.skip(start).take(max(0, stop - start))
 
 
 def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -86,12 +121,20 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrai
         texts (`Iterable[str]`): The texts to learn the vocabulary from.
         kind (`str`):
             `"char"` for characters; `"word"` for words and punctuation marks, with single spaces between them when decoded;
-            `"bpe"` for byte-level byte-pair encoding, which loses nothing.
-        vocab_size (`int`): The largest vocabulary, special tokens included.
+            `"bpe"` for byte-level byte-pair encoding, which loses nothing; `"text8"` for the letters from a to z and the
+            space, whatever the texts.
+        vocab_size (`int`): The largest vocabulary, special tokens included. 27 for `"text8"`.
 
     Returns:
-        [`~transformers.PreTrainedTokenizerFast`] with the special tokens `[PAD]`, `[BOS]`, `[EOS]` and `[UNK]`.
+        [`~transformers.PreTrainedTokenizerFast`] with the special tokens `[PAD]`, `[BOS]`, `[EOS]` and `[UNK]`, but for
+        `"text8"`, which has none.
     """
+    if kind == "text8":
+        vocab = {character: index for index, character in enumerate(" abcdefghijklmnopqrstuvwxyz")}
+        tokenizer = Tokenizer(models.WordLevel(vocab))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+        tokenizer.decoder = decoders.Fuse()
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
     special_tokens = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"]
     if vocab_size <= len(special_tokens):
         raise ValueError(f"`vocab_size` must be above {len(special_tokens)}, got {vocab_size}.")
@@ -116,7 +159,7 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrai
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
     else:
-        raise ValueError(f"`kind` must be 'bpe', 'char' or 'word', got {kind!r}.")
+        raise ValueError(f"`kind` must be 'bpe', 'char', 'word' or 'text8', got {kind!r}.")
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -128,10 +171,15 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrai
     )
 
 
+def _has_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return not tokenizer.all_special_tokens and all(len(token) == 1 for token in tokenizer.get_vocab())
+
+
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
     Gives a tokenizer the BOS, EOS and PAD token that it lacks, as the paper does: BERT's `[CLS]` and `[SEP]` begin and
-    end texts, and GPT-2 gets a new `[PAD]` (hence its 50258 tokens).
+    end texts, and GPT-2 gets a new `[PAD]` (hence its 50258 tokens). One of single characters and nothing else, as for text8, is
+    left so.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Changed in place.
@@ -139,6 +187,8 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     Returns:
         The tokenizer.
     """
+    if _has_characters_only(tokenizer):
+        return tokenizer
     if tokenizer.bos_token is None:
         tokenizer.bos_token = tokenizer.cls_token
     if tokenizer.eos_token is None:
@@ -151,7 +201,7 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 
 
 def pack_tokens(
-    token_lists: Iterable[list[int]], block_size: int, bos_token_id: int, eos_token_id: int
+    token_lists: Iterable[list[int]], block_size: int, bos_token_id: int | None, eos_token_id: int | None
 ) -> list[list[int]]:
     """
     Wrapped packing: appends EOS to every text, concatenates them, cuts the stream into stretches of `block_size - 2`
@@ -160,16 +210,54 @@ def pack_tokens(
     Args:
         token_lists (`Iterable[list[int]]`): The tokens of each text.
         block_size (`int`): The length of the blocks, at least 3.
-        bos_token_id (`int`): The token that begins a block.
-        eos_token_id (`int`): The token that ends texts and blocks.
+        bos_token_id (`int`, *optional*): The token that begins a block. Nothing marks beginnings if `None`.
+        eos_token_id (`int`, *optional*): The token that ends texts and blocks. Nothing marks ends if `None`.
 
     Returns:
         `list[list[int]]`: blocks of `block_size` tokens.
     """
-    stream = list(chain.from_iterable([*tokens, eos_token_id] for tokens in token_lists))
-    inner = block_size - 2
+    begin, end = ([] if token is None else [token] for token in (bos_token_id, eos_token_id))
+    stream = list(chain.from_iterable([*tokens, *end] for tokens in token_lists))
+    inner = block_size - len(begin) - len(end)
     starts = range(0, len(stream) - inner + 1, inner)
-    return [[bos_token_id, *stream[start : start + inner], eos_token_id] for start in starts]
+    return [[*begin, *stream[start : start + inner], *end] for start in starts]
+
+
+# What joins on again, in this order: addresses, what follows without a space, what precedes without one, and quotations.
+_JOINS = [
+    (re.compile(r"(https?) : / / "), r"\1://"),
+    (re.compile(" / "), "/"),
+    (re.compile(r" ([,;:?!)\]]|'(?=\w))"), r"\1"),
+    (re.compile(r"(?<=\w) \.(?= |$)"), "."),
+    (re.compile(r"([$£(\[]) "), r"\1"),
+    (re.compile(r'" ([^"]+) "'), r'"\1"'),
+    (re.compile(r"' ([^']+) '"), r"'\1'"),
+]
+
+
+def detokenize_lm1b(text: str) -> str:
+    """
+    Undoes, as the paper does, most of the tokenization that the texts of the One Billion Word benchmark come in.
+
+    Args:
+        text (`str`): A text such as `"He paid $ 5 , and left ."`.
+
+    Returns:
+        `str`: the text as one would write it.
+    """
+    for pattern, joined in _JOINS:
+        text = pattern.sub(joined, text)
+    return text
+
+
+def _pieces(texts: list[str], size: int = 10_000) -> Iterator[str]:
+    """Very long texts of characters, a stretch at a time: their encodings are a hundred times their size."""
+    for text in texts:
+        yield from (text[start : start + size] for start in range(0, len(text), size))
+
+
+# What can happen to texts before they are tokenized.
+PREPROCESSING = {"lm1b": lambda texts: map(detokenize_lm1b, texts), "characters": _pieces}
 
 
 def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
@@ -202,6 +290,7 @@ def pack_dataset(
     text_column: str | None = None,
     num_proc: int | None = None,
     batch_size: int = 1000,
+    preprocessing: str | None = None,
 ) -> Dataset | IterableDataset:
     """
     Tokenizes a dataset of texts and packs them into blocks of equal length, see [`pack_tokens`]. `datasets` caches the
@@ -215,21 +304,30 @@ def pack_dataset(
         num_proc (`int`, *optional*): The number of processes. Not for streams.
         batch_size (`int`, *optional*, defaults to 1000):
             How many texts are concatenated. Less than a block is lost for every so many texts.
+        preprocessing (`str`, *optional*):
+            `"lm1b"` for texts of the One Billion Word benchmark, see [`detokenize_lm1b`]; `"characters"` for a few very
+            long texts and a tokenizer of characters.
 
     Returns:
         A dataset like `dataset` with the single column `input_ids`.
     """
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+    no_boundaries = tokenizer.bos_token_id is None or tokenizer.eos_token_id is None
+    if no_boundaries and not _has_characters_only(tokenizer):
         raise ValueError(
             "`tokenizer` needs a BOS and an EOS token to pack texts: pass it through `add_special_tokens` first."
         )
+    if preprocessing is not None and preprocessing not in PREPROCESSING:
+        raise ValueError(f"`preprocessing` must be one of {', '.join(PREPROCESSING)}, got {preprocessing!r}.")
     if block_size < 3:
         raise ValueError(f"`block_size` must be at least 3, got {block_size}.")
     text_column = find_text_column(dataset, text_column)
 
     def tokenize_and_pack(batch: dict[str, list]) -> dict[str, list]:
+        texts = batch[text_column]
+        if preprocessing is not None:
+            texts = list(PREPROCESSING[preprocessing](texts))
         # `verbose`: a text may well be longer than a block.
-        tokens = tokenizer(batch[text_column], add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return {"input_ids": pack_tokens(tokens, block_size, tokenizer.bos_token_id, tokenizer.eos_token_id)}
 
     options = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc, "desc": "Tokenizing and packing"}
