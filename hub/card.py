@@ -100,7 +100,7 @@ def build_card(
         base_model=base_model,
         tags=[family, "flow-matching", "diffusion-language-model", "custom_code", "arxiv:2602.16813", *as_list(tags)],
         model_name=name,
-        eval_results=_eval_results(evaluation, dataset_name) or None,
+        eval_results=eval_results(evaluation) or None,
     )
     return ModelCard.from_template(
         data,
@@ -128,14 +128,23 @@ def default_num_steps(model: PreTrainedModel) -> int:
     return model.generation_config.num_steps or model.generation_config._get_default_generation_params()["num_steps"]
 
 
-def _eval_results(evaluation: dict[str, Any], dataset_name: str | None) -> list[EvalResult]:
-    """Generative perplexity and entropy at each number of steps, for the `model-index`."""
+def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
+    """
+    Generative perplexity and entropy at each number of steps, for the `model-index`.
+
+    Args:
+        evaluation (`dict[str, Any]`):
+            With `scorer`, `num_samples` and `results`, a list of dictionaries with `num_steps`, `gen_ppl` and `entropy`.
+
+    Returns:
+        `list[EvalResult]`
+    """
     metrics = {"gen_ppl": ("perplexity", "Generative perplexity"), "entropy": ("entropy", "Unigram entropy (nats)")}
     return [
         EvalResult(
             task_type="text-generation",
             task_name="Unconditional text generation",
-            dataset_type=dataset_name if is_hub_name(dataset_name) else "generated",
+            dataset_type="generated",
             dataset_name=f"{evaluation['num_samples']} generated texts",
             metric_type=metric_type,
             metric_name=f"{metric_name}, {row['num_steps']} step{'s' if row['num_steps'] > 1 else ''}",

@@ -163,7 +163,7 @@ class FLMGenerationMixin:
         num_samples: int | None = None,
         num_steps: int | None = None,
         generation_config: FLMGenerationConfig | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         logits_processor: LogitsProcessorList | None = None,
         prior_state: torch.Tensor | None = None,
         streamer: BaseStreamer | None = None,
@@ -182,9 +182,9 @@ class FLMGenerationMixin:
                 The number of steps, hence of forward passes.
             generation_config ([`FLMGenerationConfig`], *optional*):
                 Parameters to use in the place of `model.generation_config`. Those that are `None` are taken from there.
-            generator (`torch.Generator`, *optional*):
-                The source of the noise. A CPU generator gives the same noise on every device. The global generator of
-                the model's device unless given.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                The source of the noise, or one for each text. A CPU generator gives the same noise on every device. The
+                global generator of the model's device unless given.
             logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
                 Applied to the logits of every step before temperature, top-k and top-p, as scores of shape
                 `(num_tokens, vocab_size)` with an empty prefix.
@@ -230,6 +230,11 @@ class FLMGenerationMixin:
         if logits_processor is not None and not isinstance(logits_processor, list):
             raise ValueError("`logits_processor` must be a `LogitsProcessorList`; wrap a single processor into one.")
 
+        if isinstance(generator, list) and len(generator) != config.num_samples:
+            raise ValueError(
+                f"`generator` has {len(generator)} generators for {config.num_samples} texts: pass as many."
+            )
+
         factor = noise_factors(embedding)[0] if prior_state is None else None
         processors = self._prepare_logits_processor(config, logits_processor)
 
@@ -245,7 +250,8 @@ class FLMGenerationMixin:
                 # States are in float32 whatever precision the caller runs the model in.
                 with torch.autocast(embedding.device.type, enabled=False):
                     if prior_state is None:
-                        state = self._draw_noise(size, config.length, factor, generator)
+                        generators = generator if isinstance(generator, list) else [generator] * config.num_samples
+                        state = self._draw_noise(config.length, factor, generators[start : start + size])
                     else:
                         state = prior_state[start : start + size].to(embedding)
                         state = state @ embedding if state.shape[-1] == embedding.shape[0] else state
@@ -303,12 +309,12 @@ class FLMGenerationMixin:
         return tokens, torch.stack(drafts, dim=1) if drafts else None
 
     @staticmethod
-    def _draw_noise(
-        num_samples: int, length: int, factor: torch.Tensor, generator: torch.Generator | None
-    ) -> torch.Tensor:
+    def _draw_noise(length: int, factor: torch.Tensor, generators: list[torch.Generator | None]) -> torch.Tensor:
         """States of pure noise, text by text so that how they are batched does not change them."""
-        device = factor.device if generator is None else generator.device
-        noise = [torch.randn(length, factor.shape[0], generator=generator, device=device) for _ in range(num_samples)]
+        noise = []
+        for generator in generators:
+            device = factor.device if generator is None else generator.device
+            noise.append(torch.randn(length, factor.shape[0], generator=generator, device=device))
         return torch.stack(noise).to(factor.device) @ factor
 
     @staticmethod

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Trainers of flow-based language models."""
 
-from .callbacks import EMACallback, SampleCallback
+from .callbacks import EMACallback, GenPPLCallback, SampleCallback
 from .data import (
     PREPROCESSING,
     DataCollatorForFLM,
@@ -25,6 +25,7 @@ from .data import (
     pack_tokens,
     train_tokenizer,
 )
+from .evaluation import generate_samples, load_gen_ppl
 from .flm_config import FLMTrainingArguments
 from .flm_trainer import FLMTrainer
 from .fmlm_config import PRESETS, FMLMTrainingArguments
@@ -39,11 +40,14 @@ __all__ = [
     "FLMTrainingArguments",
     "FMLMTrainer",
     "FMLMTrainingArguments",
+    "GenPPLCallback",
     "PRESETS",
     "SampleCallback",
     "add_special_tokens",
     "detokenize_lm1b",
     "find_text_column",
+    "generate_samples",
+    "load_gen_ppl",
     "load_texts",
     "pack_dataset",
     "pack_tokens",

@@ -14,13 +14,16 @@
 """Callbacks of the trainers: the moving average of the weights, and samples during training."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel, TrainerCallback
+
+from .evaluation import generate_samples, load_gen_ppl
 
 
 class EMACallback(TrainerCallback):
@@ -102,11 +105,8 @@ class SampleCallback(TrainerCallback):
             return
         was_training = model.training
         model.eval()
-        if self.ema is None:
+        with nullcontext() if self.ema is None else self.ema.applied(model):
             tokens = self._generate(args, model)
-        else:
-            with self.ema.applied(model):
-                tokens = self._generate(args, model)
         model.train(was_training)
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         path = Path(args.output_dir) / "samples.jsonl"
@@ -123,3 +123,49 @@ class SampleCallback(TrainerCallback):
             num_steps=args.sample_num_steps,
             generator=torch.Generator().manual_seed(args.seed),
         )
+
+
+class GenPPLCallback(TrainerCallback):
+    """
+    Logs the generative perplexity and the entropy of texts of the model every `args.eval_gen_ppl_steps` optimizer steps,
+    as `eval_gen_ppl_N` and `eval_entropy_N` for each number N of sampling steps. All processes generate, the first scores.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Turns tokens into text.
+        log (`Callable[[dict[str, float]], None]`): The trainer's `log`.
+        ema (`EMACallback`, *optional*): If given, texts are from the averaged weights.
+    """
+
+    def __init__(self, tokenizer, log: Callable[[dict[str, float]], None], ema: EMACallback | None = None):
+        self.tokenizer = tokenizer
+        self.log = log
+        self.ema = ema
+        self.metric = load_gen_ppl()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % args.eval_gen_ppl_steps != 0:
+            return
+        was_training = model.training
+        model.eval()
+        with nullcontext() if self.ema is None else self.ema.applied(model):
+            logs = self._evaluate(args, state, model)
+        model.train(was_training)
+        if state.is_world_process_zero:
+            self.log(logs)
+
+    def _evaluate(self, args, state, model: PreTrainedModel) -> dict[str, float]:
+        indices = list(range(args.process_index, args.eval_gen_ppl_num_samples, args.world_size))
+        logs = {}
+        for num_steps in args.eval_gen_ppl_num_steps:
+            tokens = generate_samples(model, indices, args.seed, num_steps=num_steps)
+            rows = sorted(gather_object(list(zip(indices, tokens.tolist()))))
+            if state.is_world_process_zero:
+                tokens = [row for _, row in rows]
+                result = self.metric.compute(
+                    predictions=self.tokenizer.batch_decode(tokens, skip_special_tokens=True),
+                    token_ids=tokens,
+                    model_id=args.eval_gen_ppl_model,
+                    device=str(args.device),
+                )
+                logs |= {f"eval_{name}_{num_steps}": result[name] for name in ("gen_ppl", "entropy")}
+        return logs

@@ -37,6 +37,15 @@ class FLMTrainingArguments(TrainingArguments):
             The number of texts to write.
         sample_num_steps (`int`, *optional*, defaults to 32):
             The number of steps from noise to text for these samples.
+        eval_gen_ppl_steps (`int`, *optional*, defaults to 0):
+            Log the generative perplexity of samples every so many optimizer steps. 0 does not. Needs
+            `pip install modeling-flm[evaluate]`.
+        eval_gen_ppl_num_steps (`list[int]`, *optional*, defaults to `[1, 2, 4, 32]`):
+            The numbers of steps from noise to text to do so for.
+        eval_gen_ppl_num_samples (`int`, *optional*, defaults to 256):
+            The number of texts.
+        eval_gen_ppl_model (`str`, *optional*, defaults to `"gpt2-large"`):
+            Name or folder of the causal language model that scores them.
     """
 
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
@@ -56,13 +65,26 @@ class FLMTrainingArguments(TrainingArguments):
     )
     sample_num_samples: int = field(default=4, metadata={"help": "The number of texts to write."})
     sample_num_steps: int = field(default=32, metadata={"help": "The number of steps from noise to text for samples."})
+    eval_gen_ppl_steps: int = field(
+        default=0, metadata={"help": "Log the generative perplexity of samples every so many steps; 0 does not."}
+    )
+    eval_gen_ppl_num_steps: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 32], metadata={"help": "The numbers of sampling steps to do so for."}
+    )
+    eval_gen_ppl_num_samples: int = field(default=256, metadata={"help": "The number of texts for it."})
+    eval_gen_ppl_model: str = field(default="gpt2-large", metadata={"help": "The language model that scores them."})
 
     def __post_init__(self):
         super().__post_init__()
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be at least 0 and below 1, or `None`, got {self.ema_decay}.")
-        if self.sample_steps < 0:
-            raise ValueError(f"`sample_steps` must be at least 0, got {self.sample_steps}.")
-        for name in ("sample_num_samples", "sample_num_steps"):
+        for name in ("sample_steps", "eval_gen_ppl_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+        if not self.eval_gen_ppl_num_steps or min(self.eval_gen_ppl_num_steps) < 1:
+            raise ValueError(
+                f"`eval_gen_ppl_num_steps` must be numbers of at least 1, got {self.eval_gen_ppl_num_steps}."
+            )
+        for name in ("sample_num_samples", "sample_num_steps", "eval_gen_ppl_num_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

@@ -46,7 +46,7 @@ from modeling_flm import FLMModel
 from modeling_flm.flow import noise_size
 from modeling_flm.time_reparameterization import ReparameterizedTime
 
-from .callbacks import EMACallback, SampleCallback
+from .callbacks import EMACallback, GenPPLCallback, SampleCallback
 from .data import DataCollatorForFLM
 from .flm_config import FLMTrainingArguments
 from .noise import draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
@@ -132,8 +132,9 @@ class FLMTrainer(Trainer):
                 f"`processing_class` has {len(processing_class)} tokens, but the model's `vocab_size` is "
                 f"{model.config.vocab_size}. Build the model with `vocab_size=len(tokenizer)`."
             )
-        if args.sample_steps > 0 and processing_class is None:
-            raise ValueError("`sample_steps` needs a tokenizer to decode samples with: pass `processing_class`.")
+        for name in ("sample_steps", "eval_gen_ppl_steps"):
+            if getattr(args, name) > 0 and processing_class is None:
+                raise ValueError(f"`{name}` needs a tokenizer to decode samples with: pass `processing_class`.")
         if args.ema_decay is not None and any(
             p.requires_grad and p.dtype != torch.float32 for p in model.parameters()
         ):
@@ -166,6 +167,8 @@ class FLMTrainer(Trainer):
             )
         if args.sample_steps > 0:
             self.add_callback(SampleCallback(processing_class, self.ema))
+        if args.eval_gen_ppl_steps > 0:
+            self.add_callback(GenPPLCallback(processing_class, self.log, self.ema))
 
     # Times and noise
 
@@ -284,7 +287,7 @@ class FLMTrainer(Trainer):
         own = {
             field.name: getattr(self.args, field.name)
             for field in dataclasses.fields(self.args)
-            if field.name not in inherited and not field.name.startswith("sample_")
+            if field.name not in inherited and not field.name.startswith(("sample_", "eval_gen_ppl_"))
         }
         arguments = {**extract_hyperparameters_from_trainer(self), "bf16": self.args.bf16, **own}
         return {"trainer": type(self).__name__, "step": self.state.global_step, "arguments": arguments}

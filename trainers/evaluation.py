@@ -1,0 +1,56 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Texts of a model for evaluation, the same however many processes share the work, and their generative perplexity."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+import hub
+
+from .noise import example_seed
+
+
+# Streams of random numbers that must not meet, beside those of the trainers.
+_SAMPLES = 2
+
+
+def load_gen_ppl():
+    """The metric of `hub/gen_ppl`, an [`~evaluate.EvaluationModule`]."""
+    try:
+        import evaluate
+    except ImportError as error:
+        raise ImportError("Generative perplexity needs `pip install modeling-flm[evaluate]`.") from error
+    return evaluate.load(str(Path(hub.__file__).parent / "gen_ppl"), keep_in_memory=True)
+
+
+def generate_samples(model: PreTrainedModel, indices: list[int], seed: int, **kwargs) -> torch.LongTensor:
+    """
+    The texts with the given numbers of an evaluation. Each has noise of its own, so that neither batches nor processes
+    change it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A model with the `generate` of this library.
+        indices (`list[int]`): The numbers of the texts.
+        seed (`int`): The seed of the evaluation.
+        kwargs: Parameters of [`~FLMGenerationMixin.generate`], such as `num_steps` and `batch_size`.
+
+    Returns:
+        `torch.LongTensor` of shape `(len(indices), length)`, on the CPU.
+    """
+    if not indices:
+        return torch.empty((0, 0), dtype=torch.long)
+    generators = [torch.Generator().manual_seed(example_seed(seed, _SAMPLES, index)) for index in indices]
+    return model.generate(num_samples=len(indices), generator=generators, **kwargs).cpu()
