@@ -167,7 +167,8 @@ def run(trainer: FLMTrainer, data_args: DataArguments):
     model = trainer.model
     if trainer.is_world_process_zero():
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens")
-    if args.do_train or not args.do_eval:
+    # Evaluating during the training also sets `do_eval`.
+    if args.do_train or not args.do_eval or args.eval_strategy != "no":
         checkpoint = args.resume_from_checkpoint
         result = trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
         trainer.save_model()
