@@ -1,0 +1,263 @@
+"""Generative perplexity: the metric, the script that tabulates it, the callback that logs it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build_flm
+from datasets import Dataset
+from hub_server import TOKEN, File, LoopbackHub, Repository, metadata_problems
+from huggingface_hub import ModelCard
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from modeling_flm import FMLMModel
+from trainers import FLMTrainer, FLMTrainingArguments, generate_samples, load_gen_ppl, train_tokenizer
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import evaluate_gen_ppl  # noqa: E402
+
+
+SCORER = str(oracle.FIXTURES / "scorer_tiny")
+
+
+@pytest.fixture(scope="module")
+def gen_ppl():
+    metric = load_gen_ppl()
+    return lambda texts, **options: metric.compute(predictions=texts, model_id=SCORER, device="cpu", **options)
+
+
+class TestMetric:
+    published = oracle.read_json("gen_ppl_tiny.json")
+
+    @pytest.mark.parametrize("max_length", [32, 1024])
+    @pytest.mark.parametrize("batch_size", [1, 5, 100])
+    def test_published_perplexity(self, max_length, batch_size, gen_ppl):
+        texts = self.published["texts"]
+        result = gen_ppl(texts, max_length=max_length, batch_size=batch_size)
+        assert result["gen_ppl"] == pytest.approx(self.published[f"gen_ppl_max_length_{max_length}"], rel=1e-6)
+        again = gen_ppl(texts[::-1], max_length=max_length, batch_size=batch_size)
+        assert again["gen_ppl"] == pytest.approx(result["gen_ppl"], rel=1e-6)
+        assert again["perplexities"][::-1] == pytest.approx(result["perplexities"], rel=1e-5)
+        assert result["num_truncated"] == (10 if max_length == 32 else 0)
+
+    def test_published_entropy(self, gen_ppl):
+        tokens = self.published["token_ids"]
+        result = gen_ppl(["a b"] * len(tokens), token_ids=tokens)
+        assert result["entropy"] == pytest.approx(self.published["mean_token_entropy_nats"], rel=1e-6)
+        assert result["entropies"][0] == 0  # one token over and over
+
+    def test_against_one_text_at_a_time(self, gen_ppl):
+        """Every token but the first, and the first end-of-text token after the text."""
+        texts = ["time back us was", "come day years at back he over", "i what only your the must those first"]
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(SCORER).eval(), AutoTokenizer.from_pretrained(SCORER)
+        result = gen_ppl(texts)
+        sequences = [tokenizer(text)["input_ids"] for text in texts]
+        longest = max(map(len, sequences))
+        totals, counts = 0, 0
+        for tokens, ppl, count in zip(sequences, result["perplexities"], result["token_counts"]):
+            tokens = tokens + [tokenizer.eos_token_id] * (len(tokens) < longest)
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens])).logits[0]
+            losses = F.cross_entropy(logits[:-1], torch.tensor(tokens[1:]), reduction="none")
+            assert ppl == pytest.approx(losses.mean().exp().item(), rel=1e-5) and count == len(losses)
+            totals, counts = totals + losses.sum().item(), counts + len(losses)
+        assert result["gen_ppl"] == pytest.approx(math.exp(totals / counts), rel=1e-5)
+        assert result["num_tokens"] == counts
+
+    def test_empty_and_short_texts(self, gen_ppl):
+        result = gen_ppl(["", "t", "time back", ""])
+        assert result["num_texts"] == 4 and result["num_empty"] == 2
+        assert result["perplexities"][0] is None and result["perplexities"][1] > 1
+        assert result["token_counts"][:2] == [0, 1]  # the end of the text after its only token
+        assert result["entropies"][0] is None and result["entropies"][1] == 0
+        alone = gen_ppl(["", ""])
+        assert math.isnan(alone["gen_ppl"]) and math.isnan(alone["entropy"]) and alone["num_empty"] == 2
+        assert gen_ppl(["t"])["num_empty"] == 1  # the longest text is not followed by anything
+
+    def test_distinct(self, gen_ppl):
+        tokens = [[1, 2, 1, 2, 3], [1, 2], [5]]
+        result = gen_ppl(["a"] * 3, token_ids=tokens)
+        assert result["distinct_1"] == 4 / 8  # 1 2 3 5
+        assert result["distinct_2"] == 3 / 5  # 12 21 23
+        assert result["distinct_3"] == 3 / 3
+        # Without tokens of the model it is about those of the scorer.
+        text = self.published["texts"][0]
+        ids = AutoTokenizer.from_pretrained(SCORER)(text)["input_ids"]
+        shares = np.array(list(Counter(ids).values())) / len(ids)
+        result = gen_ppl([text])
+        assert result["entropy"] == pytest.approx(-(shares * np.log(shares)).sum())
+        assert result["distinct_1"] == len(set(ids)) / len(ids)
+
+    def test_mistakes_are_explained(self, gen_ppl):
+        with pytest.raises(ValueError, match="`token_ids` has 1 texts, but `predictions` 2"):
+            gen_ppl(["a", "b"], token_ids=[[1]])
+        with pytest.raises(ValueError, match="`max_length` must be at least 2, and at most the 1024"):
+            gen_ppl(["a"], max_length=4096)
+        with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+            gen_ppl(["a"], batch_size=0)
+
+
+def test_intervals_cover():
+    """Of the mean of normal variables, about as often as they say, and with the width that theory gives."""
+    rng = np.random.default_rng(1)
+    hits, widths = 0, []
+    for _ in range(200):
+        logs = rng.normal(2.0, 0.3, size=60)
+        figures = {"token_counts": [10] * 60, "perplexities": np.exp(logs).tolist(), "entropies": (logs + 1).tolist()}
+        intervals = evaluate_gen_ppl.confidence_intervals(figures, 300)
+        low, high = intervals["gen_ppl_interval"]
+        hits += low < math.exp(2.0) < high
+        widths.append(math.log(high / low))
+        assert intervals["entropy_interval"][0] == pytest.approx(math.log(low) + 1, abs=1e-3)
+    assert 175 <= hits <= 199
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * 0.3 / 60**0.5, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "fmlm"
+    FMLMModel.from_flm(build_flm()).save_pretrained(folder)
+    words = "time back us was long some his him they your get well off have used about people first more".split()
+    train_tokenizer([" ".join([*words, *(f"w{n}" for n in range(30))])], "word", 100).save_pretrained(folder)
+    return folder
+
+
+OPTIONS = ["--num_samples", "7", "--num_steps", "1", "3", "--seeds", "0", "5", "--scorer", SCORER]
+
+
+def evaluate(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate_gen_ppl.py", *map(str, arguments)])
+    evaluate_gen_ppl.main()
+
+
+class TestScript:
+    def test_figures(self, folder, tmp_path, monkeypatch, gen_ppl):
+        (tmp_path / "people.txt").write_text("time back us was\nlong some his him they\n")
+        flags = [*OPTIONS, "--reference_file", tmp_path / "people.txt", "--output_dir", tmp_path / "out"]
+        evaluate(monkeypatch, "--model", folder, *flags)
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        for row, num_steps in zip(results["results"], (1, 3)):
+            tokens = [generate_samples(model, list(range(7)), seed, num_steps=num_steps) for seed in (0, 5)]
+            tokens = torch.cat(tokens).tolist()
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            lines = (tmp_path / "out" / f"samples_{num_steps}.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
+            assert [row["text"] for row in rows] == texts and [row["tokens"] for row in rows] == tokens
+            assert [(row["seed"], row["index"]) for row in rows] == [(s, i) for s in (0, 5) for i in range(7)]
+            expected = gen_ppl(texts, token_ids=tokens)
+            for name in ("gen_ppl", "entropy", "distinct_2", "num_tokens"):
+                assert row[name] == pytest.approx(expected[name], rel=1e-6)
+            low, high = row["gen_ppl_interval"]
+            assert low < row["gen_ppl"] < high
+            assert row["num_steps"] == row["num_forward_passes"] == num_steps and row["num_texts"] == 14
+        reference = gen_ppl(["time back us was", "long some his him they"])
+        assert results["results"][2]["gen_ppl"] == pytest.approx(reference["gen_ppl"], rel=1e-6)
+        table = (tmp_path / "out" / "results.md").read_text().splitlines()
+        assert len(table) == 5 and table[2].startswith("| 1 | 1 |") and table[4].startswith("| reference |")
+        with pytest.raises(SystemExit, match="has results already"):
+            evaluate(monkeypatch, "--model", folder, *flags)
+
+    def test_two_processes_give_the_same_table(self, folder, tmp_path, monkeypatch):
+        evaluate(monkeypatch, "--model", folder, *OPTIONS, "--output_dir", tmp_path / "one")
+        launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+        script = [EXAMPLES / "evaluate_gen_ppl.py", "--model", folder, *OPTIONS, "--output_dir", tmp_path / "two"]
+        command = [sys.executable, "-m", *launcher, *map(str, script)]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert process.returncode == 0, process.stderr
+        results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+        for result in results:
+            assert all(row.pop("seconds_per_text") > 0 for row in result["results"])
+        assert results[0]["results"] == results[1]["results"]
+        for name in ("samples_1.jsonl", "samples_3.jsonl"):
+            assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+
+    def test_results_go_into_the_card_of_a_folder(self, folder, tmp_path, monkeypatch):
+        copy = tmp_path / "model"
+        AutoModel.from_pretrained(folder).save_pretrained(copy)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(copy)
+        (copy / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+        evaluate(monkeypatch, "--model", copy, *OPTIONS, "--output_dir", tmp_path / "out", "--update_card")
+        results = json.loads((copy / "evaluation.json").read_text())
+        card = ModelCard.load(copy / "README.md")
+        assert metadata_problems(card.content) == [] and card.text.strip() == "# Mine" and card.data.license == "mit"
+        values = {(r.metric_type, r.metric_args["num_steps"]): r.metric_value for r in card.data.eval_results}
+        assert values[("perplexity", 3)] == results["results"][1]["gen_ppl"]
+
+    def test_results_go_into_the_card_on_the_hub(self, tmp_path):
+        script = """
+import evaluate_gen_ppl
+args = evaluate_gen_ppl.EvaluationArguments(model="tester/tiny", output_dir="out")
+for value in (9.5, 8.5):
+    row = {"num_steps": 2, "gen_ppl": value, "entropy": 2.5}
+    evaluate_gen_ppl.update_card(args, {"scorer": "gpt2", "num_samples": 3, "results": [row]})
+"""
+        with LoopbackHub() as server:
+            repository = server.repositories["tester/tiny"] = Repository()
+            repository.commit("main", {"README.md": File(b"---\nlicense: mit\n---\n# Mine\n")}, "By hand")
+            environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
+            subprocess.run([sys.executable, "-c", script], check=True, cwd=EXAMPLES, env=environment)
+            contents = [files["README.md"].content.decode() for files in repository.commits.values()]
+        assert len(contents) == 3
+        for content, value in zip(contents[1:], (9.5, 8.5)):
+            card = ModelCard(content)
+            assert metadata_problems(content) == [] and card.text.strip() == "# Mine"
+            assert {r.metric_value for r in card.data.eval_results} == {value, 2.5}
+
+
+class TestCallback:
+    def test_logs_the_metric_of_the_averaged_weights(self, tmp_path, gen_ppl):
+        tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", 100)
+        args = FLMTrainingArguments(
+            tmp_path,
+            max_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=0.05,
+            eval_gen_ppl_steps=2,
+            eval_gen_ppl_num_steps=[1, 3],
+            eval_gen_ppl_num_samples=5,
+            eval_gen_ppl_model=SCORER,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        dataset = Dataset.from_dict({"input_ids": torch.randint(53, (16, 12)).tolist()})
+        trainer = FLMTrainer(build_flm(), args, train_dataset=dataset, processing_class=tokenizer)
+        trainer.train()
+        logs = {row["step"]: row for row in trainer.state.log_history if "eval_gen_ppl_1" in row}
+        assert set(logs) == {2, 4} and trainer.model.training
+        average = trainer.ema.averaged.module.eval()
+        for num_steps in (1, 3):
+            tokens = generate_samples(average, list(range(5)), args.seed, num_steps=num_steps).tolist()
+            expected = gen_ppl(tokenizer.batch_decode(tokens, skip_special_tokens=True), token_ids=tokens)
+            assert logs[4][f"eval_gen_ppl_{num_steps}"] == pytest.approx(expected["gen_ppl"], rel=1e-6)
+            assert logs[4][f"eval_entropy_{num_steps}"] == pytest.approx(expected["entropy"], rel=1e-6)
+        assert logs[2] != logs[4]
+
+    def test_mistakes_are_explained(self, tmp_path):
+        with pytest.raises(ValueError, match="`eval_gen_ppl_steps` needs a tokenizer"):
+            FLMTrainer(build_flm(), FLMTrainingArguments(tmp_path, eval_gen_ppl_steps=1))
+        with pytest.raises(ValueError, match="`eval_gen_ppl_num_steps` must be numbers of at least 1"):
+            FLMTrainingArguments(tmp_path, eval_gen_ppl_num_steps=[0, 1])
+
+
+def test_samples_do_not_depend_on_who_makes_them(flm):
+    samples = generate_samples(flm, list(range(6)), 3, num_steps=2, batch_size=4)
+    parts = [generate_samples(flm, indices, 3, num_steps=2) for indices in ([0, 2, 4], [1, 3, 5])]
+    assert torch.equal(samples[::2], parts[0]) and torch.equal(samples[1::2], parts[1])
+    assert not torch.equal(samples, generate_samples(flm, list(range(6)), 4, num_steps=2))
+    assert len({tuple(row) for row in samples.tolist()}) == 6
+    assert generate_samples(flm, [], 3, num_steps=2).tolist() == []
