@@ -18,17 +18,16 @@ Turns a checkpoint of the paper's published code into a model folder.
     python -m hub.convert --checkpoint flm.ckpt --correction stage1.ckpt --output fmlm_two_network
     python -m hub.convert --checkpoint stage2.ckpt --tokenizer gpt2 --output fmlm
 
-Such a file is a pickle, which could run any code if it were loaded as one. It is read here by an unpickler that makes
-tensors and plain containers, and inert placeholders of everything else; the rest of the file is never interpreted.
+Such a file is a pickle, which could run any code if it were loaded as one. It is read here without `pickle`: its
+instructions make plain containers and tensors, and inert placeholders of everything else.
 """
 
 import argparse
 import math
-import pickle
+import pickletools
 import re
 import tempfile
 import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from modeling_flm import FLMConfig, FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkConfig, FMLMTwoNetworkModel
+from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 from trainers.data import add_special_tokens
 
 
@@ -74,13 +73,9 @@ _STORAGES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
 }
+
+_MAX_LISTED = 20
 
 
 class CheckpointError(ValueError):
@@ -90,91 +85,150 @@ class CheckpointError(ValueError):
 # Reading
 
 
-class _Placeholder:
-    """Stands in for an object of a class that is not built. It keeps what the pickle gives it, and does nothing."""
+class _Object:
+    """Stands in for a class, a function, or what they would make. It keeps what the pickle gives it, and does nothing."""
 
-    state = None
+    __slots__ = ("name", "state")
 
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def __setitem__(self, key, value):
-        pass
-
-    def append(self, value):
-        pass
-
-    extend = add = append
+    def __init__(self, name: str):
+        self.name, self.state = name, None
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class _Storage:
     """A member of the archive with numbers."""
 
-    archive: zipfile.ZipFile
     member: str
     dtype: torch.dtype
     size: int
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of the checkpoint, whose numbers are read when it is loaded."""
+    """A tensor of the checkpoint, whose numbers are still in the archive."""
 
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def load(self) -> torch.Tensor:
-        storage = self.storage
-        if not isinstance(storage, _Storage):
-            raise CheckpointError("its storage is not one of numbers")
-        declared = storage.size * storage.dtype.itemsize
-        stored = storage.archive.getinfo(storage.member).file_size
-        if declared != stored:
-            raise CheckpointError(f"it declares {declared:,} bytes of numbers, but {stored:,} are stored")
-        if math.prod(self.shape) > storage.size or min(self.shape, default=1) < 0:
-            raise CheckpointError(f"its shape {self.shape} has more numbers than the {storage.size:,} that are stored")
-        numbers = torch.frombuffer(bytearray(storage.archive.read(storage.member)), dtype=storage.dtype)
-        return numbers.as_strided(self.shape, self.stride, self.offset).clone(memory_format=torch.contiguous_format)
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.storage.dtype.itemsize
 
 
-def _rebuild_tensor(storage, offset, shape, stride, *args) -> _Tensor:
-    return _Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+def _is_sizes(value: Any) -> bool:
+    return type(value) is tuple and all(type(size) is int and 0 <= size < 2**48 for size in value)
 
 
-_BUILT = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, *args: tensor,
-    **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (dict, list, set, tuple)},
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-}
+def _reduce(function: Any, arguments: Any) -> Any:
+    """What calling `function` stands for: a tensor or a dictionary where it is known, and else nothing."""
+    name = function.name if isinstance(function, _Object) else ""
+    if name == "collections.OrderedDict":
+        return {}
+    if name == "torch._utils._rebuild_parameter" and type(arguments) is tuple and arguments:
+        return arguments[0]
+    if name == "torch._utils._rebuild_tensor_v2" and type(arguments) is tuple and len(arguments) >= 4:
+        storage, offset, shape, stride = arguments[:4]
+        sizes_are_sizes = _is_sizes((offset,)) and _is_sizes(shape) and _is_sizes(stride)
+        if isinstance(storage, _Storage) and sizes_are_sizes and len(shape) == len(stride) <= 8:
+            return _Tensor(storage, offset, shape, stride)
+    return _Object(name)
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, archive: zipfile.ZipFile, root: str):
-        super().__init__(file, encoding="utf-8")
-        self.archive, self.root = archive, root
+def _persistent(identifier: Any, root: str) -> Any:
+    """The storage with an identifier as `torch.save` writes it."""
+    if type(identifier) is tuple and len(identifier) == 5:
+        _, kind, key, _, size = identifier
+        dtype = _STORAGES.get(kind.name.removeprefix("torch.")) if isinstance(kind, _Object) else None
+        if dtype is not None and type(key) is str and _is_sizes((size,)):
+            return _Storage(f"{root}/data/{key}", dtype, size)
+    return _Object("storage")
 
-    def find_class(self, module, name):
-        return _BUILT.get((module, name), _Placeholder)
 
-    def persistent_load(self, pid):
-        _, dtype, key, _, size = pid
-        if not isinstance(dtype, torch.dtype):
-            return _Placeholder()
-        return _Storage(self.archive, f"{self.root}/data/{key}", dtype, int(size))
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_MARK = object()
+
+
+def _interpret(data: bytes, root: str) -> Any:
+    """
+    What a pickle describes, as plain containers, numbers, strings, tensors and [`_Object`]s. Its opcodes are followed here
+    and not by `pickle`: nothing is imported, called, hashed but for strings and numbers, or given attributes.
+    """
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+
+    def pop_to_mark() -> list[Any]:
+        position = len(stack) - 1
+        while stack[position] is not _MARK:
+            position -= 1
+            if position < 0:
+                raise ValueError("no mark")
+        items = stack[position + 1 :]
+        del stack[position:]
+        return items
+
+    def set_items(target: Any, items: list[Any]):
+        if type(target) is dict:
+            plain = (str, int, float, bool, type(None))
+            target.update((key, value) for key, value in zip(items[::2], items[1::2]) if type(key) in plain)
+
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in ("PROTO", "FRAME"):
+            continue
+        elif name == "STOP":
+            return stack.pop()
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_SET"):
+            stack.append({"EMPTY_DICT": {}, "EMPTY_LIST": [], "EMPTY_TUPLE": (), "EMPTY_SET": []}[name])
+        elif name in ("TUPLE", "LIST", "FROZENSET"):
+            items = pop_to_mark()
+            stack.append(tuple(items) if name == "TUPLE" else items)
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            items = tuple(stack[-count:])
+            del stack[-count:]
+            stack.append(items)
+        elif name in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = [stack.pop()] if name == "APPEND" else pop_to_mark()
+            if type(stack[-1]) is list:
+                stack[-1].extend(items)
+        elif name == "SETITEM":
+            value, key = stack.pop(), stack.pop()
+            set_items(stack[-1], [key, value])
+        elif name == "SETITEMS":
+            items = pop_to_mark()
+            set_items(stack[-1], items)
+        elif name == "GLOBAL":
+            stack.append(_Object(argument.replace(" ", ".", 1)))
+        elif name == "STACK_GLOBAL":
+            attribute, module = stack.pop(), stack.pop()
+            stack.append(_Object(f"{module}.{attribute}" if type(module) is type(attribute) is str else ""))
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(_reduce(function, arguments))
+        elif name == "NEWOBJ_EX":
+            del stack[-3:]
+            stack.append(_Object(""))
+        elif name == "BUILD":
+            state = stack.pop()
+            if isinstance(stack[-1], _Object):
+                stack[-1].state = state
+        elif name == "BINPERSID":
+            stack.append(_persistent(stack.pop(), root))
+        elif name.startswith(("BININT", "LONG", "BINFLOAT", "BINUNICODE", "SHORT_BIN", "BINBYTES", "BINSTRING")):
+            stack.append(argument)
+        else:
+            raise ValueError(f"it has the opcode {name}, which `torch.save` does not write")
+    raise ValueError("it has no end")
 
 
 class Checkpoint:
@@ -185,7 +239,7 @@ class Checkpoint:
         path (`str` or `Path`): A file that PyTorch Lightning wrote.
 
     Raises:
-        `CheckpointError`: if the file is none, is damaged or is not what it declares.
+        `CheckpointError`: if the file is not a checkpoint, is damaged, or is not what it declares.
     """
 
     def __init__(self, path: str | Path):
@@ -193,50 +247,58 @@ class Checkpoint:
         if not self.path.is_file():
             raise CheckpointError(f"{path}: there is no such file.")
         try:
-            archive = zipfile.ZipFile(self.path)
+            self.archive = zipfile.ZipFile(self.path)
+            self.content = self._read()
+        except CheckpointError:
+            raise
         except zipfile.BadZipFile:
             raise CheckpointError(
-                f"{path} is truncated, or was not written by `torch.save` of PyTorch 1.6 or newer."
+                f"{path} is truncated or damaged, or was not written by `torch.save` of PyTorch 1.6 or newer."
             ) from None
-        members = archive.infolist()
+        except Exception as error:  # there is no end to what can be wrong with a file
+            raise CheckpointError(f"{path} cannot be read: {_describe(error)}") from error
+
+    def _read(self) -> dict[str, Any]:
+        members = self.archive.infolist()
         # `torch.save` does not compress. Whatever does would be larger in memory than the file says.
         size, declared = self.path.stat().st_size, sum(member.file_size for member in members)
         if declared > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise CheckpointError(f"{path} is {size:,} bytes large, but declares {declared:,} bytes of content.")
+            raise CheckpointError(f"{self.path} is {size:,} bytes large, but declares {declared:,} bytes of content.")
         pickles = [member.filename for member in members if member.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise CheckpointError(f"{path} is not a checkpoint: it has {len(pickles)} files `data.pkl`, not one.")
+            raise CheckpointError(f"{self.path} is not a checkpoint: it has {len(pickles)} files `data.pkl`, not one.")
         root = pickles[0].removesuffix("/data.pkl")
         byteorder = f"{root}/byteorder"
-        if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
-            raise CheckpointError(f"{path} was written on a big-endian machine: save it anew on another.")
-        try:
-            with archive.open(pickles[0]) as file:
-                self.content = _Unpickler(file, archive, root).load()
-        except Exception as error:  # whatever a malformed pickle leads to
-            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-        if not isinstance(self.content, dict) or not isinstance(self.content.get("state_dict"), dict):
-            raise CheckpointError(f"{path} has no `state_dict`: it is not a checkpoint of PyTorch Lightning.")
+        if byteorder in self.archive.namelist() and self.archive.read(byteorder) != b"little":
+            raise CheckpointError(f"{self.path} was written on a big-endian machine: save it anew on another.")
+        content = _interpret(self.archive.read(pickles[0]), root)
+        if type(content) is not dict or type(content.get("state_dict")) is not dict:
+            raise CheckpointError(f"{self.path} has no `state_dict`: it is not a checkpoint of PyTorch Lightning.")
+        return content
 
     def setting(self, *keys: str) -> Any:
         """A value of the pickled configuration, such as `setting("model", "n_heads")`; `None` where there is none."""
         node = self.content.get("hyper_parameters")
         for key in ("config", *keys):
-            # omegaconf keeps the content of a node in its state.
-            content = node.state.get("_content") if isinstance(node, _Placeholder) and node.state else node
-            node = content.get(key) if isinstance(content, dict) else None
-        return node.state.get("_val") if isinstance(node, _Placeholder) and node.state else node
+            node = _content_of(node)
+            node = node.get(key) if type(node) is dict else None
+        return _content_of(node)
 
     def weights(self, raw: bool = False) -> dict[str, _Tensor]:
         """The averaged weights, or the `raw` ones, by the names that they have in our models."""
-        weights = {name: tensor for name, tensor in self.content["state_dict"].items() if isinstance(tensor, _Tensor)}
-        # The rotary table is a buffer: it has no average, and our models compute it.
-        weights = {_rename(name): tensor for name, tensor in weights.items() if "rotary_emb" not in name}
+        weights = {}
+        for name, tensor in self.content["state_dict"].items():
+            # The rotary table is a buffer: it has no average, and our models compute it.
+            if type(name) is not str or not isinstance(tensor, _Tensor) or "rotary_emb" in name:
+                continue
+            if (renamed := _rename(name)) in weights:
+                raise CheckpointError(f"{self.path} has two tensors for {renamed!r}.")
+            weights[renamed] = tensor
         if raw:
             return weights
         ema = self.content.get("ema")
-        averages = ema.get("shadow_params") if isinstance(ema, dict) else None
-        if not isinstance(averages, list):
+        averages = ema.get("shadow_params") if type(ema) is dict else None
+        if type(averages) is not list:
             raise CheckpointError(f"{self.path} has no averaged weights: pass `--raw-weights` to convert the others.")
         if len(averages) != len(weights) or not all(isinstance(average, _Tensor) for average in averages):
             raise CheckpointError(
@@ -244,6 +306,30 @@ class Checkpoint:
                 "the weights."
             )
         return dict(zip(weights, averages))
+
+    def load(self, tensor: _Tensor) -> torch.Tensor:
+        """The numbers of a tensor, in float32."""
+        storage = tensor.storage
+        declared, stored = storage.size * storage.dtype.itemsize, self.archive.getinfo(storage.member).file_size
+        if declared != stored:
+            raise ValueError(f"it declares {declared:,} bytes of numbers, but {stored:,} are stored")
+        numbers = torch.frombuffer(bytearray(self.archive.read(storage.member)), dtype=storage.dtype)
+        tensor = numbers.as_strided(tensor.shape, tensor.stride, tensor.offset)
+        return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _content_of(node: Any) -> Any:
+    """What a node of omegaconf holds, which it keeps in its state."""
+    state = node.state if isinstance(node, _Object) else None
+    if type(state) is not dict:
+        return node
+    return state.get("_content", state.get("_val"))
+
+
+def _describe(error: Exception) -> str:
+    """An error in one line, without what a hostile file may have put into it."""
+    message = str(error).encode("ascii", "backslashreplace").decode()
+    return f"{type(error).__name__}: {' '.join(message.split())[:200]}"
 
 
 def _rename(name: str) -> str:
@@ -258,12 +344,8 @@ def _rename(name: str) -> str:
 def _sizes(checkpoint: Checkpoint, num_heads: int | None, length: int | None) -> dict[str, Any]:
     """The settings of our configurations that a checkpoint's tensors and pickled configuration give."""
     shapes = {name: tensor.shape for name, tensor in checkpoint.weights(raw=True).items()}
-    needed = {
-        "embed_tokens.weight": 2,
-        "time_embedding.linear_1.weight": 2,
-        "layers.0.mlp.up_proj.weight": 2,
-    }
-    if missing := [name for name, dim in needed.items() if len(shapes.get(name, ())) != dim]:
+    needed = ("embed_tokens.weight", "time_embedding.linear_1.weight", "layers.0.mlp.up_proj.weight")
+    if missing := [name for name in needed if len(shapes.get(name, ())) != 2]:
         raise CheckpointError(f"{checkpoint.path} is not a checkpoint of this architecture: no {', '.join(missing)}.")
     blocks = {match[1] for name in shapes if (match := re.match(r"layers\.(\d+)\.", name))}
     settings = {
@@ -273,35 +355,64 @@ def _sizes(checkpoint: Checkpoint, num_heads: int | None, length: int | None) ->
         "num_hidden_layers": len(blocks),
         "conditioning_size": shapes["time_embedding.linear_1.weight"][0],
         "timestep_embedding_size": shapes["time_embedding.linear_1.weight"][1],
-        "num_attention_heads": num_heads or checkpoint.setting("model", "n_heads"),
-        "max_position_embeddings": length or checkpoint.setting("model", "length"),
+        "num_attention_heads": checkpoint.setting("model", "n_heads") if num_heads is None else num_heads,
+        "max_position_embeddings": checkpoint.setting("model", "length") if length is None else length,
     }
     for name, flag in (("num_attention_heads", "num-heads"), ("max_position_embeddings", "length")):
-        if not isinstance(settings[name], int):
-            raise CheckpointError(f"{checkpoint.path} does not say its `{name}`: pass `--{flag}`.")
+        if type(settings[name]) is not int or not 0 < settings[name] < 2**24:
+            raise CheckpointError(
+                f"{checkpoint.path} does not say its `{name}`: pass a positive number as `--{flag}`."
+            )
     dropout = checkpoint.setting("model", "dropout")
-    if isinstance(dropout, (int, float)):
+    if type(dropout) in (int, float) and 0 <= dropout < 1:
         settings["dropout"] = dropout
     return settings
 
 
-def _load(model: PreTrainedModel, weights: dict[str, _Tensor], path: Path):
-    """Puts `weights` into a model on the meta device, which has only shapes so far."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in weights]
-    problems += [f"unknown: {name} {tensor.shape}" for name, tensor in weights.items() if name not in expected]
-    for name in expected.keys() & weights.keys():
-        if weights[name].shape != expected[name]:
-            problems.append(f"of the wrong shape: {name} {weights[name].shape}, expected {expected[name]}")
-    if problems:
-        raise CheckpointError("\n    ".join([f"The tensors of {path} do not fit its sizes.", *sorted(problems)]))
-    tensors = {}
-    for name, tensor in logging.tqdm(weights.items(), desc=f"Reading {path.name}", unit="tensor"):
+def _build(
+    model_class: type[PreTrainedModel],
+    settings: dict[str, Any],
+    networks: dict[str, tuple[Checkpoint, dict[str, _Tensor]]],
+) -> PreTrainedModel:
+    """A model with the weights of each of its networks, given by the beginning of their names."""
+
+    def build(**changes) -> PreTrainedModel:
         try:
-            tensors[name] = tensor.load().float()
+            with torch.device("meta"):
+                return model_class(model_class.config_class(**{**settings, **changes}))
         except Exception as error:
-            raise CheckpointError(f"{path}: the tensor {name} cannot be read: {error}") from error
+            raise CheckpointError(f"There is no model of these sizes. {_describe(error)}") from error
+
+    # What a model needs is known from one with a single block: only if it is all there, it is built.
+    prefixed = {prefix + name: tensor for prefix, (_, weights) in networks.items() for name, tensor in weights.items()}
+    expected = {}
+    for name, tensor in build(num_hidden_layers=1).state_dict().items():
+        for block in range(settings["num_hidden_layers"] if "layers.0." in name else 1):
+            expected[name.replace("layers.0.", f"layers.{block}.")] = tuple(tensor.shape)
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in prefixed]
+    problems += [f"unknown: {name!r} {tensor.shape}" for name, tensor in prefixed.items() if name not in expected]
+    for name in expected.keys() & prefixed.keys():
+        if prefixed[name].shape != expected[name]:
+            problems.append(f"of the wrong shape: {name} {prefixed[name].shape}, expected {expected[name]}")
+    paths = " and ".join(str(checkpoint.path) for checkpoint, _ in networks.values())
+    if problems:
+        listed = sorted(problems)[:_MAX_LISTED]
+        listed += [f"and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
+        raise CheckpointError("\n    ".join([f"The tensors of {paths} do not fit its sizes.", *listed]))
+
+    tensors = {}
+    for prefix, (checkpoint, weights) in networks.items():
+        size, needed = checkpoint.path.stat().st_size, sum(tensor.num_bytes for tensor in weights.values())
+        if needed > size:
+            raise CheckpointError(f"{checkpoint.path} is {size:,} bytes large, but its tensors need {needed:,}.")
+        for name, tensor in logging.tqdm(weights.items(), desc=f"Reading {checkpoint.path.name}", unit="tensor"):
+            try:
+                tensors[prefix + name] = checkpoint.load(tensor)
+            except Exception as error:
+                raise CheckpointError(f"{checkpoint.path}: {name} cannot be read: {_describe(error)}") from error
+    model = build()
     model.load_state_dict(tensors, assign=True)
+    return model.eval()
 
 
 def convert(
@@ -342,14 +453,9 @@ def convert(
                 f"{checkpoint} is the correction network of the first distillation stage: pass it as `--correction`, and the "
                 "FLM that it corrects as `--checkpoint`."
             )
-        with torch.device("meta"):
-            if is_flow_map:
-                learned = any(name.startswith("loss_weighting.") for name in weights)
-                model = FMLMModel(FMLMConfig(**settings, learned_loss_weighting=learned))
-            else:
-                model = FLMModel(FLMConfig(**settings))
-        _load(model, weights, main.path)
-        return model.eval()
+        if is_flow_map:
+            settings["learned_loss_weighting"] = any(name.startswith("loss_weighting.") for name in weights)
+        return _build(FMLMModel if is_flow_map else FLMModel, settings, {"": (main, weights)})
 
     other = Checkpoint(correction)
     if is_flow_map:
@@ -366,12 +472,15 @@ def convert(
         raise CheckpointError(
             f"{checkpoint} and {correction} do not go together: they differ in {', '.join(different)}."
         )
-    learned = any(name.startswith("loss_weighting.") for name in corrections)
-    with torch.device("meta"):
-        model = FMLMTwoNetworkModel(FMLMTwoNetworkConfig(**settings, learned_loss_weighting=learned))
-    _load(model.flow, weights, main.path)
-    _load(model.correction, corrections, other.path)
-    return model.eval()
+    settings["learned_loss_weighting"] = any(name.startswith("loss_weighting.") for name in corrections)
+    networks = {"flow.": (main, weights), "correction.": (other, corrections)}
+    return _build(FMLMTwoNetworkModel, settings, networks)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None):
@@ -385,20 +494,24 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--tokenizer", help="name or folder of the tokenizer, which is saved with the model")
     parser.add_argument("--output", required=True, help="the folder to write, which must not exist")
     parser.add_argument("--raw-weights", action="store_true", help="the weights of the training, not their average")
-    parser.add_argument("--num-heads", type=int, help="attention heads, where the checkpoint does not say")
-    parser.add_argument("--length", type=int, help="length of the texts, where the checkpoint does not say")
+    parser.add_argument("--num-heads", type=_positive, help="attention heads, where the checkpoint does not say")
+    parser.add_argument("--length", type=_positive, help="length of the texts, where the checkpoint does not say")
     args = parser.parse_args(arguments)
     output = Path(args.output)
     if output.exists():
         parser.error(f"--output: {output} exists already; name another folder")
 
+    tokenizer = None
+    if args.tokenizer is not None:
+        try:
+            tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(args.tokenizer))
+        except (OSError, ValueError) as error:
+            parser.error(f"--tokenizer: {error}")
     try:
         model = convert(args.checkpoint, args.correction, args.raw_weights, args.num_heads, args.length)
     except CheckpointError as error:
         raise SystemExit(f"error: {error}") from None
-    tokenizer = None
-    if args.tokenizer is not None:
-        tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(args.tokenizer))
+    if tokenizer is not None:
         if len(tokenizer) != model.config.vocab_size:
             parser.error(f"--tokenizer: it has {len(tokenizer)} tokens, but the model has {model.config.vocab_size}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -406,7 +519,10 @@ def main(arguments: list[str] | None = None):
             setattr(model.generation_config, name, getattr(tokenizer, name))
 
     # The folder appears when it is complete.
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: {error}")
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:

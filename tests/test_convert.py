@@ -96,9 +96,10 @@ torch.save(model(**batch).logits.detach(), "logits.pt")
 
 def published(**changes) -> dict:
     """The content of a checkpoint as the published code writes it, of which tensors and settings can be changed."""
-    weights = {name: tensor.load() for name, tensor in Checkpoint(STAGE_2).content["state_dict"].items()}
+    checkpoint = Checkpoint(STAGE_2)
+    weights = {name: checkpoint.load(tensor) for name, tensor in checkpoint.content["state_dict"].items()}
     algorithm = changes.pop("algorithm", "flm_distill_double")
-    config = {"algo": {"name": algorithm}, "model": {"n_heads": 3, "length": 12}}
+    config = {"algo": {"name": algorithm}, "model": {"n_heads": 3, "length": 12, **changes.pop("model", {})}}
     weights = {**weights, **changes}
     return {
         "state_dict": {name: tensor for name, tensor in weights.items() if tensor is not None},
@@ -147,13 +148,13 @@ class TestOtherCheckpoints:
         "name, value, message",
         [
             ("backbone.blocks.1.attn_out.weight", None, r"missing: layers.1.self_attn.o_proj.weight \(48, 48\)"),
-            ("backbone.surprise", torch.zeros(3), r"unknown: surprise \(3,\)"),
+            ("backbone.surprise", torch.zeros(3), r"unknown: 'surprise' \(3,\)"),
             (
                 "backbone.output_layer.linear.bias",
                 torch.zeros(5),
                 r"wrong shape: lm_head.bias \(5,\), expected \(67,\)",
             ),
-            ("backbone.blocks.7.norm1.weight", torch.zeros(48), r"unknown: layers.7.norm1.weight"),
+            ("backbone.blocks.7.norm1.weight", torch.zeros(48), r"missing: layers.2.mlp.down_proj.bias"),
             ("backbone.vocab_embed.embedding", None, "no embed_tokens.weight"),
         ],
     )
@@ -249,7 +250,7 @@ class TestHostileFiles:
         with zipfile.ZipFile(STAGE_2) as archive:
             content[archive.getinfo(member_of("embed_tokens.weight")).header_offset + 1000] ^= 255
         (tmp_path / "x.ckpt").write_bytes(content)
-        self.refuse(tmp_path, "cannot be read: Bad CRC")
+        self.refuse(tmp_path, "cannot be read: BadZipFile: Bad CRC")
 
     def test_compressed(self, tmp_path):
         edit = lambda name, content: content + b"\0" * 10**7 if name.endswith("/data/0") else content  # noqa: E731
@@ -268,7 +269,7 @@ class TestHostileFiles:
         member = member_of("embed_tokens.weight")
         edit = lambda name, content: content[:-4] if name == member else content  # noqa: E731
         rewrite(STAGE_2, tmp_path / "x.ckpt", edit)
-        self.refuse(tmp_path, r"cannot be read: it declares [\d,]+ bytes of numbers")
+        self.refuse(tmp_path, r"cannot be read: ValueError: it declares [\d,]+ bytes of numbers")
 
     def test_storage_that_is_not_there(self, tmp_path):
         with zipfile.ZipFile(STAGE_2) as old, zipfile.ZipFile(tmp_path / "x.ckpt", "w") as new:
@@ -288,7 +289,88 @@ class TestHostileFiles:
         content["state_dict"]["backbone.output_layer.linear.weight"] = huge
         content["state_dict"]["backbone.output_layer.linear.bias"] = torch.zeros(1).expand(10**9)
         torch.save(content, tmp_path / "x.ckpt")
-        self.refuse(tmp_path, "more numbers than the 1 that are stored", "--raw-weights")
+        self.refuse(tmp_path, "is .* bytes large, but its tensors need 388,000", "--raw-weights")
+
+    # Each is small, and would take all memory, all time or the whole process of `pickle`.
+    BOMBS = {
+        "nested key": b"}" + b")" + b"\x85" * 10**6 + b"Ns.",
+        "doubled key": b"}" + b")" + b"2\x86" * 60 + b"Ns.",
+        "memo index": b"}r\xff\xff\xff\x7f.",
+        "storage key": b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n)"
+        + b"2\x86" * 60
+        + b"X\x03\x00\x00\x00cpuK\x01tQ.",
+        "nested list": b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
+        "long string": b"X\xff\xff\xff\x7fabc.",
+        "no mark": b"t.",
+        "no end": b"}",
+        "old opcode": b"(ios\nsystem\n.",
+    }
+
+    @pytest.mark.parametrize("name", BOMBS)
+    def test_bombs(self, name, tmp_path):
+        edit = lambda member, content: self.BOMBS[name] if member.endswith("data.pkl") else content  # noqa: E731
+        rewrite(STAGE_2, tmp_path / "x.ckpt", edit)
+        self.refuse(tmp_path, "no `state_dict`|cannot be read")
+
+    def test_many_blocks_of_one_storage(self, tmp_path):
+        shared = torch.zeros(10**5)
+        names = {name: tensor.shape for name, tensor in published()["state_dict"].items()}
+        changes = {name: shared.as_strided(shape, torch.zeros(shape).stride()) for name, shape in names.items()}
+        block = {name: tensor for name, tensor in changes.items() if ".blocks.0." in name}
+        for index in range(2, 300):
+            changes |= {name.replace(".0.", f".{index}.", 1): tensor for name, tensor in block.items()}
+        torch.save(published(**changes), tmp_path / "x.ckpt")
+        self.refuse(tmp_path, "bytes large, but its tensors need", "--raw-weights")
+
+    def test_many_names_of_blocks(self, tmp_path):
+        changes = {f"backbone.blocks.{index}.x": torch.zeros(0) for index in range(2, 3000)}
+        torch.save(published(**changes), tmp_path / "x.ckpt")
+        self.refuse(tmp_path, r"missing: layers.*\n    and [\d,]+ more", "--raw-weights")
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"n_heads": 0}, "does not say its `num_attention_heads`"),
+            ({"n_heads": -3}, "does not say its `num_attention_heads`"),
+            ({"n_heads": True}, "does not say its `num_attention_heads`"),
+            ({"n_heads": 5}, "no model of these sizes.*multiple of twice"),
+            ({"length": 0}, "does not say its `max_position_embeddings`"),
+            ({"length": 10**30}, "does not say its `max_position_embeddings`"),
+        ],
+    )
+    def test_settings_that_make_no_sense(self, changes, message, tmp_path):
+        torch.save(published(model=changes), tmp_path / "x.ckpt")
+        self.refuse(tmp_path, message, "--raw-weights")
+
+    @pytest.mark.parametrize("dropout", [5, -1, float("nan"), "a"])
+    def test_dropout_that_makes_no_sense_is_left_out(self, dropout, tmp_path):
+        torch.save(published(model={"dropout": dropout}), tmp_path / "x.ckpt")
+        assert convert(tmp_path / "x.ckpt", raw_weights=True).config.dropout == 0.1
+
+    def test_names(self, tmp_path):
+        torch.save(published(**{"\x1b[2J\nerror: all is well": torch.zeros(1)}), tmp_path / "x.ckpt")
+        with pytest.raises(SystemExit) as error:
+            main(["--checkpoint", str(tmp_path / "x.ckpt"), "--output", str(tmp_path / "out"), "--raw-weights"])
+        assert "\x1b" not in str(error.value) and "\nerror" not in str(error.value)
+        torch.save(published(**{"norm.weight": torch.zeros(48)}), tmp_path / "x.ckpt")
+        self.refuse(tmp_path, "two tensors for 'norm.weight'", "--raw-weights")
+
+    @pytest.mark.parametrize("flag", ["--num-heads", "--length"])
+    @pytest.mark.parametrize("value", ["0", "-1", "x"])
+    def test_flags_that_make_no_sense(self, flag, value, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            main(["--checkpoint", str(FLM), "--output", str(tmp_path / "out"), flag, value])
+        assert "must be a positive number" in capsys.readouterr().err
+
+    def test_paths_that_are_not_there(self, tmp_path, capsys):
+        (tmp_path / "file").touch()
+        for flags in (
+            ["--output", tmp_path / "file" / "out"],
+            ["--output", tmp_path / "o", "--tokenizer", "./nowhere"],
+        ):
+            with pytest.raises(SystemExit):
+                main(["--checkpoint", str(FLM), *map(str, flags)])
+            assert f"error: {flags[-2]}: " in capsys.readouterr().err
 
     def test_not_a_checkpoint(self, tmp_path):
         torch.save({"weights": 1}, tmp_path / "x.ckpt")
