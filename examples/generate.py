@@ -26,6 +26,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ import modeling_flm  # noqa: F401 registers the models with the auto classes
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the name of a model of the Hub, or its folder")
-    parser.add_argument("--revision", help="the branch, tag or commit of the model to take")
+    parser.add_argument("--revision", default="main", help="the branch, tag or commit of the model to take")
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument("--num_steps", type=int, help="forward passes for each text (default: as the model says)")
     parser.add_argument("--length", type=int, help="tokens of each text (default: as the model says)")
@@ -92,15 +93,14 @@ def generate(
 
 def main():
     args = parse_arguments()
-    loading = {"revision": args.revision or "main"}
-    if args.attn_implementation is not None:
-        loading["attn_implementation"] = args.attn_implementation
-    model = AutoModel.from_pretrained(args.model, dtype=args.dtype, **loading)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=loading["revision"])
+    options = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    model = AutoModel.from_pretrained(args.model, dtype=args.dtype, revision=args.revision, **options)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = model.to(device).eval()
 
     rows = generate(model, tokenizer, args)
+    rows = chain([next(rows)], rows)  # what is wrong with the arguments shows before there is a file
     rows = tqdm(rows, total=args.num_samples, unit="text", disable=args.live or not sys.stderr.isatty())
     if args.output is None:
         for row in rows:
@@ -119,4 +119,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:  # of names that do not exist, and parameters that cannot be used
+        raise SystemExit(f"error: {error}") from error

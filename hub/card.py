@@ -14,11 +14,14 @@
 """The model card: a README with the metadata of the Hub, made from what is in a model's folder."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 
@@ -32,15 +35,81 @@ EVALUATION_NAME = "evaluation.json"  # scorer, num_samples, results: [{num_steps
 DATA_SETTINGS_NAME = "data_settings.json"  # written by the training scripts
 
 
-def read_json(folder: str | Path, name: str) -> dict[str, Any]:
-    """The content of a JSON file of a folder, empty where there is none."""
-    path = Path(folder) / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def is_hub_name(name: str | None) -> bool:
+def is_hub_name(name: Any) -> bool:
     """Whether `name` can be that of a repository, and is not of something on this machine."""
-    return bool(name) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
+    try:
+        validate_repo_id(name)
+    except (HFValidationError, TypeError):
+        return False
+    return isinstance(name, str) and not name.startswith(".") and not Path(name).exists()
+
+
+def read_records(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """
+    What is known of a model beside its weights, without what is about this machine alone.
+
+    Args:
+        folder (`str` or `Path`): The model's folder.
+
+    Returns:
+        `dict[str, dict[str, Any]]`: the contents of `training.json`, `evaluation.json` and `data_settings.json`, by these
+        names; of those that are there.
+
+    Raises:
+        `ValueError`: if one of them is not what it should be.
+    """
+    cleaners = {TRAINING_NAME: _clean_training, EVALUATION_NAME: _clean_evaluation, DATA_SETTINGS_NAME: _clean_data}
+    records = {}
+    for name, clean in cleaners.items():
+        path = Path(folder) / name
+        if path.is_file():
+            try:
+                records[name] = clean(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path} is not what it should be: {type(error).__name__}: {error}") from error
+    return records
+
+
+def _clean_training(training: dict[str, Any]) -> dict[str, Any]:
+    teacher = training.get("teacher")
+    arguments = {str(name): value for name, value in training["arguments"].items()}
+    cleaned = {"trainer": str(training["trainer"]), "step": int(training["step"]), "arguments": arguments}
+    return cleaned | ({"teacher": teacher} if is_hub_name(teacher) else {})
+
+
+def _clean_evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
+    for row in evaluation["results"]:
+        if not all(math.isfinite(row[name]) for name in ("num_steps", "gen_ppl", "entropy")):
+            raise ValueError("`results` must have finite numbers")
+    scorer = str(evaluation["scorer"])
+    scorer = scorer if is_hub_name(scorer) else Path(scorer).name
+    return {**evaluation, "num_samples": int(evaluation["num_samples"]), "scorer": scorer}
+
+
+def _clean_data(settings: dict[str, Any]) -> dict[str, Any]:
+    def is_public(name: str, value: Any) -> bool:
+        if name == "dataset_name":
+            return is_hub_name(value)
+        return name == "dataset_revision" or not (isinstance(value, str) and re.search(r"[/\\]", value))
+
+    local = ("train_file", "validation_file")
+    return {name: value for name, value in settings.items() if name not in local and is_public(name, value)}
+
+
+def _as_list(values: str | list[str] | None) -> list[str]:
+    return [] if values is None else [values] if isinstance(values, str) else list(values)
+
+
+def _as_block(text: str) -> str:
+    """A text as a block of code that it cannot end, and without control characters."""
+    text = "".join(character for character in text if character in "\n\t" or character.isprintable())
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _as_cell(value: Any) -> str:
+    """A value in one cell of a table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def build_card(
@@ -66,7 +135,7 @@ def build_card(
         model ([`~transformers.PreTrainedModel`]):
             The model.
         samples (`list[str]`):
-            Texts of the model.
+            Texts of the model, none to leave them out.
         license (`str`, *optional*, defaults to `"apache-2.0"`):
             The licence of the weights.
         language (`str` or `list[str]`, *optional*):
@@ -81,15 +150,13 @@ def build_card(
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
-    training = read_json(folder, TRAINING_NAME)
-    evaluation = read_json(folder, EVALUATION_NAME)
-    dataset_name = read_json(folder, DATA_SETTINGS_NAME).get("dataset_name")
-    if datasets is None and is_hub_name(dataset_name):
-        datasets = dataset_name
+    records = read_records(folder)
+    training, evaluation = records.get(TRAINING_NAME, {}), records.get(EVALUATION_NAME, {})
+    if datasets is None:
+        datasets = records.get(DATA_SETTINGS_NAME, {}).get("dataset_name")
     if base_model is None:
         base_model = training.get("teacher")
-    as_list = lambda x: [] if x is None else [x] if isinstance(x, str) else list(x)  # noqa: E731
-    datasets, config, name = as_list(datasets), model.config, repo_id.split("/")[-1]
+    datasets, config, name = _as_list(datasets), model.config, repo_id.split("/")[-1]
     family = "flm" if config.model_type == "flm" else "fmlm"
     data = ModelCardData(
         library_name="transformers",
@@ -98,7 +165,7 @@ def build_card(
         language=language,
         datasets=datasets or None,
         base_model=base_model,
-        tags=[family, "flow-matching", "diffusion-language-model", "custom_code", "arxiv:2602.16813", *as_list(tags)],
+        tags=[family, "flow-matching", "diffusion-language-model", "custom_code", "arxiv:2602.16813", *_as_list(tags)],
         model_name=name,
         eval_results=eval_results(evaluation) or None,
     )
@@ -112,11 +179,11 @@ def build_card(
         config=config,
         num_parameters=model.num_parameters(),
         num_steps=default_num_steps(model),
-        transformers_requirement="5.20 or newer",
-        samples=samples,
+        blocks=list(map(_as_block, samples)),
         evaluation=evaluation,
         results=evaluation.get("results", []),
         training=training,
+        arguments={name: _as_cell(value) for name, value in training.get("arguments", {}).items()},
         base_model=base_model,
         datasets=datasets,
         license=license,
@@ -125,7 +192,8 @@ def build_card(
 
 def default_num_steps(model: PreTrainedModel) -> int:
     """The number of steps that `generate()` takes unless told otherwise."""
-    return model.generation_config.num_steps or model.generation_config._get_default_generation_params()["num_steps"]
+    config = model.generation_config
+    return config.num_steps or config._get_default_generation_params()["num_steps"]
 
 
 def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:

@@ -30,14 +30,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+import modeling_flm
 from modeling_flm.modeling_flm import FLMPreTrainedModel
 
 from .card import (
@@ -47,8 +51,7 @@ from .card import (
     TEMPLATES,
     TRAINING_NAME,
     build_card,
-    is_hub_name,
-    read_json,
+    read_records,
 )
 
 
@@ -56,15 +59,11 @@ logger = logging.get_logger(__name__)
 
 # What publishing may have written before, and removes where it is no longer there.
 _OWN_FILES = (
-    *(
-        "*.py",
-        "*.safetensors",
-        "*.safetensors.index.json",
-        "config.json",
-        "generation_config.json",
-        "training_args.bin",
-    ),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja"),
+    *(path.name for path in Path(modeling_flm.__file__).parent.glob("*.py")),
+    *("config.json", "generation_config.json", "training_args.bin"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja"),
     *(TRAINING_NAME, EVALUATION_NAME, DATA_SETTINGS_NAME),
 )
 
@@ -89,7 +88,13 @@ class PublishError(Exception):
 
 
 def assemble(
-    folder: str | Path, output: str | Path, repo_id: str, tokenizer: str | None = None, num_samples: int = 3, **card
+    folder: str | Path,
+    output: str | Path,
+    repo_id: str,
+    tokenizer: str | None = None,
+    num_samples: int = 3,
+    check: bool = True,
+    **card,
 ):
     """
     Puts a model repository together, and checks that it works without this package.
@@ -99,66 +104,85 @@ def assemble(
             A model folder, as `save_pretrained` and the trainers write it. A `README.md` in it that was not generated is
             kept; otherwise a card is made.
         output (`str` or `Path`):
-            The folder to write, which must be empty or not exist.
+            The folder to write, which must not exist.
         repo_id (`str`):
             The name that the repository will have.
         tokenizer (`str`, *optional*):
             Name or folder of the tokenizer. The one in `folder` unless given.
         num_samples (`int`, *optional*, defaults to 3):
             The number of texts to show in the card.
+        check (`bool`, *optional*, defaults to `True`):
+            Whether to load the result in another process, which also makes the texts. Without, the card has none.
         card:
             Further arguments of [`~hub.card.build_card`].
 
     Raises:
-        `PublishError`: if something is missing, or the result cannot be loaded.
+        `PublishError`: if something is missing, or the result cannot be loaded. Then `output` is not made.
     """
     folder, output = Path(folder), Path(output)
     if not (folder / "config.json").is_file():
         raise PublishError(f"{folder} is not a model folder: it has no config.json.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise PublishError(f"{output} is not empty: name another folder.")
+    if output.exists():
+        raise PublishError(f"{output} exists already: name another folder.")
     if num_samples < 1:
         raise PublishError(f"`num_samples` must be at least 1, got {num_samples}.")
     if tokenizer is None and not (folder / "tokenizer_config.json").is_file():
         raise PublishError(f"{folder} has no tokenizer: pass the name or folder of one as `tokenizer`.")
+    own_card = _read_own_card(folder / "README.md")
     try:
-        model = AutoModel.from_pretrained(folder, dtype="auto")
-        loaded_tokenizer = AutoTokenizer.from_pretrained(folder if tokenizer is None else tokenizer)
-    except (OSError, ValueError) as error:
+        validate_repo_id(repo_id)
+        records = read_records(folder)
+    except ValueError as error:  # also what `validate_repo_id` raises
+        raise PublishError(str(error)) from error
+    model, loaded_tokenizer = _load(folder, folder if tokenizer is None else tokenizer)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as unfinished:
+        unfinished = Path(unfinished)
+        model.save_pretrained(unfinished)
+        loaded_tokenizer.save_pretrained(unfinished)
+        shutil.copy(TEMPLATES / "LICENSE", unfinished / "LICENSE")
+        for name, record in records.items():
+            (unfinished / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        samples = _check(unfinished, num_samples) if check else []
+        card = own_card or build_card(unfinished, repo_id, model, samples, **card)
+        card.save(unfinished / "README.md")
+        unfinished.chmod(0o755)
+        unfinished.rename(output)
+
+
+def _read_own_card(path: Path) -> ModelCard | None:
+    """The card at `path`, if somebody wrote or changed it."""
+    if not path.is_file():
+        return None
+    try:
+        card = ModelCard.load(path)
+    except Exception as error:  # of YAML, of encodings, of metadata
+        raise PublishError(f"{path} cannot be read as a model card: {error}") from error
+    return None if MARKER in card.content else card
+
+
+def _load(folder: Path, tokenizer: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, complete, and its tokenizer."""
+    try:
+        model, info = AutoModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    except Exception as error:  # of files, of formats, of sizes
         raise PublishError(f"{folder} cannot be loaded: {error}") from error
     if not isinstance(model, FLMPreTrainedModel):
         raise PublishError(f"{folder} has a `{type(model).__name__}`, not a flow-based language model.")
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, info[kind])):
+            listed = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+            raise PublishError(
+                f"The weights in {folder} do not fit its configuration, {kind.replace('_', ' ')}: {listed}"
+            )
     if len(loaded_tokenizer) > model.config.vocab_size:
         raise PublishError(
             f"The tokenizer has {len(loaded_tokenizer)} tokens, but the model {model.config.vocab_size}: pass the right one "
             "as `tokenizer`."
         )
-
-    output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(output)
-    loaded_tokenizer.save_pretrained(output)
-    shutil.copy(TEMPLATES / "LICENSE", output / "LICENSE")
-    for name in (TRAINING_NAME, EVALUATION_NAME):
-        if (folder / name).is_file():
-            shutil.copy(folder / name, output / name)
-    if settings := read_json(folder, DATA_SETTINGS_NAME):
-        # Paths of this machine are nobody else's business.
-        for name in ("train_file", "validation_file"):
-            settings.pop(name, None)
-        if not is_hub_name(settings.get("dataset_name")):
-            settings.pop("dataset_name", None)
-        (output / DATA_SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-    samples = _check(output, num_samples)
-    own_card = folder / "README.md"
-    if own_card.is_file() and MARKER not in own_card.read_text(encoding="utf-8"):
-        try:
-            ModelCard.load(own_card)
-        except ValueError as error:
-            raise PublishError(f"{own_card} has metadata that the Hub cannot read: {error}") from error
-        shutil.copy(own_card, output / "README.md")
-    else:
-        build_card(folder, repo_id, model, samples, **card).save(output / "README.md")
+    return model, loaded_tokenizer
 
 
 def _check(folder: Path, num_samples: int) -> list[str]:
@@ -180,8 +204,9 @@ def publish(
     revision: str | None = None,
     token: str | None = None,
     commit_message: str = "Publish the model",
+    blocking: bool = True,
     **options,
-) -> CommitInfo:
+) -> CommitInfo | Future[CommitInfo]:
     """
     Publishes a model folder on the Hub, in one commit.
 
@@ -198,11 +223,13 @@ def publish(
             A token with the right to write. That of `hf auth login` unless given.
         commit_message (`str`, *optional*, defaults to `"Publish the model"`):
             The first line of the commit message.
+        blocking (`bool`, *optional*, defaults to `True`):
+            Whether to wait for the upload. What is uploaded is put together in any case before this returns.
         options:
             Further arguments of [`assemble`] and [`~hub.card.build_card`].
 
     Returns:
-        [`~huggingface_hub.CommitInfo`]
+        [`~huggingface_hub.CommitInfo`], or if not `blocking` a `Future` of it.
 
     Raises:
         `PublishError`: if it did not work. The files of the repository then are as they were before.
@@ -210,28 +237,99 @@ def publish(
     api = HfApi(token=token, library_name="modeling-flm")
     try:
         validate_repo_id(repo_id)
-        account = api.whoami()["name"]
+        account = _persistently(api.whoami)["name"]
     except HFValidationError as error:
         raise PublishError(f"`repo_id`: {error}") from error
-    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
-        raise PublishError(
-            f"The Hub does not know who you are: log in with `hf auth login`, or pass a valid `token`.\n{error}"
-        ) from error
+    except Exception as error:
+        if isinstance(error, LocalTokenNotFoundError) or _status(error) in (401, 403):
+            raise PublishError(
+                f"The Hub does not know who you are: log in with `hf auth login`, or pass a valid `token`.\n{error}"
+            ) from error
+        raise PublishError(f"The Hub at {api.endpoint} does not answer.\n{_reason(error)}") from error
     if "/" not in repo_id:
         repo_id = f"{account}/{repo_id}"
 
-    with tempfile.TemporaryDirectory() as assembled:
-        assemble(folder, assembled, repo_id, **options)
+    scratch = tempfile.mkdtemp()
+    assembled = Path(scratch, "repository")
+
+    def upload() -> CommitInfo:
         try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
+            _persistently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+            if private and not _persistently(lambda: api.repo_info(repo_id)).private:
+                raise PublishError(
+                    f"{repo_id} exists and is public: make it private in its settings, or publish without."
+                )
             if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return _upload(api, Path(assembled), repo_id, revision, commit_message)
+                _persistently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+            return _persistently(lambda: _commit(api, assembled, repo_id, revision, commit_message))
+        except PublishError:
+            raise
         except Exception as error:
             raise PublishError(
                 f"Nothing was uploaded to {repo_id}, whose files are as they were (if it is new, it is empty): run this "
                 f"again, after dealing with\n{_reason(error)}"
             ) from error
+        finally:
+            shutil.rmtree(scratch)
+
+    try:
+        assemble(folder, assembled, repo_id, **options)
+    except BaseException:
+        shutil.rmtree(scratch)
+        raise
+    return upload() if blocking else api.run_as_future(upload)
+
+
+def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, commit_message: str) -> CommitInfo:
+    """Everything in `folder` in one commit."""
+    # Not `upload_folder`, which may make several.
+    remote = api.list_repo_files(repo_id, revision=revision)
+    paths = sorted(folder.iterdir())
+    if "README.md" in remote and MARKER in (folder / "README.md").read_text(encoding="utf-8"):
+        card = ModelCard.load(
+            api.hf_hub_download(repo_id, "README.md", revision=revision), ignore_metadata_errors=True
+        )
+        if card.text.strip() and MARKER not in card.content:
+            logger.warning(f"The card of {repo_id} was changed on the Hub, and is left as it is.")
+            paths = [path for path in paths if path.name != "README.md"]
+    stale = [
+        name
+        for name in remote
+        if any(fnmatch.fnmatch(name, pattern) for pattern in _OWN_FILES) and not (folder / name).exists()
+    ]
+    operations = [CommitOperationAdd(path.name, path) for path in paths]
+    operations += [CommitOperationDelete(name) for name in stale if "/" not in name]
+    return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
+
+
+def _persistently(task: Callable[[], Any]) -> Any:
+    """The result of `task`, which is tried again where the network or the server failed."""
+    for attempt in range(1, _NUM_ATTEMPTS + 1):
+        try:
+            return task()
+        except Exception as error:
+            if attempt == _NUM_ATTEMPTS or not _may_pass(error):
+                raise
+            logger.warning(f"Trying again after {_reason(error)}")
+            time.sleep(attempt)
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error is one of the network or the server, rather than of what was asked for."""
+    while error is not None:
+        if (status := _status(error)) is not None:
+            return status == 429 or status >= 500
+        # Which HTTP library there is, and so whose `TransportError`, depends on the version of huggingface_hub.
+        if any(base.__name__ == "TransportError" for base in type(error).__mro__):
+            return True
+        if isinstance(error, (ConnectionError, TimeoutError, json.JSONDecodeError)):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _status(error: BaseException) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
 def _reason(error: Exception) -> str:
@@ -239,40 +337,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"
-
-
-def _upload(api: HfApi, folder: Path, repo_id: str, revision: str | None, commit_message: str) -> CommitInfo:
-    """Everything in `folder` in one commit, tried again where the network or the server failed."""
-    # Not `upload_folder`, which may make several commits.
-    paths = sorted(folder.iterdir())
-    for attempt in range(1, _NUM_ATTEMPTS + 1):
-        try:
-            stale = [
-                name
-                for name in api.list_repo_files(repo_id, revision=revision)
-                if "/" not in name
-                and any(fnmatch.fnmatch(name, pattern) for pattern in _OWN_FILES)
-                and not (folder / name).exists()
-            ]
-            operations = [CommitOperationAdd(path.name, path) for path in paths]
-            operations += [CommitOperationDelete(name) for name in stale]
-            return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
-        except Exception as error:
-            if attempt == _NUM_ATTEMPTS or not _may_pass(error):
-                raise
-            logger.warning(f"Uploading failed, trying again. {_reason(error)}")
-            time.sleep(attempt)
-
-
-def _may_pass(error: BaseException | None) -> bool:
-    """Whether an error is one of the network or the server, rather than of what was asked for."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError):
-            return error.response.status_code >= 500
-        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
-            return False
-        error = error.__cause__
-    return True
 
 
 def main(arguments: list[str] | None = None):
@@ -300,6 +364,8 @@ def main(arguments: list[str] | None = None):
     print(f"Putting {args.repo_id} together, and checking that it works by itself", flush=True)
     try:
         if args.dry_run is not None:
+            if "/" not in args.repo_id:
+                parser.error("--repo-id: for a dry run name the account, too, such as me/my-model")
             assemble(args.model, args.dry_run, args.repo_id, **options)
             print(f"{args.dry_run} is what would be uploaded.")
             return

@@ -106,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle_request(self):
-        self.path_only = unquote(urlsplit(self.path).path)
+        self.path_only = urlsplit(self.path).path
         fault = self.server.take_fault(f"{self.command} {self.path_only}")
         length = int(self.headers.get("Content-Length") or 0)
         if fault == "cut" and self.command != "GET":
@@ -129,7 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
                 match = re.fullmatch(pattern, self.path_only)
                 if match and self.command in method.split("|"):
                     with self.server.lock:
-                        answer = getattr(self, name)(**match.groupdict())
+                        arguments = {key: value and unquote(value) for key, value in match.groupdict().items()}
+                        answer = getattr(self, name)(**arguments)
                     return answer()
             raise _Problem(404, f"no such endpoint: {self.command} {self.path}")
         except _Problem as problem:

@@ -319,6 +319,11 @@ class TestGenerate:
             self.generate(monkeypatch, folder, *arguments)
         assert message in capsys.readouterr().err
 
+    def test_wrong_parameters_leave_no_file(self, folder, tmp_path, monkeypatch):
+        with pytest.raises(ValueError, match="`num_steps` must be an integer of at least 1"):
+            self.generate(monkeypatch, folder, "--num_steps", 0, "--output", tmp_path / "x.jsonl")
+        assert not (tmp_path / "x.jsonl").exists()
+
     def test_a_file_is_not_overwritten(self, folder, tmp_path, monkeypatch, capsys):
         (tmp_path / "x.jsonl").write_text("precious")
         with pytest.raises(SystemExit):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import build_flm
 from datasets import Dataset
-from hub_server import TOKEN, Fault, LoopbackHub, metadata_problems
+from hub_server import TOKEN, Fault, File, LoopbackHub, Repository, metadata_problems
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertModel
 
 import hub.publish
@@ -33,9 +34,12 @@ PUBLISHED = {
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch, tmp_path):
     """A Hub that this process knows as the Hub."""
     with LoopbackHub() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         yield server
@@ -140,10 +144,21 @@ class TestAssemble:
 
     def test_paths_of_this_machine_stay_here(self, trained, tmp_path, quick):
         folder = copy(trained, tmp_path / "model")
-        settings = {"train_file": "/home/me/x.txt", "dataset_name": "/data/y", "block_size": 12}
-        (folder / "data_settings.json").write_text(json.dumps(settings))
+        settings = {"train_file": "/home/me/x.txt", "dataset_name": "/data/y", "block_size": 12, "note": "/home/me"}
+        (folder / "data_settings.json").write_text(
+            json.dumps({**settings, "dataset_revision": "refs/convert/parquet"})
+        )
+        training = {**json.loads((folder / "training.json").read_text()), "teacher": "/home/me/teacher"}
+        (folder / "training.json").write_text(json.dumps(training))
+        row = {"num_steps": 1, "gen_ppl": 20.0, "entropy": 4.0}
+        evaluation = {"scorer": "/home/me/gpt2", "num_samples": 3, "results": [row]}
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
         assemble(folder, tmp_path / "out", REPO_ID)
-        assert json.loads((tmp_path / "out" / "data_settings.json").read_text()) == {"block_size": 12}
+        public = {"block_size": 12, "dataset_revision": "refs/convert/parquet"}
+        assert json.loads((tmp_path / "out" / "data_settings.json").read_text()) == public
+        for path in (tmp_path / "out").iterdir():
+            assert b"/home/me" not in path.read_bytes(), path
+        assert "`gpt2`" in (tmp_path / "out" / "README.md").read_text()
         (folder / "data_settings.json").write_text(json.dumps({"dataset_name": "me/words"}))
         assemble(folder, tmp_path / "out2", REPO_ID)
         assert ModelCard.load(tmp_path / "out2" / "README.md").data.datasets == ["me/words"]
@@ -180,6 +195,27 @@ class TestAssemble:
             (lambda folder: (folder / "config.json").unlink(), "not a model folder"),
             (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer"),
             (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
+            (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "cannot be loaded"),
+            (lambda folder: change_weights(folder, "lm_head.weight", None), "missing keys: lm_head.weight"),
+            (lambda folder: change_weights(folder, "extra", torch.zeros(2)), "unexpected keys: extra"),
+            (lambda folder: (folder / "README.md").write_bytes(b"\xff\xfe---"), "README.md cannot be read"),
+            (lambda folder: (folder / "README.md").write_text("---\nlicense: [\n---\n"), "README.md cannot be read"),
+            *(
+                (
+                    lambda folder, name=name, text=text: (folder / name).write_text(text),
+                    f"{name} is not what it should be",
+                )
+                for name, texts in {
+                    "training.json": ["{", "[]", "null", '{"step": 1}'],
+                    "data_settings.json": ["{", "[1]"],
+                    "evaluation.json": [
+                        "[]",
+                        '{"scorer": "x"}',
+                        '{"scorer": "x", "num_samples": 1, "results": [{"num_steps": 1, "gen_ppl": NaN, "entropy": 1}]}',
+                    ],
+                }.items()
+                for text in texts
+            ),
             (lambda folder: tokenizer_of(60).save_pretrained(folder), "60 tokens, but the model 53"),
             (lambda folder: BertModel(BertConfig(hidden_size=24)).save_pretrained(folder), "`BertModel`"),
         ],
@@ -191,9 +227,27 @@ class TestAssemble:
             assemble(folder, tmp_path / "out", REPO_ID)
         assert not (tmp_path / "out").exists()
 
-    def test_output_that_is_not_empty(self, trained):
-        with pytest.raises(PublishError, match="not empty"):
+    def test_output_that_exists(self, trained):
+        with pytest.raises(PublishError, match="exists already"):
             assemble(trained, trained, REPO_ID)
+
+    def test_samples_and_arguments_cannot_leave_their_places(self, trained, tmp_path, monkeypatch):
+        sample = "a ``` b\n````\n# Heading\n<script>{{ 1 + 1 }}\x1b[2J"
+        monkeypatch.setattr(hub.publish, "_check", lambda folder, num_samples: [sample])
+        folder = copy(trained, tmp_path / "model")
+        training = json.loads((folder / "training.json").read_text())
+        training["arguments"]["note"] = "one\ntwo | three"
+        (folder / "training.json").write_text(json.dumps(training))
+        assemble(folder, tmp_path / "out", REPO_ID)
+        card = (tmp_path / "out" / "README.md").read_text()
+        shown = sample.replace("\x1b", "")
+        assert f"`````text\n{shown}\n`````\n" in card
+        assert "| `note` | one two \\| three |" in card
+
+    def test_without_a_check_there_are_no_samples(self, trained, tmp_path):
+        assemble(trained, tmp_path / "out", REPO_ID, check=False)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "## Samples" not in card and "\n## Training\n" in card
 
     def test_command(self, trained, tmp_path):
         arguments = ["--model", str(trained), "--repo-id", REPO_ID, "--dry-run", str(tmp_path / "out")]
@@ -203,7 +257,7 @@ class TestAssemble:
         process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert process.returncode == 0, process.stderr
         assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "cc-by-4.0"
-        with pytest.raises(SystemExit, match="error: .* is not empty: name another folder"):
+        with pytest.raises(SystemExit, match="error: .* exists already: name another folder"):
             hub.publish.main(arguments)
 
 
@@ -213,6 +267,13 @@ def copy(source: Path, target: Path) -> Path:
         if path.is_file():
             (target / path.name).write_bytes(path.read_bytes())
     return target
+
+
+def change_weights(folder: Path, name: str, tensor: torch.Tensor | None):
+    weights = load_file(folder / "model.safetensors")
+    weights = {**weights, name: tensor}
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 class TestPublish:
@@ -241,19 +302,35 @@ class TestPublish:
     def test_files_of_others_are_left_alone(self, trained, server, quick):
         publish(trained, REPO_ID, token=TOKEN)
         repository = server.repositories[REPO_ID]
-        others = {"plot.png": b"p", "last-checkpoint/model.safetensors": b"c", "old_code.py": b"o"}
+        others = {"plot.png": b"p", "last-checkpoint/model.safetensors": b"c", "handler.py": b"h"}
+        others |= {"model-00001-of-00002.safetensors": b"stale", "tokenizer_notes.md": b"n"}
         files = repository.commits[repository.branches["main"]]
-        repository.commit("main", {**files, **{n: type(files["LICENSE"])(c) for n, c in others.items()}}, "By hand")
+        repository.commit("main", {**files, **{n: File(c) for n, c in others.items()}}, "By hand")
         publish(trained, REPO_ID, token=TOKEN)
         left = set(server.files(REPO_ID)) - {*PUBLISHED, ".gitattributes"}
-        assert left == {"plot.png", "last-checkpoint/model.safetensors"}
+        assert left == {"plot.png", "last-checkpoint/model.safetensors", "handler.py", "tokenizer_notes.md"}
+
+    def test_a_card_that_was_changed_on_the_hub_is_left_alone(self, trained, server, quick):
+        publish(trained, REPO_ID, token=TOKEN)
+        repository = server.repositories[REPO_ID]
+        files = repository.commits[repository.branches["main"]]
+        for text, is_kept in (("---\nlicense: mit\n---\n# Mine\n", True), ("---\nlicense: mit\n---\n", False)):
+            repository.commit("main", {**files, "README.md": File(text.encode())}, "By hand")
+            publish(trained, REPO_ID, token=TOKEN)
+            assert (server.files(REPO_ID)["README.md"].decode() == text) == is_kept
+
+    def test_private_does_not_go_into_what_is_public(self, trained, server, quick):
+        publish(trained, REPO_ID, token=TOKEN)
+        with pytest.raises(PublishError, match="exists and is public"):
+            publish(trained, REPO_ID, private=True, token=TOKEN)
+        assert len(server.repositories[REPO_ID].messages) == 2
 
     def test_private_and_branch(self, trained, server, quick):
-        publish(trained, "tiny", private=True, revision="v2", token=TOKEN)
+        publish(trained, "tiny", private=True, revision="feature/v2", token=TOKEN)
         repository = server.repositories[REPO_ID]  # the namespace is that of the account
         assert repository.private
         assert set(server.files(REPO_ID)) == {".gitattributes"}
-        assert set(server.files(REPO_ID, "v2")) == {*PUBLISHED, ".gitattributes"}
+        assert set(server.files(REPO_ID, "feature/v2")) == {*PUBLISHED, ".gitattributes"}
 
     @pytest.mark.parametrize(
         "pattern",
@@ -294,6 +371,11 @@ class TestPublish:
             publish(trained, REPO_ID, token=token)
         assert server.repositories == {}
 
+    def test_no_network(self, trained, monkeypatch, quick):
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(PublishError, match="The Hub at http://127.0.0.1:9 does not answer.\nConnectError"):
+            publish(trained, REPO_ID, token=TOKEN)
+
     def test_somebody_elses_namespace(self, trained, server, quick):
         with pytest.raises(PublishError, match="rights to create a model under this namespace"):
             publish(trained, "somebody/tiny", token=TOKEN)
@@ -320,10 +402,19 @@ class TestPublish:
 
     def test_trainer_pushes_during_training(self, tmp_path, server, quick):
         options = {"push_to_hub": True, "hub_token": TOKEN, "hub_model_id": REPO_ID, "save_strategy": "steps"}
+        options |= {"hub_strategy": "checkpoint"}
         trainer = build_trainer(tmp_path / "flm", save_steps=1, hub_always_push=True, **options)
         trainer.push_to_hub()
+        messages = server.repositories[REPO_ID].messages
+        assert {"Training in progress, step 1", "Training in progress, step 2", "End of training"} <= set(messages)
+        # At no time is there more than what a repository needs, nor the token.
+        for files in list(server.repositories[REPO_ID].commits.values())[1:]:
+            assert {name for name in files if "/" not in name} <= {*PUBLISHED, ".gitattributes"}
+            assert all(TOKEN.encode() not in file.content for file in files.values())
+        assert "last-checkpoint/training_weights.safetensors" in files
+        assert TOKEN.encode() not in (tmp_path / "flm" / "training_args.bin").read_bytes()
         files = server.files(REPO_ID)
-        assert {name for name in files if "/" not in name} == {*PUBLISHED, ".gitattributes"}
+        assert PUBLISHED < set(files)
         assert files["model.safetensors"] == (tmp_path / "flm" / "model.safetensors").read_bytes()
 
     def test_student_names_its_teacher(self, tmp_path, quick):
@@ -367,8 +458,6 @@ def expected_result(folder: Path) -> dict:
 class TestLoad:
     @pytest.fixture
     def published(self, assembled, server):
-        from hub_server import File, Repository
-
         repository = server.repositories[REPO_ID] = Repository()
         files = {p.name: File(p.read_bytes(), p.suffix == ".safetensors") for p in assembled.iterdir()}
         repository.commit("main", files, "Publish the model")
@@ -392,7 +481,7 @@ class TestLoad:
         config = files["config.json"].content.replace(
             b'"max_position_embeddings": 12', b'"max_position_embeddings": 9'
         )
-        published.commit("main", {**files, "config.json": type(files["config.json"])(config)}, "Shorter")
+        published.commit("main", {**files, "config.json": File(config)}, "Shorter")
         script = f"""
 import torch
 from transformers import AutoModel

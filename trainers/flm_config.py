@@ -74,6 +74,10 @@ class FLMTrainingArguments(TrainingArguments):
     eval_gen_ppl_num_samples: int = field(default=256, metadata={"help": "The number of texts for it."})
     eval_gen_ppl_model: str = field(default="gpt2-large", metadata={"help": "The language model that scores them."})
 
+    def __getstate__(self):
+        # `Trainer` pickles its arguments beside the model, where a token has no business.
+        return {**self.__dict__, "hub_token": None}
+
     def __post_init__(self):
         super().__post_init__()
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:

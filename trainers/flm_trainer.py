@@ -37,8 +37,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.modelcard import extract_hyperparameters_from_trainer
-from transformers.trainer_utils import has_length
-from transformers.utils import logging
+from transformers.trainer_utils import HubStrategy, has_length
+from transformers.utils import PushInProgress, logging
 
 from hub.card import TRAINING_NAME
 from hub.publish import assemble, publish
@@ -329,8 +329,8 @@ class FLMTrainer(Trainer):
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
             with tempfile.TemporaryDirectory() as folder:
-                assemble(self.args.output_dir, folder, model_name or self._repo_id(), **kwargs)
-                shutil.copy(Path(folder, "README.md"), self.args.output_dir)
+                assemble(self.args.output_dir, Path(folder, "repository"), model_name or self._repo_id(), **kwargs)
+                shutil.copy(Path(folder, "repository", "README.md"), self.args.output_dir)
 
     def _repo_id(self) -> str:
         return self.args.hub_model_id or Path(self.args.output_dir).resolve().name
@@ -364,20 +364,40 @@ class FLMTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
-        task = partial(
-            publish,
+        return publish(
             self.args.output_dir,
             self._repo_id(),
             private=self.args.hub_private_repo if private is None else private,
             revision=self.args.hub_revision if revision is None else revision,
             token=token or self.args.hub_token,
             commit_message=commit_message,
+            blocking=blocking,
             **kwargs,
         )
-        return task() if blocking else HfApi().run_as_future(task)
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
-        # `Trainer` copies configurations and weights; without the code nobody could load them.
-        for path in Path(checkpoint_folder).glob("*.py"):
-            shutil.copy(path, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
+        # Not `Trainer`'s, which uploads whatever lies in the output directory, without code and with the token.
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if is_pushing and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        settings = {
+            "revision": self.args.hub_revision,
+            "token": self.args.hub_token,
+            "commit_message": f"Training in progress, step {self.state.global_step}",
+        }
+        private = self.args.hub_private_repo
+        jobs = [publish(checkpoint_folder, self._repo_id(), private, blocking=False, check=False, **settings)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            name = "last-checkpoint" if is_last else Path(checkpoint_folder).name
+            upload = partial(HfApi().upload_folder, path_in_repo=name, ignore_patterns=["training_args.bin"])
+            jobs.append(
+                upload(repo_id=self.hub_model_id, folder_path=checkpoint_folder, run_as_future=True, **settings)
+            )
+        if is_pushing:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
