@@ -311,6 +311,7 @@ _ROUTES = [
     ("GET", f"/api/models/{_REPO}/revision/(?P<revision>.+)", "info"),
     ("GET", f"/api/models/{_REPO}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", "tree"),
     ("GET", f"/api/models/{_REPO}", "info"),
+    ("GET|HEAD", f"/spaces/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", "resolve"),
     ("GET|HEAD", f"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", "resolve"),
 ]
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -17,7 +18,7 @@ from conftest import build_flm
 from datasets import Dataset
 from hub_server import TOKEN, File, LoopbackHub, Repository, metadata_problems
 from huggingface_hub import ModelCard
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from modeling_flm import FMLMModel
 from trainers import FLMTrainer, FLMTrainingArguments, generate_samples, load_gen_ppl, train_tokenizer
@@ -106,6 +107,33 @@ class TestMetric:
             gen_ppl(["a"], max_length=4096)
         with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
             gen_ppl(["a"], batch_size=0)
+
+
+def test_metric_loads_from_a_space(gen_ppl, tmp_path):
+    texts = ["time back us was", "come day years at back he over"]
+    script = f"""
+import evaluate, json
+metric = evaluate.load("tester/gen_ppl")
+print(json.dumps(metric.compute(predictions={texts}, model_id={SCORER!r}, device="cpu")))
+"""
+    with LoopbackHub() as server:
+        space = server.repositories["tester/gen_ppl"] = Repository()
+        folder = EXAMPLES.parent / "hub" / "gen_ppl"
+        space.commit(
+            "main", {path.name: File(path.read_bytes()) for path in folder.iterdir() if path.is_file()}, "Space"
+        )
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        command = [sys.executable, "-c", script]
+        process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == gen_ppl(texts)
+    card = ModelCard((folder / "README.md").read_text())
+    assert card.data.sdk == "gradio" and "metric" in card.data.tags and (folder / card.data.app_file).is_file()
 
 
 def test_intervals_cover():
@@ -261,3 +289,49 @@ def test_samples_do_not_depend_on_who_makes_them(flm):
     assert not torch.equal(samples, generate_samples(flm, list(range(6)), 4, num_steps=2))
     assert len({tuple(row) for row in samples.tolist()}) == 6
     assert generate_samples(flm, [], 3, num_steps=2).tolist() == []
+
+
+@pytest.mark.slow
+def test_distilled_model_ranks_above_its_teacher_at_one_step(tmp_path, monkeypatch):
+    """Models of the quickstart, trained for a while, under a small GPT-2 that has learned the same grammar."""
+    import grammar
+    import quickstart
+
+    flags = ["--max_steps", "600", "--distillation_steps", "500", "--num_samples", "50", "--hidden_size", "96"]
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *flags, "--output_dir", str(tmp_path / "q")])
+    quickstart.main()
+    tokenizer, dataset, length = quickstart.load_stories(seed=1)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=96, n_layer=3, n_head=4)
+    scorer = GPT2LMHeadModel(config).train()
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=2e-3)
+    tokens = torch.tensor(dataset[:]["input_ids"])
+    for batch in tokens[torch.randperm(len(tokens))[: 400 * 32]].split(32):
+        loss = scorer(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    scorer.save_pretrained(tmp_path / "scorer")
+    tokenizer.save_pretrained(tmp_path / "scorer")
+
+    rng = random.Random(2)
+    (tmp_path / "data.txt").write_text("\n".join(grammar.sample_story(rng) for _ in range(200)))
+    figures = {}
+    for name in ("flm", "fmlm"):
+        flags = [
+            "--num_steps",
+            1,
+            4,
+            "--num_samples",
+            200,
+            "--scorer",
+            tmp_path / "scorer",
+            "--output_dir",
+            tmp_path / name,
+        ]
+        evaluate(monkeypatch, "--model", tmp_path / "q" / name, *flags, "--reference_file", tmp_path / "data.txt")
+        rows = json.loads((tmp_path / name / "results.json").read_text())["results"]
+        figures |= {(name, row.get("num_steps", "data")): row for row in rows}
+    ppl = {key: row["gen_ppl"] for key, row in figures.items()}
+    assert figures["fmlm", 1]["gen_ppl_interval"][1] < figures["flm", 1]["gen_ppl_interval"][0]
+    assert ppl["flm", "data"] == ppl["fmlm", "data"] == min(ppl.values())
+    assert min(row["entropy"] for row in figures.values()) > 2.5  # nobody repeats himself
