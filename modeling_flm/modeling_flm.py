@@ -351,14 +351,18 @@ class FLMPreTrainedModel(PreTrainedModel):
     @property
     def state_embedding(self) -> torch.Tensor:
         """`torch.Tensor` of shape `(vocab_size, embedding_size)`: the embedding E in the states `x @ E`."""
-        embedded = []
-        for embedding in self.embeddings:
-            # Through the module, not its weight: a weight that `device_map` offloads is there only during the call, for
-            # which the arguments are moved.
-            device = embedding.weight.device
-            tokens = torch.arange(self.config.vocab_size, device="cpu" if device.type == "meta" else device)
-            embedded.append(embedding(tokens))
-        return torch.cat([weight.to(embedded[0].device) for weight in embedded], dim=1)
+        weights = [self.embed_vocabulary(embedding) for embedding in self.embeddings]
+        return torch.cat([weight.to(weights[0].device) for weight in weights], dim=1)
+
+    def embed_vocabulary(self, embedding: nn.Embedding) -> torch.Tensor:
+        """
+        The weight of an embedding, by a call of the module where it is not there otherwise: what `device_map` offloads or
+        FSDP shards is whole only during a call.
+        """
+        if type(embedding.weight) is nn.Parameter and embedding.weight.device.type != "meta":
+            return embedding.weight
+        device = "cpu" if embedding.weight.device.type == "meta" else embedding.weight.device
+        return embedding(torch.arange(self.config.vocab_size, device=device))
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings[0]
@@ -382,7 +386,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         clean = torch.cat([part.to(device) for part in embedded], dim=-1)
         if noise is None:
             return clean
-        weights = [embedding.weight.to(device, torch.float32) for embedding in self.embeddings]
+        weights = [self.embed_vocabulary(embedding).to(device, torch.float32) for embedding in self.embeddings]
         expected = (*input_ids.shape, noise_size(*weights, *companion_embeddings))
         if noise.shape != expected:
             raise ValueError(f"`noise` must have shape {expected}, got {tuple(noise.shape)}.")

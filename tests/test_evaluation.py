@@ -258,6 +258,7 @@ class TestCallback:
             eval_gen_ppl_num_samples=5,
             eval_gen_ppl_model=SCORER,
             save_strategy="no",
+            logging_steps=1,
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
@@ -267,6 +268,7 @@ class TestCallback:
         trainer.train()
         logs = {row["step"]: row for row in trainer.state.log_history if "eval_gen_ppl_1" in row}
         assert set(logs) == {2, 4} and trainer.model.training
+        assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3, 4]
         average = trainer.ema.averaged.module.eval()
         for num_steps in (1, 3):
             tokens = generate_samples(average, list(range(5)), args.seed, num_steps=num_steps).tolist()

@@ -498,6 +498,19 @@ class TestTraining:
         for name in ("loss", "loss_diagonal", "loss_off_diagonal", "grad_norm", "eval_loss", "eval_loss_off_diagonal"):
             assert logged(two[0]["log"], name) == pytest.approx(logged(one["log"], name), rel=1e-3)
 
+    @pytest.mark.parametrize("preset", ["single_stage", pytest.param("two_network", marks=pytest.mark.slow)])
+    def test_sharded_weights_learn_what_whole_ones_do(self, preset, tmp_path):
+        options = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "ema_decay": 0.9, "preset": preset}
+        whole = distillation(tmp_path / "one", per_device_train_batch_size=16, **options)
+        whole.train()
+        whole.save_model()
+        log = launch(tmp_path / "two", 2, fsdp=True, distill=True, **options)[0]["log"]
+        for name in ("loss", "loss_off_diagonal", "grad_norm", "eval_loss", "eval_loss_off_diagonal"):
+            assert logged(log, name) == pytest.approx(logged(whole, name), rel=1e-3)
+        first, second = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+        for name, tensor in first.items():
+            torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
+
     def test_student_and_teacher_see_the_same_noise(self, tmp_path, flm):
         # At initialization their embeddings coincide, and so must their states.
         trainer = build_trainer(

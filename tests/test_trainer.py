@@ -1,9 +1,11 @@
 """The trainer: times and noise, the loss, evaluation, averaged weights, checkpoints, several processes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,6 +242,38 @@ class TestProcesses:
         first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
         for name, tensor in first.items():
             torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
+
+    def test_sharded_weights_learn_and_write_what_whole_ones_do(self, tmp_path):
+        options = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "ema_decay": 0.9, "sample_steps": 4}
+        options |= {"eval_gen_ppl_steps": 4, "eval_gen_ppl_num_samples": 3, "eval_gen_ppl_num_steps": [2]}
+        options |= {"eval_gen_ppl_model": str(oracle.FIXTURES / "scorer_tiny")}
+        whole = build(tmp_path / "one", per_device_train_batch_size=16, **options)
+        whole.train()
+        whole.save_model()
+        log = launch(tmp_path / "two", 2, fsdp=True, **options)[0]["log"]
+        for name in ("loss", "grad_norm", "eval_loss", "eval_gen_ppl_2", "eval_entropy_2"):
+            assert logged(log, name) == pytest.approx(logged(whole, name), rel=1e-3) != []
+        assert (tmp_path / "two" / "samples.jsonl").read_text() == (tmp_path / "one" / "samples.jsonl").read_text()
+        # The average, loaded as anybody loads it, and the weights of the training.
+        for name in (
+            "model.safetensors",
+            "checkpoint-4/model.safetensors",
+            "checkpoint-4/training_weights.safetensors",
+        ):
+            first, second = (load_file(tmp_path / folder / name) for folder in ("one", "two"))
+            for key, tensor in first.items():
+                torch.testing.assert_close(second[key], tensor, rtol=1e-3, atol=1e-5)
+        files = [{path.name for path in (tmp_path / folder).iterdir() if path.is_file()} for folder in ("one", "two")]
+        assert files[1] - files[0] == {"process-0.json", "process-1.json"}
+        config = json.loads((tmp_path / "two" / "config.json").read_text())
+        assert config == json.loads((tmp_path / "one" / "config.json").read_text())
+
+        shutil.copytree(tmp_path / "two" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+        options["resume_from_checkpoint"] = str(tmp_path / "again" / "checkpoint-2")
+        resumed = launch(tmp_path / "again", 2, fsdp=True, **options)[0]["log"]
+        assert logged(resumed, "loss") == logged(log, "loss")
+        first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("two", "again"))
+        assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
 
 
 class TestSamples:

@@ -14,12 +14,16 @@
 """Callbacks of the trainers: the moving average of the weights, and samples during training."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn as nn
 from accelerate.utils import gather_object
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -48,7 +52,11 @@ class EMACallback(TrainerCallback):
 
     def start(self, model: PreTrainedModel, num_updates: int = 0):
         """Takes the weights of `model` for the average after `num_updates` steps."""
-        self.averaged = AveragedModel(model, multi_avg_fn=self._average).requires_grad_(False)
+        if isinstance(model, FSDPModule):  # which cannot be copied; of its weights every process averages its shard
+            shards = nn.ParameterList(nn.Parameter(p.detach().clone(), p.requires_grad) for p in model.parameters())
+            self.averaged = AveragedModel(shards, multi_avg_fn=self._average).requires_grad_(False)
+        else:
+            self.averaged = AveragedModel(model, multi_avg_fn=self._average).requires_grad_(False)
         self.averaged.n_averaged.fill_(num_updates + 1)
 
     @torch.no_grad()
@@ -65,6 +73,9 @@ class EMACallback(TrainerCallback):
 
     @torch.no_grad()
     def _swap(self, model: PreTrainedModel):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what it has gathered would hide the change
         # In place, so that wrappers and compiled graphs that hold the parameters see the change.
         for parameter, average in zip(model.parameters(), self.averaged.module.parameters(), strict=True):
             value = parameter.clone()
@@ -86,6 +97,15 @@ class EMACallback(TrainerCallback):
             self._swap(model)
 
 
+def as_forward(model: PreTrainedModel, function: Callable[[], Any]) -> Any:
+    """What `function`, which uses `model` otherwise than by its `forward`, returns, with FSDP gathering weights for it."""
+    if not isinstance(model, FSDPModule):
+        return function()
+    model.call_function = lambda: function()
+    register_fsdp_forward_method(model, "call_function")
+    return model.call_function()
+
+
 class SampleCallback(TrainerCallback):
     """
     Writes samples to `samples.jsonl` in the output directory every `args.sample_steps` optimizer steps, one JSON object
@@ -101,13 +121,17 @@ class SampleCallback(TrainerCallback):
         self.ema = ema
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % args.sample_steps != 0 or not state.is_world_process_zero:
+        if state.global_step % args.sample_steps != 0:
+            return
+        if not state.is_world_process_zero and not isinstance(model, FSDPModule):  # which needs everybody
             return
         was_training = model.training
         model.eval()
         with nullcontext() if self.ema is None else self.ema.applied(model):
-            tokens = self._generate(args, model)
+            tokens = as_forward(model, lambda: self._generate(args, model))
         model.train(was_training)
+        if not state.is_world_process_zero:
+            return
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         path = Path(args.output_dir) / "samples.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,19 +172,23 @@ class GenPPLCallback(TrainerCallback):
         was_training = model.training
         model.eval()
         with nullcontext() if self.ema is None else self.ema.applied(model):
-            logs = self._evaluate(args, state, model)
+            logs = as_forward(model, lambda: self._evaluate(args, state, model))
         model.train(was_training)
         if state.is_world_process_zero:
+            should_log = control.should_log
             self.log(logs)
+            control.should_log = should_log  # which logging resets, on this process alone
 
     def _evaluate(self, args, state, model: PreTrainedModel) -> dict[str, float]:
-        indices = list(range(args.process_index, args.eval_gen_ppl_num_samples, args.world_size))
+        # All processes make equally many, as FSDP wants; what is too much is dropped.
+        share = math.ceil(args.eval_gen_ppl_num_samples / args.world_size)
+        indices = list(range(args.process_index * share, (args.process_index + 1) * share))
         logs = {}
         for num_steps in args.eval_gen_ppl_num_steps:
             tokens = generate_samples(model, indices, args.seed, num_steps=num_steps)
             rows = sorted(gather_object(list(zip(indices, tokens.tolist()))))
             if state.is_world_process_zero:
-                tokens = [row for _, row in rows]
+                tokens = [row for _, row in rows[: args.eval_gen_ppl_num_samples]]
                 result = self.metric.compute(
                     predictions=self.tokenizer.batch_decode(tokens, skip_special_tokens=True),
                     token_ids=tokens,

@@ -28,6 +28,8 @@ from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModel,
     PreTrainedModel,
@@ -38,7 +40,7 @@ from transformers import (
 )
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import HubStrategy, has_length
-from transformers.utils import PushInProgress, logging
+from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 
 from hub.card import TRAINING_NAME
 from hub.publish import assemble, publish
@@ -57,6 +59,9 @@ logger = logging.get_logger(__name__)
 # In a checkpoint, `model.safetensors` has the averaged weights, for everybody who loads it, and this file those that the
 # optimizer continues from.
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
+
+# State dictionaries of whole weights, also where processes have shards of them.
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 # Streams of random numbers that must not meet.
 _TRAIN, _EVAL = 0, 1
@@ -155,8 +160,8 @@ class FLMTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(f"`{type(self).__name__}` does not support FSDP and DeepSpeed yet: use DDP.")
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            raise ValueError(f"`{type(self).__name__}` supports DDP and FSDP2 (`fsdp_version: 2`), and nothing else.")
         self.time = ReparameterizedTime(model.config.vocab_size)
         self.ema = None if args.ema_decay is None else EMACallback(args.ema_decay)
         if self.ema is not None:
@@ -277,9 +282,14 @@ class FLMTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict=None):
+        if isinstance(self.model, FSDPModule):
+            # FSDP derives a class for the model, whose code is not what others need.
+            derived, original = type(self.model), type(self.model).__bases__[-1]
+            derived.__module__, derived.__name__ = original.__module__, original.__name__
         super()._save(output_dir, state_dict)
-        path = Path(output_dir or self.args.output_dir, TRAINING_NAME)
-        path.write_text(json.dumps(self._training_record(), indent=2) + "\n", encoding="utf-8")
+        if self.args.should_save:
+            path = Path(output_dir or self.args.output_dir, TRAINING_NAME)
+            path.write_text(json.dumps(self._training_record(), indent=2) + "\n", encoding="utf-8")
 
     def _training_record(self) -> dict[str, Any]:
         """What a model card tells of the training."""
@@ -294,8 +304,11 @@ class FLMTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.ema is not None and self.args.should_save:
-            state_dict = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        if self.ema is None:
+            return
+        state_dict = get_model_state_dict(self.model, options=_WHOLE)  # on all processes, for those that shard it
+        if self.args.should_save:
+            state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
             metadata = {"format": "pt", "ema_updates": str(self.ema.num_updates)}
             save_file(state_dict, Path(output_dir) / TRAINING_WEIGHTS_NAME, metadata=metadata)
 
@@ -309,8 +322,11 @@ class FLMTrainer(Trainer):
         if self.ema is not None:
             with safe_open(path, framework="pt") as file:
                 num_updates = int(file.metadata()["ema_updates"])
+            if self.is_fsdp_enabled:  # accelerate has loaded the weights of the training
+                average = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+                set_model_state_dict(self.model, average, options=_WHOLE)
             self.ema.start(self.model, num_updates)
-        self.model.load_state_dict(load_file(path))
+        set_model_state_dict(self.model, load_file(path), options=_WHOLE)
 
     def _load_best_model(self):
         super()._load_best_model()

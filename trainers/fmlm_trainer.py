@@ -27,6 +27,7 @@ from hub.card import is_hub_name
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import flow_map, interpolate, noise_factors, project_to_simplex, semigroup_weight
 
+from .callbacks import as_forward
 from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
 
@@ -146,6 +147,10 @@ class FMLMTrainer(FLMTrainer):
                 "`FMLMTrainer` needs a process for each device: start the script with `accelerate launch`."
             )
         super().__init__(model=model, args=args, **kwargs)
+        if self.is_fsdp_enabled and args.target_network == "ema":
+            raise ValueError(
+                "`target_network='ema'` needs the average as a network, which FSDP shards: use 'student'."
+            )
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -202,7 +207,8 @@ class FMLMTrainer(FLMTrainer):
     def _states(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """The noised state of each of the networks, for the targets."""
         networks = self._networks()
-        factors = iter(noise_factors(*self._noised_embeddings()))
+        weights = [network.embed_vocabulary(embedding) for network in networks for embedding in network.embeddings]
+        factors = iter(noise_factors(*weights))
         states = []
         for network in networks:
             factor = torch.cat([next(factors) for _ in network.embeddings], dim=1)
@@ -306,7 +312,7 @@ class FMLMTrainer(FLMTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with evaluating(*self._networks()):
-            targets = list(self.compute_targets(inputs))
+            targets = as_forward(self.model, lambda: list(self.compute_targets(inputs)))
         names = ("input_ids", "timesteps", "target_timesteps", "noise", "t", "attention_mask")
         own = len(self.model.embeddings)
         output = model(

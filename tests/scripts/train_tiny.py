@@ -1,6 +1,7 @@
 """Trains a tiny model and writes what each process saw; run by the tests under `accelerate launch` and alone."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 
 from modeling_flm import FLMConfig, FLMModel
-from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer
+from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, train_tokenizer
+
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
 
 class Recording:
@@ -70,20 +76,27 @@ def build(
         "disable_tqdm": True,
         "seed": 3,
     }
+    args = FLMTrainingArguments(output_dir=output_dir, **{**defaults, **options})
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate shards on GPUs alone: let it take the processes for those of GPUs.
+        assert args.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return trainer_class(
         model=model,
-        args=FLMTrainingArguments(output_dir=output_dir, **{**defaults, **options}),
+        args=args,
         train_dataset=dataset,
         eval_dataset=dataset.select(range(21)),
+        processing_class=train_tokenizer([" ".join(f"w{n}" for n in range(36))], "word", vocab_size=40),
     )
 
 
-def launch(output_dir: Path, num_processes: int, **options) -> list[dict]:
+def launch(output_dir: Path, num_processes: int, fsdp: bool = False, **options) -> list[dict]:
     """Runs this script in so many processes; what each of them wrote."""
     command = [sys.executable]
     if num_processes > 1:
+        command += ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
         # `--multi_gpu` is for several processes of any kind; with `--cpu` accelerate starts a single one.
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
+        command += ["--config_file", str(RECIPES / "fsdp.yaml")] if fsdp else ["--multi_gpu"]
         command += [
             "--num_machines",
             "1",
@@ -112,7 +125,7 @@ if __name__ == "__main__":
         trainer = distillation(output_dir, trainer_class=RecordingDistillation, **options)
     else:
         trainer = build(output_dir, trainer_class=RecordingTrainer, **options)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     result = {"seen": trainer.seen, "log": trainer.state.log_history}
     Path(output_dir, f"process-{trainer.args.process_index}.json").write_text(json.dumps(result))
