@@ -417,6 +417,15 @@ class TestPublish:
         assert PUBLISHED < set(files)
         assert files["model.safetensors"] == (tmp_path / "flm" / "model.safetensors").read_bytes()
 
+    def test_training_goes_on_without_the_hub(self, tmp_path, server, quick, caplog):
+        server.faults.append(Fault("GET .*/whoami", "500", count=100))
+        options = {"push_to_hub": True, "hub_token": TOKEN, "hub_model_id": REPO_ID, "save_strategy": "steps"}
+        trainer = build_trainer(tmp_path / "flm", save_steps=1, **options)
+        assert trainer.state.global_step == 2 and "The checkpoint of step 2 is not pushed" in caplog.text
+        server.faults.clear()
+        trainer.push_to_hub()
+        assert PUBLISHED < set(server.files(REPO_ID))
+
     def test_student_names_its_teacher(self, tmp_path, quick):
         teacher = build_flm()
         tokenizer = tokenizer_of(53)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -12,9 +11,8 @@ import torch.nn.functional as F
 from conftest import build_flm
 from safetensors.torch import load_file
 from train_tiny import RecordingTrainer, build, launch, logged
-from transformers import AutoModel, Trainer, TrainerCallback
+from transformers import AutoModel, TrainerCallback
 
-import modeling_flm
 from modeling_flm.flow import interpolate, noise_factors
 from trainers import EMACallback, FLMTrainer, FLMTrainingArguments, train_tokenizer
 from trainers.noise import draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
@@ -328,15 +326,6 @@ class TestArguments:
         with pytest.raises(ValueError, match="load it with `dtype=torch.float32`, and pass `bf16=True`"):
             FLMTrainer(model, FLMTrainingArguments(tmp_path))
         FLMTrainer(model, FLMTrainingArguments(tmp_path, ema_decay=None))
-
-    def test_pushes_during_training_carry_the_code(self, tmp_path, monkeypatch):
-        trainer = build(tmp_path, max_steps=10)
-        trainer.train()
-        monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: None)
-        assert not list(tmp_path.glob("*.py"))
-        trainer._push_from_checkpoint(str(tmp_path / "checkpoint-10"))
-        names = {path.name for path in tmp_path.glob("*.py")}
-        assert names == {path.name for path in Path(modeling_flm.__file__).parent.glob("*.py")} - {"__init__.py"}
 
     def test_no_average(self, tmp_path):
         trainer = build(tmp_path, max_steps=2, ema_decay=None)

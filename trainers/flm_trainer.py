@@ -43,7 +43,7 @@ from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 
 from hub.card import TRAINING_NAME
-from hub.publish import assemble, publish
+from hub.publish import PublishError, assemble, publish
 from modeling_flm import FLMModel
 from modeling_flm.flow import noise_size
 from modeling_flm.time_reparameterization import ReparameterizedTime
@@ -405,7 +405,11 @@ class FLMTrainer(Trainer):
             "commit_message": f"Training in progress, step {self.state.global_step}",
         }
         private = self.args.hub_private_repo
-        jobs = [publish(checkpoint_folder, self._repo_id(), private, blocking=False, check=False, **settings)]
+        try:
+            jobs = [publish(checkpoint_folder, self._repo_id(), private, blocking=False, check=False, **settings)]
+        except PublishError as error:
+            logger.warning(f"The checkpoint of step {self.state.global_step} is not pushed. {error}")
+            return  # a training does not end because the Hub is away
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             name = "last-checkpoint" if is_last else Path(checkpoint_folder).name
