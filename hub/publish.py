@@ -59,7 +59,7 @@ logger = logging.get_logger(__name__)
 
 # What publishing may have written before, and removes where it is no longer there.
 _OWN_FILES = (
-    *(path.name for path in Path(modeling_flm.__file__).parent.glob("*.py")),
+    *({path.name for path in Path(modeling_flm.__file__).parent.glob("*.py")} - {"__init__.py"}),
     *("config.json", "generation_config.json", "training_args.bin"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
