@@ -37,7 +37,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from huggingface_hub import ModelCard, metadata_update
+from huggingface_hub import ModelCard, ModelCardData, metadata_update
 from script_utils import parse_arguments
 from transformers import AutoModel, AutoTokenizer
 
@@ -48,6 +48,10 @@ from trainers import find_text_column, generate_samples, load_gen_ppl, load_text
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen
 import matplotlib.pyplot as plt  # noqa: E402
+
+
+# What changes the figures, and so goes into the card with them.
+_SAMPLING = ("temperature", "top_k", "top_p", "max_length", "keep_special_tokens", "revision")
 
 
 @dataclass
@@ -74,8 +78,10 @@ class EvaluationArguments:
     scorer_dtype: str | None = field(default=None, metadata={"help": "Precision of the scorer, such as bfloat16."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a text that count; see the metric."})
     reference_file: str | None = field(
-        default=None, metadata={"help": "A txt, jsonl, csv or parquet file of texts to compare with."}
+        default=None,
+        metadata={"help": "A txt, jsonl, csv or parquet file of texts to compare with, cut to the model's length."},
     )
+    text_column: str | None = field(default=None, metadata={"help": "The column of --reference_file with the texts."})
     bootstrap: int = field(default=1000, metadata={"help": "Resamples for the 95 % confidence intervals."})
     update_card: bool = field(default=False, metadata={"help": "Write the results into the model's card."})
 
@@ -128,6 +134,16 @@ def score(
     return {name: value for name, value in result.items() if not isinstance(value, list)} | intervals
 
 
+def load_reference(args: EvaluationArguments, tokenizer, length: int) -> tuple[list[str], list[list[int]]]:
+    """Texts of people and their tokens, as many as of the model and as long."""
+    dataset = load_texts(train_file=args.reference_file, validation_percentage=0)["train"]
+    texts = dataset[find_text_column(dataset, args.text_column)][: args.num_samples * len(args.seeds)]
+    if not all(isinstance(text, str) for text in texts):
+        raise SystemExit("--text_column: not all of its values are texts; name another")
+    tokens = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length)["input_ids"]
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True), tokens
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     columns = [
@@ -156,8 +172,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path):
     """Generative perplexity and entropy against the time for a text."""
+    measured = [row for row in rows if "num_steps" in row and math.isfinite(row["gen_ppl"])]
+    if not measured:
+        return
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    measured = [row for row in rows if "num_steps" in row]
     for axis, name, label in zip(axes, ("gen_ppl", "entropy"), ("generative perplexity", "entropy (nats)")):
         times, values = ([row[key] for row in measured] for key in ("seconds_per_text", name))
         intervals = np.array([row[f"{name}_interval"] for row in measured])
@@ -179,16 +197,24 @@ def plot(rows: list[dict[str, Any]], path: Path):
 
 def update_card(args: EvaluationArguments, evaluation: dict[str, Any]):
     """Puts the results where the card of the model is, or will be made."""
-    folder, name = Path(args.model), args.model.rstrip("/").split("/")[-1]
+    folder, results = Path(args.model), eval_results(evaluation)
+    name = args.model.rstrip("/").split("/")[-1]
     if not folder.is_dir():
-        card = ModelCard.load(args.model)
-        card.data.model_name, card.data.eval_results = name, eval_results(evaluation)
-        metadata_update(args.model, {"model-index": card.data.to_dict()["model-index"]}, overwrite=True)
+        index = ModelCardData(model_name=name, eval_results=results).to_dict()["model-index"]
+        metadata_update(args.model, {"model-index": index}, overwrite=True, revision=args.revision)
         return
-    (folder / EVALUATION_NAME).write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    path = folder / EVALUATION_NAME
+    if path.is_file():  # other numbers of steps that were measured in the same way stay
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if all(old.get(key) == evaluation[key] for key in ("scorer", "num_samples", "seeds", "sampling")):
+            rows = {row["num_steps"]: row for row in [*old["results"], *evaluation["results"]]}
+            evaluation = {**evaluation, "results": [rows[num_steps] for num_steps in sorted(rows)]}
+    path.write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
     if (folder / "README.md").is_file():
         card = ModelCard.load(folder / "README.md")
-        card.data.model_name, card.data.eval_results = name, eval_results(evaluation)
+        others = card.data.eval_results or []
+        others = [old for old in others if not any(old.is_equal_except_value(new) for new in results)]
+        card.data.model_name, card.data.eval_results = card.data.model_name or name, [*others, *results]
         card.save(folder / "README.md")
 
 
@@ -199,12 +225,20 @@ def main():
         raise SystemExit(f"--output_dir: {output} has results already; name another directory")
     if min(args.num_steps) < 1 or args.num_samples < 1 or args.batch_size < 1 or args.bootstrap < 1:
         raise SystemExit("--num_steps, --num_samples, --batch_size and --bootstrap must be at least 1")
+    for name in ("num_steps", "seeds"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            raise SystemExit(f"--{name} must be different from each other, got {getattr(args, name)}")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     metric = load_gen_ppl() if accelerator.is_main_process else None
     options = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     model = AutoModel.from_pretrained(args.model, revision=args.revision, dtype=args.dtype, **options)
     model = model.to(accelerator.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+    reference = None
+    if accelerator.is_main_process:  # what is wrong with the scoring should show before the sampling
+        score(metric, ["a text"], None, args, accelerator.device)
+        if args.reference_file is not None:
+            reference = load_reference(args, tokenizer, model.config.max_position_embeddings)
     output.mkdir(parents=True, exist_ok=True)
 
     # First everything that the processes share, then the scoring, by the main process alone.
@@ -226,17 +260,17 @@ def main():
     results = []
     for num_steps, (rows, texts, seconds) in samples.items():
         figures = score(metric, texts, [row["tokens"] for row in rows], args, accelerator.device)
-        passes = {"num_steps": num_steps, "num_forward_passes": num_steps, "seconds_per_text": seconds}
-        results.append(passes | figures)
-    if args.reference_file is not None:
-        texts = load_texts(train_file=args.reference_file, validation_percentage=0)["train"]
-        texts = texts[find_text_column(texts)][: args.num_samples * len(args.seeds)]
-        tokens = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        results.append(score(metric, list(texts), tokens, args, accelerator.device))
+        # Two networks take a pass each.
+        passes = {"num_steps": num_steps, "num_forward_passes": num_steps * len(model.embeddings)}
+        results.append(passes | {"seconds_per_text": seconds} | figures)
+    if reference is not None:
+        results.append(score(metric, *reference, args, accelerator.device))
+    sampling = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) not in (None, False, "main")}
     evaluation = {
         "scorer": args.scorer,
         "num_samples": args.num_samples * len(args.seeds),
         "seeds": args.seeds,
+        "sampling": sampling,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "results": [row for row in results if "num_steps" in row],

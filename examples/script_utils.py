@@ -79,15 +79,26 @@ def parse_arguments(*dataclasses, find_defaults: Callable[[argparse.Namespace], 
     def set_defaults(defaults: dict, source: str):
         if unknown := sorted(defaults.keys() - known.keys()):
             raise SystemExit(f"{source}: unknown settings {', '.join(unknown)}")
+        for name, value in defaults.items():
+            action = known[name]
+            action.required = False
+            if action.nargs in ("+", "*") and not isinstance(value, list):
+                defaults[name] = [value]
+            if action.choices is not None and value is not None and value not in action.choices:
+                raise SystemExit(
+                    f"{source}: {name} must be one of {', '.join(map(str, action.choices))}, got {value!r}"
+                )
         parser.set_defaults(**defaults)
-        for name in defaults:
-            known[name].required = False
 
     settings = {}
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         source = arguments.pop(0)
         with open(source, encoding="utf-8") as file:
             settings = yaml.safe_load(file) or {}
+        if any(argument.split("=")[0] == "--train_file" for argument in arguments):
+            # A file on the command line stands in for the dataset of the recipe.
+            dataset = ("dataset_name", "dataset_config_name", "dataset_revision", "train_split", "validation_split")
+            settings = {name: value for name, value in settings.items() if name not in dataset}
         set_defaults(settings, source)
     if find_defaults is not None:
         set_defaults({**find_defaults(parser.parse_args(arguments)), **settings}, "defaults")

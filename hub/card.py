@@ -202,7 +202,8 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
 
     Args:
         evaluation (`dict[str, Any]`):
-            With `scorer`, `num_samples` and `results`, a list of dictionaries with `num_steps`, `gen_ppl` and `entropy`.
+            With `scorer`, `num_samples`, `results`, a list of dictionaries with `num_steps`, `gen_ppl` and `entropy`, and
+            `sampling`, a dictionary of the parameters of sampling and scoring that were not left as they are.
 
     Returns:
         `list[EvalResult]`
@@ -217,7 +218,11 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
             metric_type=metric_type,
             metric_name=f"{metric_name}, {row['num_steps']} step{'s' if row['num_steps'] > 1 else ''}",
             metric_value=row[key],
-            metric_args={"num_steps": row["num_steps"], "scorer": evaluation["scorer"]},
+            metric_args={
+                "num_steps": row["num_steps"],
+                "scorer": evaluation["scorer"],
+                **evaluation.get("sampling", {}),
+            },
         )
         for row in evaluation.get("results", [])
         for key, (metric_type, metric_name) in metrics.items()

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from conftest import build_flm
 from datasets import Dataset
 from hub_server import TOKEN, File, LoopbackHub, Repository, metadata_problems
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from modeling_flm import FMLMModel
+from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from trainers import FLMTrainer, FLMTrainingArguments, generate_samples, load_gen_ppl, train_tokenizer
 
 
@@ -107,6 +107,8 @@ class TestMetric:
             gen_ppl(["a"], max_length=4096)
         with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
             gen_ppl(["a"], batch_size=0)
+        with pytest.raises(ValueError, match="`predictions` is empty"):
+            gen_ppl([])
 
 
 def test_metric_loads_from_a_space(gen_ppl, tmp_path):
@@ -193,6 +195,7 @@ class TestScript:
             assert row["num_steps"] == row["num_forward_passes"] == num_steps and row["num_texts"] == 14
         reference = gen_ppl(["time back us was", "long some his him they"])
         assert results["results"][2]["gen_ppl"] == pytest.approx(reference["gen_ppl"], rel=1e-6)
+        assert results["results"][2]["num_texts"] == 2
         table = (tmp_path / "out" / "results.md").read_text().splitlines()
         assert len(table) == 5 and table[2].startswith("| 1 | 1 |") and table[4].startswith("| reference |")
         with pytest.raises(SystemExit, match="has results already"):
@@ -212,6 +215,35 @@ class TestScript:
         for name in ("samples_1.jsonl", "samples_3.jsonl"):
             assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
+    def test_what_cannot_be_scored_shows_before_the_sampling(self, folder, tmp_path, monkeypatch):
+        (tmp_path / "people.jsonl").write_text('{"id": 3, "story": "time back us was"}\n')
+        reference = ["--reference_file", tmp_path / "people.jsonl"]
+        for flags, error in (
+            (["--scorer", tmp_path / "nowhere"], OSError),
+            (["--max_length", 4096], ValueError),
+            (["--reference_file", tmp_path / "nowhere.txt"], FileNotFoundError),
+            ([*reference, "--text_column", "body"], ValueError),
+            (reference, SystemExit),  # the first column has numbers
+            (["--seeds", 1, 1], SystemExit),
+            (["--num_steps", 2, 2], SystemExit),
+        ):
+            with pytest.raises(error):
+                evaluate(monkeypatch, "--model", folder, *OPTIONS, "--output_dir", tmp_path / "out", *flags)
+            assert not (tmp_path / "out").exists()
+        flags = [*reference, "--text_column", "story", "--output_dir", tmp_path / "out"]
+        evaluate(monkeypatch, "--model", folder, *OPTIONS, *flags)
+
+    def test_passes_of_two_networks_and_length_of_the_reference(self, folder, tmp_path, monkeypatch):
+        FMLMTwoNetworkModel.from_flm(build_flm()).save_pretrained(tmp_path / "two")
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "two")
+        (tmp_path / "people.txt").write_text(" ".join(["time back us was"] * 20))
+        flags = [*OPTIONS, "--output_dir", tmp_path / "out", "--reference_file", tmp_path / "people.txt"]
+        evaluate(monkeypatch, "--model", tmp_path / "two", *flags, "--top_k", 5)
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert [row["num_forward_passes"] for row in results["results"][:2]] == [2, 6]
+        assert results["results"][2]["entropy"] == pytest.approx(math.log(4))  # of 12 tokens, as many as of the model
+        assert results["sampling"] == {"top_k": 5}
+
     def test_results_go_into_the_card_of_a_folder(self, folder, tmp_path, monkeypatch):
         copy = tmp_path / "model"
         AutoModel.from_pretrained(folder).save_pretrained(copy)
@@ -223,6 +255,21 @@ class TestScript:
         assert metadata_problems(card.content) == [] and card.text.strip() == "# Mine" and card.data.license == "mit"
         values = {(r.metric_type, r.metric_args["num_steps"]): r.metric_value for r in card.data.eval_results}
         assert values[("perplexity", 3)] == results["results"][1]["gen_ppl"]
+        # What others have measured stays, and so do other numbers of steps.
+        other = {
+            "task_type": "x",
+            "dataset_type": "y",
+            "dataset_name": "z",
+            "metric_type": "accuracy",
+            "metric_value": 1,
+        }
+        card.data.eval_results.append(EvalResult(**other))
+        card.save(copy / "README.md")
+        flags = [*OPTIONS, "--num_steps", 2, "--output_dir", tmp_path / "more", "--update_card"]
+        evaluate(monkeypatch, "--model", copy, *flags)
+        assert [row["num_steps"] for row in json.loads((copy / "evaluation.json").read_text())["results"]] == [1, 2, 3]
+        again = ModelCard.load(copy / "README.md").data.eval_results
+        assert sorted(r.metric_type for r in again) == ["accuracy", *["entropy"] * 3, *["perplexity"] * 3]
 
     def test_results_go_into_the_card_on_the_hub(self, tmp_path):
         script = """
@@ -276,6 +323,16 @@ class TestCallback:
             assert logs[4][f"eval_gen_ppl_{num_steps}"] == pytest.approx(expected["gen_ppl"], rel=1e-6)
             assert logs[4][f"eval_entropy_{num_steps}"] == pytest.approx(expected["entropy"], rel=1e-6)
         assert logs[2] != logs[4]
+
+    def test_a_scorer_that_is_not_there_shows_at_the_start(self, tmp_path):
+        tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", 100)
+        options = {"eval_gen_ppl_steps": 2, "eval_gen_ppl_model": str(tmp_path / "nowhere"), "report_to": []}
+        args = FLMTrainingArguments(tmp_path, max_steps=2, use_cpu=True, disable_tqdm=True, **options)
+        dataset = Dataset.from_dict({"input_ids": torch.randint(53, (16, 12)).tolist()})
+        trainer = FLMTrainer(build_flm(), args, train_dataset=dataset, processing_class=tokenizer)
+        with pytest.raises(OSError, match="nowhere"):
+            trainer.train()
+        assert trainer.state.global_step == 0
 
     def test_mistakes_are_explained(self, tmp_path):
         with pytest.raises(ValueError, match="`eval_gen_ppl_steps` needs a tokenizer"):

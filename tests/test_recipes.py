@@ -153,7 +153,7 @@ def test_owt(streaming, run, tmp_path):
     assert "eval_loss" in logged("outputs/owt_flm")
     if not streaming:
         run(distill_fmlm, "owt_single_stage", **QUICK, eval_gen_ppl_steps=0)
-        assert {"loss_boundary", "eval_loss"} & logged("outputs/owt_single_stage").keys()
+        assert {"loss_diagonal", "loss_off_diagonal", "eval_loss"} <= logged("outputs/owt_single_stage").keys()
 
 
 def test_text8(run, tmp_path):
@@ -166,6 +166,8 @@ def test_text8(run, tmp_path):
     sample = AutoTokenizer.from_pretrained("outputs/text8_flm").decode(model.generate(num_steps=1)[0])
     assert len(sample) == 256
     run(distill_fmlm, "text8_single_stage", **QUICK)
+    assert "eval_loss" in logged("outputs/text8_single_stage")
+    assert AutoModel.from_pretrained("outputs/text8_single_stage").config.model_type == "fmlm"
 
 
 def test_global_batches_are_as_published():

@@ -243,6 +243,7 @@ class TestProcesses:
 
     def test_sharded_weights_learn_and_write_what_whole_ones_do(self, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "ema_decay": 0.9, "sample_steps": 4}
+        options |= {"load_best_model_at_end": True}
         options |= {"eval_gen_ppl_steps": 4, "eval_gen_ppl_num_samples": 3, "eval_gen_ppl_num_steps": [2]}
         options |= {"eval_gen_ppl_model": str(oracle.FIXTURES / "scorer_tiny")}
         whole = build(tmp_path / "one", per_device_train_batch_size=16, **options)

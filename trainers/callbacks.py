@@ -98,7 +98,7 @@ class EMACallback(TrainerCallback):
 
 
 def as_forward(model: PreTrainedModel, function: Callable[[], Any]) -> Any:
-    """What `function`, which uses `model` otherwise than by its `forward`, returns, with FSDP gathering weights for it."""
+    """Calls `function`, which uses methods of `model` other than `forward`, such that FSDP gathers the weights for it."""
     if not isinstance(model, FSDPModule):
         return function()
     model.call_function = lambda: function()
@@ -166,6 +166,10 @@ class GenPPLCallback(TrainerCallback):
         self.ema = ema
         self.metric = load_gen_ppl()
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:  # a scorer that is not there should show now
+            self._score(args, ["a text"], None)
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % args.eval_gen_ppl_steps != 0:
             return
@@ -189,11 +193,11 @@ class GenPPLCallback(TrainerCallback):
             rows = sorted(gather_object(list(zip(indices, tokens.tolist()))))
             if state.is_world_process_zero:
                 tokens = [row for _, row in rows[: args.eval_gen_ppl_num_samples]]
-                result = self.metric.compute(
-                    predictions=self.tokenizer.batch_decode(tokens, skip_special_tokens=True),
-                    token_ids=tokens,
-                    model_id=args.eval_gen_ppl_model,
-                    device=str(args.device),
-                )
+                result = self._score(args, self.tokenizer.batch_decode(tokens, skip_special_tokens=True), tokens)
                 logs |= {f"eval_{name}_{num_steps}": result[name] for name in ("gen_ppl", "entropy")}
         return logs
+
+    def _score(self, args, texts: list[str], token_ids: list[list[int]] | None) -> dict[str, Any]:
+        return self.metric.compute(
+            predictions=texts, token_ids=token_ids, model_id=args.eval_gen_ppl_model, device=str(args.device)
+        )

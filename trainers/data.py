@@ -94,7 +94,7 @@ def load_texts(
 
 def _take_split(dataset: DatasetDict | IterableDatasetDict, split: str) -> Dataset | IterableDataset:
     """A split such as "test", or a part of it such as "train[:-1000]", also of a stream."""
-    match = re.fullmatch(r"(\w+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
     if match is None or match[1] not in dataset:
         raise ValueError(
             f"The dataset has no split {split!r}: name one of {list(dataset)}, or a part, 'train[:-1000]'."
@@ -110,7 +110,9 @@ def _take_split(dataset: DatasetDict | IterableDatasetDict, split: str) -> Datas
             raise ValueError(f"{split!r} counts from the end, but how long the stream is is not known.")
     bounds = [None if bound is None else int(bound) for bound in match.groups()[1:]]
     start, stop, _ = slice(*bounds).indices(num_rows if num_rows is not None else sys.maxsize)
-    return part.skip(start).take(max(0, stop - start))
+    if start >= stop:
+        raise ValueError(f"{split!r} has no texts: the whole split has {num_rows}.")
+    return part.skip(start).take(stop - start)
 
 
 def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -204,12 +206,12 @@ def pack_tokens(
     token_lists: Iterable[list[int]], block_size: int, bos_token_id: int | None, eos_token_id: int | None
 ) -> list[list[int]]:
     """
-    Wrapped packing: appends EOS to every text, concatenates them, cuts the stream into stretches of `block_size - 2`
-    tokens and puts BOS before and EOS after each. The remainder is dropped.
+    Wrapped packing: appends EOS to every text, concatenates them, cuts the stream into stretches, and puts BOS before and
+    EOS after each, which makes `block_size` tokens. The remainder is dropped.
 
     Args:
         token_lists (`Iterable[list[int]]`): The tokens of each text.
-        block_size (`int`): The length of the blocks, at least 3.
+        block_size (`int`): The length of the blocks, at least 1 without BOS and EOS.
         bos_token_id (`int`, *optional*): The token that begins a block. Nothing marks beginnings if `None`.
         eos_token_id (`int`, *optional*): The token that ends texts and blocks. Nothing marks ends if `None`.
 
@@ -227,9 +229,11 @@ def pack_tokens(
 _JOINS = [
     (re.compile(r"(https?) : / / "), r"\1://"),
     (re.compile(" / "), "/"),
-    (re.compile(r" ([,;:?!)\]]|'(?=\w))"), r"\1"),
-    (re.compile(r"(?<=\w) \.(?= |$)"), "."),
-    (re.compile(r"([$£(\[]) "), r"\1"),
+    (re.compile(r" (?:([,;:](?= ))|([?!](?= |$))|('(?=\w)))"), r"\1\2\3"),
+    (re.compile(r"(?<= )(\w+) \.(?= |$)"), r"\1."),
+    (re.compile(r"([$£]) "), r"\1"),
+    (re.compile(r"\( ([^()]+) \)"), r"(\1)"),
+    (re.compile(r"\[ ([^\[\]]+) \]"), r"[\1]"),
     (re.compile(r'" ([^"]+) "'), r'"\1"'),
     (re.compile(r"' ([^']+) '"), r"'\1'"),
 ]
@@ -298,7 +302,8 @@ def pack_dataset(
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The texts.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A tokenizer with a BOS and an EOS token.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            A tokenizer with a BOS and an EOS token, or of single characters and nothing else.
         block_size (`int`): The length of the blocks.
         text_column (`str`, *optional*): The column with the texts, see [`find_text_column`].
         num_proc (`int`, *optional*): The number of processes. Not for streams.
@@ -318,6 +323,8 @@ def pack_dataset(
         )
     if preprocessing is not None and preprocessing not in PREPROCESSING:
         raise ValueError(f"`preprocessing` must be one of {', '.join(PREPROCESSING)}, got {preprocessing!r}.")
+    if preprocessing == "characters" and not _has_characters_only(tokenizer):
+        raise ValueError("`preprocessing='characters'` is for a `tokenizer` of single characters and nothing else.")
     if block_size < 3:
         raise ValueError(f"`block_size` must be at least 3, got {block_size}.")
     text_column = find_text_column(dataset, text_column)

@@ -75,8 +75,8 @@ class FLMTrainer(Trainer):
     - Times are uniform in the reparameterized time, and stratified over the global batch.
     - The evaluation loss uses the same times and noise at every evaluation.
     - Evaluation, samples, `save_model` and `push_to_hub` use the moving average of the weights (`args.ema_decay`);
-      `trainer.model` has the weights of the training. A checkpoint holds the averaged weights in `model.safetensors` and those of the training in
-      `training_weights.safetensors`.
+      `trainer.model` has the weights of the training. A checkpoint holds the averaged weights in `model.safetensors` and
+      those of the training in `training_weights.safetensors`.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `str`):
@@ -162,6 +162,11 @@ class FLMTrainer(Trainer):
         )
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             raise ValueError(f"`{type(self).__name__}` supports DDP and FSDP2 (`fsdp_version: 2`), and nothing else.")
+        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            raise ValueError(
+                "Models are saved whole, for others to load: set `fsdp_state_dict_type: FULL_STATE_DICT` in the configuration "
+                "of accelerate."
+            )
         self.time = ReparameterizedTime(model.config.vocab_size)
         self.ema = None if args.ema_decay is None else EMACallback(args.ema_decay)
         if self.ema is not None:
@@ -322,17 +327,21 @@ class FLMTrainer(Trainer):
         if self.ema is not None:
             with safe_open(path, framework="pt") as file:
                 num_updates = int(file.metadata()["ema_updates"])
-            if self.is_fsdp_enabled:  # accelerate has loaded the weights of the training
-                average = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
-                set_model_state_dict(self.model, average, options=_WHOLE)
-            self.ema.start(self.model, num_updates)
+            self._start_average(resume_from_checkpoint, num_updates)
         set_model_state_dict(self.model, load_file(path), options=_WHOLE)
 
     def _load_best_model(self):
         super()._load_best_model()
         # `Trainer` only warns where the checkpoint is gone; then the average is still the best there is.
         if self.ema is not None and Path(self.state.best_model_checkpoint).is_dir():
-            self.ema.start(self.model, self.ema.num_updates)
+            self._start_average(self.state.best_model_checkpoint, self.ema.num_updates)
+
+    def _start_average(self, checkpoint: str, num_updates: int):
+        """Goes on with the average of a checkpoint that `Trainer` has loaded."""
+        if self.is_fsdp_enabled:  # where accelerate has loaded the weights of the training instead
+            average = load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME)
+            set_model_state_dict(self.model, average, options=_WHOLE)
+        self.ema.start(self.model, num_updates)
 
     def create_model_card(self, model_name: str | None = None, **kwargs):
         """

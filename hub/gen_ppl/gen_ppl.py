@@ -59,7 +59,7 @@ Every token counts that has a token before it. A text that is shorter than the l
 the end of a text, the first of which counts as well; further ones do not.
 
 Example:
-    >>> gen_ppl = evaluate.load("gen_ppl")
+    >>> gen_ppl = evaluate.load("path/to/gen_ppl")
     >>> gen_ppl.compute(predictions=["The cat sat on the mat."], model_id="gpt2")["gen_ppl"]
 """
 
@@ -145,6 +145,8 @@ class GenPPL(evaluate.Metric):
         dtype: str | None = None,
         token_ids: list[list[int]] | None = None,
     ) -> dict[str, Any]:
+        if not predictions:
+            raise ValueError("`predictions` is empty: pass at least one text.")
         if token_ids is not None and len(token_ids) != len(predictions):
             raise ValueError(f"`token_ids` has {len(token_ids)} texts, but `predictions` {len(predictions)}.")
         if batch_size < 1:
@@ -154,14 +156,13 @@ class GenPPL(evaluate.Metric):
         if max_length is None:
             max_length = min(1024, context or 1024)
         if max_length < 2 or (context is not None and max_length > context):
-            raise ValueError(
-                f"`max_length` must be at least 2, and at most the {context} of the scorer, got {max_length}."
-            )
+            limit = "" if context is None else f", and at most the {context} of the scorer"
+            raise ValueError(f"`max_length` must be at least 2{limit}, got {max_length}.")
 
         sequences = [tokenizer(text)["input_ids"] for text in predictions]
-        token_ids = sequences if token_ids is None else token_ids
         num_truncated = sum(len(tokens) > max_length for tokens in sequences)
         sequences = [tokens[:max_length] for tokens in sequences]
+        token_ids = sequences if token_ids is None else token_ids
         longest = max(map(len, sequences))
         if tokenizer.eos_token_id is not None:
             ends = [[tokenizer.eos_token_id] if len(tokens) < longest else [] for tokens in sequences]
