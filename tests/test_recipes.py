@@ -170,6 +170,24 @@ def test_text8(run, tmp_path):
     assert AutoModel.from_pretrained("outputs/text8_single_stage").config.model_type == "fmlm"
 
 
+def test_a_recipe_on_own_texts(run, tmp_path, capsys):
+    (tmp_path / "own.txt").write_text("\n".join(texts(200)))
+    flags = {"train_tokenizer": "word", "train_file": "own.txt", "block_size": 16, "config_overrides": TINY}
+    run(train_flm, "text8_flm", **{**flags, **QUICK}, preprocessing="lm1b")
+    settings = json.loads(Path("outputs/text8_flm/data_settings.json").read_text())
+    assert "dataset_name" not in settings and settings["train_file"] == str(tmp_path / "own.txt")
+
+
+def test_values_of_a_file_are_checked_as_those_of_flags(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "RECIPES", tmp_path)
+    (tmp_path / "bad.yaml").write_text("teacher: x\npreset: two_networks\noutput_dir: y\n")
+    with pytest.raises(SystemExit, match="preset must be one of two_network"):
+        run(distill_fmlm, "bad")
+    (tmp_path / "scalar.yaml").write_text("num_steps: 0\n")  # one number, where several are possible
+    with pytest.raises(SystemExit, match="must be at least 1"):
+        run(evaluate_gen_ppl, "scalar", model="x", output_dir="y")
+
+
 def test_global_batches_are_as_published():
     num_processes = yaml.safe_load((RECIPES / "ddp.yaml").read_text())["num_processes"]
     for path in RECIPES.glob("*_*.yaml"):

@@ -25,6 +25,15 @@ class Recording:
 
     seen = []
 
+    def __init__(self, *args, **kwargs):
+        uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        if uses_fsdp:
+            # accelerate shards on GPUs alone: let it take the processes for those of GPUs.
+            assert PartialState().device.type == "cpu"
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().__init__(*args, **kwargs)
+        assert self.is_fsdp_enabled == uses_fsdp
+
     def _add_noise(self, inputs):
         inputs = super()._add_noise(inputs)
         if self.model.training:
@@ -77,10 +86,6 @@ def build(
         "seed": 3,
     }
     args = FLMTrainingArguments(output_dir=output_dir, **{**defaults, **options})
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # accelerate shards on GPUs alone: let it take the processes for those of GPUs.
-        assert args.device.type == "cpu"
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return trainer_class(
         model=model,
         args=args,
