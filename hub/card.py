@@ -113,7 +113,7 @@ def _as_cell(value: Any) -> str:
 
 
 def build_card(
-    folder: str | Path,
+    records: dict[str, dict[str, Any]],
     repo_id: str,
     model: PreTrainedModel,
     samples: list[str],
@@ -127,9 +127,8 @@ def build_card(
     Makes the card of a model from what is known of it.
 
     Args:
-        folder (`str` or `Path`):
-            The model's folder. Its `training.json`, `data_settings.json` and `evaluation.json` are used where they are
-            there.
+        records (`dict[str, dict[str, Any]]`):
+            What is known of the model, from [`read_records`].
         repo_id (`str`):
             The name of the repository, for the code that shows how to use it.
         model ([`~transformers.PreTrainedModel`]):
@@ -150,7 +149,6 @@ def build_card(
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
-    records = read_records(folder)
     training, evaluation = records.get(TRAINING_NAME, {}), records.get(EVALUATION_NAME, {})
     if datasets is None:
         datasets = records.get(DATA_SETTINGS_NAME, {}).get("dataset_name")
@@ -175,13 +173,11 @@ def build_card(
         marker=MARKER,
         name=name,
         repo_id=repo_id,
-        model_type=config.model_type,
         config=config,
         num_parameters=model.num_parameters(),
         num_steps=default_num_steps(model),
         blocks=list(map(_as_block, samples)),
         evaluation=evaluation,
-        results=evaluation.get("results", []),
         training=training,
         arguments={name: _as_cell(value) for name, value in training.get("arguments", {}).items()},
         base_model=base_model,

@@ -145,7 +145,7 @@ def assemble(
         for name, record in records.items():
             (unfinished / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         samples = _check(unfinished, num_samples) if check else []
-        card = own_card or build_card(unfinished, repo_id, model, samples, **card)
+        card = own_card or build_card(records, repo_id, model, samples, **card)
         card.save(unfinished / "README.md")
         unfinished.chmod(0o755)
         unfinished.rename(output)

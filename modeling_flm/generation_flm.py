@@ -230,9 +230,10 @@ class FLMGenerationMixin:
         if logits_processor is not None and not isinstance(logits_processor, list):
             raise ValueError("`logits_processor` must be a `LogitsProcessorList`; wrap a single processor into one.")
 
-        if isinstance(generator, list) and len(generator) != config.num_samples:
+        generators = generator if isinstance(generator, list) else [generator] * config.num_samples
+        if len(generators) != config.num_samples:
             raise ValueError(
-                f"`generator` has {len(generator)} generators for {config.num_samples} texts: pass as many."
+                f"`generator` has {len(generators)} generators for {config.num_samples} texts: pass as many."
             )
 
         factor = noise_factors(embedding)[0] if prior_state is None else None
@@ -250,7 +251,6 @@ class FLMGenerationMixin:
                 # States are in float32 whatever precision the caller runs the model in.
                 with torch.autocast(embedding.device.type, enabled=False):
                     if prior_state is None:
-                        generators = generator if isinstance(generator, list) else [generator] * config.num_samples
                         state = self._draw_noise(config.length, factor, generators[start : start + size])
                     else:
                         state = prior_state[start : start + size].to(embedding)

@@ -48,20 +48,15 @@ model = AutoModel.from_pretrained("model", trust_remote_code=True)
 batch = torch.load("batch.pt")
 torch.save(model(**batch).logits.detach(), "logits.pt")
 """
-        batch = {"input_ids": values["input_ids"], "noise": values["noise"]}
+        model = convert(checkpoint)
         if prefix == "flm":
-            # Noise in one-hot space is projected by the embedding, which the model does by a root of its Gram matrix.
-            embedding = oracle.flm().state_embedding
-            t = values["flm.t"][:, None, None]
-            one_hot = torch.nn.functional.one_hot(values["input_ids"], len(embedding)).float()
-            batch = {"inputs_embeds": ((1 - t) * values["noise"] + t * one_hot) @ embedding}
-            batch["timesteps"] = values["flm.tau"]
+            times = {"timesteps": values["flm.tau"]}
+            t = values["flm.t"]
         else:
-            model = oracle.fmlm()
-            t = model.time.tau_to_t(values["stage2.tau_s"])[:, None, None]
-            one_hot = torch.nn.functional.one_hot(values["input_ids"], 67).float()
-            batch = {"inputs_embeds": ((1 - t) * values["noise"] + t * one_hot) @ model.state_embedding}
-            batch |= {"timesteps": values["stage2.tau_s"], "target_timesteps": values["stage2.tau_t"]}
+            times = {"timesteps": values["stage2.tau_s"], "target_timesteps": values["stage2.tau_t"]}
+            t = model.time.tau_to_t(values["stage2.tau_s"])
+        t, one_hot = t[:, None, None], torch.nn.functional.one_hot(values["input_ids"], 67).float()
+        batch = {"inputs_embeds": ((1 - t) * values["noise"] + t * one_hot) @ model.state_embedding, **times}
         torch.save({key: value.detach() for key, value in batch.items()}, tmp_path / "batch.pt")
         environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
         subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)

@@ -52,11 +52,10 @@ class EMACallback(TrainerCallback):
 
     def start(self, model: PreTrainedModel, num_updates: int = 0):
         """Takes the weights of `model` for the average after `num_updates` steps."""
+        module = model
         if isinstance(model, FSDPModule):  # which cannot be copied; of its weights every process averages its shard
-            shards = nn.ParameterList(nn.Parameter(p.detach().clone(), p.requires_grad) for p in model.parameters())
-            self.averaged = AveragedModel(shards, multi_avg_fn=self._average).requires_grad_(False)
-        else:
-            self.averaged = AveragedModel(model, multi_avg_fn=self._average).requires_grad_(False)
+            module = nn.ParameterList(nn.Parameter(p.detach().clone(), p.requires_grad) for p in model.parameters())
+        self.averaged = AveragedModel(module, multi_avg_fn=self._average).requires_grad_(False)
         self.averaged.n_averaged.fill_(num_updates + 1)
 
     @torch.no_grad()
@@ -97,13 +96,32 @@ class EMACallback(TrainerCallback):
             self._swap(model)
 
 
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Within this context the networks have no dropout."""
+    were_training = [network.training for network in networks]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for network, was_training in zip(networks, were_training):
+            network.train(was_training)
+
+
 def as_forward(model: PreTrainedModel, function: Callable[[], Any]) -> Any:
     """Calls `function`, which uses methods of `model` other than `forward`, such that FSDP gathers the weights for it."""
     if not isinstance(model, FSDPModule):
         return function()
-    model.call_function = lambda: function()
+    model.call_function = function
     register_fsdp_forward_method(model, "call_function")
     return model.call_function()
+
+
+def _from_average(model: PreTrainedModel, ema: EMACallback | None, function: Callable[[], Any]) -> Any:
+    """What `function` returns while `model` is in evaluation mode, and has the averaged weights if there are any."""
+    with evaluating(model), nullcontext() if ema is None else ema.applied(model):
+        return as_forward(model, function)
 
 
 class SampleCallback(TrainerCallback):
@@ -125,11 +143,7 @@ class SampleCallback(TrainerCallback):
             return
         if not state.is_world_process_zero and not isinstance(model, FSDPModule):  # which needs everybody
             return
-        was_training = model.training
-        model.eval()
-        with nullcontext() if self.ema is None else self.ema.applied(model):
-            tokens = as_forward(model, lambda: self._generate(args, model))
-        model.train(was_training)
+        tokens = _from_average(model, self.ema, lambda: self._generate(args, model))
         if not state.is_world_process_zero:
             return
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -173,11 +187,7 @@ class GenPPLCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % args.eval_gen_ppl_steps != 0:
             return
-        was_training = model.training
-        model.eval()
-        with nullcontext() if self.ema is None else self.ema.applied(model):
-            logs = as_forward(model, lambda: self._evaluate(args, state, model))
-        model.train(was_training)
+        logs = _from_average(model, self.ema, lambda: self._evaluate(args, state, model))
         if state.is_world_process_zero:
             should_log = control.should_log
             self.log(logs)

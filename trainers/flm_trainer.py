@@ -19,7 +19,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -422,10 +421,15 @@ class FLMTrainer(Trainer):
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             name = "last-checkpoint" if is_last else Path(checkpoint_folder).name
-            upload = partial(HfApi().upload_folder, path_in_repo=name, ignore_patterns=["training_args.bin"])
-            jobs.append(
-                upload(repo_id=self.hub_model_id, folder_path=checkpoint_folder, run_as_future=True, **settings)
+            upload = HfApi().upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=checkpoint_folder,
+                path_in_repo=name,
+                ignore_patterns=["training_args.bin"],
+                run_as_future=True,
+                **settings,
             )
+            jobs.append(upload)
         if is_pushing:
             self.push_in_progress.jobs.extend(jobs)
         else:

@@ -15,19 +15,17 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from hub.card import is_hub_name
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import flow_map, interpolate, noise_factors, project_to_simplex, semigroup_weight
 
-from .callbacks import as_forward
+from .callbacks import as_forward, evaluating
 from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
 
@@ -53,19 +51,6 @@ def divergence(kind: str, target: torch.Tensor, delta: torch.Tensor, log_delta: 
         return (target - delta).square().sum(dim=-1)
     losses = -(target * log_delta).sum(dim=-1)
     return losses if kind == "cross_entropy" else losses + torch.xlogy(target, target).sum(dim=-1)
-
-
-@contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Within this context the networks have no dropout."""
-    were_training = [network.training for network in networks]
-    for network in networks:
-        network.eval()
-    try:
-        yield
-    finally:
-        for network, was_training in zip(networks, were_training):
-            network.train(was_training)
 
 
 class FMLMTrainer(FLMTrainer):
