@@ -78,7 +78,7 @@ class FLMConfig(PreTrainedConfig):
     """
 
     model_type = "flm"
-    keys_to_ignore_at_inference = ["last_hidden_state", "hidden_states", "attentions"]
+    keys_to_ignore_at_inference = ["last_hidden_state", "hidden_states", "attentions", "token_losses"]
 
     vocab_size: int = 30522
     hidden_size: int = 768

@@ -14,7 +14,7 @@
 """Flow-based language models."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +29,10 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
-from .flow import interpolate, noise_factors, noise_size
+from .flow import JointNoise, interpolate
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin
+from .losses import chunks, head_loss, softmax_cross_entropy, softmax_divergence
 from .time_reparameterization import ReparameterizedTime
-
-
-# Probabilities over the vocabulary are held for this many tokens at a time (0.2 GB in float32 at V = 50k).
-CHUNK_TOKENS = 1024
 
 
 @dataclass
@@ -45,8 +42,9 @@ class FLMOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
-            The cross-entropy of the denoiser to the clean tokens, in nats per token.
-        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            The mean over the tokens of the divergence, by default the cross-entropy of the denoiser to the clean tokens in
+            nats.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*, returned unless `skip_logits`):
             The unnormalized log-probabilities of the clean tokens: `softmax(logits)` is the denoiser `D_t` or the
             two-time denoiser. For [`FMLMTwoNetworkModel`], the two-time denoiser itself.
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
@@ -58,6 +56,8 @@ class FLMOutput(ModelOutput):
             The attention weights of shape `(batch_size, num_heads, sequence_length, sequence_length)` of each block.
         log_weight (`torch.FloatTensor` of shape `(batch_size,)`, *optional*, returned with `config.learned_loss_weighting`):
             The learned logarithm of the weight of the loss at the time of each sequence.
+        token_losses (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*, returned when `labels` is provided):
+            The divergence at each token, times `loss_weights`; without gradient, and 0 where labels are -100.
     """
 
     loss: torch.FloatTensor | None = None
@@ -66,6 +66,7 @@ class FLMOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     log_weight: torch.FloatTensor | None = None
+    token_losses: torch.FloatTensor | None = None
 
 
 class FLMLayerNorm(nn.Module):
@@ -127,11 +128,10 @@ def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> 
 
 
 class FLMHead(nn.Linear):
-    """The output projection, computed in float32 also under autocast; starts at zero, the uniform distribution."""
+    """The output projection, with float32 outputs also under autocast; starts at zero, the uniform distribution."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+        return super().forward(hidden_states.to(self.weight.dtype)).float()
 
 
 def rotary_embedding(
@@ -161,8 +161,18 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     softcap: float | None = None,
+    output_attentions: bool | None = None,
     **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of `query`, `key` and `value` of shape `(batch_size, num_heads, sequence_length, head_dim)`."""
+    if not (torch.is_grad_enabled() or output_attentions or module.config.output_attentions) and len(query) > 1:
+        # Nothing keeps the weights: a sequence at a time, the memory for them does not grow with the batch.
+        masks = (
+            [None] * len(query) if attention_mask is None else attention_mask.expand(len(query), -1, -1, -1).split(1)
+        )
+        parts = zip(query.split(1), key.split(1), value.split(1), masks)
+        outputs = [eager_attention_forward(module, *part, scaling, softcap)[0] for part in parts]
+        return torch.cat(outputs), None
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if softcap is not None:
         weights = softcap * torch.tanh(weights / softcap)
@@ -236,8 +246,12 @@ class FLMLayer(GradientCheckpointingLayer):
         self.mlp = FLMMLP(config)
         self.modulation = FLMModulation(config, num_chunks=6)
         self.dropout = nn.Dropout(config.dropout)
+        self.compiled = None  # see `compile_regions`
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, **kwargs) -> torch.Tensor:
+        return (self.compiled or FLMLayer.compute)(self, hidden_states, conditioning, **kwargs)
+
+    def compute(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, **kwargs) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning)
         dtype = hidden_states.dtype
         normed = modulate(self.norm1(hidden_states), shift1, scale1).to(dtype)
@@ -341,10 +355,32 @@ class FLMPreTrainedModel(PreTrainedModel):
         r"""The two-time denoiser \\(\delta_{s,t}\\), from what `predict` returned."""
         return logits.softmax(dim=-1)
 
-    @staticmethod
-    def log_delta(logits: torch.Tensor) -> torch.Tensor:
-        """Its logarithm."""
-        return logits.log_softmax(dim=-1)
+    def loss(
+        self,
+        divergence: str,
+        target: torch.Tensor | Callable[[slice], torch.Tensor],
+        loss_weights: torch.Tensor,
+        hidden_states: torch.Tensor,
+        timesteps: torch.Tensor,
+        target_timesteps: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The loss of the two-time denoiser, which is never held whole.
+
+        Args:
+            divergence (`str`): `"cross_entropy"`, `"kl"` or `"squared_error"`, see [`~losses.softmax_divergence`].
+            target (`torch.LongTensor` of shape `(batch_size, sequence_length)`, or `Callable`):
+                Clean tokens; or a function from a stretch of positions to the distributions there, of shape
+                `(batch_size, num_positions, vocab_size)`.
+            loss_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What the loss of each token counts.
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): From `encode`.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`): As for `encode`.
+            target_timesteps (`torch.Tensor` of shape `(batch_size,)`, *optional*): As for `encode`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: the weighted sum, and the losses without weights and gradient.
+        """
+        raise NotImplementedError
 
     # What follows from it
 
@@ -352,6 +388,8 @@ class FLMPreTrainedModel(PreTrainedModel):
     def state_embedding(self) -> torch.Tensor:
         """`torch.Tensor` of shape `(vocab_size, embedding_size)`: the embedding E in the states `x @ E`."""
         weights = [self.embed_vocabulary(embedding) for embedding in self.embeddings]
+        if len(weights) == 1:
+            return weights[0]
         return torch.cat([weight.to(weights[0].device) for weight in weights], dim=1)
 
     def embed_vocabulary(self, embedding: nn.Embedding) -> torch.Tensor:
@@ -373,12 +411,29 @@ class FLMPreTrainedModel(PreTrainedModel):
             "build a model with another `vocab_size`."
         )
 
+    def compile_regions(self, **options):
+        """
+        Compiles the blocks and the divergences, one graph each, for all methods of this model. What is between them is
+        left to wrappers such as FSDP, and takes no time. To compile `generate` whole, pass it a `compile_config`.
+
+        Args:
+            options: Arguments of `torch.compile`, such as `backend` or `mode`.
+        """
+        options = {"fullgraph": True, **options}
+        compute = torch.compile(FLMLayer.compute, **options)
+        for module in self.modules():
+            if isinstance(module, FLMLayer):
+                module.compiled = compute
+            elif isinstance(module, FLMPreTrainedModel):
+                module.softmax_divergence = torch.compile(softmax_divergence, **options)
+                module.softmax_cross_entropy = torch.compile(softmax_cross_entropy, **options)
+
     def _make_state(
         self,
         input_ids: torch.Tensor,
         noise: torch.Tensor | None,
         t: torch.Tensor | None,
-        companion_embeddings: Sequence[torch.Tensor],
+        joint_noise: JointNoise | None,
     ) -> torch.Tensor:
         """The state of clean tokens, noised if there is noise, in float32 also under autocast, and differentiable."""
         embedded = [embedding(input_ids).float() for embedding in self.embeddings]
@@ -387,12 +442,12 @@ class FLMPreTrainedModel(PreTrainedModel):
         if noise is None:
             return clean
         weights = [self.embed_vocabulary(embedding).to(device, torch.float32) for embedding in self.embeddings]
-        expected = (*input_ids.shape, noise_size(*weights, *companion_embeddings))
+        joint_noise = JointNoise(*weights) if joint_noise is None else joint_noise
+        expected = (*input_ids.shape, joint_noise.size)
         if noise.shape != expected:
             raise ValueError(f"`noise` must have shape {expected}, got {tuple(noise.shape)}.")
         with torch.autocast(clean.device.type, enabled=False):
-            factors = noise_factors(*weights, *companion_embeddings)[: len(weights)]
-            factor = torch.cat(factors, dim=1)
+            factor = torch.cat([joint_noise.factor(index, weight) for index, weight in enumerate(weights)], dim=1)
             return interpolate(noise.to(factor.dtype) @ factor, clean, t)
 
     def denoise(
@@ -421,8 +476,12 @@ class FLMPreTrainedModel(PreTrainedModel):
             tokens, except for [`FMLMTwoNetworkModel`], whose correction may leave the simplex.
         """
         hidden_states = self.encode(state, tau_s, tau_t, attention_mask)
-        for chunk in hidden_states.split(max(1, CHUNK_TOKENS // state.shape[0]), dim=1):
-            yield self.delta(self.predict(chunk, tau_s, tau_t, logits_processor))
+        for piece in self.chunks(state):
+            yield self.delta(self.predict(hidden_states[:, piece], tau_s, tau_t, logits_processor))
+
+    def chunks(self, state: torch.Tensor) -> list[slice]:
+        """Stretches of positions of which the probabilities can be held, see [`~losses.chunks`]."""
+        return chunks(*state.shape[:2], self.config.vocab_size, state.device)
 
     def loss_weight(self, timesteps: torch.Tensor) -> torch.Tensor | None:
         """The learned log-weight of the loss, for models that have one."""
@@ -438,9 +497,13 @@ class FLMPreTrainedModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         noise: torch.FloatTensor | None = None,
         t: torch.FloatTensor | None = None,
-        companion_embeddings: Sequence[torch.FloatTensor] = (),
+        joint_noise: JointNoise | None = None,
         labels: torch.LongTensor | None = None,
+        targets: Callable[[slice], torch.FloatTensor] | None = None,
+        divergence: str = "cross_entropy",
+        loss_weights: torch.FloatTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> FLMOutput:
         r"""
@@ -459,16 +522,29 @@ class FLMPreTrainedModel(PreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for positions that are attended to, 0 for padding.
             noise (`torch.FloatTensor` of shape `(batch_size, sequence_length, noise_size)`, *optional*):
-                Standard normal variables. For one network without companions `noise_size` is
-                `min(vocab_size, hidden_size)`, see [`~flow.noise_size`]. Needs `input_ids` and `t`.
+                Standard normal variables. For one network by itself `noise_size` is `min(vocab_size, hidden_size)`, see
+                [`~flow.noise_size`]. Needs `input_ids` and `t`.
             t (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
                 The interpolant time of each sequence, `model.time.tau_to_t(timesteps)`. Needs `noise`.
-            companion_embeddings (`Sequence[torch.FloatTensor]`, *optional*):
-                Embeddings, of shape `(vocab_size, their_size)`, of other networks that are to see the same noise.
+            joint_noise ([`~flow.JointNoise`], *optional*):
+                That of this model's embeddings, which come first, and of other networks that see the same noise. Made of
+                this model's unless given.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Clean tokens to compute the loss against; positions with -100 do not count.
+            targets (`Callable`, *optional*):
+                Distributions to compute the loss against in the place of the tokens: a function from a stretch of
+                positions to a `torch.FloatTensor` of shape `(batch_size, num_positions, vocab_size)`. Needs `labels`, for
+                the positions that count. In training, a model with `learned_loss_weighting` weights the loss.
+            divergence (`str`, *optional*, defaults to `"cross_entropy"`):
+                Between `targets` and the model: `"cross_entropy"`, `"kl"` or `"squared_error"`, which for
+                [`FMLMTwoNetworkModel`] is the only one.
+            loss_weights (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
+                What the loss of each sequence is multiplied by.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 What to divide the summed loss by, where a batch is one of several. The number of labels unless given.
+            skip_logits (`bool`, *optional*):
+                Whether to leave out the logits, which are as many as tokens times vocabulary and which the loss does not
+                need. In training with `labels` they are left out unless told otherwise.
 
         Returns:
             [`FLMOutput`]
@@ -500,20 +576,36 @@ class FLMPreTrainedModel(PreTrainedModel):
                 )
         if (noise is None) != (t is None) or (noise is not None and input_ids is None):
             raise ValueError("`noise` and `t` go together, and with `input_ids`: they noise the clean tokens.")
+        if targets is not None and labels is None:
+            raise ValueError("`targets` needs `labels`, which are -100 where there is nothing to learn.")
 
         if inputs_embeds is None:
-            inputs_embeds = self._make_state(input_ids, noise, t, companion_embeddings)
+            inputs_embeds = self._make_state(input_ids, noise, t, joint_noise)
         hidden_states = self.encode(inputs_embeds, timesteps, target_timesteps, attention_mask, **kwargs)
-        logits = self.predict(hidden_states, timesteps, target_timesteps)
-        loss = None
+        output = FLMOutput(last_hidden_state=hidden_states, log_weight=self.loss_weight(timesteps))
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        if not skip_logits:
+            output.logits = self.predict(hidden_states, timesteps, target_timesteps)
         if labels is not None:
-            log_delta = self.log_delta(logits).flatten(0, 1)
-            loss = F.nll_loss(log_delta, labels.to(logits.device).flatten(), reduction="sum")
-            count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = loss / torch.as_tensor(count, device=loss.device).clamp(min=1)
-        return FLMOutput(
-            loss=loss, logits=logits, last_hidden_state=hidden_states, log_weight=self.loss_weight(timesteps)
-        )
+            labels = labels.to(hidden_states.device)
+            mask = (labels != -100).to(hidden_states.dtype)
+            weights = mask if loss_weights is None else mask * loss_weights[:, None]
+            is_weighting = targets is not None and output.log_weight is not None and self.training
+            total, losses = self.loss(
+                divergence,
+                labels if targets is None else targets,
+                torch.exp(-output.log_weight)[:, None] * weights if is_weighting else weights,
+                hidden_states,
+                timesteps,
+                target_timesteps,
+            )
+            if is_weighting:
+                total = total + (mask * output.log_weight[:, None]).sum()
+            count = mask.sum() if num_items_in_batch is None else num_items_in_batch
+            output.loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+            output.token_losses = losses * weights
+        return output
 
 
 class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
@@ -569,6 +661,17 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
             )
         shift, scale = self.modulation(conditioning)
         return modulate(self.norm(hidden_states), shift, scale)
+
+    softmax_divergence = staticmethod(softmax_divergence)
+    softmax_cross_entropy = staticmethod(softmax_cross_entropy)
+
+    def loss(self, divergence, target, loss_weights, hidden_states, timesteps, target_timesteps=None):
+        def function(outputs, weights, piece):
+            if callable(target):
+                return self.softmax_divergence(divergence, outputs, target(piece), weights)
+            return self.softmax_cross_entropy(outputs, target[:, piece], weights)
+
+        return head_loss(function, loss_weights, hidden_states, self.lm_head.weight, self.lm_head.bias)
 
     def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
         logits = self.lm_head(hidden_states)
@@ -695,18 +798,40 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         flow_states, correction_states = hidden_states.chunk(2, dim=-1)
         logits = self.flow.predict(flow_states, timesteps, logits_processor=logits_processor)
         correction = self.correction.predict(correction_states, timesteps).to(logits.device)
-        s, t = (self.time.tau_to_t(times.to(logits.device)) for times in (timesteps, target_timesteps))
-        scale = (0.5 * (t - s) * (1 - s))[:, None, None]
+        scale = self._correction_scale(timesteps, target_timesteps).to(logits.device)
         # What a processor ruled out stays so.
         return logits.softmax(dim=-1) + scale * correction.masked_fill(logits == -torch.inf, 0.0)
+
+    def _correction_scale(self, timesteps: torch.Tensor, target_timesteps: torch.Tensor) -> torch.Tensor:
+        s, t = self.time.tau_to_t(timesteps), self.time.tau_to_t(target_timesteps)
+        return (0.5 * (t - s) * (1 - s))[:, None, None]
+
+    def loss(self, divergence, target, loss_weights, hidden_states, timesteps, target_timesteps=None):
+        if callable(target) and divergence != "squared_error":
+            raise ValueError(
+                f"`divergence` must be 'squared_error' for a model that is not a softmax, got {divergence!r}."
+            )
+        flow_states, correction_states = hidden_states.chunk(2, dim=-1)
+        scale = self._correction_scale(timesteps, target_timesteps)
+
+        def function(outputs, weights, piece):
+            delta = self.flow.predict(flow_states[:, piece], timesteps).softmax(dim=-1) + scale * outputs.float()
+            if callable(target):
+                difference = delta - target(piece)
+                losses, gradient = difference.square().sum(dim=-1), 2 * difference
+            else:
+                labels = target[:, piece].clamp(min=0).unsqueeze(-1)
+                # The correction may leave the simplex.
+                chosen = delta.gather(-1, labels).clamp(min=torch.finfo(delta.dtype).tiny)
+                losses, gradient = -chosen.log().squeeze(-1), torch.zeros_like(delta).scatter(-1, labels, -1 / chosen)
+            return losses, (weights[..., None] * scale * gradient).to(outputs.dtype)
+
+        head = self.correction.lm_head
+        return head_loss(function, loss_weights, correction_states, head.weight, head.bias)
 
     @staticmethod
     def delta(logits):
         return logits
-
-    @staticmethod
-    def log_delta(logits):
-        return logits.clamp(min=torch.finfo(logits.dtype).tiny).log()  # the correction may leave the simplex
 
     def loss_weight(self, timesteps):
         return self.correction.loss_weight(timesteps)

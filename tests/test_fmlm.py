@@ -14,8 +14,8 @@ from transformers import AutoModel
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkConfig, FMLMTwoNetworkModel
 from modeling_flm.flow import flow_map, project_to_simplex
+from modeling_flm.losses import softmax_divergence
 from trainers import PRESETS, FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
-from trainers.fmlm_trainer import divergence
 
 
 def relative_error(value, expected):
@@ -25,6 +25,17 @@ def relative_error(value, expected):
 def build_trainer(path, model, teacher=None, dataset=None, **options) -> FMLMTrainer:
     args = FMLMTrainingArguments(path, use_cpu=True, report_to=[], disable_tqdm=True, **options)
     return FMLMTrainer(model, args, teacher=teacher, train_dataset=dataset, eval_dataset=dataset)
+
+
+WHOLE = slice(None)
+
+
+def divergence(kind, target, delta):
+    """Written out from a whole two-time denoiser."""
+    if kind == "squared_error":
+        return (target - delta).square().sum(-1)
+    entropy = torch.xlogy(target, target).sum(-1) if kind == "kl" else 0.0
+    return entropy - (target * delta.log()).sum(-1)
 
 
 def build_batch(trainer, input_ids, noise, tau_s, tau_t, tau_u=None, **rows):
@@ -164,8 +175,7 @@ class TestPublishedValues:
 
     def forward(self, trainer, batch):
         names = ("input_ids", "timesteps", "target_timesteps", "noise", "t")
-        companions = trainer._noised_embeddings()[len(trainer.model.embeddings) :]
-        return trainer.model(**{name: batch[name] for name in names}, companion_embeddings=companions)
+        return trainer.model(**{name: batch[name] for name in names}, joint_noise=trainer._get_joint_noise())
 
     def test_two_networks(self, tmp_path):
         values, model = self.values, oracle.two_network_fmlm()
@@ -175,14 +185,16 @@ class TestPublishedValues:
         torch.testing.assert_close(output.log_weight, values["stage1.log_weight"], rtol=1e-4, atol=1e-5)
         hidden_states = output.last_hidden_state.chunk(2, dim=-1)[1]
         assert relative_error(model.correction.lm_head(hidden_states), values["stage1.correction"]) < 1e-4
-        losses = torch.zeros(3, 12)
-        for rows, target, weight in trainer.compute_targets(batch):
-            losses[rows] = weight[:, None] * divergence("squared_error", target, output.logits[rows], None)
+        target, weight = trainer.compute_targets(batch)
+        assert torch.equal(weight, torch.ones(3))
+        losses = divergence("squared_error", target(WHOLE), output.logits)
         losses = torch.exp(-output.log_weight)[:, None] * losses + output.log_weight[:, None]
         assert relative_error(losses, values["stage1.loss_per_token"]) < 3e-3
         # Evaluation is by the loss itself, which the learned weight cannot lower.
-        model.eval()
         weight = output.log_weight[:, None]
+        model.train()
+        assert trainer.compute_loss(model, batch).item() == pytest.approx(losses.mean().item(), rel=1e-4)
+        model.eval()
         unweighted = ((losses - weight) * weight.exp()).mean().item()
         assert trainer.compute_loss(model, batch).item() == pytest.approx(unweighted, rel=1e-4)
 
@@ -193,9 +205,12 @@ class TestPublishedValues:
         batch = self.batch(trainer, values["stage2.tau_s"], values["stage2.tau_t"])
         logits = self.forward(trainer, batch).logits
         assert relative_error(logits, values["stage2.logits"]) < 1e-4
-        ((_, target, weight),) = trainer.compute_targets(batch)
-        losses = weight[:, None] * divergence("squared_error", target, logits.softmax(-1), None)
+        target, weight = trainer.compute_targets(batch)
+        losses = weight[:, None] * divergence("squared_error", target(WHOLE), logits.softmax(-1))
         assert relative_error(losses, values["stage2.loss_per_token"]) < 3e-3
+        loss, output = trainer.compute_loss(model, batch, return_outputs=True)
+        assert relative_error(output.token_losses, values["stage2.loss_per_token"]) < 3e-3
+        assert loss.item() == pytest.approx(values["stage2.loss_per_token"].mean().item(), rel=3e-3)
 
     @pytest.mark.parametrize("stage, build_model", [("stage1", oracle.two_network_fmlm), ("stage2", oracle.fmlm)])
     @pytest.mark.parametrize("num_steps", [1, 2, 4])
@@ -210,18 +225,22 @@ class TestPublishedValues:
         batch = self.batch(trainer, tau_s, tau_t, tau_u)
         log_delta = self.forward(trainer, batch).logits.log_softmax(-1)
         assert relative_error(log_delta, values["two_time.log_delta_st"]) < 1e-4
-        ((_, target, weight),) = trainer.compute_targets(batch)
+        target, weight = trainer.compute_targets(batch)
+        target = target(WHOLE)
         assert relative_error(target, values["semigroup.target"]) < 1e-4
         assert torch.equal(weight, torch.ones(3))
         for kind in ("cross_entropy", "kl", "squared_error"):
-            losses = divergence(kind, target, log_delta.exp(), log_delta)
+            losses = divergence(kind, target, log_delta.exp())
+            assert relative_error(losses, values[f"semigroup.{kind}_per_token"]) < 3e-3
+            trainer.args.divergence = kind
+            losses = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)[1].token_losses
             assert relative_error(losses, values[f"semigroup.{kind}_per_token"]) < 3e-3
 
         batch = self.batch(trainer, tau_s, tau_s, diagonal=[0, 1, 2])
-        ((_, target, _),) = trainer.compute_targets(batch)
+        target = trainer.compute_targets(batch)[0](WHOLE)
         assert relative_error(target, values["diagonal.target"]) < 1e-4
         log_delta = self.forward(trainer, batch).logits.log_softmax(-1)
-        losses = divergence("cross_entropy", target, log_delta.exp(), log_delta)
+        losses = divergence("cross_entropy", target, log_delta.exp())
         assert relative_error(losses, values["diagonal.cross_entropy_per_token"]) < 3e-3
 
     @pytest.mark.parametrize("target", ["lagrangian", "eulerian"])
@@ -237,11 +256,9 @@ class TestPublishedValues:
         state, teacher_state = (state[rows] for state in trainer._states(batch))
         with torch.no_grad():
             make_target = getattr(trainer, f"_{target}_target")
-            value = make_target(state, teacher_state, tau_s[rows], tau_t[rows], None)
-        assert relative_error(value, values[f"{target}.target"]) < 1e-4
-        ((_, projected, _),) = trainer.compute_targets(batch)
-        expected = project_to_simplex(value) if target == "lagrangian" else value
-        torch.testing.assert_close(projected, expected)
+            value = make_target(state, teacher_state, tau_s[rows], tau_t[rows], None)(WHOLE)
+        expected = values[f"{target}.target"]
+        assert relative_error(value, project_to_simplex(expected) if target == "lagrangian" else expected) < 1e-4
 
 
 class ExactFlowMap(FMLMModel):
@@ -261,11 +278,17 @@ class ExactFlowMap(FMLMModel):
         logits = self.weights.log() + (t / (1 - t) ** 2)[:, None] * torch.einsum("blv,klv->bk", x, self.texts)
         return torch.einsum("bk,klv->blv", logits.softmax(-1), self.texts)
 
-    def denoise(self, state, tau_s, tau_t, attention_mask=None, logits_processor=None):
+    def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
+        return hidden_states
+
+    @staticmethod
+    def delta(logits):
+        return logits
+
+    def encode(self, state, tau_s, tau_t=None, attention_mask=None):
         s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
         if torch.equal(s, t):
-            yield self.denoiser(state, s)
-            return
+            return self.denoiser(state, s)
         velocity = lambda x, time: (self.denoiser(x, time) - x) / (1 - time)[:, None, None]  # noqa: E731
         x, num_steps = state, 400
         step = (t - s) / num_steps
@@ -278,7 +301,7 @@ class ExactFlowMap(FMLMModel):
             k4 = velocity(x + 2 * half * k3, time + step)
             x = x + half / 3 * (k1 + 2 * k2 + 2 * k3 + k4)
         keep = ((1 - t) / (1 - s))[:, None, None]
-        yield (x - keep * state) / (1 - keep)
+        return (x - keep * state) / (1 - keep)
 
 
 class TestExactSolution:
@@ -295,7 +318,7 @@ class TestExactSolution:
         noise = torch.randn(4, 2, 2, dtype=torch.float64)
         tau_u = self.tau_s + 0.3 * (self.tau_t - self.tau_s)
         batch = build_batch(trainer, input_ids, noise, self.tau_s, self.tau_t, tau_u)
-        ((_, value, _),) = trainer.compute_targets(batch)
+        value = trainer.compute_targets(batch)[0](WHOLE)
         state = trainer._states(batch)[0]
         (delta,) = model.denoise(state, self.tau_s, self.tau_t)
         assert value.dtype == torch.float64
@@ -456,14 +479,14 @@ class TestTraining:
         for name in ("bf16", "float32"):
             options = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "bf16": name == "bf16"}
             each = trainers[name] = distillation(tmp_path, **options)
-            delta = each._delta
+            denoiser = each._denoiser
 
-            def spy(network, state, *args, name=name, original=delta):
+            def spy(network, state, *args, name=name, original=denoiser):
                 value = original(network, state, *args)
-                seen.setdefault(name, []).append((state, value))
+                seen.setdefault(name, []).append((state, value(WHOLE)))
                 return value
 
-            each._delta = spy
+            each._denoiser = spy
             each.train()
         (state, delta), (expected_state, expected_delta) = seen["bf16"][0], seen["float32"][0]
         assert torch.equal(state, expected_state)
@@ -610,11 +633,18 @@ class TestCorrelations:
 
 
 def test_divergences():
-    target, logits = torch.randn(5, 7).softmax(-1), torch.randn(5, 7)
+    target, logits = torch.randn(5, 7).softmax(-1), torch.randn(5, 7, requires_grad=True)
     log_delta = logits.log_softmax(-1)
-    expected = F.kl_div(log_delta, target, reduction="none").sum(-1)
-    torch.testing.assert_close(divergence("kl", target, log_delta.exp(), log_delta), expected)
-    expected = F.cross_entropy(logits, target, reduction="none")
-    torch.testing.assert_close(divergence("cross_entropy", target, log_delta.exp(), log_delta), expected)
+    weights = torch.rand(5)
     one_hot = F.one_hot(torch.arange(5), 7).float()
-    assert torch.isfinite(divergence("kl", one_hot, log_delta.exp(), log_delta)).all()
+    for kind, expected in (
+        ("kl", F.kl_div(log_delta, target, reduction="none").sum(-1)),
+        ("cross_entropy", F.cross_entropy(logits, target, reduction="none")),
+        ("squared_error", F.mse_loss(log_delta.exp(), target, reduction="none").sum(-1)),
+    ):
+        losses, gradients = softmax_divergence(kind, logits.detach(), target, weights)
+        torch.testing.assert_close(losses, expected.detach())
+        expected = torch.autograd.grad((weights * expected).sum(), logits, retain_graph=True)[0]
+        torch.testing.assert_close(gradients, expected)
+        losses, gradients = softmax_divergence(kind, logits.detach(), one_hot, weights)
+        assert torch.isfinite(losses).all() and torch.isfinite(gradients).all()

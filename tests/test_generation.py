@@ -14,8 +14,7 @@ from transformers import (
     TextStreamer,
 )
 
-from modeling_flm import FLMGenerationConfig, FLMGenerationOutput
-from modeling_flm import modeling_flm as modeling_module
+from modeling_flm import FLMGenerationConfig, FLMGenerationOutput, losses
 
 
 def seed(value: int = 0) -> torch.Generator:
@@ -57,7 +56,7 @@ def test_long_sequences_are_denoised_in_stretches(flm, monkeypatch):
     widths = []
     head = flm.lm_head.forward
     monkeypatch.setattr(flm.lm_head, "forward", lambda x: widths.append(x.shape[1]) or head(x))
-    monkeypatch.setattr(modeling_module, "CHUNK_TOKENS", 20)
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 20 * 53)
     assert torch.equal(flm.generate(num_samples=4, num_steps=3, generator=seed()), expected)
     assert widths == [5, 5, 2] * 3
 

@@ -28,7 +28,7 @@ REPO_ID = "tester/tiny"
 PUBLISHED = {
     *("README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors", "training.json"),
     *("tokenizer.json", "tokenizer_config.json"),
-    *("configuration_flm.py", "modeling_flm.py", "generation_flm.py", "pipeline_flm.py", "flow.py"),
+    *("configuration_flm.py", "modeling_flm.py", "generation_flm.py", "pipeline_flm.py", "flow.py", "losses.py"),
     "time_reparameterization.py",
 }
 

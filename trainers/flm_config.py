@@ -25,6 +25,9 @@ class FLMTrainingArguments(TrainingArguments):
 
     The defaults of `learning_rate` and `lr_scheduler_type` are the paper's; it also warms up for 2500 steps
     (`warmup_steps=2500`) and trains in bfloat16 (`bf16=True`) with a global batch of 512 texts.
+    `logging_nan_inf_filter` is off: a loss that is not finite shows in the logs, and no step waits for the device to
+    look for it. `torch_compile=True` compiles the blocks and the losses of all networks, see
+    [`~FLMPreTrainedModel.compile_regions`].
 
     Parameters:
         ema_decay (`float`, *optional*, defaults to 0.9999):
@@ -52,6 +55,9 @@ class FLMTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(
         default="constant_with_warmup",
         metadata={"help": "The learning rate schedule; see `transformers.SchedulerType`."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are not finite out of the logs; each step waits for it."}
     )
     ema_decay: float | None = field(
         default=0.9999,

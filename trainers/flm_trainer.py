@@ -44,7 +44,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 from hub.card import TRAINING_NAME
 from hub.publish import PublishError, assemble, publish
 from modeling_flm import FLMModel
-from modeling_flm.flow import noise_size
+from modeling_flm.flow import JointNoise, noise_size
 from modeling_flm.time_reparameterization import ReparameterizedTime
 
 from .callbacks import EMACallback, GenPPLCallback, SampleCallback
@@ -167,6 +167,7 @@ class FLMTrainer(Trainer):
                 "of accelerate."
             )
         self.time = ReparameterizedTime(model.config.vocab_size)
+        self._joint_noise = None
         self.ema = None if args.ema_decay is None else EMACallback(args.ema_decay)
         if self.ema is not None:
             self.add_callback(self.ema)
@@ -198,12 +199,16 @@ class FLMTrainer(Trainer):
 
     def _set_times(self, batch: dict[str, Any], uniforms: torch.Tensor, positions: range, key: tuple[int, ...]):
         """Puts the times and the noise seeds of its examples into a batch."""
-        batch.update(self._draw_times(uniforms, positions))
+        for name, value in self._draw_times(uniforms, positions).items():
+            # A copy that nobody waits for
+            is_tensor = isinstance(value, torch.Tensor)
+            batch[name] = value.to(self.args.device, non_blocking=True) if is_tensor else value
         batch["noise_seeds"] = [example_seed(*key, position) for position in positions]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of the next optimizer step, each with the times and the noise seeds of its examples."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._joint_noise = None  # the weights have changed
         batch_size = self._train_batch_size
         key = (self.args.seed, _TRAIN, self.state.global_step)
         num_examples = len(batches) * self.accelerator.num_processes * batch_size
@@ -213,16 +218,27 @@ class FLMTrainer(Trainer):
             self._set_times(batch, uniforms[positions.start : positions.stop], positions, key)
         return batches, num_items_in_batch
 
-    def _noised_embeddings(self) -> list[torch.Tensor]:
-        """The embeddings of all networks that are to see the same noise, those of the model first."""
-        return [embedding.weight.detach() for embedding in self.model.embeddings]
+    def _networks(self) -> list[PreTrainedModel]:
+        """The networks that see a batch, the model first."""
+        return [self.model]
+
+    def _noise_size(self) -> int:
+        return noise_size(*(embedding.weight for network in self._networks() for embedding in network.embeddings))
+
+    def _get_joint_noise(self) -> JointNoise:
+        """The noise of all networks, made once for each optimizer step."""
+        if self._joint_noise is None:
+            networks = self._networks()
+            weights = [network.embed_vocabulary(embedding) for network in networks for embedding in network.embeddings]
+            self._joint_noise = JointNoise(*weights)
+        return self._joint_noise
 
     def _add_noise(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Replaces the seeds in a batch by what `forward` needs to noise its tokens."""
         inputs = self._prepare_inputs(inputs)
         seeds = inputs.pop("noise_seeds")
         input_ids = inputs["input_ids"]
-        length, size = input_ids.shape[1], noise_size(*self._noised_embeddings())
+        length, size = input_ids.shape[1], self._noise_size()
         # Drawn for the longest text, so that it does not depend on how far the batch happens to be padded.
         longest = max(length, self.model.config.max_position_embeddings)
         inputs["noise"] = draw_noise(seeds, longest, size, device=input_ids.device)[:, :length]
@@ -235,6 +251,8 @@ class FLMTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # In evaluation each process averages over its own tokens, and `evaluation_loop` puts the averages together.
         num_items_in_batch = num_items_in_batch if model.training else None
+        if not isinstance(self.model, FSDPModule):  # whose embedding is whole only within `forward`
+            inputs["joint_noise"] = self._get_joint_noise()
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
@@ -243,7 +261,9 @@ class FLMTrainer(Trainer):
         datasets without a length, of which several processes may see the last examples twice).
         """
         self._eval_step, self._eval_totals = 0, (0.0, 0)
+        self._joint_noise = None  # the weights are the averaged ones
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._joint_noise = None
         losses, counts = zip(*gather_object([self._eval_totals]))
         if sum(counts) > 0:
             output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / sum(counts)
@@ -260,6 +280,7 @@ class FLMTrainer(Trainer):
             repeated = max(0, positions.stop - max(positions.start, len(dataset)))
             inputs["labels"][len(positions) - repeated :] = -100
         num_tokens = int((inputs["labels"] != -100).sum())
+        inputs["skip_logits"] = prediction_loss_only
         output = super().prediction_step(model, self._add_noise(inputs), prediction_loss_only, ignore_keys)
         total, count = self._eval_totals
         self._eval_totals = (total + float(output[0]) * num_tokens, count + num_tokens)

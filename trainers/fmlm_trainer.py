@@ -14,7 +14,7 @@
 """Trainer of flow maps: every distillation objective of the paper as a target and a divergence."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from hub.card import is_hub_name
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
-from modeling_flm.flow import flow_map, interpolate, noise_factors, project_to_simplex, semigroup_weight
+from modeling_flm.flow import flow_map, interpolate, project_to_simplex, semigroup_weight
 
 from .callbacks import as_forward, evaluating
 from .flm_trainer import FLMTrainer
@@ -34,23 +34,8 @@ from .fmlm_config import FMLMTrainingArguments
 _MIN_DIFFERENCE = 1e-3
 
 
-def divergence(kind: str, target: torch.Tensor, delta: torch.Tensor, log_delta: torch.Tensor | None) -> torch.Tensor:
-    """
-    The divergence of a two-time denoiser from its target.
-
-    Args:
-        kind (`str`): `"cross_entropy"`, `"kl"` or `"squared_error"`.
-        target (`torch.Tensor` of shape `(..., vocab_size)`): The target.
-        delta (`torch.Tensor` of shape `(..., vocab_size)`): The two-time denoiser.
-        log_delta (`torch.Tensor` of shape `(..., vocab_size)`, *optional*): Its logarithm. Not for `"squared_error"`.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`: per token.
-    """
-    if kind == "squared_error":
-        return (target - delta).square().sum(dim=-1)
-    losses = -(target * log_delta).sum(dim=-1)
-    return losses if kind == "cross_entropy" else losses + torch.xlogy(target, target).sum(dim=-1)
+# A two-time denoiser or target, one stretch of positions of shape `(num_rows, num_positions, vocab_size)` at a time
+Denoiser = Callable[[slice], torch.Tensor]
 
 
 class FMLMTrainer(FLMTrainer):
@@ -186,71 +171,96 @@ class FMLMTrainer(FLMTrainer):
             return self.model
         return self.ema.averaged.module
 
-    def _noised_embeddings(self):
-        return [embedding.weight.detach() for network in self._networks() for embedding in network.embeddings]
-
     def _states(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """The noised state of each of the networks, for the targets."""
-        networks = self._networks()
-        weights = [network.embed_vocabulary(embedding) for network in networks for embedding in network.embeddings]
-        factors = iter(noise_factors(*weights))
-        states = []
-        for network in networks:
-            factor = torch.cat([next(factors) for _ in network.embeddings], dim=1)
+        joint_noise, states, index = self._get_joint_noise(), [], 0
+        for network in self._networks():
+            factors = [joint_noise.factor(index + n) for n in range(len(network.embeddings))]
+            index += len(factors)
             clean = torch.cat([embedding(inputs["input_ids"]) for embedding in network.embeddings], dim=-1)
-            states.append(interpolate(inputs["noise"] @ factor.to(inputs["noise"]), clean, inputs["t"]))
+            noise = inputs["noise"] @ torch.cat(factors, dim=1).to(inputs["noise"])
+            states.append(interpolate(noise, clean, inputs["t"]))
         return states
 
     # Targets
 
-    def _delta(self, network: PreTrainedModel, state: torch.Tensor, tau_s, tau_t, attention_mask) -> torch.Tensor:
+    def _denoiser(self, network: PreTrainedModel, state: torch.Tensor, tau_s, tau_t, attention_mask) -> Denoiser:
         # Blocks run in the precision of the training; states and their updates stay in float32.
         with self.accelerator.autocast():
-            return torch.cat(list(network.denoise(state, tau_s, tau_t, attention_mask)), dim=1)
+            hidden_states = network.encode(state, tau_s, tau_t, attention_mask)
+        return lambda piece: self._delta(network, hidden_states[:, piece], tau_s, tau_t)
 
-    def _diagonal_target(self, teacher_state, tau_s, attention_mask, labels) -> torch.Tensor:
+    def _delta(self, network: PreTrainedModel, hidden_states: torch.Tensor, tau_s, tau_t) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return network.delta(network.predict(hidden_states, tau_s, tau_t))
+
+    def _denoiser_and_derivative(
+        self,
+        network: PreTrainedModel,
+        primals: tuple[torch.Tensor, ...],
+        tangents: tuple[torch.Tensor, ...],
+        attention_mask,
+    ) -> tuple[Denoiser, Denoiser]:
+        """A two-time denoiser at `primals`, which are (state, tau_s, tau_t), and its derivative along `tangents`."""
+        times = primals[1:]
+        with self.accelerator.autocast():
+            hidden_states, change = torch.func.jvp(
+                lambda state, tau_s, tau_t: network.encode(state, tau_s, tau_t, attention_mask), primals, tangents
+            )
+
+        def derivative(piece: slice) -> torch.Tensor:
+            here, along = (hidden_states[:, piece], *times), (change[:, piece], *tangents[1:])
+            return torch.func.jvp(lambda *arguments: self._delta(network, *arguments), here, along)[1]
+
+        return lambda piece: self._delta(network, hidden_states[:, piece], *times), derivative
+
+    def _expectation(self, denoiser: Denoiser, network: PreTrainedModel, state: torch.Tensor) -> torch.Tensor:
+        """The expected embedding of the clean tokens, which the state of `network` moves towards."""
+        embedding = network.state_embedding.to(state)
+        return torch.cat([denoiser(piece) @ embedding for piece in network.chunks(state)], dim=1)
+
+    def _diagonal_target(self, teacher_state, tau_s, attention_mask, labels) -> Denoiser:
         """The denoiser of the teacher, or the data."""
         if self.teacher is None:
-            return F.one_hot(labels.clamp(min=0), self.model.config.vocab_size).float()
-        return self._delta(self.teacher, teacher_state, tau_s, tau_s, attention_mask)
+            return lambda piece: F.one_hot(labels[:, piece].clamp(min=0), self.model.config.vocab_size).float()
+        return self._denoiser(self.teacher, teacher_state, tau_s, tau_s, attention_mask)
 
-    def _semigroup_target(self, state, tau_s, tau_u, tau_t, attention_mask) -> torch.Tensor:
+    def _semigroup_target(self, state, tau_s, tau_u, tau_t, attention_mask) -> Denoiser:
         r"""\\(\lambda\,\delta_{s,u}(x) + (1 - \lambda)\,\delta_{u,t}(X_{s,u}(x))\\)"""
         network = self._target_network()
         s, u, t = (self.time.tau_to_t(tau) for tau in (tau_s, tau_u, tau_t))
-        first = self._delta(network, state, tau_s, tau_u, attention_mask)
-        intermediate = flow_map(state, first @ network.state_embedding.to(first), s, u)
-        second = self._delta(network, intermediate, tau_u, tau_t, attention_mask)
+        first = self._denoiser(network, state, tau_s, tau_u, attention_mask)
+        intermediate = flow_map(state, self._expectation(first, network, state), s, u)
+        second = self._denoiser(network, intermediate, tau_u, tau_t, attention_mask)
         weight = semigroup_weight(s, u, t)[:, None, None]
-        return weight * first + (1 - weight) * second
+        return lambda piece: torch.lerp(second(piece), first(piece), weight)
 
-    def _lagrangian_target(self, state, teacher_state, tau_s, tau_t, attention_mask) -> torch.Tensor:
-        r"""\\(D_t(X_{s,t}(x)) - \frac{(1-t)(t-s)}{1-s}\,\partial_t \delta_{s,t}(x)\\)"""
+    def _lagrangian_target(self, state, teacher_state, tau_s, tau_t, attention_mask) -> Denoiser:
+        r"""\\(D_t(X_{s,t}(x)) - \frac{(1-t)(t-s)}{1-s}\,\partial_t \delta_{s,t}(x)\\), projected to the simplex"""
         network = self._target_network()
         s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
-        delta, derivative = torch.func.jvp(
-            lambda tau: self._delta(network, state, tau_s, tau, attention_mask), (tau_t,), (self.time.dtau_dt(t),)
-        )
+        tangents = (torch.zeros_like(state), torch.zeros_like(tau_s), self.time.dtau_dt(t))
+        delta, derivative = self._denoiser_and_derivative(network, (state, tau_s, tau_t), tangents, attention_mask)
         flow, flow_state = (network, state) if self.teacher is None else (self.teacher, teacher_state)
-        arrived = flow_map(flow_state, delta @ flow.state_embedding.to(delta), s, t)
-        denoised = self._delta(flow, arrived, tau_t, tau_t, attention_mask)
-        return denoised - ((1 - t) * (t - s) / (1 - s))[:, None, None] * derivative
+        arrived = flow_map(flow_state, self._expectation(delta, flow, flow_state), s, t)
+        denoised = self._denoiser(flow, arrived, tau_t, tau_t, attention_mask)
+        factor = ((1 - t) * (t - s) / (1 - s))[:, None, None]
+        return lambda piece: project_to_simplex(denoised(piece) - factor * derivative(piece))
 
-    def _eulerian_target(self, state, teacher_state, tau_s, tau_t, attention_mask) -> torch.Tensor:
+    def _eulerian_target(self, state, teacher_state, tau_s, tau_t, attention_mask) -> Denoiser:
         r"""\\(D_s(x) + \frac{t-s}{1-t}\left((1-s)\,\partial_s \delta_{s,t}(x) + (D_s(x) - x) \cdot \nabla_x \delta_{s,t}(x)\right)\\)"""
         network = self._target_network()
         s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
         flow, flow_state = (network, state) if self.teacher is None else (self.teacher, teacher_state)
-        denoised = self._delta(flow, flow_state, tau_s, tau_s, attention_mask)
-        _, derivative = torch.func.jvp(
-            lambda x, tau: self._delta(network, x, tau, tau_t, attention_mask),
-            (state, tau_s),
-            (denoised @ network.state_embedding.to(denoised) - state, (1 - s) * self.time.dtau_dt(s)),
-        )
-        return denoised + ((t - s) / (1 - t))[:, None, None] * derivative
+        denoised = self._denoiser(flow, flow_state, tau_s, tau_s, attention_mask)
+        change = self._expectation(denoised, network, state) - state
+        tangents = (change, (1 - s) * self.time.dtau_dt(s), torch.zeros_like(tau_t))
+        _, derivative = self._denoiser_and_derivative(network, (state, tau_s, tau_t), tangents, attention_mask)
+        factor = ((t - s) / (1 - t))[:, None, None]
+        return lambda piece: denoised(piece) + factor * derivative(piece)
 
     @torch.no_grad()
-    def compute_targets(self, inputs: dict[str, Any]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    def compute_targets(self, inputs: dict[str, Any]) -> tuple[Denoiser, torch.Tensor]:
         r"""
         The targets of a batch.
 
@@ -259,73 +269,70 @@ class FMLMTrainer(FLMTrainer):
                 A batch with `input_ids`, `labels`, `noise`, `t`, `timesteps`, `target_timesteps`,
                 `intermediate_timesteps`, `rows` and, where there is padding, `attention_mask`.
 
-        Yields:
-            For the examples on the diagonal, and then for those off it, their rows, their targets of shape
-            `(num_rows, sequence_length, vocab_size)`, and a weight for each row of shape `(num_rows,)`.
+        Returns:
+            `tuple[Callable[[slice], torch.Tensor], torch.Tensor]`: a function from a stretch of positions to the targets
+            there, of shape `(batch_size, num_positions, vocab_size)`, and a weight for each example, of shape
+            `(batch_size,)`.
         """
         states = dict(zip(self._networks(), self._states(inputs)))
         target_state, teacher_state = states[self._target_network()], states.get(self.teacher)
-        mask = inputs.get("attention_mask")
-        diagonal = inputs["rows"].get("diagonal", [])
-        others = [row for kind, rows in inputs["rows"].items() if kind != "diagonal" for row in rows]
-        for rows in (diagonal, others):
-            if not rows:
-                continue
+        weights = torch.ones_like(inputs["timesteps"])
+        groups = []
+        for rows, is_diagonal in self._groups(inputs):
             take = lambda x: None if x is None else x[rows]  # noqa: E731, B023
             tau_s, tau_u, tau_t = (
                 take(inputs[name]) for name in ("timesteps", "intermediate_timesteps", "target_timesteps")
             )
-            state, from_teacher, attention_mask = take(target_state), take(teacher_state), take(mask)
-            weight = torch.ones_like(tau_s)
-            if rows is diagonal:
+            state, from_teacher = take(target_state), take(teacher_state)
+            attention_mask = take(inputs.get("attention_mask"))
+            if is_diagonal:
                 target = self._diagonal_target(from_teacher, tau_s, attention_mask, take(inputs["labels"]))
             elif self.args.target == "semigroup":
                 target = self._semigroup_target(state, tau_s, tau_u, tau_t, attention_mask)
             elif self.args.target == "lagrangian":
                 target = self._lagrangian_target(state, from_teacher, tau_s, tau_t, attention_mask)
-                target = project_to_simplex(target)
             elif self.args.target == "eulerian":
                 target = self._eulerian_target(state, from_teacher, tau_s, tau_t, attention_mask)
             else:
-                target = self._delta(self.teacher, from_teacher, tau_s, tau_t, attention_mask)
+                target = self._denoiser(self.teacher, from_teacher, tau_s, tau_t, attention_mask)
                 # The squared distance of the states that the two maps arrive at
                 s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
-                weight = ((t - s) / (1 - s)).square()
-            yield rows, target, weight
+                weights[rows] = ((t - s) / (1 - s)).square()
+            groups.append((rows, target))
+        return lambda piece: self._assemble(groups, len(weights), piece), weights
+
+    @staticmethod
+    def _groups(inputs: dict[str, Any]) -> list[tuple[torch.Tensor, bool]]:
+        """The rows that are on the diagonal, and then those that are not."""
+        device = inputs["timesteps"].device
+        diagonal = inputs["rows"].get("diagonal", [])
+        others = [row for kind, rows in inputs["rows"].items() if kind != "diagonal" for row in rows]
+        groups = ((diagonal, True), (others, False))
+        return [(torch.tensor(rows).to(device, non_blocking=True), kind) for rows, kind in groups if rows]
+
+    @staticmethod
+    def _assemble(groups: list[tuple[torch.Tensor, Denoiser]], batch_size: int, piece: slice) -> torch.Tensor:
+        targets = None
+        for rows, target in groups:
+            values = target(piece)
+            targets = values.new_empty(batch_size, *values.shape[1:]) if targets is None else targets
+            targets[rows] = values
+        return targets
 
     # The loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with evaluating(*self._networks()):
-            targets = as_forward(self.model, lambda: list(self.compute_targets(inputs)))
-        names = ("input_ids", "timesteps", "target_timesteps", "noise", "t", "attention_mask")
-        own = len(self.model.embeddings)
-        output = model(
-            **{name: inputs[name] for name in names if name in inputs},
-            companion_embeddings=self._noised_embeddings()[own:],
-        )
-        is_softmax = self.args.divergence != "squared_error"
-        losses = torch.zeros(inputs["input_ids"].shape, device=output.logits.device)
+            targets, weights = as_forward(self.model, lambda: self.compute_targets(inputs))
+        names = ("input_ids", "labels", "timesteps", "target_timesteps", "noise", "t", "attention_mask", "skip_logits")
+        batch = {name: inputs[name] for name in names if name in inputs}
+        batch |= {"targets": targets, "divergence": self.args.divergence, "loss_weights": weights}
+        batch["joint_noise"] = self._get_joint_noise()
+        loss, output = super().compute_loss(model, batch, True, num_items_in_batch)
         mask = inputs["labels"] != -100
-        for rows, target, weight in targets:
-            logits = output.logits[rows]
-            log_delta = self.model.log_delta(logits) if is_softmax else None
-            delta = None if is_softmax else self.model.delta(logits)
-            values = weight[:, None] * divergence(self.args.divergence, target, delta, log_delta)
-            losses = losses.index_put((torch.tensor(rows, device=losses.device),), values)
         for kind, rows in inputs["rows"].items():
-            counted = mask[rows]
-            self._components[kind] += torch.stack([(losses.detach()[rows] * counted).sum(), counted.sum()])
-        if output.log_weight is not None and model.training:
-            losses = torch.exp(-output.log_weight)[:, None] * losses + output.log_weight[:, None]
-
-        loss = (losses * mask).sum()
-        if not model.training or num_items_in_batch is None:
-            loss = loss / mask.sum().clamp(min=1)
-        else:
-            loss = loss / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # the count is over all processes, which are averaged
+            rows = torch.tensor(rows, dtype=torch.long).to(mask.device, non_blocking=True)
+            self._components[kind] += torch.stack([output.token_losses[rows].sum(), mask[rows].sum()])
         return (loss, output) if return_outputs else loss
 
     def _pop_components(self, prefix: str) -> dict[str, float]:

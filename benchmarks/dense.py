@@ -1,0 +1,108 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The dense formulation that the library is measured against, from the paper's formulas: noise and states are one-hot tensors
+of shape (batch_size, length, vocab_size) in float32, and so is every two-time denoiser. The networks are the library's.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from modeling_flm.flow import semigroup_weight
+
+
+def like(times: torch.Tensor) -> torch.Tensor:
+    return times[:, None, None]
+
+
+def delta(model: PreTrainedModel, x: torch.Tensor, tau_s: torch.Tensor, tau_t: torch.Tensor | None) -> torch.Tensor:
+    """The two-time denoiser of one-hot states `x`, whole."""
+    with torch.autocast(x.device.type, enabled=False):
+        state = x @ model.state_embedding.float()
+    return model.delta(model.predict(model.encode(state, tau_s, tau_t), tau_s, tau_t))
+
+
+def flow_map(x: torch.Tensor, towards: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return like((1 - t) / (1 - s)) * x + like((t - s) / (1 - s)) * towards
+
+
+def noised(model: PreTrainedModel, input_ids: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One-hot tokens, and what they are at the times `tau` of the interpolant."""
+    t = like(model.time.tau_to_t(tau))
+    clean = F.one_hot(input_ids, model.config.vocab_size).float()
+    return clean, (1 - t) * torch.randn_like(clean) + t * clean
+
+
+def flm_loss(model: PreTrainedModel, input_ids: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    clean, x = noised(model, input_ids, tau)
+    with torch.autocast(x.device.type, enabled=False):
+        state = x @ model.state_embedding
+    logits = model.predict(model.encode(state, tau), tau)
+    return -(clean * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
+def distillation_loss(
+    preset: str,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    input_ids: torch.Tensor,
+    tau_s: torch.Tensor,
+    tau_t: torch.Tensor,
+) -> torch.Tensor:
+    """The loss of a preset, of a batch whose first half is on the diagonal where the preset has one."""
+    clean, x = noised(model, input_ids, tau_s)
+    time = model.time.tau_to_t
+    with torch.no_grad():
+        half = 0 if preset in ("two_network", "second_stage") else len(x) // 2
+        tau_t = torch.cat([tau_s[:half], tau_t[half:]])
+        parts = []
+        if half:
+            parts.append(clean[:half] if teacher is None else delta(teacher, x[:half], tau_s[:half], tau_s[:half]))
+        state, start, end = x[half:], tau_s[half:], tau_t[half:]
+        if preset == "second_stage":
+            parts.append(delta(teacher, state, start, end))
+        else:
+            middle = (start + end) / 2
+            s, u, t = time(start), time(middle), time(end)
+            first = delta(model, state, start, middle)
+            second = delta(model, flow_map(state, first, s, u), middle, end)
+            weight = like(semigroup_weight(s, u, t))
+            parts.append(weight * first + (1 - weight) * second)
+        target = torch.cat(parts)
+    if preset in ("two_network", "second_stage"):
+        losses = (target - delta(model, x, tau_s, tau_t)).square().sum(dim=-1)
+        if preset == "second_stage":
+            s, t = time(tau_s), time(tau_t)
+            losses = ((t - s) / (1 - s)).square()[:, None] * losses
+        return losses.mean()
+    with torch.autocast(x.device.type, enabled=False):
+        state = x @ model.state_embedding
+    logits = model.predict(model.encode(state, tau_s, tau_t), tau_s, tau_t)
+    return -(target * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel, num_samples: int, length: int, num_steps: int, delta: Callable[..., torch.Tensor] = delta
+) -> torch.Tensor:
+    tau = torch.linspace(0, 1, num_steps + 1, device=model.device)[:, None].expand(-1, num_samples)
+    t = model.time.tau_to_t(tau)
+    x = torch.randn(num_samples, length, model.config.vocab_size, device=model.device)
+    for step in range(num_steps):
+        towards = delta(model, x, tau[step], tau[step + 1])
+        x = flow_map(x, towards, t[step], t[step + 1])
+    return x.argmax(dim=-1)

@@ -1,0 +1,126 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Time, memory and limits of functions, side by side."""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+def synchronize(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(functions: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    """The median time of each function. They take turns, so that whatever else the machine does meets all of them."""
+    times = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _status(name: str) -> int:
+    """A number of bytes from what Linux says of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}.")
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> int:
+    """How many bytes a call takes at most beyond what is held before it. On the CPU this needs Linux."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+class Ceilings:
+    """What this machine reaches: products of large matrices by dtype, and copies."""
+
+    def __init__(self, device: torch.device, repeats: int = 3):
+        size = 8192 if device.type == "cuda" else 2048
+        dtypes = [torch.float32, torch.float64, torch.bfloat16]
+        pairs = {dtype: torch.randn(2, size, size, device=device).to(dtype) for dtype in dtypes}
+        source = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
+        target = torch.empty_like(source)
+        functions = {str(dtype): lambda pair=pair: pair[0] @ pair[1] for dtype, pair in pairs.items()}
+        functions["copy"] = lambda: target.copy_(source)
+        seconds(functions, 1, device)  # warms up
+        times = seconds(functions, repeats, device)
+        self.flops = {dtype: 2 * size**3 / times[str(dtype)] for dtype in dtypes}
+        self.bandwidth = 2 * source.nbytes / times["copy"]
+
+    def __str__(self) -> str:
+        products = ", ".join(f"{str(dtype)[6:]} {flops / 1e9:,.0f} GFLOP/s" for dtype, flops in self.flops.items())
+        return f"products of matrices: {products}; copies: {self.bandwidth / 1e9:,.0f} GB/s"
+
+
+class Cost(TorchDispatchMode):
+    """
+    Counts the floating-point operations in products of matrices, and the bytes that all operations read and write. `limit`
+    is the time that each of them would take by itself if it reached the ceiling that binds it (the roofline).
+    """
+
+    def __init__(self, ceilings: Ceilings):
+        super().__init__()
+        self.ceilings = ceilings
+        self.flops = Counter()
+        self.bytes = 0
+        self.limit = 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        if function.is_view or not outputs or "empty" in function.__name__:
+            return output
+        moved = sum(tensor.nbytes for tensor in inputs + outputs)
+        flops, dtype = 0, outputs[0].dtype
+        if function._overloadpacket in flop_registry:
+            flops = flop_registry[function._overloadpacket](*args, **kwargs, out_val=output)
+        self.flops[dtype] += flops
+        self.bytes += moved
+        compute = flops / self.ceilings.flops[dtype] if flops else 0.0
+        self.limit += max(compute, moved / self.ceilings.bandwidth)
+        return output
+
+    @property
+    def compute_limit(self) -> float:
+        """The time of the products of matrices alone, at their ceiling."""
+        return sum(flops / self.ceilings.flops[dtype] for dtype, flops in self.flops.items() if flops)

@@ -1,0 +1,471 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Measures the library against the dense formulation, and against transformers' GPT-2 of the same size, side by side.
+
+    python benchmarks/performance.py train --vocab_sizes 50258 --lengths 128 --hidden_sizes 768 --batch_sizes 32
+    python benchmarks/performance.py generate gpt2 --vocab_sizes 50258 --lengths 1024 --num_steps 1 8
+    python benchmarks/performance.py train --vocab_sizes 27 1000 30522 50258 --hidden_sizes 256 --plot cost.png
+    python benchmarks/performance.py train distill generate gpt2 head batch --dtype bfloat16 --compile  # on a GPU
+
+Suites: `train`, an optimizer step of an FLM; `distill`, one of each recipe; `generate`, sampling; `gpt2`, training and
+generating with a GPT-2; `head`, ways to compute the cross-entropy of the head; `batch`, the largest batch that fits in
+`--memory` GiB. Contenders take turns in one process. Memory is what a call takes at most beyond what is held before it:
+weights and, in training, the state of the optimizer. On the CPU measuring it needs Linux.
+
+Prints tables, and writes every measurement to `--output` as JSON.
+"""
+
+import argparse
+import copy
+import gc
+import importlib.util
+import itertools
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm.auto import tqdm
+from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel, set_seed
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+import dense  # noqa: E402
+import measure  # noqa: E402
+
+from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel  # noqa: E402
+from modeling_flm.losses import head_loss, softmax_cross_entropy  # noqa: E402
+from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments  # noqa: E402
+from trainers.noise import stratified_uniforms  # noqa: E402
+
+
+GIB = 2**30
+SUITES = ("train", "distill", "generate", "gpt2", "head", "batch")
+PRESETS = ("single_stage", "self_distillation", "two_network", "second_stage")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="+", choices=SUITES)
+    parser.add_argument("--vocab_sizes", type=int, nargs="+", default=[50258])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128])
+    parser.add_argument("--hidden_sizes", type=int, nargs="+", default=[768])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8])
+    parser.add_argument("--num_hidden_layers", type=int, default=12)
+    parser.add_argument("--num_steps", type=int, nargs="+", default=[1, 8], help="of sampling")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS, help="of distillation")
+    parser.add_argument("--attn_implementations", nargs="+", default=["sdpa"], help="all but sdpa apply a softcap of 50")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of autocast")
+    parser.add_argument("--compile", action="store_true", help="compile all contenders")
+    parser.add_argument("--memory", type=float, default=4.0, help="GiB, for `batch`")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("outputs/performance.json"))
+    parser.add_argument("--plot", type=Path, help="where to write a picture of `train` against vocabulary and length")
+    return parser.parse_args()
+
+
+class Benchmark:
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = torch.device(args.device)
+        self.ceilings = measure.Ceilings(self.device)
+        self.records = []
+
+    # What is measured
+
+    def build(self, vocab_size: int, length: int, hidden_size: int, attention: str) -> FLMModel:
+        config = FLMConfig(
+            vocab_size=vocab_size,
+            max_position_embeddings=length,
+            hidden_size=hidden_size,
+            num_hidden_layers=self.args.num_hidden_layers,
+            num_attention_heads=hidden_size // 64,
+            attn_logit_softcapping=None if attention == "sdpa" else 50.0,
+            attn_implementation=attention,
+        )
+        model = FLMModel(config)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+        return model.to(self.device)
+
+    def build_gpt2(self, vocab_size: int, length: int, hidden_size: int) -> GPT2LMHeadModel:
+        config = GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=length,
+            n_embd=hidden_size,
+            n_layer=self.args.num_hidden_layers,
+            n_head=hidden_size // 64,
+            bos_token_id=0,
+            eos_token_id=None,
+        )
+        return GPT2LMHeadModel(config).to(self.device)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bfloat16")
+
+    def maybe_compile(self, function: Callable) -> Callable:
+        return torch.compile(function) if self.args.compile else function
+
+    def training_step(self, model: PreTrainedModel, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        """A step of AdamW on a loss that is written out."""
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=True)
+        loss = self.maybe_compile(loss)
+
+        def step():
+            with self.autocast():
+                value = loss()
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step.optimizer = optimizer
+        return step
+
+    def trainer_step(self, trainer: FLMTrainer, input_ids: torch.Tensor) -> Callable[[], None]:
+        """A step of AdamW as the trainer takes it."""
+        model = trainer.accelerator.prepare_model(trainer.model)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=True)
+        number = itertools.count()
+
+        def step():
+            trainer._joint_noise = None  # as the weights have changed
+            batch, key = {"input_ids": input_ids, "labels": input_ids}, (0, next(number))
+            uniforms = stratified_uniforms(len(input_ids), trainer.num_uniforms, *key)
+            trainer._set_times(batch, uniforms, range(len(input_ids)), key)
+            trainer.training_step(model, batch, input_ids.numel())
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step.optimizer = optimizer
+        return step
+
+    def trainer_arguments(self, folder: str) -> dict:
+        return {
+            "output_dir": folder,
+            "report_to": [],
+            "bf16": self.args.dtype == "bfloat16",
+            "torch_compile": self.args.compile,
+            "use_cpu": self.device.type == "cpu",
+            "ema_decay": None,
+        }
+
+    @contextmanager
+    def flm_steps(self, vocab_size, length, hidden_size, batch_size, attention) -> Iterator[dict[str, Callable]]:
+        """An optimizer step of an FLM by the library, and in the dense formulation."""
+        model = self.build(vocab_size, length, hidden_size, attention)
+        reference = copy.deepcopy(model).train()
+        input_ids = torch.randint(vocab_size, (batch_size, length), device=self.device)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = FLMTrainer(model, FLMTrainingArguments(**self.trainer_arguments(folder)))
+            yield {
+                "library": self.trainer_step(trainer, input_ids),
+                "dense": self.training_step(
+                    reference,
+                    lambda: dense.flm_loss(reference, input_ids, torch.rand(batch_size, device=self.device)),
+                ),
+            }
+
+    @contextmanager
+    def distillation_steps(self, preset, vocab_size, length, hidden_size, batch_size, attention):
+        """An optimizer step of a flow map by the library, and in the dense formulation."""
+        flm = self.build(vocab_size, length, hidden_size, attention)
+        two_networks = preset in ("two_network", "second_stage")
+        teacher = None if preset in ("self_distillation", "two_network") else flm.eval()
+        model = (FMLMTwoNetworkModel if preset == "two_network" else FMLMModel).from_flm(flm)
+        if preset == "second_stage":
+            teacher = FMLMTwoNetworkModel.from_flm(flm).eval()
+        reference = copy.deepcopy(model).train()
+        input_ids = torch.randint(vocab_size, (batch_size, length), device=self.device)
+
+        def loss():
+            first, second = torch.rand(2, batch_size, device=self.device) * 0.998
+            times = torch.minimum(first, second), torch.maximum(first, second) + 1e-3
+            return dense.distillation_loss(preset, reference, teacher, input_ids, *times)
+
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = self.trainer_arguments(folder) | ({"diagonal_fraction": 0.0} if two_networks else {})
+            args = FMLMTrainingArguments.from_preset(preset, **arguments)
+            trainer = FMLMTrainer(model, args, teacher=teacher)
+            yield {
+                "library": self.trainer_step(trainer, input_ids),
+                "dense": self.training_step(reference, loss),
+            }
+
+    # How
+
+    def record(self, suite: str, settings: dict, functions: dict[str, Callable], num_tokens: int, count: str | None):
+        """Measures functions that make or learn from so many tokens; `count` is the one to compare with the ceilings."""
+        measure.seconds(functions, 1, self.device)  # warms up
+        peaks = {name: measure.peak_memory(function, self.device) for name, function in functions.items()}
+        times = measure.seconds(functions, self.args.repeats, self.device)
+        for name in functions:
+            row = {
+                "suite": suite,
+                "contender": name,
+                **settings,
+                "seconds": times[name],
+                "tokens_per_second": num_tokens / times[name],
+                "peak_gib": peaks[name] / GIB,
+            }
+            if name == count:
+                with measure.Cost(self.ceilings) as cost:
+                    functions[name]()
+                row |= {
+                    "tflop": sum(cost.flops.values()) / 1e12,
+                    "gb_moved": cost.bytes / 1e9,
+                    "of_matrix_ceiling": cost.compute_limit / times[name],
+                    "of_roofline": cost.limit / times[name],
+                }
+            self.records.append(row)
+
+    def grid(self, batch_sizes: bool = True) -> list[dict]:
+        args = self.args
+        names = ("vocab_size", "length", "hidden_size", "attention") + (("batch_size",) if batch_sizes else ())
+        axes = (args.vocab_sizes, args.lengths, args.hidden_sizes, args.attn_implementations, args.batch_sizes)
+        return [dict(zip(names, values)) for values in itertools.product(*axes[: len(names)])]
+
+    def train(self):
+        for settings in tqdm(self.grid(), desc="train"):
+            with self.flm_steps(**settings) as functions:
+                num_tokens = settings["batch_size"] * settings["length"]
+                self.record("train", settings, functions, num_tokens, None if self.args.compile else "library")
+
+    def distill(self):
+        for preset, settings in tqdm(list(itertools.product(self.args.presets, self.grid())), desc="distill"):
+            with self.distillation_steps(preset, **settings) as functions:
+                num_tokens = settings["batch_size"] * settings["length"]
+                self.record("distill", {"preset": preset, **settings}, functions, num_tokens, None)
+
+    def generate(self):
+        for settings in tqdm(self.grid(), desc="generate"):
+            *sizes, attention, batch_size = settings.values()
+            length = settings["length"]
+            model = self.build(*sizes, attention).eval()
+            compile_config = CompileConfig() if self.args.compile else None
+            state = torch.randn(batch_size, length, settings["hidden_size"], device=self.device)
+            tau = torch.full((batch_size,), 0.5, device=self.device)
+            encode = self.maybe_compile(model.encode)
+            delta = self.maybe_compile(dense.delta)
+
+            def forward(model=model, encode=encode, state=state, tau=tau):
+                """The transformer with its head, whose logits are dropped a chunk at a time."""
+                with torch.no_grad():
+                    hidden_states = encode(state, tau)
+                    for piece in model.chunks(state):
+                        model.predict(hidden_states[:, piece], tau)
+
+            def blocks(encode=encode, state=state, tau=tau):
+                with torch.no_grad():
+                    encode(state, tau)
+
+            for num_steps in self.args.num_steps:
+
+                def library(model=model, batch_size=batch_size, length=length, num_steps=num_steps):
+                    options = {"batch_size": batch_size, "length": length, "compile_config": compile_config}
+                    return model.generate(batch_size, num_steps, **options)
+
+                functions = {
+                    "library": library,
+                    "dense": lambda n=num_steps: dense.generate(model, batch_size, length, n, delta),  # noqa: B023
+                }
+                if num_steps == min(self.args.num_steps):
+                    functions |= {"one forward pass": forward, "one forward pass, blocks alone": blocks}
+                settings = {**settings, "num_steps": num_steps}
+                with self.autocast():
+                    num_tokens = batch_size * length
+                    count = None if self.args.compile else "library"
+                    self.record("generate", settings, functions, num_tokens, count)
+
+    def gpt2(self):
+        for settings in tqdm(self.grid(), desc="gpt2"):
+            *sizes, _, batch_size = settings.values()
+            length = settings["length"]
+            gpt2 = self.build_gpt2(*sizes)
+            input_ids = torch.randint(settings["vocab_size"], (batch_size, length), device=self.device)
+            with self.flm_steps(**settings) as functions:
+                step = self.training_step(gpt2.train(), lambda: gpt2(input_ids, labels=input_ids).loss)  # noqa: B023
+                functions = {"FLM": functions["library"], "GPT-2": step}
+                self.record("gpt2, training step", settings, functions, batch_size * length, None)
+            del functions, step
+            gpt2 = gpt2.eval()
+            model = self.build(*sizes, settings["attention"]).eval()
+            prompt = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            options = {"cache_implementation": "static"} if self.args.compile else {}
+
+            def autoregressive(gpt2=gpt2, prompt=prompt, length=length, options=options):
+                return gpt2.generate(prompt, max_new_tokens=length - 1, do_sample=True, pad_token_id=0, **options)
+
+            def one_step(num_samples, model=model, length=length):
+                compile_config = CompileConfig() if self.args.compile else None
+                return model.generate(num_samples, 1, length=length, compile_config=compile_config)
+
+            with self.autocast():
+                functions = {"one-step flow map": lambda: one_step(1), "GPT-2 with KV cache": autoregressive}  # noqa: B023
+                self.record("gpt2, one text", settings, functions, length, None)
+                functions = {"one-step flow map": lambda: one_step(batch_size)}  # noqa: B023
+                self.record("gpt2, a batch of texts", settings, functions, batch_size * length, None)
+
+    def head(self):
+        for settings in tqdm(self.grid(), desc="head"):
+            vocab_size, length, hidden_size, _, batch_size = settings.values()
+            hidden_states = torch.randn(batch_size, length, hidden_size, device=self.device, requires_grad=True)
+            weight = (0.02 * torch.randn(vocab_size, hidden_size, device=self.device)).requires_grad_()
+            bias = torch.zeros(vocab_size, device=self.device, requires_grad=True)
+            labels = torch.randint(vocab_size, (batch_size, length), device=self.device)
+            ones = torch.ones(batch_size, length, device=self.device)
+            flat = hidden_states.flatten(0, 1)
+
+            def library():
+                function = lambda outputs, weights, piece: softmax_cross_entropy(outputs, labels[:, piece], weights)  # noqa: B023, E731
+                return head_loss(function, ones, hidden_states, weight, bias)[0] / labels.numel()  # noqa: B023
+
+            losses = {
+                "library": library,
+                "all logits": lambda: F.cross_entropy(F.linear(flat, weight, bias).float(), labels.flatten()),  # noqa: B023
+            }
+            if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+                options = torch.nn.LinearCrossEntropyOptions()
+                losses["torch, chunked"] = lambda: F.linear_cross_entropy(  # noqa: B023
+                    flat, weight, labels.flatten(), linear_bias=bias, options=options  # noqa: B023
+                )
+            if self.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+                from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+                losses["Liger"] = lambda: liger_fused_linear_cross_entropy(flat, weight, labels.flatten(), bias)  # noqa: B023
+
+            def run(loss):
+                with self.autocast():
+                    value = loss()
+                gradients = torch.autograd.grad(value, (hidden_states, weight, bias))  # noqa: B023
+                return value, gradients
+
+            functions = {name: lambda loss=loss: run(loss) for name, loss in losses.items()}
+            expected = run(losses["all logits"])[0].item()
+            for name, function in functions.items():
+                value = function()[0].item()
+                if abs(value - expected) > 1e-2 * expected:
+                    raise RuntimeError(f"{name} gives {value}, and all logits {expected}.")
+            self.record("head", settings, functions, batch_size * length, None)
+
+    def batch(self):
+        for settings in tqdm(self.grid(batch_sizes=False), desc="batch"):
+            for name in ("library", "dense"):
+
+                def fits(batch_size: int, name=name, settings=settings) -> bool:
+                    with self.flm_steps(**settings, batch_size=batch_size) as functions:
+                        functions[name]()  # makes the state of the optimizer
+                        try:
+                            fits = measure.peak_memory(functions[name], self.device) <= self.args.memory * GIB
+                        except torch.OutOfMemoryError:
+                            fits = False
+                    gc.collect()
+                    return fits
+
+                fitting, failing = 0, 1
+                while fits(failing):
+                    fitting, failing = failing, 2 * failing
+                while failing - fitting > max(1, fitting // 8):  # to an eighth
+                    middle = (fitting + failing) // 2
+                    fitting, failing = (middle, failing) if fits(middle) else (fitting, middle)
+                row = {"suite": "batch", "contender": name, **settings, "memory_gib": self.args.memory}
+                self.records.append(row | {"largest_batch_size": fitting})
+
+    # What is shown
+
+    def machine(self) -> str:
+        name = platform.processor() or platform.machine()
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        elif Path("/proc/cpuinfo").is_file():
+            models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+            name = models[0].split(":")[1].strip() if models else name
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        options = f"{self.args.dtype}{', compiled' if self.args.compile else ''}"
+        return f"{name}{threads}; {options}; torch {torch.__version__}, transformers {transformers.__version__}"
+
+    def show(self):
+        print(f"\n{self.machine()}; {self.ceilings}")
+        for suite, rows in itertools.groupby(self.records, key=lambda row: row["suite"]):
+            rows = list(rows)
+            names = list(dict.fromkeys(name for row in rows for name in row if name != "suite"))
+            axes = ("vocab_size", "length", "hidden_size", "batch_size", "num_steps", "preset", "attention")
+            print(f"\n{suite}\n| " + " | ".join(names) + " | times the first |")
+            print("|---" * (len(names) + 1) + "|")
+            first = {}
+            for row in rows:
+                key = tuple(row.get(name) for name in axes)
+                first.setdefault(key, row)
+                measured = "seconds" if "seconds" in row else "largest_batch_size"
+                ratio = f"{row[measured] / first[key][measured]:.2f}" if first[key][measured] else "-"
+                print("| " + " | ".join([self.format(row.get(name)) for name in names] + [ratio]) + " |")
+
+    @staticmethod
+    def format(value) -> str:
+        if isinstance(value, float):
+            return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        return "" if value is None else str(value)
+
+    def save(self):
+        self.args.output.parent.mkdir(parents=True, exist_ok=True)
+        result = {"command": " ".join(sys.argv), "machine": self.machine(), "ceilings": str(self.ceilings)}
+        self.args.output.write_text(json.dumps(result | {"records": self.records}, indent=2) + "\n")
+
+    def plot(self, path: Path):
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+
+        rows = [row for row in self.records if row["suite"] == "train"]
+        axes = [name for name in ("vocab_size", "length") if len({row[name] for row in rows}) > 1]
+        figure, panels = plt.subplots(len(axes), 2, figsize=(9, 3.4 * len(axes)), squeeze=False, layout="constrained")
+        for (panel_time, panel_memory), axis in zip(panels, axes):
+            others = {name: max(row[name] for row in rows) for name in ("vocab_size", "length") if name != axis}
+            shown = [row for row in rows if all(row[name] == value for name, value in others.items())]
+            for contender in dict.fromkeys(row["contender"] for row in shown):
+                points = sorted((row for row in shown if row["contender"] == contender), key=lambda row: row[axis])
+                x = [row[axis] for row in points]
+                panel_time.plot(x, [1e3 / row["tokens_per_second"] for row in points], "o-", label=contender)
+                panel_memory.plot(x, [row["peak_gib"] for row in points], "o-", label=contender)
+            for panel, label in ((panel_time, "milliseconds per token"), (panel_memory, "GiB beyond weights, optimizer")):
+                panel.set(xlabel=axis.replace("_", " "), ylabel=label, ylim=(0, None))
+                panel.grid(alpha=0.3)
+                panel.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+
+
+def main():
+    args = parse_arguments()
+    set_seed(0)
+    transformers.logging.set_verbosity_error()
+    benchmark = Benchmark(args)
+    for suite in args.suites:
+        getattr(benchmark, suite)()
+        benchmark.save()
+    benchmark.show()
+    if args.plot is not None:
+        benchmark.plot(args.plot)
+
+
+if __name__ == "__main__":
+    main()

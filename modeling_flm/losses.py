@@ -1,0 +1,173 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Losses between what a head says of every token and a target, of which only a chunk of tokens is held at a time."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+
+# How many probabilities are made at a time: 330 tokens at V = 50k on a CPU, where they should stay near the caches, and
+# 1300 on a GPU, which takes larger matrices to be busy.
+CHUNK_ELEMENTS = {"cpu": 2**24, "default": 2**26}
+
+
+def chunks(batch_size: int, length: int, vocab_size: int, device: torch.device) -> list[slice]:
+    """
+    Stretches of the positions of a batch, such that probabilities over the vocabulary can be held for one of them.
+
+    Args:
+        batch_size (`int`): The number of sequences.
+        length (`int`): The number of positions of each.
+        vocab_size (`int`): The size of the vocabulary.
+        device (`torch.device`): Where the probabilities are to be.
+
+    Returns:
+        `list[slice]`: the stretches, which follow each other.
+    """
+    budget = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["default"])
+    size = max(1, budget // (batch_size * vocab_size))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def softmax_divergence(
+    kind: str, logits: torch.Tensor, target: torch.Tensor, loss_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    The divergence of \\(\delta = \mathrm{softmax}(\mathrm{logits})\\) from a target, per token.
+
+    Args:
+        kind (`str`):
+            `"cross_entropy"`, \\(-\sum_v p_v \log \delta_v\\); `"kl"`, which is less the entropy of the target; or
+            `"squared_error"`, \\(\sum_v (p_v - \delta_v)^2\\).
+        logits (`torch.Tensor` of shape `(..., vocab_size)`): The logits.
+        target (`torch.Tensor` of shape `(..., vocab_size)`): The target \\(p\\).
+        loss_weights (`torch.Tensor` of shape `(...)`): What to multiply the gradients by.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the divergences, of shape `(...)` and in float32, and `loss_weights` times
+        their gradients in the logits, in the dtype of the logits.
+    """
+    dtype, logits, loss_weights = logits.dtype, logits.float(), loss_weights.unsqueeze(-1)
+    if kind == "squared_error":
+        delta = logits.softmax(dim=-1)
+        difference = delta - target
+        mean = (delta * difference).sum(dim=-1, keepdim=True)
+        return difference.square().sum(dim=-1), (2 * loss_weights * delta * (difference - mean)).to(dtype)
+    log_delta = logits.log_softmax(dim=-1)
+    losses = -(target * log_delta).sum(dim=-1)
+    if kind == "kl":
+        losses = losses + torch.xlogy(target, target).sum(dim=-1)
+    gradients = log_delta.exp() * target.sum(dim=-1, keepdim=True) - target
+    return losses, (loss_weights * gradients).to(dtype)
+
+
+def softmax_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    As [`softmax_divergence`], the cross-entropy to `labels` of shape `(...)`. Those of -100 count as 0: give them no weight.
+    """
+    dtype, logits, loss_weights = logits.dtype, logits.float(), loss_weights.unsqueeze(-1)
+    labels = labels.clamp(min=0).unsqueeze(-1)
+    log_delta = logits.log_softmax(dim=-1)
+    losses = -log_delta.gather(-1, labels).squeeze(-1)
+    return losses, (loss_weights * log_delta.exp()).scatter_add(-1, labels, -loss_weights).to(dtype)
+
+
+# Outputs of the head, loss weights, and where they stand in the sequences -> losses, weighted gradients in the outputs
+LossFunction = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+
+
+class _HeadLoss(torch.autograd.Function):
+    """
+    `sum(loss_weights * losses)` and `losses` of the outputs of a head. Gradients are made together with the losses of a
+    chunk, so that nothing with `vocab_size` columns outlives it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        function: LossFunction,
+        with_gradient: bool,
+        loss_weights: torch.Tensor,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        device = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        of_hidden, of_weight, of_bias = (with_gradient and needed for needed in ctx.needs_input_grad[3:])
+        low_weight, low_bias = weight.to(dtype), bias.to(dtype)
+        hidden_gradients, losses = [], []
+        weight_gradient = torch.zeros_like(weight) if of_weight else None
+        bias_gradient = torch.zeros_like(bias) if of_bias else None
+        with torch.autocast(device, enabled=False):
+            for piece in chunks(*hidden_states.shape[:2], weight.shape[0], hidden_states.device):
+                inputs = hidden_states[:, piece].to(dtype)
+                outputs = F.linear(inputs, low_weight, low_bias)
+                piece_losses, gradient = function(outputs, loss_weights[:, piece], piece)
+                del outputs
+                losses.append(piece_losses)
+                gradient = gradient.flatten(0, 1)
+                if of_hidden:
+                    hidden_gradients.append((gradient @ low_weight).view(inputs.shape).to(hidden_states.dtype))
+                if of_weight and dtype == weight.dtype:
+                    weight_gradient.addmm_(gradient.T, inputs.flatten(0, 1))
+                elif of_weight:
+                    weight_gradient += gradient.T @ inputs.flatten(0, 1)
+                if of_bias:
+                    bias_gradient += gradient.sum(dim=0, dtype=bias.dtype)
+        losses = torch.cat(losses, dim=1)
+        hidden_gradient = torch.cat(hidden_gradients, dim=1) if of_hidden else None
+        ctx.save_for_backward(losses, hidden_gradient, weight_gradient, bias_gradient)
+        ctx.mark_non_differentiable(losses)
+        return (loss_weights * losses).sum(), losses
+
+    @staticmethod
+    def backward(ctx, scale: torch.Tensor, _):
+        gradients = (
+            scale * gradient if gradient is not None and needed else None
+            for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:])
+        )
+        return None, None, *gradients
+
+
+def head_loss(
+    function: LossFunction,
+    loss_weights: torch.Tensor,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The weighted sum of losses of the outputs of a linear head, made a chunk of positions at a time, and their gradients
+    along with them: memory grows with a chunk and not with the tokens, and no product is made twice. The products are in
+    the precision of autocast, the losses in float32.
+
+    Args:
+        function (`Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]`):
+            Takes the outputs of the head, of shape `(batch_size, num_positions, vocab_size)`, the weights of the losses
+            there, and where they stand in the sequences; returns what [`softmax_divergence`] does.
+        loss_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What each loss counts. Differentiable.
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The input of the head.
+        weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`): The weight of the head.
+        bias (`torch.Tensor` of shape `(vocab_size,)`): Its bias.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the sum, a scalar, and the losses, of shape
+        `(batch_size, sequence_length)`, without gradient.
+    """
+    return _HeadLoss.apply(function, torch.is_grad_enabled(), loss_weights, hidden_states, weight, bias)
