@@ -73,7 +73,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_hidden_layers", type=int, default=12)
     parser.add_argument("--num_steps", type=int, nargs="+", default=[1, 8], help="of sampling")
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS, help="of distillation")
-    parser.add_argument("--attn_implementations", nargs="+", default=["sdpa"], help="all but sdpa apply a softcap of 50")
+    parser.add_argument(
+        "--attn_implementations", nargs="+", default=["sdpa"], help="all but sdpa apply a softcap of 50"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of autocast")
     parser.add_argument("--compile", action="store_true", help="compile all contenders")
@@ -345,7 +347,11 @@ class Benchmark:
             if hasattr(torch.nn, "LinearCrossEntropyOptions"):
                 options = torch.nn.LinearCrossEntropyOptions()
                 losses["torch, chunked"] = lambda: F.linear_cross_entropy(  # noqa: B023
-                    flat, weight, labels.flatten(), linear_bias=bias, options=options  # noqa: B023
+                    flat,
+                    weight,
+                    labels.flatten(),
+                    linear_bias=bias,
+                    options=options,  # noqa: B023
                 )
             if self.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
                 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -446,7 +452,10 @@ class Benchmark:
                 x = [row[axis] for row in points]
                 panel_time.plot(x, [1e3 / row["tokens_per_second"] for row in points], "o-", label=contender)
                 panel_memory.plot(x, [row["peak_gib"] for row in points], "o-", label=contender)
-            for panel, label in ((panel_time, "milliseconds per token"), (panel_memory, "GiB beyond weights, optimizer")):
+            for panel, label in (
+                (panel_time, "milliseconds per token"),
+                (panel_memory, "GiB beyond weights, optimizer"),
+            ):
                 panel.set(xlabel=axis.replace("_", " "), ylabel=label, ylim=(0, None))
                 panel.grid(alpha=0.3)
                 panel.legend()

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CompileConfig,
     GenerationConfig,
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -30,7 +31,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
-from .flow import flow_map, noise_factors
+from .flow import JointNoise, flow_map
 
 
 logger = logging.get_logger(__name__)
@@ -157,6 +158,11 @@ class FLMGenerationMixin:
 
     output_modalities = ("text",)
 
+    # What is kept from one call to the next: the factor of the noise with what identifies the embedding that it belongs
+    # to, and the compiled step with its configuration.
+    _noise_factor: tuple[torch.Tensor, torch.Tensor] | None = None
+    _compiled_step: tuple[CompileConfig, Callable] | None = None
+
     @torch.no_grad()
     def generate(
         self,
@@ -168,6 +174,7 @@ class FLMGenerationMixin:
         prior_state: torch.Tensor | None = None,
         streamer: BaseStreamer | None = None,
         callback: Callable[[int, int, torch.LongTensor], None] | None = None,
+        compile_config: CompileConfig | None = None,
         **kwargs,
     ) -> torch.LongTensor | FLMGenerationOutput:
         r"""
@@ -198,6 +205,9 @@ class FLMGenerationMixin:
             callback (`Callable`, *optional*):
                 Called as `callback(step, num_steps, tokens)` after every step, from 1 to `num_steps`, with the most
                 likely tokens of the current batch, of shape `(batch_size, length)`.
+            compile_config ([`~transformers.CompileConfig`], *optional*):
+                Compiles a step, from one state to the next, as one graph with these arguments of `torch.compile`. The first
+                calls take long; later ones with the same batch size and length are faster.
             kwargs:
                 Further parameters of [`FLMGenerationConfig`], such as `length`, `batch_size` or `temperature`.
 
@@ -230,13 +240,16 @@ class FLMGenerationMixin:
         if logits_processor is not None and not isinstance(logits_processor, list):
             raise ValueError("`logits_processor` must be a `LogitsProcessorList`; wrap a single processor into one.")
 
+        if compile_config is not None and not isinstance(compile_config, CompileConfig):
+            raise ValueError(f"`compile_config` must be a `CompileConfig`, got `{type(compile_config).__name__}`.")
+
         generators = generator if isinstance(generator, list) else [generator] * config.num_samples
         if len(generators) != config.num_samples:
             raise ValueError(
                 f"`generator` has {len(generators)} generators for {config.num_samples} texts: pass as many."
             )
 
-        factor = noise_factors(embedding)[0] if prior_state is None else None
+        factor = self._get_noise_factor(embedding) if prior_state is None else None
         processors = self._prepare_logits_processor(config, logits_processor)
 
         sequences, drafts = [], []
@@ -255,7 +268,9 @@ class FLMGenerationMixin:
                     else:
                         state = prior_state[start : start + size].to(embedding)
                         state = state @ embedding if state.shape[-1] == embedding.shape[0] else state
-                tokens, batch_drafts = self._sample(state, embedding, config, processors, streamer, callback)
+                tokens, batch_drafts = self._sample(
+                    state, embedding, config, processors, streamer, callback, compile_config
+                )
                 sequences.append(tokens)
                 drafts.append(batch_drafts)
                 progress.update(size)
@@ -280,33 +295,73 @@ class FLMGenerationMixin:
         logits_processor: LogitsProcessorList,
         streamer: BaseStreamer | None,
         callback: Callable[[int, int, torch.LongTensor], None] | None,
+        compile_config: CompileConfig | None,
     ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
         """Moves a batch of states from noise to text."""
         put_draft = getattr(streamer, "put_draft", None)
+        wants_drafts = config.output_drafts or put_draft is not None or callback is not None
+        advance = type(self)._step if compile_config is None else self._get_compiled_step(compile_config)
         tau = torch.linspace(0, 1, config.num_steps + 1, device=state.device)
         t = self.time.tau_to_t(tau)
         # One time per sequence, for every point of the grid.
-        tau, t = (times[:, None].expand(-1, state.shape[0]) for times in (tau, t))
+        tau, t = (times[:, None].expand(-1, state.shape[0]).contiguous() for times in (tau, t))
 
         drafts = []
         for step in range(config.num_steps):
             is_last = step == config.num_steps - 1
-            tokens, expected = [], []
-            for delta in self.denoise(state, tau[step], tau[step + 1], logits_processor=logits_processor):
-                tokens.append(delta.argmax(dim=-1))
-                if not is_last:
-                    with torch.autocast(delta.device.type, enabled=False):
-                        expected.append(delta @ embedding.to(delta.device))
-            tokens = torch.cat(tokens, dim=1).to(state.device)
-            if not is_last:
-                state = flow_map(state, torch.cat(expected, dim=1).to(state.device), t[step], t[step + 1])
-                if put_draft is not None:
-                    put_draft(tokens.cpu())
+            if compile_config is not None:
+                torch.compiler.cudagraph_mark_step_begin()
+            times = (tau[step], tau[step + 1], t[step], t[step + 1])
+            state, tokens = advance(
+                self, state, *times, embedding, logits_processor, not is_last, is_last or wants_drafts
+            )
+            if compile_config is not None:  # a CUDA graph writes to the same place every time
+                state, tokens = (None if x is None else x.clone() for x in (state, tokens))
+            if put_draft is not None and not is_last:
+                put_draft(tokens.cpu())
             if config.output_drafts:
                 drafts.append(tokens)
             if callback is not None:
                 callback(step + 1, config.num_steps, tokens)
         return tokens, torch.stack(drafts, dim=1) if drafts else None
+
+    def _step(
+        self,
+        state: torch.Tensor,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor,
+        s: torch.Tensor,
+        t: torch.Tensor,
+        embedding: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        with_state: bool,
+        with_tokens: bool,
+    ) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
+        """One step of the sampler: the next states, and the most likely tokens, where they are wanted."""
+        tokens, expected = [], []
+        for delta in self.denoise(state, tau_s, tau_t, logits_processor=logits_processor):
+            if with_tokens:
+                tokens.append(delta.argmax(dim=-1))
+            if with_state:
+                with torch.autocast(delta.device.type, enabled=False):
+                    expected.append(delta @ embedding.to(delta.device))
+        tokens = torch.cat(tokens, dim=1).to(state.device) if with_tokens else None
+        if not with_state:
+            return None, tokens
+        return flow_map(state, torch.cat(expected, dim=1).to(state.device), s, t), tokens
+
+    def _get_compiled_step(self, compile_config: CompileConfig) -> Callable:
+        if self._compiled_step is None or self._compiled_step[0] != compile_config:
+            # The function and not the method, so that copies of the model do not call the original.
+            self._compiled_step = (compile_config, torch.compile(type(self)._step, **compile_config.to_dict()))
+        return self._compiled_step[1]
+
+    def _get_noise_factor(self, embedding: torch.Tensor) -> torch.Tensor:
+        """The factor of the noise, made again only where the embedding has changed."""
+        fingerprint = embedding.sum(dim=0)
+        if self._noise_factor is None or not torch.equal(self._noise_factor[0].to(embedding.device), fingerprint):
+            self._noise_factor = (fingerprint, JointNoise(embedding).factor(0))
+        return self._noise_factor[1].to(embedding.device)
 
     @staticmethod
     def _draw_noise(length: int, factor: torch.Tensor, generators: list[torch.Generator | None]) -> torch.Tensor:

@@ -419,6 +419,8 @@ class FLMPreTrainedModel(PreTrainedModel):
         Args:
             options: Arguments of `torch.compile`, such as `backend` or `mode`.
         """
+        # One code for all networks in training and evaluation, with and without padding: each is a graph of its own.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         options = {"fullgraph": True, **options}
         compute = torch.compile(FLMLayer.compute, **options)
         for module in self.modules():

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -168,6 +168,11 @@ class FLMTrainer(Trainer):
             )
         self.time = ReparameterizedTime(model.config.vocab_size)
         self._joint_noise = None
+        # Regions in the place of the wrapped model: targets and samples do not go through its `forward`.
+        plugin = self.accelerator.state.dynamo_plugin
+        self._compile_options = None if plugin.backend == DynamoBackend.NO else self._regional(plugin.to_kwargs())
+        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=DynamoBackend.NO)
+        self._compile_regions(model)
         self.ema = None if args.ema_decay is None else EMACallback(args.ema_decay)
         if self.ema is not None:
             self.add_callback(self.ema)
@@ -179,6 +184,16 @@ class FLMTrainer(Trainer):
             self.add_callback(SampleCallback(processing_class, self.ema))
         if args.eval_gen_ppl_steps > 0:
             self.add_callback(GenPPLCallback(processing_class, self.log, self.ema))
+
+    @staticmethod
+    def _regional(options: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: options[name] for name in ("backend", "mode", "dynamic", "options") if options.get(name) is not None
+        }
+
+    def _compile_regions(self, network: PreTrainedModel):
+        if self._compile_options is not None:
+            network.compile_regions(**self._compile_options)
 
     # Times and noise
 

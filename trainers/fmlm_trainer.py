@@ -124,6 +124,7 @@ class FMLMTrainer(FLMTrainer):
         self.teacher = teacher
         if teacher is not None:
             teacher.requires_grad_(False).eval()
+            self._compile_regions(teacher)
             self._move_model_to_device(teacher, args.device)
         self._components = defaultdict(lambda: torch.zeros(2, device=args.device))
 
@@ -203,7 +204,8 @@ class FMLMTrainer(FLMTrainer):
     ) -> tuple[Denoiser, Denoiser]:
         """A two-time denoiser at `primals`, which are (state, tau_s, tau_t), and its derivative along `tangents`."""
         times = primals[1:]
-        with self.accelerator.autocast():
+        # Forward-mode derivatives do not go through what is compiled.
+        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             hidden_states, change = torch.func.jvp(
                 lambda state, tau_s, tau_t: network.encode(state, tau_s, tau_t, attention_mask), primals, tangents
             )
