@@ -38,6 +38,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,6 +61,7 @@ from trainers.noise import stratified_uniforms  # noqa: E402
 
 GIB = 2**30
 SUITES = ("train", "distill", "generate", "gpt2", "head", "batch")
+AXES = ("vocab_size", "length", "hidden_size", "attention", "batch_size")
 PRESETS = ("single_stage", "self_distillation", "two_network", "second_stage")
 
 
@@ -241,159 +243,158 @@ class Benchmark:
 
     def grid(self, batch_sizes: bool = True) -> list[dict]:
         args = self.args
-        names = ("vocab_size", "length", "hidden_size", "attention") + (("batch_size",) if batch_sizes else ())
+        names = AXES if batch_sizes else AXES[:-1]
         axes = (args.vocab_sizes, args.lengths, args.hidden_sizes, args.attn_implementations, args.batch_sizes)
         return [dict(zip(names, values)) for values in itertools.product(*axes[: len(names)])]
 
-    def train(self):
-        for settings in tqdm(self.grid(), desc="train"):
-            with self.flm_steps(**settings) as functions:
-                num_tokens = settings["batch_size"] * settings["length"]
-                self.record("train", settings, functions, num_tokens, None if self.args.compile else "library")
+    def run(self, suite: str):
+        has_batch = suite != "batch"
+        for settings in tqdm(self.grid(has_batch), desc=suite):
+            getattr(self, suite)(**settings)
 
-    def distill(self):
-        for preset, settings in tqdm(list(itertools.product(self.args.presets, self.grid())), desc="distill"):
+    def train(self, **settings):
+        with self.flm_steps(**settings) as functions:
+            num_tokens = settings["batch_size"] * settings["length"]
+            self.record("train", settings, functions, num_tokens, None if self.args.compile else "library")
+
+    def distill(self, **settings):
+        for preset in self.args.presets:
             with self.distillation_steps(preset, **settings) as functions:
                 num_tokens = settings["batch_size"] * settings["length"]
                 self.record("distill", {"preset": preset, **settings}, functions, num_tokens, None)
 
-    def generate(self):
-        for settings in tqdm(self.grid(), desc="generate"):
-            *sizes, attention, batch_size = settings.values()
-            length = settings["length"]
-            model = self.build(*sizes, attention).eval()
-            compile_config = CompileConfig() if self.args.compile else None
-            state = torch.randn(batch_size, length, settings["hidden_size"], device=self.device)
-            tau = torch.full((batch_size,), 0.5, device=self.device)
-            encode = self.maybe_compile(model.encode)
-            delta = self.maybe_compile(dense.delta)
+    def generate(self, vocab_size, length, hidden_size, attention, batch_size):
+        model = self.build(vocab_size, length, hidden_size, attention).eval()
+        compile_config = CompileConfig() if self.args.compile else None
+        state = torch.randn(batch_size, length, hidden_size, device=self.device)
+        tau = torch.full((batch_size,), 0.5, device=self.device)
+        encode = self.maybe_compile(model.encode)
+        delta = self.maybe_compile(dense.delta)
 
-            def forward(model=model, encode=encode, state=state, tau=tau):
-                """The transformer with its head, whose logits are dropped a chunk at a time."""
-                with torch.no_grad():
-                    hidden_states = encode(state, tau)
-                    for piece in model.chunks(state):
-                        model.predict(hidden_states[:, piece], tau)
+        @torch.no_grad()
+        def forward():
+            """The transformer with its head, whose logits are dropped a chunk at a time."""
+            hidden_states = encode(state, tau)
+            for piece in model.chunks(state):
+                model.predict(hidden_states[:, piece], tau)
 
-            def blocks(encode=encode, state=state, tau=tau):
-                with torch.no_grad():
-                    encode(state, tau)
+        @torch.no_grad()
+        def blocks():
+            encode(state, tau)
 
-            for num_steps in self.args.num_steps:
+        def library(num_steps: int):
+            options = {"batch_size": batch_size, "length": length, "compile_config": compile_config}
+            return model.generate(batch_size, num_steps, **options)
 
-                def library(model=model, batch_size=batch_size, length=length, num_steps=num_steps):
-                    options = {"batch_size": batch_size, "length": length, "compile_config": compile_config}
-                    return model.generate(batch_size, num_steps, **options)
-
-                functions = {
-                    "library": library,
-                    "dense": lambda n=num_steps: dense.generate(model, batch_size, length, n, delta),  # noqa: B023
-                }
-                if num_steps == min(self.args.num_steps):
-                    functions |= {"one forward pass": forward, "one forward pass, blocks alone": blocks}
-                settings = {**settings, "num_steps": num_steps}
-                with self.autocast():
-                    num_tokens = batch_size * length
-                    count = None if self.args.compile else "library"
-                    self.record("generate", settings, functions, num_tokens, count)
-
-    def gpt2(self):
-        for settings in tqdm(self.grid(), desc="gpt2"):
-            *sizes, _, batch_size = settings.values()
-            length = settings["length"]
-            gpt2 = self.build_gpt2(*sizes)
-            input_ids = torch.randint(settings["vocab_size"], (batch_size, length), device=self.device)
-            with self.flm_steps(**settings) as functions:
-                step = self.training_step(gpt2.train(), lambda: gpt2(input_ids, labels=input_ids).loss)  # noqa: B023
-                functions = {"FLM": functions["library"], "GPT-2": step}
-                self.record("gpt2, training step", settings, functions, batch_size * length, None)
-            del functions, step
-            gpt2 = gpt2.eval()
-            model = self.build(*sizes, settings["attention"]).eval()
-            prompt = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            options = {"cache_implementation": "static"} if self.args.compile else {}
-
-            def autoregressive(gpt2=gpt2, prompt=prompt, length=length, options=options):
-                return gpt2.generate(prompt, max_new_tokens=length - 1, do_sample=True, pad_token_id=0, **options)
-
-            def one_step(num_samples, model=model, length=length):
-                compile_config = CompileConfig() if self.args.compile else None
-                return model.generate(num_samples, 1, length=length, compile_config=compile_config)
-
-            with self.autocast():
-                functions = {"one-step flow map": lambda: one_step(1), "GPT-2 with KV cache": autoregressive}  # noqa: B023
-                self.record("gpt2, one text", settings, functions, length, None)
-                functions = {"one-step flow map": lambda: one_step(batch_size)}  # noqa: B023
-                self.record("gpt2, a batch of texts", settings, functions, batch_size * length, None)
-
-    def head(self):
-        for settings in tqdm(self.grid(), desc="head"):
-            vocab_size, length, hidden_size, _, batch_size = settings.values()
-            hidden_states = torch.randn(batch_size, length, hidden_size, device=self.device, requires_grad=True)
-            weight = (0.02 * torch.randn(vocab_size, hidden_size, device=self.device)).requires_grad_()
-            bias = torch.zeros(vocab_size, device=self.device, requires_grad=True)
-            labels = torch.randint(vocab_size, (batch_size, length), device=self.device)
-            ones = torch.ones(batch_size, length, device=self.device)
-            flat = hidden_states.flatten(0, 1)
-
-            def library():
-                function = lambda outputs, weights, piece: softmax_cross_entropy(outputs, labels[:, piece], weights)  # noqa: B023, E731
-                return head_loss(function, ones, hidden_states, weight, bias)[0] / labels.numel()  # noqa: B023
-
-            losses = {
-                "library": library,
-                "all logits": lambda: F.cross_entropy(F.linear(flat, weight, bias).float(), labels.flatten()),  # noqa: B023
+        settings = dict(zip(AXES, (vocab_size, length, hidden_size, attention, batch_size)))
+        for num_steps in self.args.num_steps:
+            functions = {
+                "library": partial(library, num_steps),
+                "dense": partial(dense.generate, model, batch_size, length, num_steps, delta),
+                "forward pass": forward,
+                "blocks of it": blocks,
             }
-            if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-                options = torch.nn.LinearCrossEntropyOptions()
-                losses["torch, chunked"] = lambda: F.linear_cross_entropy(  # noqa: B023
-                    flat,
-                    weight,
-                    labels.flatten(),
-                    linear_bias=bias,
-                    options=options,  # noqa: B023
-                )
-            if self.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-                from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+            count = None if self.args.compile else "library"
+            with self.autocast():
+                settings = {**settings, "num_steps": num_steps}
+                self.record("generate", settings, functions, batch_size * length, count)
 
-                losses["Liger"] = lambda: liger_fused_linear_cross_entropy(flat, weight, labels.flatten(), bias)  # noqa: B023
+    def gpt2(self, vocab_size, length, hidden_size, attention, batch_size):
+        sizes = (vocab_size, length, hidden_size)
+        settings = dict(zip(AXES, (vocab_size, length, hidden_size, attention, batch_size)))
+        gpt2 = self.build_gpt2(*sizes)
+        input_ids = torch.randint(vocab_size, (batch_size, length), device=self.device)
+        with self.flm_steps(**settings) as functions:
+            step = self.training_step(gpt2.train(), lambda: gpt2(input_ids, labels=input_ids).loss)
+            functions = {"FLM": functions["library"], "GPT-2": step}
+            self.record("gpt2: training step", settings, functions, batch_size * length, None)
+        del functions, step
+        gpt2, model = gpt2.eval(), self.build(*sizes, attention).eval()
+        prompt = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        options = {"cache_implementation": "static"} if self.args.compile else {}
 
-            def run(loss):
-                with self.autocast():
-                    value = loss()
-                gradients = torch.autograd.grad(value, (hidden_states, weight, bias))  # noqa: B023
-                return value, gradients
+        def autoregressive():
+            return gpt2.generate(prompt, max_new_tokens=length - 1, do_sample=True, pad_token_id=0, **options)
 
-            functions = {name: lambda loss=loss: run(loss) for name, loss in losses.items()}
-            expected = run(losses["all logits"])[0].item()
-            for name, function in functions.items():
-                value = function()[0].item()
-                if abs(value - expected) > 1e-2 * expected:
-                    raise RuntimeError(f"{name} gives {value}, and all logits {expected}.")
-            self.record("head", settings, functions, batch_size * length, None)
+        def one_step(num_samples: int):
+            compile_config = CompileConfig() if self.args.compile else None
+            return model.generate(num_samples, 1, length=length, compile_config=compile_config)
 
-    def batch(self):
-        for settings in tqdm(self.grid(batch_sizes=False), desc="batch"):
-            for name in ("library", "dense"):
+        with self.autocast():
+            functions = {"one-step flow map": partial(one_step, 1), "GPT-2 with KV cache": autoregressive}
+            self.record("gpt2: one text", {**settings, "batch_size": 1}, functions, length, None)
+            functions = {"one-step flow map": partial(one_step, batch_size)}
+            self.record("gpt2: a batch of texts", settings, functions, batch_size * length, None)
 
-                def fits(batch_size: int, name=name, settings=settings) -> bool:
-                    with self.flm_steps(**settings, batch_size=batch_size) as functions:
-                        functions[name]()  # makes the state of the optimizer
-                        try:
-                            fits = measure.peak_memory(functions[name], self.device) <= self.args.memory * GIB
-                        except torch.OutOfMemoryError:
-                            fits = False
+    def head(self, vocab_size, length, hidden_size, attention, batch_size):
+        hidden_states = torch.randn(batch_size, length, hidden_size, device=self.device, requires_grad=True)
+        weight = (0.02 * torch.randn(vocab_size, hidden_size, device=self.device)).requires_grad_()
+        bias = torch.zeros(vocab_size, device=self.device, requires_grad=True)
+        labels = torch.randint(vocab_size, (batch_size, length), device=self.device)
+        ones = torch.ones(batch_size, length, device=self.device)
+        flat, flat_labels = hidden_states.flatten(0, 1), labels.flatten()
+
+        def library():
+            def function(outputs, weights, piece):
+                return softmax_cross_entropy(outputs, labels[:, piece], weights)
+
+            return head_loss(function, ones, hidden_states, weight, bias)[0] / labels.numel()
+
+        losses = {
+            "library": library,
+            "all logits": lambda: F.cross_entropy(F.linear(flat, weight, bias).float(), flat_labels),
+        }
+        if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            options = torch.nn.LinearCrossEntropyOptions()
+            losses["torch, chunked"] = partial(
+                F.linear_cross_entropy, flat, weight, flat_labels, linear_bias=bias, options=options
+            )
+        if self.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+            losses["Liger"] = partial(liger_fused_linear_cross_entropy, flat, weight, flat_labels, bias)
+
+        def run(name: str) -> float:
+            with self.autocast():
+                loss = losses[name]()
+            torch.autograd.grad(loss, (hidden_states, weight, bias))
+            return loss.item()
+
+        gradient = torch.zeros(len(flat), vocab_size, device=self.device)
+
+        @torch.no_grad()
+        def products():
+            """The products of matrices that no way can do without."""
+            return flat @ weight.T, gradient @ weight, gradient.T @ flat
+
+        expected = run("all logits")
+        for name in losses:
+            if abs(run(name) - expected) > 1e-2 * expected:
+                raise RuntimeError(f"{name} gives {run(name)}, and all logits {expected}.")
+        settings = {"vocab_size": vocab_size, "length": length, "hidden_size": hidden_size, "batch_size": batch_size}
+        functions = {name: partial(run, name) for name in losses} | {"its products alone": products}
+        self.record("head", settings, functions, batch_size * length, None)
+
+    def batch(self, **settings):
+        def fits(name: str, batch_size: int) -> bool:
+            with self.flm_steps(**settings, batch_size=batch_size) as functions:
+                try:
+                    functions[name]()  # makes the state of the optimizer
+                    return measure.peak_memory(functions[name], self.device) <= self.args.memory * GIB
+                except torch.OutOfMemoryError:
+                    return False
+                finally:
                     gc.collect()
-                    return fits
 
-                fitting, failing = 0, 1
-                while fits(failing):
-                    fitting, failing = failing, 2 * failing
-                while failing - fitting > max(1, fitting // 8):  # to an eighth
-                    middle = (fitting + failing) // 2
-                    fitting, failing = (middle, failing) if fits(middle) else (fitting, middle)
-                row = {"suite": "batch", "contender": name, **settings, "memory_gib": self.args.memory}
-                self.records.append(row | {"largest_batch_size": fitting})
+        for name in ("library", "dense"):
+            fitting, failing = 0, 1
+            while fits(name, failing):
+                fitting, failing = failing, 2 * failing
+            while failing - fitting > max(1, fitting // 8):  # to an eighth
+                middle = (fitting + failing) // 2
+                fitting, failing = (middle, failing) if fits(name, middle) else (fitting, middle)
+            row = {"suite": "batch", "contender": name, **settings, "memory_gib": self.args.memory}
+            self.records.append(row | {"largest_batch_size": fitting})
 
     # What is shown
 
@@ -413,12 +414,11 @@ class Benchmark:
         for suite, rows in itertools.groupby(self.records, key=lambda row: row["suite"]):
             rows = list(rows)
             names = list(dict.fromkeys(name for row in rows for name in row if name != "suite"))
-            axes = ("vocab_size", "length", "hidden_size", "batch_size", "num_steps", "preset", "attention")
             print(f"\n{suite}\n| " + " | ".join(names) + " | times the first |")
             print("|---" * (len(names) + 1) + "|")
             first = {}
             for row in rows:
-                key = tuple(row.get(name) for name in axes)
+                key = tuple(row.get(name) for name in (*AXES, "num_steps", "preset"))
                 first.setdefault(key, row)
                 measured = "seconds" if "seconds" in row else "largest_batch_size"
                 ratio = f"{row[measured] / first[key][measured]:.2f}" if first[key][measured] else "-"
@@ -469,7 +469,7 @@ def main():
     transformers.logging.set_verbosity_error()
     benchmark = Benchmark(args)
     for suite in args.suites:
-        getattr(benchmark, suite)()
+        benchmark.run(suite)
         benchmark.save()
     benchmark.show()
     if args.plot is not None:

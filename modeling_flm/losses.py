@@ -64,14 +64,15 @@ def softmax_divergence(
     if kind == "squared_error":
         delta = logits.softmax(dim=-1)
         difference = delta - target
-        mean = (delta * difference).sum(dim=-1, keepdim=True)
-        return difference.square().sum(dim=-1), (2 * loss_weights * delta * (difference - mean)).to(dtype)
+        losses = difference.square().sum(dim=-1)
+        difference -= (delta * difference).sum(dim=-1, keepdim=True)
+        return losses, delta.mul_(difference).mul_(2 * loss_weights).to(dtype)
     log_delta = logits.log_softmax(dim=-1)
     losses = -(target * log_delta).sum(dim=-1)
     if kind == "kl":
         losses = losses + torch.xlogy(target, target).sum(dim=-1)
-    gradients = log_delta.exp() * target.sum(dim=-1, keepdim=True) - target
-    return losses, (loss_weights * gradients).to(dtype)
+    gradients = log_delta.exp_().mul_(target.sum(dim=-1, keepdim=True)).sub_(target)
+    return losses, gradients.mul_(loss_weights).to(dtype)
 
 
 def softmax_cross_entropy(
@@ -84,7 +85,7 @@ def softmax_cross_entropy(
     labels = labels.clamp(min=0).unsqueeze(-1)
     log_delta = logits.log_softmax(dim=-1)
     losses = -log_delta.gather(-1, labels).squeeze(-1)
-    return losses, (loss_weights * log_delta.exp()).scatter_add(-1, labels, -loss_weights).to(dtype)
+    return losses, log_delta.exp_().mul_(loss_weights).scatter_add_(-1, labels, -loss_weights).to(dtype)
 
 
 # Outputs of the head, loss weights, and where they stand in the sequences -> losses, weighted gradients in the outputs
@@ -116,7 +117,7 @@ class _HeadLoss(torch.autograd.Function):
         bias_gradient = torch.zeros_like(bias) if of_bias else None
         with torch.autocast(device, enabled=False):
             for piece in chunks(*hidden_states.shape[:2], weight.shape[0], hidden_states.device):
-                inputs = hidden_states[:, piece].to(dtype)
+                inputs = hidden_states[:, piece].to(dtype).contiguous()  # for one product of matrices
                 outputs = F.linear(inputs, low_weight, low_bias)
                 piece_losses, gradient = function(outputs, loss_weights[:, piece], piece)
                 del outputs

@@ -131,7 +131,8 @@ class FLMHead(nn.Linear):
     """The output projection, with float32 outputs also under autocast; starts at zero, the uniform distribution."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states.to(self.weight.dtype)).float()
+        # Contiguous, as a stretch of positions is not: it becomes one product of matrices, and not one for each sequence.
+        return super().forward(hidden_states.to(self.weight.dtype).contiguous()).float()
 
 
 def rotary_embedding(
@@ -823,9 +824,10 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
                 losses, gradient = difference.square().sum(dim=-1), 2 * difference
             else:
                 labels = target[:, piece].clamp(min=0).unsqueeze(-1)
-                # The correction may leave the simplex.
-                chosen = delta.gather(-1, labels).clamp(min=torch.finfo(delta.dtype).tiny)
-                losses, gradient = -chosen.log().squeeze(-1), torch.zeros_like(delta).scatter(-1, labels, -1 / chosen)
+                chosen = delta.gather(-1, labels)
+                tiny = torch.finfo(chosen.dtype).tiny  # as the correction may leave the simplex
+                losses = -chosen.clamp(min=tiny).log().squeeze(-1)
+                gradient = torch.zeros_like(delta).scatter(-1, labels, torch.where(chosen > tiny, -1 / chosen, 0.0))
             return losses, (weights[..., None] * scale * gradient).to(outputs.dtype)
 
         head = self.correction.lm_head

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoModel, PreTrainedModel
 
 from hub.card import is_hub_name
@@ -224,7 +223,10 @@ class FMLMTrainer(FLMTrainer):
     def _diagonal_target(self, teacher_state, tau_s, attention_mask, labels) -> Denoiser:
         """The denoiser of the teacher, or the data."""
         if self.teacher is None:
-            return lambda piece: F.one_hot(labels[:, piece].clamp(min=0), self.model.config.vocab_size).float()
+            ones = torch.ones(*labels.shape, 1, device=labels.device)
+            zeros = torch.zeros(1, 1, 1, device=labels.device).expand(*labels.shape, self.model.config.vocab_size)
+            # Not `one_hot`, which waits for the device to check the labels
+            return lambda piece: zeros[:, piece].scatter(-1, labels[:, piece, None].clamp(min=0), ones[:, piece])
         return self._denoiser(self.teacher, teacher_state, tau_s, tau_s, attention_mask)
 
     def _semigroup_target(self, state, tau_s, tau_u, tau_t, attention_mask) -> Denoiser:

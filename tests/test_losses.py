@@ -1,0 +1,231 @@
+"""Losses a chunk at a time, against all logits at once; what a step holds, and what it waits for."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build_flm
+from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from modeling_flm import FMLMModel, FMLMTwoNetworkModel, losses
+from modeling_flm.flow import JointNoise
+from modeling_flm.losses import chunks, head_loss, softmax_cross_entropy, softmax_divergence
+from trainers import PRESETS, FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+
+
+VOCAB_SIZE = 200
+
+
+def set_chunk(monkeypatch, num_positions: int, batch_size: int, vocab_size: int):
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", num_positions * batch_size * vocab_size)
+
+
+@pytest.mark.parametrize("num_positions", [1, 7, 20])
+@pytest.mark.parametrize("kind", ["labels", "cross_entropy", "kl", "squared_error"])
+def test_is_that_of_all_logits(kind, num_positions, monkeypatch):
+    set_chunk(monkeypatch, num_positions, 3, VOCAB_SIZE)
+    leaves = [torch.randn(3, 20, 16), torch.randn(VOCAB_SIZE, 16), torch.randn(VOCAB_SIZE), torch.rand(3, 20)]
+    hidden_states, weight, bias, weights = leaves = [leaf.requires_grad_() for leaf in leaves]
+    labels = torch.randint(VOCAB_SIZE, (3, 20))
+    target = labels if kind == "labels" else torch.randn(3, 20, VOCAB_SIZE).softmax(-1)
+    log_delta = F.linear(hidden_states, weight, bias).log_softmax(-1)
+    expected = {
+        "labels": lambda: F.nll_loss(log_delta.transpose(1, 2), labels, reduction="none"),
+        "cross_entropy": lambda: -(target * log_delta).sum(-1),
+        "kl": lambda: F.kl_div(log_delta, target, reduction="none").sum(-1),
+        "squared_error": lambda: (log_delta.exp() - target).square().sum(-1),
+    }[kind]()
+
+    def function(outputs, weights, piece):
+        assert outputs.shape[1] <= num_positions
+        if kind == "labels":
+            return softmax_cross_entropy(outputs, target[:, piece], weights)
+        return softmax_divergence(kind, outputs, target[:, piece], weights)
+
+    total, each = head_loss(function, weights, hidden_states, weight, bias)
+    torch.testing.assert_close(each, expected)
+    assert not each.requires_grad
+    torch.testing.assert_close(total, (weights * expected).sum())
+    references = torch.autograd.grad(3 * (weights * expected).sum(), leaves, retain_graph=True)
+    for value, reference in zip(torch.autograd.grad(3 * total, leaves), references):
+        torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5)
+    # What is frozen gets no gradient, and nothing does where none is recorded.
+    weight.requires_grad_(False)
+    bias.requires_grad_(False)
+    (gradient,) = torch.autograd.grad(
+        head_loss(function, weights.detach(), hidden_states, weight, bias)[0], hidden_states
+    )
+    reference = torch.autograd.grad((weights * expected).sum(), hidden_states)[0]
+    torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert not head_loss(function, weights, hidden_states, weight, bias)[0].requires_grad
+
+
+def test_products_are_in_the_precision_of_autocast():
+    hidden_states, weight = torch.randn(3, 20, 16, requires_grad=True), torch.randn(VOCAB_SIZE, 16, requires_grad=True)
+    bias, labels = torch.randn(VOCAB_SIZE), torch.randint(VOCAB_SIZE, (3, 20))
+    seen = []
+
+    def function(outputs, weights, piece):
+        seen.append(outputs.dtype)
+        return softmax_cross_entropy(outputs, labels[:, piece], weights)
+
+    def run():
+        total, each = head_loss(function, torch.ones(3, 20), hidden_states, weight, bias)
+        return total, each, *torch.autograd.grad(total, (hidden_states, weight))
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = run()
+    assert seen == [torch.float32, torch.bfloat16]
+    for value, exact in zip(low, expected):
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, exact)
+        assert (value - exact).norm() < 0.01 * exact.norm()
+
+
+def test_chunks_cover_all_positions_within_the_budget(monkeypatch):
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 1000)
+    for batch_size, length, vocab_size in ((1, 10, 100), (3, 17, 50), (5, 4, 2000), (2, 1000, 2)):
+        pieces = chunks(batch_size, length, vocab_size, torch.device("cpu"))
+        assert [n for piece in pieces for n in range(piece.start, piece.stop)] == list(range(length))
+        widths = [piece.stop - piece.start for piece in pieces]
+        assert max(widths) == 1 or max(widths) * batch_size * vocab_size <= 1000
+        assert len(pieces) <= math.ceil(length / max(1, 1000 // (batch_size * vocab_size)))
+
+
+def test_two_networks_against_labels(monkeypatch):
+    flm = build_flm()
+    model = FMLMTwoNetworkModel.from_flm(flm, dropout=0.0).train()
+    torch.nn.init.normal_(model.correction.lm_head.weight)
+    batch = (torch.randint(53, (3, 12)), torch.tensor([0.1, 0.5, 0.7]), torch.tensor([0.1, 0.9, 1.0]))
+    delta = model(*batch).logits
+    expected = -delta.clamp(min=torch.finfo(torch.float32).tiny).gather(-1, batch[0][..., None]).log().mean()
+    expected.backward()
+    gradient = model.correction.lm_head.weight.grad.clone()
+    model.zero_grad()
+    set_chunk(monkeypatch, 5, 3, 53)
+    output = model(*batch, labels=batch[0])
+    assert output.logits is None
+    output.loss.backward()
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(model.correction.lm_head.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_are_there_unless_in_training_or_skipped(flm):
+    batch = {"input_ids": torch.randint(53, (3, 12)), "timesteps": torch.rand(3)}
+    assert flm(**batch, labels=batch["input_ids"]).logits is not None
+    assert flm(**batch, labels=batch["input_ids"], skip_logits=True).logits is None
+    flm.train()
+    assert flm(**batch).logits is not None
+    assert flm(**batch, labels=batch["input_ids"]).logits is None
+    assert flm(**batch, labels=batch["input_ids"], skip_logits=False).logits is not None
+    with pytest.raises(ValueError, match="`targets` needs `labels`"):
+        flm(**batch, targets=lambda piece: None)
+
+
+class Watch(TorchDispatchMode):
+    """Notes the size of the largest tensor, and operations for which the host waits for a device."""
+
+    waiting = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.waits = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        name = function._overloadpacket.__name__
+        if name in self.waiting:
+            self.waits.append(name)
+        for leaf in [] if function.is_view else tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self.largest = max(self.largest, leaf.numel())
+        return output
+
+
+def build_trainer(path, preset: str | None, vocab_size: int = VOCAB_SIZE, **options) -> FLMTrainer:
+    """With eight packed texts of twelve tokens, all in a batch."""
+    options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 8, **options}
+    dataset = Dataset.from_dict({"input_ids": torch.randint(vocab_size, (64, 12)).tolist()})
+    flm = build_flm(vocab_size=vocab_size, hidden_size=16, dropout=0.0)
+    if preset is None:
+        return FLMTrainer(flm.train(), FLMTrainingArguments(path, **options), train_dataset=dataset)
+    two_networks = FMLMTwoNetworkModel.from_flm(flm, dropout=0.0)
+    model = two_networks if preset == "two_network" else FMLMModel.from_flm(flm, dropout=0.0)
+    torch.nn.init.normal_((model.correction if preset == "two_network" else model).lm_head.weight)
+    teacher = {"second_stage": two_networks, "single_stage": flm}.get(preset)
+    args = FMLMTrainingArguments.from_preset(preset, output_dir=path, **options)
+    return FMLMTrainer(model, args, teacher=teacher, train_dataset=dataset)
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_a_step_holds_a_chunk_of_probabilities_and_waits_for_nothing(preset, tmp_path, monkeypatch):
+    set_chunk(monkeypatch, 1, 8, VOCAB_SIZE)
+    trainer = build_trainer(tmp_path, preset)
+    batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    trainer.model.train()
+    trainer.time.tau_to_t(torch.zeros(1))  # makes the table, once
+    with Watch() as watch:
+        trainer.training_step(trainer.model, batches[0], count)
+    # Eight texts of one position; all twelve of them would be too many, and so would the embeddings of four networks.
+    assert 8 * VOCAB_SIZE <= watch.largest < min(8 * 12, 4 * 16) * VOCAB_SIZE
+    assert watch.waits == []
+
+
+def test_samples_hold_a_chunk_of_probabilities_and_no_step_waits(monkeypatch):
+    set_chunk(monkeypatch, 1, 8, VOCAB_SIZE)
+    model = build_flm(vocab_size=VOCAB_SIZE, hidden_size=16, attn_logit_softcapping=None)
+    model.generate(num_samples=8, num_steps=3)
+    waits = []
+    for num_steps in (1, 5):
+        with Watch() as watch:
+            model.generate(num_samples=8, num_steps=num_steps)
+        assert watch.largest <= 8 * 12 * 64 < 8 * 12 * VOCAB_SIZE
+        waits.append(watch.waits)
+    assert waits[0] == waits[1] == ["equal"]  # whether the noise is that of the embedding, once
+
+
+def test_eager_attention_holds_the_weights_of_one_text(flm):
+    state = torch.randn(6, 12, 32)
+    expected = flm.encode(state, torch.rand(6).fill_(0.5))
+    mask = torch.ones(6, 12, dtype=torch.long)
+    mask[2:, 7:] = 0
+    with torch.no_grad(), Watch() as watch:
+        torch.testing.assert_close(flm.encode(state, torch.full((6,), 0.5)), expected)
+        assert watch.largest == 6 * 12 * 4 * 32  # the MLP; heads times the square of the length is 576 a text
+        masked = flm.encode(state, torch.full((6,), 0.5), attention_mask=mask)
+        weights = flm(inputs_embeds=state, timesteps=torch.full((6,), 0.5), output_attentions=True).attentions
+    torch.testing.assert_close(masked, flm.encode(state, torch.full((6,), 0.5), attention_mask=mask))
+    assert len(weights) == 2 and weights[0].shape == (6, 4, 12, 12)
+
+
+@pytest.mark.parametrize("preset", [None, "single_stage"])
+def test_the_noise_is_made_once_for_each_optimizer_step(preset, tmp_path, monkeypatch):
+    made = []
+    init = JointNoise.__init__
+    monkeypatch.setattr(JointNoise, "__init__", lambda self, *args: made.append(len(args)) or init(self, *args))
+    options = {"max_steps": 3, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+    trainer = build_trainer(tmp_path, preset, **options, logging_steps=1)
+    trainer.train()
+    assert made == [1 if preset is None else 2] * 3
+    trainer.evaluate(trainer.train_dataset)
+    assert len(made) == 4
+    # With another accumulation the same examples and noise: what is kept has not gone stale.
+    once = build_trainer(tmp_path, preset, **{**options, "gradient_accumulation_steps": 1}, logging_steps=1)
+    once.model.load_state_dict(trainer.model.state_dict())
+    assert len(made) == 4
+
+
+def test_the_noise_of_samples_follows_the_embedding():
+    model = build_flm(vocab_size=VOCAB_SIZE, hidden_size=16)
+    model.generate()
+    first = model._noise_factor[1]
+    model.generate()
+    assert model._noise_factor[1] is first
+    model.embed_tokens.weight.data.mul_(2)  # which no version counter sees
+    model.generate()
+    torch.testing.assert_close(model._noise_factor[1], 2 * first)
