@@ -328,8 +328,8 @@ class Benchmark:
 
     def head(self, vocab_size, length, hidden_size, attention, batch_size):
         hidden_states = torch.randn(batch_size, length, hidden_size, device=self.device, requires_grad=True)
-        weight = (0.02 * torch.randn(vocab_size, hidden_size, device=self.device)).requires_grad_()
-        bias = torch.zeros(vocab_size, device=self.device, requires_grad=True)
+        head = torch.nn.Linear(hidden_size, vocab_size, device=self.device)
+        weight, bias = head.weight, head.bias
         labels = torch.randint(vocab_size, (batch_size, length), device=self.device)
         ones = torch.ones(batch_size, length, device=self.device)
         flat, flat_labels = hidden_states.flatten(0, 1), labels.flatten()
@@ -338,7 +338,7 @@ class Benchmark:
             def function(outputs, weights, piece):
                 return softmax_cross_entropy(outputs, labels[:, piece], weights)
 
-            return head_loss(function, ones, hidden_states, weight, bias)[0] / labels.numel()
+            return head_loss(function, ones, hidden_states, head)[0] / labels.numel()
 
         losses = {
             "library": library,

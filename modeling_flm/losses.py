@@ -17,11 +17,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 # How many probabilities are made at a time: 330 tokens at V = 50k on a CPU, where they should stay near the caches, and
 # 1300 on a GPU, which takes larger matrices to be busy.
 CHUNK_ELEMENTS = {"cpu": 2**24, "default": 2**26}
+
+DIVERGENCES = ("cross_entropy", "kl", "squared_error")
 
 
 def chunks(batch_size: int, length: int, vocab_size: int, device: torch.device) -> list[slice]:
@@ -105,12 +108,13 @@ class _HeadLoss(torch.autograd.Function):
         with_gradient: bool,
         loss_weights: torch.Tensor,
         hidden_states: torch.Tensor,
+        head: nn.Linear,
         weight: torch.Tensor,
         bias: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        of_hidden, of_weight, of_bias = (with_gradient and needed for needed in ctx.needs_input_grad[3:])
+        of_hidden, of_weight, of_bias = (with_gradient and ctx.needs_input_grad[index] for index in (3, 5, 6))
         low_weight, low_bias = weight.to(dtype), bias.to(dtype)
         hidden_gradients, losses = [], []
         weight_gradient = torch.zeros_like(weight) if of_weight else None
@@ -118,7 +122,8 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for piece in chunks(*hidden_states.shape[:2], weight.shape[0], hidden_states.device):
                 inputs = hidden_states[:, piece].to(dtype).contiguous()  # for one product of matrices
-                outputs = F.linear(inputs, low_weight, low_bias)
+                # What is offloaded is there only during a call of the module.
+                outputs = head(inputs) if weight.is_meta else F.linear(inputs, low_weight, low_bias)
                 piece_losses, gradient = function(outputs, loss_weights[:, piece], piece)
                 del outputs
                 losses.append(piece_losses)
@@ -139,19 +144,17 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale: torch.Tensor, _):
-        gradients = (
-            scale * gradient if gradient is not None and needed else None
-            for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:])
-        )
-        return None, None, *gradients
+        losses, *gradients = ctx.saved_tensors
+        of_loss_weights = scale * losses if ctx.needs_input_grad[2] else None
+        of_hidden, of_weight, of_bias = (None if gradient is None else scale * gradient for gradient in gradients)
+        return None, None, of_loss_weights, of_hidden, None, of_weight, of_bias
 
 
 def head_loss(
     function: LossFunction,
     loss_weights: torch.Tensor,
     hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
+    head: nn.Linear,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The weighted sum of losses of the outputs of a linear head, made a chunk of positions at a time, and their gradients
@@ -164,11 +167,14 @@ def head_loss(
             there, and where they stand in the sequences; returns what [`softmax_divergence`] does.
         loss_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What each loss counts. Differentiable.
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The input of the head.
-        weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`): The weight of the head.
-        bias (`torch.Tensor` of shape `(vocab_size,)`): Its bias.
+        head (`nn.Linear`): The head, with a bias.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the sum, a scalar, and the losses, of shape
         `(batch_size, sequence_length)`, without gradient.
     """
-    return _HeadLoss.apply(function, torch.is_grad_enabled(), loss_weights, hidden_states, weight, bias)
+    weight, bias = head.weight, head.bias
+    if not weight.is_meta:
+        loss_weights, hidden_states = loss_weights.to(weight.device), hidden_states.to(weight.device)
+    with_gradient = torch.is_grad_enabled() and not weight.is_meta
+    return _HeadLoss.apply(function, with_gradient, loss_weights, hidden_states, head, weight, bias)

@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .flow import JointNoise, interpolate
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin
-from .losses import chunks, head_loss, softmax_cross_entropy, softmax_divergence
+from .losses import DIVERGENCES, chunks, head_loss, softmax_cross_entropy, softmax_divergence
 from .time_reparameterization import ReparameterizedTime
 
 
@@ -581,34 +581,40 @@ class FLMPreTrainedModel(PreTrainedModel):
             raise ValueError("`noise` and `t` go together, and with `input_ids`: they noise the clean tokens.")
         if targets is not None and labels is None:
             raise ValueError("`targets` needs `labels`, which are -100 where there is nothing to learn.")
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"`divergence` must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
 
         if inputs_embeds is None:
             inputs_embeds = self._make_state(input_ids, noise, t, joint_noise)
         hidden_states = self.encode(inputs_embeds, timesteps, target_timesteps, attention_mask, **kwargs)
-        output = FLMOutput(last_hidden_state=hidden_states, log_weight=self.loss_weight(timesteps))
-        if skip_logits is None:
-            skip_logits = self.training and labels is not None
-        if not skip_logits:
-            output.logits = self.predict(hidden_states, timesteps, target_timesteps)
+        log_weight = self.loss_weight(timesteps)
+        loss, token_losses, logits = None, None, None
         if labels is not None:
-            labels = labels.to(hidden_states.device)
-            mask = (labels != -100).to(hidden_states.dtype)
+            mask = (labels != -100).to(hidden_states)
             weights = mask if loss_weights is None else mask * loss_weights[:, None]
-            is_weighting = targets is not None and output.log_weight is not None and self.training
-            total, losses = self.loss(
+            is_weighting = targets is not None and log_weight is not None and self.training
+            total, token_losses = self.loss(
                 divergence,
                 labels if targets is None else targets,
-                torch.exp(-output.log_weight)[:, None] * weights if is_weighting else weights,
+                torch.exp(-log_weight)[:, None] * weights if is_weighting else weights,
                 hidden_states,
                 timesteps,
                 target_timesteps,
             )
+            token_losses = token_losses.to(weights.device) * weights
             if is_weighting:
-                total = total + (mask * output.log_weight[:, None]).sum()
+                total = total + (mask * log_weight[:, None]).sum()
             count = mask.sum() if num_items_in_batch is None else num_items_in_batch
-            output.loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
-            output.token_losses = losses * weights
-        return output
+            loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        if not (self.training and labels is not None if skip_logits is None else skip_logits):
+            logits = self.predict(hidden_states, timesteps, target_timesteps)
+        return FLMOutput(
+            loss=loss,
+            logits=logits,
+            last_hidden_state=hidden_states,
+            log_weight=log_weight,
+            token_losses=token_losses,
+        )
 
 
 class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
@@ -672,9 +678,9 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
         def function(outputs, weights, piece):
             if callable(target):
                 return self.softmax_divergence(divergence, outputs, target(piece), weights)
-            return self.softmax_cross_entropy(outputs, target[:, piece], weights)
+            return self.softmax_cross_entropy(outputs, target[:, piece].to(outputs.device), weights)
 
-        return head_loss(function, loss_weights, hidden_states, self.lm_head.weight, self.lm_head.bias)
+        return head_loss(function, loss_weights, hidden_states, self.lm_head)
 
     def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
         logits = self.lm_head(hidden_states)
@@ -830,8 +836,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
                 gradient = torch.zeros_like(delta).scatter(-1, labels, torch.where(chosen > tiny, -1 / chosen, 0.0))
             return losses, (weights[..., None] * scale * gradient).to(outputs.dtype)
 
-        head = self.correction.lm_head
-        return head_loss(function, loss_weights, correction_states, head.weight, head.bias)
+        return head_loss(function, loss_weights, correction_states, self.correction.lm_head)
 
     @staticmethod
     def delta(logits):

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CompileConfig
 
-from modeling_flm import FLMConfig, FLMModel
+from modeling_flm import FLMConfig, FLMModel, losses, modeling_flm
 
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
@@ -37,3 +38,21 @@ def build_flm(**overrides) -> FLMModel:
 @pytest.fixture
 def flm() -> FLMModel:
     return build_flm()
+
+
+@pytest.fixture(params=["whole", 1, 7, pytest.param("compiled", marks=pytest.mark.slow)])
+def path(request, monkeypatch) -> str | int:
+    """Ways to compute the same: all positions at once, stretches of 1 or 7 of them, and compiled."""
+    if isinstance(request.param, int):
+
+        def chunks(batch_size, length, vocab_size, device):
+            return [slice(start, start + request.param) for start in range(0, length, request.param)]
+
+        monkeypatch.setattr(losses, "chunks", chunks)
+        monkeypatch.setattr(modeling_flm, "chunks", chunks)
+    return request.param
+
+
+def sampling(path: str | int) -> dict[str, CompileConfig]:
+    """The arguments of `generate` for one of these ways."""
+    return {"compile_config": CompileConfig(fullgraph=True, mode=None)} if path == "compiled" else {}

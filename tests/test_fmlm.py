@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm
+from conftest import build_flm, sampling
 from datasets import Dataset
 from train_tiny import build, launch, logged
 from transformers import AutoModel
@@ -169,6 +169,14 @@ class TestModels:
 class TestPublishedValues:
     values = oracle.values()
 
+    def trainer(self, tmp_path, path, model, teacher=None, **options) -> FMLMTrainer:
+        trainer = build_trainer(tmp_path, model, teacher, **options)
+        if path == "compiled":
+            trainer._compile_options = {}
+            for network in trainer._networks():
+                trainer._compile_regions(network)
+        return trainer
+
     def batch(self, trainer, tau_s, tau_t, tau_u=None, **rows):
         # V is below the joint width of two networks: projected noise is one-hot noise.
         return build_batch(trainer, self.values["input_ids"], self.values["noise"], tau_s, tau_t, tau_u, **rows)
@@ -177,9 +185,9 @@ class TestPublishedValues:
         names = ("input_ids", "timesteps", "target_timesteps", "noise", "t")
         return trainer.model(**{name: batch[name] for name in names}, joint_noise=trainer._get_joint_noise())
 
-    def test_two_networks(self, tmp_path):
+    def test_two_networks(self, tmp_path, path):
         values, model = self.values, oracle.two_network_fmlm()
-        trainer = build_trainer(tmp_path, model, divergence="squared_error", diagonal_fraction=0.0)
+        trainer = self.trainer(tmp_path, path, model, divergence="squared_error", diagonal_fraction=0.0)
         batch = self.batch(trainer, values["stage1.tau_s"], values["stage1.tau_t"], off_diagonal=[0, 2], boundary=[1])
         output = self.forward(trainer, batch)
         torch.testing.assert_close(output.log_weight, values["stage1.log_weight"], rtol=1e-4, atol=1e-5)
@@ -198,10 +206,10 @@ class TestPublishedValues:
         unweighted = ((losses - weight) * weight.exp()).mean().item()
         assert trainer.compute_loss(model, batch).item() == pytest.approx(unweighted, rel=1e-4)
 
-    def test_second_stage(self, tmp_path):
+    def test_second_stage(self, tmp_path, path):
         values, model = self.values, oracle.fmlm()
         options = {"target": "teacher", "divergence": "squared_error", "diagonal_fraction": 0.0}
-        trainer = build_trainer(tmp_path, model, teacher=oracle.two_network_fmlm(), **options)
+        trainer = self.trainer(tmp_path, path, model, teacher=oracle.two_network_fmlm(), **options)
         batch = self.batch(trainer, values["stage2.tau_s"], values["stage2.tau_t"])
         logits = self.forward(trainer, batch).logits
         assert relative_error(logits, values["stage2.logits"]) < 1e-4
@@ -214,13 +222,13 @@ class TestPublishedValues:
 
     @pytest.mark.parametrize("stage, build_model", [("stage1", oracle.two_network_fmlm), ("stage2", oracle.fmlm)])
     @pytest.mark.parametrize("num_steps", [1, 2, 4])
-    def test_tokens(self, stage, build_model, num_steps):
-        tokens = build_model().generate(prior_state=self.values["prior_state"], num_steps=num_steps)
+    def test_tokens(self, stage, build_model, num_steps, path):
+        tokens = build_model().generate(prior_state=self.values["prior_state"], num_steps=num_steps, **sampling(path))
         assert torch.equal(tokens, self.values[f"{stage}.tokens_{num_steps}"])
 
-    def test_semigroup_and_diagonal(self, tmp_path):
+    def test_semigroup_and_diagonal(self, tmp_path, path):
         values = self.values
-        trainer = build_trainer(tmp_path, oracle.fmlm(), teacher=oracle.flm())
+        trainer = self.trainer(tmp_path, path, oracle.fmlm(), teacher=oracle.flm())
         tau_s, tau_u, tau_t = (values[f"two_time.tau_{name}"] for name in "sut")
         batch = self.batch(trainer, tau_s, tau_t, tau_u)
         log_delta = self.forward(trainer, batch).logits.log_softmax(-1)
@@ -244,9 +252,9 @@ class TestPublishedValues:
         assert relative_error(losses, values["diagonal.cross_entropy_per_token"]) < 3e-3
 
     @pytest.mark.parametrize("target", ["lagrangian", "eulerian"])
-    def test_derivatives(self, target, tmp_path):
+    def test_derivatives(self, target, tmp_path, path):
         values, options = self.values, {"target": target, "divergence": "squared_error", "boundary_probability": 0.0}
-        trainer = build_trainer(tmp_path, oracle.fmlm(), teacher=oracle.flm(), **options)
+        trainer = self.trainer(tmp_path, path, oracle.fmlm(), teacher=oracle.flm(), **options)
         rows = values["jvp_rows"].tolist()
         tau_s, tau_t = values["two_time.tau_s"], values["two_time.tau_t"]
         for name, tau in (("s", tau_s), ("t", tau_t)):

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from conftest import build_flm
+from test_losses import build_trainer
 from train_tiny import build
+from transformers import CompileConfig
 
 from modeling_flm import FMLMModel
+from modeling_flm.losses import head_loss, softmax_cross_entropy
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -35,3 +38,60 @@ def test_trains(tmp_path):
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0]
+
+
+@pytest.fixture
+def waiting_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("preset", [None, "single_stage", "two_network", "second_stage"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_no_training_step_waits(preset, bf16, tmp_path, request):
+    trainer = build_trainer(tmp_path, preset, use_cpu=False, bf16=bf16)
+    batches = iter(trainer.get_train_dataloader())
+    model = trainer.accelerator.prepare_model(trainer.model).train()
+    for step in range(3):
+        (batch,), count = trainer.get_batch_samples(batches, 1, trainer.args.device)
+        if step == 2:
+            request.getfixturevalue("waiting_is_an_error")
+        trainer.training_step(model, batch, count)
+
+
+def test_no_step_of_the_sampler_waits(request):
+    model = build_flm(attn_logit_softcapping=None).cuda()
+    state = torch.randn(4, 12, 32, device="cuda")
+    tau = torch.rand(4, device="cuda")
+    step = lambda: model._step(state, tau, tau, tau, tau, model.state_embedding, [], True, True)  # noqa: E731
+    with torch.no_grad():
+        step()
+        request.getfixturevalue("waiting_is_an_error")
+        step()
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_sampling(mode):
+    model = build_flm(attn_logit_softcapping=None).cuda()
+    prior = torch.randn(8, 12, 53)
+    for num_steps in (1, 4):
+        expected = model.generate(prior_state=prior, num_steps=num_steps)
+        config = CompileConfig(fullgraph=True, mode=mode)
+        for _ in range(4):  # CUDA graphs are recorded, then replayed
+            tokens = model.generate(prior_state=prior, num_steps=num_steps, compile_config=config)
+            assert (tokens == expected).float().mean() > 0.99
+
+
+def test_head_loss_takes_the_memory_of_a_chunk():
+    hidden_states = torch.randn(16, 1024, 64, device="cuda", requires_grad=True)
+    head = torch.nn.Linear(64, 50258, device="cuda")
+    labels = torch.randint(50258, (16, 1024), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss, _ = head_loss(
+        lambda outputs, weights, piece: softmax_cross_entropy(outputs, labels[:, piece], weights),
+        torch.ones(16, 1024, device="cuda"), hidden_states, head,
+    )  # fmt: skip
+    loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < 16 * 1024 * 50258 * 4 / 2  # half of the logits in float32

@@ -27,11 +27,13 @@ def set_chunk(monkeypatch, num_positions: int, batch_size: int, vocab_size: int)
 @pytest.mark.parametrize("kind", ["labels", "cross_entropy", "kl", "squared_error"])
 def test_is_that_of_all_logits(kind, num_positions, monkeypatch):
     set_chunk(monkeypatch, num_positions, 3, VOCAB_SIZE)
-    leaves = [torch.randn(3, 20, 16), torch.randn(VOCAB_SIZE, 16), torch.randn(VOCAB_SIZE), torch.rand(3, 20)]
-    hidden_states, weight, bias, weights = leaves = [leaf.requires_grad_() for leaf in leaves]
+    head = torch.nn.Linear(16, VOCAB_SIZE)
+    torch.nn.init.normal_(head.weight)
+    hidden_states, weights = torch.randn(3, 20, 16, requires_grad=True), torch.rand(3, 20, requires_grad=True)
+    leaves = [hidden_states, head.weight, head.bias, weights]
     labels = torch.randint(VOCAB_SIZE, (3, 20))
     target = labels if kind == "labels" else torch.randn(3, 20, VOCAB_SIZE).softmax(-1)
-    log_delta = F.linear(hidden_states, weight, bias).log_softmax(-1)
+    log_delta = head(hidden_states).log_softmax(-1)
     expected = {
         "labels": lambda: F.nll_loss(log_delta.transpose(1, 2), labels, reduction="none"),
         "cross_entropy": lambda: -(target * log_delta).sum(-1),
@@ -45,7 +47,7 @@ def test_is_that_of_all_logits(kind, num_positions, monkeypatch):
             return softmax_cross_entropy(outputs, target[:, piece], weights)
         return softmax_divergence(kind, outputs, target[:, piece], weights)
 
-    total, each = head_loss(function, weights, hidden_states, weight, bias)
+    total, each = head_loss(function, weights, hidden_states, head)
     torch.testing.assert_close(each, expected)
     assert not each.requires_grad
     torch.testing.assert_close(total, (weights * expected).sum())
@@ -53,20 +55,17 @@ def test_is_that_of_all_logits(kind, num_positions, monkeypatch):
     for value, reference in zip(torch.autograd.grad(3 * total, leaves), references):
         torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5)
     # What is frozen gets no gradient, and nothing does where none is recorded.
-    weight.requires_grad_(False)
-    bias.requires_grad_(False)
-    (gradient,) = torch.autograd.grad(
-        head_loss(function, weights.detach(), hidden_states, weight, bias)[0], hidden_states
-    )
+    head.requires_grad_(False)
+    (gradient,) = torch.autograd.grad(head_loss(function, weights.detach(), hidden_states, head)[0], hidden_states)
     reference = torch.autograd.grad((weights * expected).sum(), hidden_states)[0]
     torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        assert not head_loss(function, weights, hidden_states, weight, bias)[0].requires_grad
+        assert not head_loss(function, weights, hidden_states, head)[0].requires_grad
 
 
 def test_products_are_in_the_precision_of_autocast():
-    hidden_states, weight = torch.randn(3, 20, 16, requires_grad=True), torch.randn(VOCAB_SIZE, 16, requires_grad=True)
-    bias, labels = torch.randn(VOCAB_SIZE), torch.randint(VOCAB_SIZE, (3, 20))
+    hidden_states, head = torch.randn(3, 20, 16, requires_grad=True), torch.nn.Linear(16, VOCAB_SIZE)
+    labels = torch.randint(VOCAB_SIZE, (3, 20))
     seen = []
 
     def function(outputs, weights, piece):
@@ -74,8 +73,8 @@ def test_products_are_in_the_precision_of_autocast():
         return softmax_cross_entropy(outputs, labels[:, piece], weights)
 
     def run():
-        total, each = head_loss(function, torch.ones(3, 20), hidden_states, weight, bias)
-        return total, each, *torch.autograd.grad(total, (hidden_states, weight))
+        total, each = head_loss(function, torch.ones(3, 20), hidden_states, head)
+        return total, each, *torch.autograd.grad(total, (hidden_states, head.weight))
 
     expected = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -125,6 +124,17 @@ def test_logits_are_there_unless_in_training_or_skipped(flm):
     assert flm(**batch, labels=batch["input_ids"], skip_logits=False).logits is not None
     with pytest.raises(ValueError, match="`targets` needs `labels`"):
         flm(**batch, targets=lambda piece: None)
+    with pytest.raises(ValueError, match="`divergence` must be one of cross_entropy, kl, squared_error, got 'l2'"):
+        flm(**batch, labels=batch["input_ids"], targets=lambda piece: None, divergence="l2")
+
+
+def test_offloaded_weights(flm, tmp_path):
+    batch = {"input_ids": torch.randint(53, (3, 12)), "timesteps": torch.rand(3)}
+    expected = flm(**batch, labels=batch["input_ids"]).loss
+    flm.save_pretrained(tmp_path)
+    model = type(flm).from_pretrained(tmp_path, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+    assert model.lm_head.weight.is_meta
+    torch.testing.assert_close(model(**batch, labels=batch["input_ids"]).loss, expected)
 
 
 class Watch(TorchDispatchMode):

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm
+from conftest import build_flm, sampling
 from transformers import AutoConfig, AutoModel
 
 from modeling_flm import FLMConfig, FLMModel
@@ -25,8 +25,10 @@ class TestPublishedValues:
         weights, model = oracle.values(), oracle.flm()
         torch.testing.assert_close(model.state_embedding[:2], weights["flm.ema_weight_check"])
 
-    def test_logits_and_loss(self):
+    def test_logits_and_loss(self, path):
         values, model = oracle.values(), oracle.flm()
+        if path == "compiled":
+            model.compile_regions()
         tau, input_ids = values["flm.tau"], values["input_ids"]
         t = model.time.tau_to_t(tau)
         torch.testing.assert_close(t, values["flm.t"], rtol=0, atol=5e-4)
@@ -38,12 +40,13 @@ class TestPublishedValues:
         assert error < 1e-5
         losses = F.cross_entropy(output.logits.flatten(0, 1), input_ids.flatten(), reduction="none").view_as(input_ids)
         torch.testing.assert_close(losses, values["flm.loss_per_token"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output.token_losses, values["flm.loss_per_token"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(output.loss, values["flm.loss_per_token"].mean(), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("num_steps", [1, 2, 5])
-    def test_tokens(self, num_steps):
+    def test_tokens(self, num_steps, path):
         values = oracle.values()
-        tokens = oracle.flm().generate(prior_state=values["prior_state"], num_steps=num_steps)
+        tokens = oracle.flm().generate(prior_state=values["prior_state"], num_steps=num_steps, **sampling(path))
         assert torch.equal(tokens, values[f"flm.tokens_{num_steps}"])
 
 

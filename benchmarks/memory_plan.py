@@ -1,0 +1,154 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Counts what training takes on each GPU, from the models themselves: parameters, and the activations that a block saves for
+the backward pass, without and with gradient checkpointing. Nothing is allocated: the tensors are fake.
+
+    python benchmarks/memory_plan.py --gpu_memory 80
+
+States are 20 bytes for each parameter in float32: weights, gradients, two moments of AdamW, and the moving average. A
+distillation holds a teacher as well, of 4 bytes for each. DDP has all of it on every GPU, FSDP2 a share; it gathers
+the weights of a block when it needs them. Blocks run in bfloat16 under autocast, whose copies of the weights count.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from modeling_flm import FLMConfig, FLMModel
+from modeling_flm.losses import CHUNK_ELEMENTS
+
+
+GIB = 2**30
+STATE_BYTES = {"FLM": 20, "distillation": 24}
+SHAPES = {"170M": (768, 12, 12), "1.3B": (2048, 24, 16), "7B": (4096, 32, 32)}
+
+
+@dataclass
+class Counts:
+    name: str
+    parameters: int
+    block_parameters: int
+    saved_per_token: int
+    """Bytes that a block saves for each token."""
+    checkpointed_per_token: int
+    """Bytes of its input, which is all that it saves with gradient checkpointing."""
+    num_blocks: int
+    vocab_size: int
+
+    def activations_per_token(self, checkpointing: bool) -> int:
+        if checkpointing:
+            return self.num_blocks * self.checkpointed_per_token + self.saved_per_token
+        return self.num_blocks * self.saved_per_token
+
+
+def count(name: str, vocab_size: int) -> Counts:
+    length = 509  # like no other size, so that it tells what has an entry for each token
+    hidden_size, num_blocks, num_heads = SHAPES[name]
+    config = FLMConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=length,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_blocks,
+        num_attention_heads=num_heads,
+        attn_logit_softcapping=None,
+        attn_implementation="sdpa",
+    )
+    with FakeTensorMode():
+        model = FLMModel(config).train()
+        block = model.layers[0]
+        state = torch.randn(1, length, hidden_size, requires_grad=True)
+        conditioning = torch.randn(1, config.conditioning_size, requires_grad=True)
+        tables = torch.randn(2, length, hidden_size // num_heads).unbind()
+        shared = {tables[0].untyped_storage()._cdata}  # by all blocks
+        saved = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            # Not weights, nor their copies in bfloat16
+            if storage._cdata not in shared and length in tensor.shape:
+                saved[storage._cdata] = (storage.nbytes(), tensor)  # kept, so that no other takes its place
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            block(state, conditioning, position_embeddings=tables, attention_mask=None)
+        total = sum(nbytes for nbytes, _ in saved.values())
+        return Counts(
+            name,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            block_parameters=sum(parameter.numel() for parameter in block.parameters()),
+            saved_per_token=total // length,
+            checkpointed_per_token=hidden_size * state.element_size(),
+            num_blocks=num_blocks,
+            vocab_size=vocab_size,
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab_size", type=int, default=50258)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--gpu_memory", type=float, default=80, help="GiB")
+    parser.add_argument("--num_gpus", type=int, nargs="+", default=[1, 8, 64])
+    args = parser.parse_args()
+
+    models = [count(name, args.vocab_size) for name in SHAPES]
+    print(
+        "| model | parameters | states, GiB | a teacher, GiB | activations per text, GiB | with checkpointing | "
+        "FLOPs per token |"
+    )
+    print("|---" * 7 + "|")
+    for model in models:
+        activations = (
+            model.activations_per_token(checkpointing) * args.length / GIB for checkpointing in (False, True)
+        )
+        numbers = [model.parameters * 20 / GIB, model.parameters * 4 / GIB, *activations]
+        shown = " | ".join(f"{number:.2f}" for number in numbers)
+        # The embedding is looked up; 2 products in the forward and 4 in the backward pass for each other parameter
+        flops = 6 * (model.parameters - args.vocab_size * SHAPES[model.name][0])
+        print(f"| {model.name} | {model.parameters / 1e6:,.0f}M | {shown} | {flops / 1e9:.2f}G |")
+
+    print(
+        f"\nTexts of {args.length} tokens that fit on each GPU of {args.gpu_memory:g} GiB, without and with checkpointing"
+    )
+    print(
+        "| model | GPUs | engine | FLM: states per GPU, GiB | texts | distillation: states | texts | GB sent a step |"
+    )
+    print("|---" * 8 + "|")
+    for model in models:
+        for num_gpus in args.num_gpus:
+            for engine in ("DDP", "FSDP2") if num_gpus > 1 else ("one process",):
+                cells = []
+                for states in STATE_BYTES.values():
+                    held = model.parameters * states / (num_gpus if engine == "FSDP2" else 1)
+                    # What is gathered of a block, and of embedding and head, with its gradient; or the copy in bfloat16
+                    others = model.parameters - model.num_blocks * model.block_parameters
+                    gathered = 6 * (model.block_parameters + others) if engine == "FSDP2" else 2 * model.parameters
+                    free = args.gpu_memory * GIB * 0.92 - held - gathered - 16 * CHUNK_ELEMENTS["default"]
+                    texts = [
+                        max(0, int(free // (model.activations_per_token(checkpointing) * args.length)))
+                        for checkpointing in (False, True)
+                    ]
+                    cells.append(f"{held / GIB:.1f} | " + (" / ".join(map(str, texts)) if free > 0 else "do not fit"))
+                # A ring: gradients reduced and scattered, and gathered again; sharded weights gathered twice in bfloat16
+                share = (num_gpus - 1) / num_gpus * model.parameters
+                sent = {"DDP": 8 * share, "FSDP2": 4 * share + 2 * 2 * share}.get(engine, 0) / 1e9
+                print(f"| {model.name} | {num_gpus} | {engine} | {' | '.join(cells)} | {sent:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The benchmarks: that the dense formulation computes what the library does, and that measurements measure."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_flm import FMLMModel, FMLMTwoNetworkModel
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import dense  # noqa: E402
+import measure  # noqa: E402
+import memory_plan  # noqa: E402
+from test_losses import build_trainer  # noqa: E402
+
+
+CPU = torch.device("cpu")
+
+
+class TestDense:
+    input_ids = torch.arange(72).view(6, 12) % 53
+    tau_s, tau_t = torch.linspace(0.0, 0.7, 6), torch.linspace(0.3, 1.0, 6)
+
+    @pytest.fixture
+    def noise(self, monkeypatch) -> torch.Tensor:
+        noise = torch.randn(6, 12, 53)
+        monkeypatch.setattr(torch, "randn_like", lambda *args: noise)
+        return noise
+
+    def test_flm(self, flm, noise):
+        t = flm.time.tau_to_t(self.tau_s)[:, None, None]
+        state = ((1 - t) * noise) @ flm.state_embedding + t * flm.embed_tokens(self.input_ids)
+        expected = flm(inputs_embeds=state, timesteps=self.tau_s, labels=self.input_ids).loss
+        torch.testing.assert_close(dense.flm_loss(flm, self.input_ids, self.tau_s), expected)
+
+    @pytest.mark.parametrize("preset", ["single_stage", "self_distillation", "two_network", "second_stage"])
+    def test_distillation(self, preset, noise, tmp_path):
+        # V is below the joint width of all networks: projected noise is one-hot noise.
+        trainer = build_trainer(tmp_path, preset, vocab_size=53)
+        if preset == "self_distillation":
+            trainer._joint_noise = None
+        model, teacher = trainer.model.eval(), trainer.teacher
+        has_diagonal = preset in ("single_stage", "self_distillation")
+        diagonal = [0, 1, 2] if has_diagonal else []
+        tau_t = torch.where(torch.arange(6) < len(diagonal), self.tau_s, self.tau_t)
+        batch = {
+            "input_ids": self.input_ids,
+            "labels": self.input_ids,
+            "noise": noise,
+            "t": trainer.time.tau_to_t(self.tau_s),
+            "timesteps": self.tau_s,
+            "target_timesteps": tau_t,
+            "intermediate_timesteps": (self.tau_s + tau_t) / 2,
+            "rows": {"diagonal": diagonal, "off_diagonal": list(range(len(diagonal), 6))},
+        }
+        if trainer._noise_size() != 53:  # then the noise of the library is another: take the states of the dense one
+            state = dense.noised(model, self.input_ids, self.tau_s)[1]
+            states = [state @ network.state_embedding for network in trainer._networks()]
+            trainer._states = lambda inputs: states
+            forward = type(model).forward
+
+            def with_state(input_ids=None, noise=None, t=None, joint_noise=None, **kwargs):
+                return forward(model, inputs_embeds=states[0], **kwargs)
+
+            model.forward = with_state
+        expected = trainer.compute_loss(model, batch)
+        loss = dense.distillation_loss(preset, model, teacher, self.input_ids, self.tau_s, self.tau_t)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("model_class", [None, FMLMModel, FMLMTwoNetworkModel])
+    def test_generation(self, model_class, flm, monkeypatch):
+        model = flm if model_class is None else model_class.from_flm(flm).eval()
+        prior = torch.randn(6, 12, 53)
+        monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: prior)
+        for num_steps in (1, 3):
+            tokens = dense.generate(model, 6, 12, num_steps)
+            assert torch.equal(tokens, model.generate(prior_state=prior, num_steps=num_steps))
+
+
+class TestMeasures:
+    def test_memory(self):
+        size = 64 * 2**20
+        peak = measure.peak_memory(lambda: torch.ones(size // 4), CPU)
+        assert 0.9 * size < peak < 1.2 * size
+        kept = torch.ones(size // 4)
+        assert measure.peak_memory(lambda: kept.sum(), CPU) < 0.1 * size
+
+    def test_cost(self):
+        ceilings = measure.Ceilings(CPU, repeats=1)
+        first, second = torch.randn(30, 40), torch.randn(40, 50)
+        with measure.Cost(ceilings) as cost:
+            first @ second
+        assert cost.flops == {torch.float32: 2 * 30 * 40 * 50}
+        assert cost.bytes == 4 * (30 * 40 + 40 * 50 + 30 * 50)
+        with measure.Cost(ceilings) as cost:
+            assert first[:10].view(400).shape == (400,)  # a view, for free
+            assert (first + 1).T.shape == (40, 30)
+        assert cost.bytes == 2 * first.nbytes and not cost.flops[torch.float32]
+        assert cost.limit == cost.bytes / ceilings.bandwidth
+
+    def test_plan(self, capsys, monkeypatch):
+        counts = memory_plan.count("170M", vocab_size=50258)
+        assert counts.parameters == pytest.approx(170e6, rel=0.01)
+        # Of a block with hidden size d and an MLP four times as wide, for each token: its input (4d bytes), two normalized
+        # inputs of products (2d each), query, key, value (6d), attention (2d), MLP before and after GELU (16d), ...
+        assert 40 * 768 < counts.saved_per_token < 80 * 768
+        monkeypatch.setattr(sys, "argv", ["memory_plan.py"])
+        monkeypatch.setattr(memory_plan, "SHAPES", {"170M": (768, 12, 12)})
+        memory_plan.main()
+        assert "| 170M | 8 | FSDP2 |" in capsys.readouterr().out
+
+
+def test_program(tmp_path):
+    sizes = ["--vocab_sizes", "300", "--lengths", "8", "16", "--hidden_sizes", "64", "--batch_sizes", "2"]
+    command = [sys.executable, BENCHMARKS / "performance.py", "train", "distill", "generate", "gpt2", "head", "batch"]
+    options = [
+        "--num_hidden_layers",
+        "1",
+        "--num_steps",
+        "1",
+        "2",
+        "--repeats",
+        "1",
+        "--memory",
+        "0.01",
+        "--device",
+        "cpu",
+    ]
+    outputs = ["--output", tmp_path / "measured.json", "--plot", tmp_path / "plot.png"]
+    result = subprocess.run(
+        [*command, *sizes, *options, *outputs], check=True, timeout=300, capture_output=True, text=True
+    )
+    rows = json.loads((tmp_path / "measured.json").read_text())["records"]
+    contenders = {}
+    for row in rows:
+        contenders.setdefault(row["suite"], set()).add(row["contender"])
+        assert row.get("seconds", 1) > 0 and row.get("peak_gib", 0) >= 0
+        assert f"| {row['contender']} |" in result.stdout
+    assert contenders["train"] == contenders["distill"] == contenders["batch"] == {"library", "dense"}
+    assert {"library", "all logits", "its products alone"} <= contenders["head"]
+    assert contenders["gpt2: one text"] == {"one-step flow map", "GPT-2 with KV cache"}
+    assert {row["num_steps"] for row in rows if row["suite"] == "generate"} == {1, 2}
+    assert (tmp_path / "plot.png").stat().st_size > 5000
