@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from modeling_flm.flow import semigroup_weight
+from trainers.callbacks import evaluating
 
 
 def like(times: torch.Tensor) -> torch.Tensor:
@@ -44,15 +45,15 @@ def noised(model: PreTrainedModel, input_ids: torch.Tensor, tau: torch.Tensor) -
     """One-hot tokens, and what they are at the times `tau` of the interpolant."""
     t = like(model.time.tau_to_t(tau))
     clean = F.one_hot(input_ids, model.config.vocab_size).float()
-    return clean, (1 - t) * torch.randn_like(clean) + t * clean
+    return clean, torch.randn_like(clean).lerp_(clean, t)
 
 
 def flm_loss(model: PreTrainedModel, input_ids: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-    clean, x = noised(model, input_ids, tau)
+    _, x = noised(model, input_ids, tau)
     with torch.autocast(x.device.type, enabled=False):
         state = x @ model.state_embedding
     logits = model.predict(model.encode(state, tau), tau)
-    return -(clean * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+    return F.cross_entropy(logits.flatten(0, 1), input_ids.flatten())
 
 
 def distillation_loss(
@@ -66,7 +67,7 @@ def distillation_loss(
     """The loss of a preset, of a batch whose first half is on the diagonal where the preset has one."""
     clean, x = noised(model, input_ids, tau_s)
     time = model.time.tau_to_t
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         half = 0 if preset in ("two_network", "second_stage") else len(x) // 2
         tau_t = torch.cat([tau_s[:half], tau_t[half:]])
         parts = []
@@ -104,5 +105,6 @@ def generate(
     x = torch.randn(num_samples, length, model.config.vocab_size, device=model.device)
     for step in range(num_steps):
         towards = delta(model, x, tau[step], tau[step + 1])
-        x = flow_map(x, towards, t[step], t[step + 1])
-    return x.argmax(dim=-1)
+        if step < num_steps - 1:
+            x = flow_map(x, towards, t[step], t[step + 1])
+    return towards.argmax(dim=-1)

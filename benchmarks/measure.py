@@ -27,6 +27,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 
+aten = torch.ops.aten
+
+
 def synchronize(device: torch.device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -96,6 +99,11 @@ class Cost(TorchDispatchMode):
     is the time that each of them would take by itself if it reached the ceiling that binds it (the roofline).
     """
 
+    free = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten._unsafe_view)
+    making = (aten.zeros_like, aten.ones_like, aten.full_like, aten.new_zeros, aten.new_ones, aten.new_full)
+    overwriting = (aten.copy_, aten.zero_, aten.fill_, aten.normal_, aten.uniform_, aten.bernoulli_)
+    looking_up = (aten.embedding, aten.gather, aten.index, aten.index_select)
+
     def __init__(self, ceilings: Ceilings):
         super().__init__()
         self.ceilings = ceilings
@@ -106,14 +114,29 @@ class Cost(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        packet = function._overloadpacket
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-        if function.is_view or not outputs or "empty" in function.__name__:
+        if function.is_view or packet in self.free:
             return output
-        moved = sum(tensor.nbytes for tensor in inputs + outputs)
-        flops, dtype = 0, outputs[0].dtype
-        if function._overloadpacket in flop_registry:
-            flops = flop_registry[function._overloadpacket](*args, **kwargs, out_val=output)
+        moved, written = 0, []
+        for value, argument in zip((*args, *kwargs.values()), (*function._schema.arguments[: len(args)], *kwargs)):
+            tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+            is_written = (
+                not isinstance(argument, str) and argument.alias_info is not None and argument.alias_info.is_write
+            )
+            if is_written:
+                written += tensors
+            if not (packet in self.overwriting and is_written) and packet not in self.making:
+                moved += sum(tensor.nbytes for tensor in tensors)
+        # A fused optimizer returns nothing, and writes to what it is given.
+        moved += sum(tensor.nbytes for tensor in written or outputs)
+        if packet in self.looking_up:  # the rows that it takes, and not the table
+            moved = 2 * outputs[0].nbytes
+        flops, dtype = 0, (outputs or written)[0].dtype if outputs or written else None
+        if packet is aten.addmm_:  # which the registry leaves out
+            flops = 2 * args[0].numel() * args[1].shape[-1]
+        elif packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=output)
         self.flops[dtype] += flops
         self.bytes += moved
         compute = flops / self.ceilings.flops[dtype] if flops else 0.0

@@ -17,9 +17,10 @@ the backward pass, without and with gradient checkpointing. Nothing is allocated
 
     python benchmarks/memory_plan.py --gpu_memory 80
 
-States are 20 bytes for each parameter in float32: weights, gradients, two moments of AdamW, and the moving average. A
-distillation holds a teacher as well, of 4 bytes for each. DDP has all of it on every GPU, FSDP2 a share; it gathers
-the weights of a block when it needs them. Blocks run in bfloat16 under autocast, whose copies of the weights count.
+States are 20 bytes for each parameter in float32: weights, gradients, two moments of AdamW, and the moving average. DDP has
+them on every GPU, and another copy of the gradients to send; FSDP2 has a share, and gathers the weights of a block when it
+needs them. A distillation also has a teacher, of 4 bytes for each parameter, whole on every GPU. Blocks run in bfloat16 under
+autocast, whose copies of the weights count.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from modeling_flm.losses import CHUNK_ELEMENTS
 
 
 GIB = 2**30
-STATE_BYTES = {"FLM": 20, "distillation": 24}
+TEACHER_BYTES = {"FLM": 0, "distillation": 4}
 SHAPES = {"170M": (768, 12, 12), "1.3B": (2048, 24, 16), "7B": (4096, 32, 32)}
 
 
@@ -133,20 +134,21 @@ def main():
         for num_gpus in args.num_gpus:
             for engine in ("DDP", "FSDP2") if num_gpus > 1 else ("one process",):
                 cells = []
-                for states in STATE_BYTES.values():
-                    held = model.parameters * states / (num_gpus if engine == "FSDP2" else 1)
-                    # What is gathered of a block, and of embedding and head, with its gradient; or the copy in bfloat16
+                for teacher in TEACHER_BYTES.values():
+                    states = {"one process": 20, "DDP": 24, "FSDP2": 20 / num_gpus}[engine] + teacher
+                    held = model.parameters * states
+                    # What is gathered of a block, and of embedding and head, with its gradient and its copy in bfloat16
                     others = model.parameters - model.num_blocks * model.block_parameters
-                    gathered = 6 * (model.block_parameters + others) if engine == "FSDP2" else 2 * model.parameters
+                    gathered = 10 * (model.block_parameters + others) if engine == "FSDP2" else 2 * model.parameters
                     free = args.gpu_memory * GIB * 0.92 - held - gathered - 16 * CHUNK_ELEMENTS["default"]
                     texts = [
                         max(0, int(free // (model.activations_per_token(checkpointing) * args.length)))
                         for checkpointing in (False, True)
                     ]
                     cells.append(f"{held / GIB:.1f} | " + (" / ".join(map(str, texts)) if free > 0 else "do not fit"))
-                # A ring: gradients reduced and scattered, and gathered again; sharded weights gathered twice in bfloat16
+                # A ring: gradients reduced and scattered, and gathered again; or reduced, and weights gathered twice
                 share = (num_gpus - 1) / num_gpus * model.parameters
-                sent = {"DDP": 8 * share, "FSDP2": 4 * share + 2 * 2 * share}.get(engine, 0) / 1e9
+                sent = {"DDP": 8 * share, "FSDP2": 12 * share}.get(engine, 0) / 1e9
                 print(f"| {model.name} | {num_gpus} | {engine} | {' | '.join(cells)} | {sent:.1f} |")
 
 

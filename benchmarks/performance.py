@@ -20,8 +20,8 @@ Measures the library against the dense formulation, and against transformers' GP
     python benchmarks/performance.py train distill generate gpt2 head batch --dtype bfloat16 --compile  # on a GPU
 
 Suites: `train`, an optimizer step of an FLM; `distill`, one of each recipe; `generate`, sampling; `gpt2`, training and
-generating with a GPT-2; `head`, ways to compute the cross-entropy of the head; `batch`, the largest batch that fits in
-`--memory` GiB. Contenders take turns in one process. Memory is what a call takes at most beyond what is held before it:
+generating with a GPT-2; `head`, ways to compute the cross-entropy of the head; `growth`, steps with different vocabularies
+that take turns; `batch`, the largest batch that fits in `--memory` GiB. Contenders take turns in one process. Memory is what a call takes at most beyond what is held before it:
 weights and, in training, the state of the optimizer. On the CPU measuring it needs Linux.
 
 Prints tables, and writes every measurement to `--output` as JSON.
@@ -37,7 +37,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -60,7 +60,7 @@ from trainers.noise import stratified_uniforms  # noqa: E402
 
 
 GIB = 2**30
-SUITES = ("train", "distill", "generate", "gpt2", "head", "batch")
+SUITES = ("train", "distill", "generate", "gpt2", "head", "growth", "batch")
 AXES = ("vocab_size", "length", "hidden_size", "attention", "batch_size")
 PRESETS = ("single_stage", "self_distillation", "two_network", "second_stage")
 
@@ -192,7 +192,6 @@ class Benchmark:
     def distillation_steps(self, preset, vocab_size, length, hidden_size, batch_size, attention):
         """An optimizer step of a flow map by the library, and in the dense formulation."""
         flm = self.build(vocab_size, length, hidden_size, attention)
-        two_networks = preset in ("two_network", "second_stage")
         teacher = None if preset in ("self_distillation", "two_network") else flm.eval()
         model = (FMLMTwoNetworkModel if preset == "two_network" else FMLMModel).from_flm(flm)
         if preset == "second_stage":
@@ -206,8 +205,7 @@ class Benchmark:
             return dense.distillation_loss(preset, reference, teacher, input_ids, *times)
 
         with tempfile.TemporaryDirectory() as folder:
-            arguments = self.trainer_arguments(folder) | ({"diagonal_fraction": 0.0} if two_networks else {})
-            args = FMLMTrainingArguments.from_preset(preset, **arguments)
+            args = FMLMTrainingArguments.from_preset(preset, **self.trainer_arguments(folder))
             trainer = FMLMTrainer(model, args, teacher=teacher)
             yield {
                 "library": self.trainer_step(trainer, input_ids),
@@ -217,7 +215,10 @@ class Benchmark:
     # How
 
     def record(self, suite: str, settings: dict, functions: dict[str, Callable], num_tokens: int, count: str | None):
-        """Measures functions that make or learn from so many tokens; `count` is the one to compare with the ceilings."""
+        """
+        Measures functions that make or learn from so many tokens; `count` is the one to compare with the ceilings, by what
+        it does without being compiled.
+        """
         measure.seconds(functions, 1, self.device)  # warms up
         peaks = {name: measure.peak_memory(function, self.device) for name, function in functions.items()}
         times = measure.seconds(functions, self.args.repeats, self.device)
@@ -231,7 +232,7 @@ class Benchmark:
                 "peak_gib": peaks[name] / GIB,
             }
             if name == count:
-                with measure.Cost(self.ceilings) as cost:
+                with torch.compiler.set_stance("force_eager"), measure.Cost(self.ceilings) as cost:
                     functions[name]()
                 row |= {
                     "tflop": sum(cost.flops.values()) / 1e12,
@@ -250,12 +251,13 @@ class Benchmark:
     def run(self, suite: str):
         has_batch = suite != "batch"
         for settings in tqdm(self.grid(has_batch), desc=suite):
+            torch.compiler.reset()
             getattr(self, suite)(**settings)
 
     def train(self, **settings):
         with self.flm_steps(**settings) as functions:
             num_tokens = settings["batch_size"] * settings["length"]
-            self.record("train", settings, functions, num_tokens, None if self.args.compile else "library")
+            self.record("train", settings, functions, num_tokens, "library")
 
     def distill(self, **settings):
         for preset in self.args.presets:
@@ -265,7 +267,7 @@ class Benchmark:
 
     def generate(self, vocab_size, length, hidden_size, attention, batch_size):
         model = self.build(vocab_size, length, hidden_size, attention).eval()
-        compile_config = CompileConfig() if self.args.compile else None
+        compile_config = CompileConfig(mode=None) if self.args.compile else None  # as the others
         state = torch.randn(batch_size, length, hidden_size, device=self.device)
         tau = torch.full((batch_size,), 0.5, device=self.device)
         encode = self.maybe_compile(model.encode)
@@ -294,10 +296,9 @@ class Benchmark:
                 "forward pass": forward,
                 "blocks of it": blocks,
             }
-            count = None if self.args.compile else "library"
             with self.autocast():
                 settings = {**settings, "num_steps": num_steps}
-                self.record("generate", settings, functions, batch_size * length, count)
+                self.record("generate", settings, functions, batch_size * length, "library")
 
     def gpt2(self, vocab_size, length, hidden_size, attention, batch_size):
         sizes = (vocab_size, length, hidden_size)
@@ -317,7 +318,7 @@ class Benchmark:
             return gpt2.generate(prompt, max_new_tokens=length - 1, do_sample=True, pad_token_id=0, **options)
 
         def one_step(num_samples: int):
-            compile_config = CompileConfig() if self.args.compile else None
+            compile_config = CompileConfig(mode=None) if self.args.compile else None
             return model.generate(num_samples, 1, length=length, compile_config=compile_config)
 
         with self.autocast():
@@ -335,10 +336,10 @@ class Benchmark:
         flat, flat_labels = hidden_states.flatten(0, 1), labels.flatten()
 
         def library():
-            def function(outputs, weights, piece):
-                return softmax_cross_entropy(outputs, labels[:, piece], weights)
+            def function(outputs, piece):
+                return softmax_cross_entropy(outputs, labels[:, piece])
 
-            return head_loss(function, ones, hidden_states, head)[0] / labels.numel()
+            return head_loss(function, ones, hidden_states, weight, bias)[0] / labels.numel()
 
         losses = {
             "library": library,
@@ -360,12 +361,13 @@ class Benchmark:
             torch.autograd.grad(loss, (hidden_states, weight, bias))
             return loss.item()
 
-        gradient = torch.zeros(len(flat), vocab_size, device=self.device)
+        gradient = torch.randn(len(flat), vocab_size, device=self.device)
 
         @torch.no_grad()
         def products():
             """The products of matrices that no way can do without."""
-            return flat @ weight.T, gradient @ weight, gradient.T @ flat
+            with self.autocast():
+                return flat @ weight.T, gradient @ weight, gradient.T @ flat
 
         expected = run("all logits")
         for name in losses:
@@ -374,6 +376,28 @@ class Benchmark:
         settings = {"vocab_size": vocab_size, "length": length, "hidden_size": hidden_size, "batch_size": batch_size}
         functions = {name: partial(run, name) for name in losses} | {"its products alone": products}
         self.record("head", settings, functions, batch_size * length, None)
+
+    def growth(self, vocab_size, length, hidden_size, attention, batch_size):
+        if vocab_size != self.args.vocab_sizes[0]:
+            return  # all of them take turns
+        sizes = (length, hidden_size, batch_size, attention)
+        with ExitStack() as stack:
+            steps = {
+                f"V = {size}": stack.enter_context(self.flm_steps(size, *sizes))["library"]
+                for size in self.args.vocab_sizes
+            }
+            gc.collect()  # the dense ones
+            hidden_states = torch.randn(batch_size * length, hidden_size, device=self.device)
+
+            def products(weight: torch.Tensor, gradient: torch.Tensor):
+                with self.autocast():
+                    return hidden_states @ weight.T, gradient @ weight, gradient.T @ hidden_states
+
+            for size in self.args.vocab_sizes:
+                tensors = torch.randn(size, hidden_size), torch.randn(len(hidden_states), size)
+                steps[f"products of the head, V = {size}"] = partial(products, *(x.to(self.device) for x in tensors))
+            settings = {"length": length, "hidden_size": hidden_size, "attention": attention, "batch_size": batch_size}
+            self.record("growth", settings, steps, batch_size * length, None)
 
     def batch(self, **settings):
         def fits(name: str, batch_size: int) -> bool:

@@ -37,6 +37,11 @@ from .flow import JointNoise, flow_map
 logger = logging.get_logger(__name__)
 
 
+def raise_recompile_limit():
+    """Lets `torch.compile` keep as many graphs of one function as several networks, shapes and modes come to."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+
 class FLMGenerationConfig(GenerationConfig):
     # no-format
     r"""
@@ -352,15 +357,20 @@ class FLMGenerationMixin:
 
     def _get_compiled_step(self, compile_config: CompileConfig) -> Callable:
         if self._compiled_step is None or self._compiled_step[0] != compile_config:
+            raise_recompile_limit()  # each batch size has two graphs
             # The function and not the method, so that copies of the model do not call the original.
-            self._compiled_step = (compile_config, torch.compile(type(self)._step, **compile_config.to_dict()))
+            compiled = torch.compile(type(self)._step, **compile_config.to_dict())
+            self._compiled_step = (copy.copy(compile_config), compiled)
         return self._compiled_step[1]
 
     def _get_noise_factor(self, embedding: torch.Tensor) -> torch.Tensor:
         """The factor of the noise, made again only where the embedding has changed."""
         fingerprint = embedding.sum(dim=0)
         if self._noise_factor is None or not torch.equal(self._noise_factor[0].to(embedding.device), fingerprint):
-            self._noise_factor = (fingerprint, JointNoise(embedding).factor(0))
+            factor = JointNoise(embedding).factor(0)
+            if not torch.isfinite(factor).all():
+                raise ValueError("The token embedding of the model has values that are not finite.")
+            self._noise_factor = (fingerprint, factor)
         return self._noise_factor[1].to(embedding.device)
 
     @staticmethod

@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 
 # How many probabilities are made at a time: 330 tokens at V = 50k on a CPU, where they should stay near the caches, and
@@ -45,9 +44,7 @@ def chunks(batch_size: int, length: int, vocab_size: int, device: torch.device) 
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def softmax_divergence(
-    kind: str, logits: torch.Tensor, target: torch.Tensor, loss_weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_divergence(kind: str, logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     The divergence of \\(\delta = \mathrm{softmax}(\mathrm{logits})\\) from a target, per token.
 
@@ -57,42 +54,39 @@ def softmax_divergence(
             `"squared_error"`, \\(\sum_v (p_v - \delta_v)^2\\).
         logits (`torch.Tensor` of shape `(..., vocab_size)`): The logits.
         target (`torch.Tensor` of shape `(..., vocab_size)`): The target \\(p\\).
-        loss_weights (`torch.Tensor` of shape `(...)`): What to multiply the gradients by.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the divergences, of shape `(...)` and in float32, and `loss_weights` times
-        their gradients in the logits, in the dtype of the logits.
+        `tuple[torch.Tensor, torch.Tensor]`: the divergences, of shape `(...)` and in float32, and their gradients in the
+        logits, in the dtype of the logits.
     """
-    dtype, logits, loss_weights = logits.dtype, logits.float(), loss_weights.unsqueeze(-1)
+    dtype, logits = logits.dtype, logits.float()
     if kind == "squared_error":
         delta = logits.softmax(dim=-1)
         difference = delta - target
         losses = difference.square().sum(dim=-1)
         difference -= (delta * difference).sum(dim=-1, keepdim=True)
-        return losses, delta.mul_(difference).mul_(2 * loss_weights).to(dtype)
+        return losses, delta.mul_(difference).mul_(2).to(dtype)
     log_delta = logits.log_softmax(dim=-1)
     losses = -(target * log_delta).sum(dim=-1)
     if kind == "kl":
         losses = losses + torch.xlogy(target, target).sum(dim=-1)
     gradients = log_delta.exp_().mul_(target.sum(dim=-1, keepdim=True)).sub_(target)
-    return losses, gradients.mul_(loss_weights).to(dtype)
+    return losses, gradients.to(dtype)
 
 
-def softmax_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     As [`softmax_divergence`], the cross-entropy to `labels` of shape `(...)`. Those of -100 count as 0: give them no weight.
     """
-    dtype, logits, loss_weights = logits.dtype, logits.float(), loss_weights.unsqueeze(-1)
-    labels = labels.clamp(min=0).unsqueeze(-1)
+    dtype, logits = logits.dtype, logits.float()
+    labels = labels.masked_fill(labels == -100, 0).unsqueeze(-1)
     log_delta = logits.log_softmax(dim=-1)
     losses = -log_delta.gather(-1, labels).squeeze(-1)
-    return losses, log_delta.exp_().mul_(loss_weights).scatter_add_(-1, labels, -loss_weights).to(dtype)
+    return losses, log_delta.exp_().scatter_add_(-1, labels, -torch.ones_like(losses).unsqueeze(-1)).to(dtype)
 
 
-# Outputs of the head, loss weights, and where they stand in the sequences -> losses, weighted gradients in the outputs
-LossFunction = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+# Outputs of the head, and where they stand in the sequences -> losses, and their gradients in the outputs
+LossFunction = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -108,13 +102,14 @@ class _HeadLoss(torch.autograd.Function):
         with_gradient: bool,
         loss_weights: torch.Tensor,
         hidden_states: torch.Tensor,
-        head: nn.Linear,
         weight: torch.Tensor,
         bias: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        of_hidden, of_weight, of_bias = (with_gradient and ctx.needs_input_grad[index] for index in (3, 5, 6))
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        if dtype != torch.bfloat16:  # in float16 small gradients would vanish, as they are made before they are scaled
+            dtype = torch.float32
+        of_hidden, of_weight, of_bias = (with_gradient and ctx.needs_input_grad[index] for index in (3, 4, 5))
         low_weight, low_bias = weight.to(dtype), bias.to(dtype)
         hidden_gradients, losses = [], []
         weight_gradient = torch.zeros_like(weight) if of_weight else None
@@ -122,59 +117,62 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for piece in chunks(*hidden_states.shape[:2], weight.shape[0], hidden_states.device):
                 inputs = hidden_states[:, piece].to(dtype).contiguous()  # for one product of matrices
-                # What is offloaded is there only during a call of the module.
-                outputs = head(inputs) if weight.is_meta else F.linear(inputs, low_weight, low_bias)
-                piece_losses, gradient = function(outputs, loss_weights[:, piece], piece)
+                outputs = F.linear(inputs, low_weight, low_bias)
+                piece_losses, gradient = function(outputs, piece)
                 del outputs
                 losses.append(piece_losses)
-                gradient = gradient.flatten(0, 1)
+                # The weights multiply what is small, the inputs and their gradients.
+                gradient, weights = gradient.flatten(0, 1), loss_weights[:, piece, None]
                 if of_hidden:
-                    hidden_gradients.append((gradient @ low_weight).view(inputs.shape).to(hidden_states.dtype))
-                if of_weight and dtype == weight.dtype:
-                    weight_gradient.addmm_(gradient.T, inputs.flatten(0, 1))
-                elif of_weight:
-                    weight_gradient += gradient.T @ inputs.flatten(0, 1)
+                    hidden_gradients.append((gradient @ low_weight).view(inputs.shape) * weights)
+                if of_weight:
+                    weighted = (weights * inputs).to(dtype).flatten(0, 1)
+                    if dtype == weight.dtype:
+                        weight_gradient.addmm_(gradient.T, weighted)
+                    else:
+                        weight_gradient += gradient.T @ weighted
                 if of_bias:
-                    bias_gradient += gradient.sum(dim=0, dtype=bias.dtype)
+                    bias_gradient += gradient.T @ weights.to(dtype).flatten()
         losses = torch.cat(losses, dim=1)
-        hidden_gradient = torch.cat(hidden_gradients, dim=1) if of_hidden else None
+        hidden_gradient = torch.cat(hidden_gradients, dim=1).to(hidden_states.dtype) if of_hidden else None
         ctx.save_for_backward(losses, hidden_gradient, weight_gradient, bias_gradient)
         ctx.mark_non_differentiable(losses)
         return (loss_weights * losses).sum(), losses
 
     @staticmethod
     def backward(ctx, scale: torch.Tensor, _):
+        if torch.is_grad_enabled():
+            raise RuntimeError("The loss has no second derivatives: pass no `create_graph=True`, or use the logits.")
         losses, *gradients = ctx.saved_tensors
         of_loss_weights = scale * losses if ctx.needs_input_grad[2] else None
         of_hidden, of_weight, of_bias = (None if gradient is None else scale * gradient for gradient in gradients)
-        return None, None, of_loss_weights, of_hidden, None, of_weight, of_bias
+        return None, None, of_loss_weights, of_hidden, of_weight, of_bias
 
 
 def head_loss(
     function: LossFunction,
     loss_weights: torch.Tensor,
     hidden_states: torch.Tensor,
-    head: nn.Linear,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The weighted sum of losses of the outputs of a linear head, made a chunk of positions at a time, and their gradients
     along with them: memory grows with a chunk and not with the tokens, and no product is made twice. The products are in
-    the precision of autocast, the losses in float32.
+    bfloat16 where autocast or the weight says so, the losses in float32. There are first derivatives only.
 
     Args:
-        function (`Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]`):
-            Takes the outputs of the head, of shape `(batch_size, num_positions, vocab_size)`, the weights of the losses
-            there, and where they stand in the sequences; returns what [`softmax_divergence`] does.
+        function (`Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]`):
+            Takes the outputs of the head, of shape `(batch_size, num_positions, vocab_size)`, and where they stand in the
+            sequences; returns what [`softmax_divergence`] does.
         loss_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What each loss counts. Differentiable.
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The input of the head.
-        head (`nn.Linear`): The head, with a bias.
+        weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`): The weight of the head.
+        bias (`torch.Tensor` of shape `(vocab_size,)`): Its bias.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the sum, a scalar, and the losses, of shape
         `(batch_size, sequence_length)`, without gradient.
     """
-    weight, bias = head.weight, head.bias
-    if not weight.is_meta:
-        loss_weights, hidden_states = loss_weights.to(weight.device), hidden_states.to(weight.device)
-    with_gradient = torch.is_grad_enabled() and not weight.is_meta
-    return _HeadLoss.apply(function, with_gradient, loss_weights, hidden_states, head, weight, bias)
+    loss_weights, hidden_states = loss_weights.to(weight.device), hidden_states.to(weight.device)
+    return _HeadLoss.apply(function, torch.is_grad_enabled(), loss_weights, hidden_states, weight, bias)

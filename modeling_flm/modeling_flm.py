@@ -30,8 +30,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .flow import JointNoise, interpolate
-from .generation_flm import FLMGenerationConfig, FLMGenerationMixin
-from .losses import DIVERGENCES, chunks, head_loss, softmax_cross_entropy, softmax_divergence
+from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, raise_recompile_limit
+from .losses import (
+    DIVERGENCES,
+    LossFunction,
+    chunks,
+    head_loss,
+    softmax_cross_entropy,
+    softmax_divergence,
+)
 from .time_reparameterization import ReparameterizedTime
 
 
@@ -130,7 +137,15 @@ def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> 
 class FLMHead(nn.Linear):
     """The output projection, with float32 outputs also under autocast; starts at zero, the uniform distribution."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        loss_function: LossFunction | None = None,
+        loss_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The outputs, or with a `loss_function` what [`~losses.head_loss`] makes of them."""
+        if loss_function is not None:
+            return head_loss(loss_function, loss_weights, hidden_states, self.weight, self.bias)
         # Contiguous, as a stretch of positions is not: it becomes one product of matrices, and not one for each sequence.
         return super().forward(hidden_states.to(self.weight.dtype).contiguous()).float()
 
@@ -166,13 +181,17 @@ def eager_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of `query`, `key` and `value` of shape `(batch_size, num_heads, sequence_length, head_dim)`."""
-    if not (torch.is_grad_enabled() or output_attentions or module.config.output_attentions) and len(query) > 1:
-        # Nothing keeps the weights: a sequence at a time, the memory for them does not grow with the batch.
-        masks = (
-            [None] * len(query) if attention_mask is None else attention_mask.expand(len(query), -1, -1, -1).split(1)
+    batch_size, num_heads, length, _ = query.shape
+    rows = chunks(1, batch_size, num_heads * length**2, query.device)
+    if not (torch.is_grad_enabled() or output_attentions or module.config.output_attentions) and len(rows) > 1:
+        # Nothing keeps the weights: a few sequences at a time, the memory for them does not grow with the batch.
+        tensors = [query, key, value] + (
+            [] if attention_mask is None else [attention_mask.expand(batch_size, -1, -1, -1)]
         )
-        parts = zip(query.split(1), key.split(1), value.split(1), masks)
-        outputs = [eager_attention_forward(module, *part, scaling, softcap)[0] for part in parts]
+        outputs = []
+        for piece in rows:
+            part = [tensor[piece] for tensor in tensors] + [None] * (attention_mask is None)
+            outputs.append(eager_attention_forward(module, *part, scaling, softcap)[0])
         return torch.cat(outputs), None
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if softcap is not None:
@@ -414,20 +433,20 @@ class FLMPreTrainedModel(PreTrainedModel):
 
     def compile_regions(self, **options):
         """
-        Compiles the blocks and the divergences, one graph each, for all methods of this model. What is between them is
-        left to wrappers such as FSDP, and takes no time. To compile `generate` whole, pass it a `compile_config`.
+        Compiles the blocks, and the divergences of those networks that are a softmax, for all methods of this model. What
+        is between them is left to wrappers such as FSDP, and takes little time. To compile a step of `generate` whole, pass
+        it a `compile_config`. Raises `torch._dynamo.config.recompile_limit` to 64.
 
         Args:
-            options: Arguments of `torch.compile`, such as `backend` or `mode`.
+            options: Arguments of `torch.compile`, such as `backend`, `mode` or `fullgraph`.
         """
         # One code for all networks in training and evaluation, with and without padding: each is a graph of its own.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        options = {"fullgraph": True, **options}
+        raise_recompile_limit()
         compute = torch.compile(FLMLayer.compute, **options)
         for module in self.modules():
             if isinstance(module, FLMLayer):
                 module.compiled = compute
-            elif isinstance(module, FLMPreTrainedModel):
+            elif isinstance(module, FLMModel):
                 module.softmax_divergence = torch.compile(softmax_divergence, **options)
                 module.softmax_cross_entropy = torch.compile(softmax_cross_entropy, **options)
 
@@ -590,7 +609,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         log_weight = self.loss_weight(timesteps)
         loss, token_losses, logits = None, None, None
         if labels is not None:
-            mask = (labels != -100).to(hidden_states)
+            mask = (labels != -100).to(hidden_states.device, torch.float32)
             weights = mask if loss_weights is None else mask * loss_weights[:, None]
             is_weighting = targets is not None and log_weight is not None and self.training
             total, token_losses = self.loss(
@@ -675,12 +694,12 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
     softmax_cross_entropy = staticmethod(softmax_cross_entropy)
 
     def loss(self, divergence, target, loss_weights, hidden_states, timesteps, target_timesteps=None):
-        def function(outputs, weights, piece):
+        def function(outputs, piece):
             if callable(target):
-                return self.softmax_divergence(divergence, outputs, target(piece), weights)
-            return self.softmax_cross_entropy(outputs, target[:, piece].to(outputs.device), weights)
+                return self.softmax_divergence(divergence, outputs, target(piece))
+            return self.softmax_cross_entropy(outputs, target[:, piece].to(outputs.device))
 
-        return head_loss(function, loss_weights, hidden_states, self.lm_head)
+        return self.lm_head(hidden_states, function, loss_weights)
 
     def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
         logits = self.lm_head(hidden_states)
@@ -821,22 +840,27 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
                 f"`divergence` must be 'squared_error' for a model that is not a softmax, got {divergence!r}."
             )
         flow_states, correction_states = hidden_states.chunk(2, dim=-1)
-        scale = self._correction_scale(timesteps, target_timesteps)
+        if torch.is_grad_enabled() and self.flow.embed_tokens.weight.requires_grad:
+            raise ValueError("The flow of a two-network model is frozen, and its `requires_grad` must stay `False`.")
+        scales = self._correction_scale(timesteps, target_timesteps)
 
-        def function(outputs, weights, piece):
-            delta = self.flow.predict(flow_states[:, piece], timesteps).softmax(dim=-1) + scale * outputs.float()
+        def function(outputs, piece):
+            scale = scales.to(outputs.device)
+            flow = self.flow.predict(flow_states[:, piece], timesteps).softmax(dim=-1).to(outputs.device)
+            delta = flow + scale * outputs.float()
             if callable(target):
                 difference = delta - target(piece)
                 losses, gradient = difference.square().sum(dim=-1), 2 * difference
             else:
-                labels = target[:, piece].clamp(min=0).unsqueeze(-1)
+                labels = target[:, piece].to(outputs.device)
+                labels = labels.masked_fill(labels == -100, 0).unsqueeze(-1)
                 chosen = delta.gather(-1, labels)
                 tiny = torch.finfo(chosen.dtype).tiny  # as the correction may leave the simplex
                 losses = -chosen.clamp(min=tiny).log().squeeze(-1)
                 gradient = torch.zeros_like(delta).scatter(-1, labels, torch.where(chosen > tiny, -1 / chosen, 0.0))
-            return losses, (weights[..., None] * scale * gradient).to(outputs.dtype)
+            return losses, (scale * gradient).to(outputs.dtype)
 
-        return head_loss(function, loss_weights, correction_states, self.correction.lm_head)
+        return self.correction.lm_head(correction_states, function, loss_weights)
 
     @staticmethod
     def delta(logits):

@@ -29,7 +29,7 @@ class TestDense:
     @pytest.fixture
     def noise(self, monkeypatch) -> torch.Tensor:
         noise = torch.randn(6, 12, 53)
-        monkeypatch.setattr(torch, "randn_like", lambda *args: noise)
+        monkeypatch.setattr(torch, "randn_like", lambda *args: noise.clone())
         return noise
 
     def test_flm(self, flm, noise):
@@ -102,6 +102,25 @@ class TestMeasures:
             assert (first + 1).T.shape == (40, 30)
         assert cost.bytes == 2 * first.nbytes and not cost.flops[torch.float32]
         assert cost.limit == cost.bytes / ceilings.bandwidth
+        third = torch.randn(30, 50)
+        with measure.Cost(ceilings) as cost:
+            third.addmm_(first, second)
+        assert cost.flops == {torch.float32: 2 * 30 * 40 * 50}
+        assert cost.bytes == 4 * (30 * 40 + 40 * 50 + 2 * 30 * 50)
+        with measure.Cost(ceilings) as cost:
+            third.copy_(third.clone())
+        assert cost.bytes == 4 * third.nbytes
+        parameter = torch.nn.Parameter(third)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer = torch.optim.AdamW([parameter], fused=True)
+        optimizer.step()
+        with measure.Cost(ceilings) as cost:
+            optimizer.step()
+        assert 6 * third.nbytes <= cost.bytes < 8 * third.nbytes + 100
+        table, rows = torch.randn(1000, 8), torch.arange(3)
+        with measure.Cost(ceilings) as cost:
+            torch.nn.functional.embedding(rows, table)
+        assert cost.bytes == 2 * 3 * 8 * 4
 
     def test_plan(self, capsys, monkeypatch):
         counts = memory_plan.count("170M", vocab_size=50258)
@@ -115,9 +134,20 @@ class TestMeasures:
         assert "| 170M | 8 | FSDP2 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_program(tmp_path):
-    sizes = ["--vocab_sizes", "300", "--lengths", "8", "16", "--hidden_sizes", "64", "--batch_sizes", "2"]
-    command = [sys.executable, BENCHMARKS / "performance.py", "train", "distill", "generate", "gpt2", "head", "batch"]
+    sizes = ["--vocab_sizes", "200", "300", "--lengths", "8", "--hidden_sizes", "64", "--batch_sizes", "2"]
+    command = [
+        sys.executable,
+        BENCHMARKS / "performance.py",
+        "train",
+        "distill",
+        "generate",
+        "gpt2",
+        "head",
+        "growth",
+        "batch",
+    ]
     options = [
         "--num_hidden_layers",
         "1",

@@ -31,7 +31,7 @@ def backend(request) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("preset", [None, "single_stage", "two_network"])
+@pytest.mark.parametrize("preset", [None, "single_stage", pytest.param("two_network", marks=pytest.mark.slow)])
 def test_training(preset, backend, tmp_path):
     options = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
     trainers = []
@@ -75,7 +75,8 @@ def test_the_same_losses_with_padding_and_derivatives(options, tmp_path, monkeyp
         assert logged(compiled, name) == pytest.approx(logged(eager, name), rel=1e-4)
 
 
-@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
 def test_several_processes(fsdp, tmp_path):
     options = {"max_steps": 4, "eval_steps": 2, "save_strategy": "no", "ema_decay": 0.9}
     eager = build(tmp_path, per_device_train_batch_size=16, **options)
@@ -86,7 +87,9 @@ def test_several_processes(fsdp, tmp_path):
         assert logged(log, name) == pytest.approx(logged(eager, name), rel=1e-3)
 
 
-@pytest.mark.parametrize("model_class", [None, FMLMModel, FMLMTwoNetworkModel])
+@pytest.mark.parametrize(
+    "model_class", [FMLMModel, *(pytest.param(slow, marks=pytest.mark.slow) for slow in (None, FMLMTwoNetworkModel))]
+)
 def test_generation(model_class, backend, monkeypatch):
     monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 4 * 5 * 53)  # three chunks
     model = build_flm()
@@ -110,6 +113,19 @@ def test_generation(model_class, backend, monkeypatch):
     assert counters["stats"]["unique_graphs"] == graphs
     with pytest.raises(ValueError, match="`compile_config` must be a `CompileConfig`, got `dict`"):
         model.generate(compile_config={"backend": backend})
+
+
+def test_each_trainer_compiles_its_model(tmp_path):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainers = [build_trainer(tmp_path, None, **compiled) for _ in range(2)]
+    assert all(trainer.model.layers[0].compiled is not None for trainer in trainers)
+
+
+def test_regions_after_outputs_were_recorded(flm):
+    batch = (torch.randint(53, (3, 12)), torch.tensor([0.1, 0.5, 0.7]))
+    expected = flm(*batch, output_hidden_states=True, output_attentions=True).logits
+    flm.compile_regions(backend="eager")
+    torch.testing.assert_close(flm(*batch).logits, expected)
 
 
 def test_regions_and_copies(tmp_path):

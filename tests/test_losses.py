@@ -41,13 +41,13 @@ def test_is_that_of_all_logits(kind, num_positions, monkeypatch):
         "squared_error": lambda: (log_delta.exp() - target).square().sum(-1),
     }[kind]()
 
-    def function(outputs, weights, piece):
+    def function(outputs, piece):
         assert outputs.shape[1] <= num_positions
         if kind == "labels":
-            return softmax_cross_entropy(outputs, target[:, piece], weights)
-        return softmax_divergence(kind, outputs, target[:, piece], weights)
+            return softmax_cross_entropy(outputs, target[:, piece])
+        return softmax_divergence(kind, outputs, target[:, piece])
 
-    total, each = head_loss(function, weights, hidden_states, head)
+    total, each = head_loss(function, weights, hidden_states, head.weight, head.bias)
     torch.testing.assert_close(each, expected)
     assert not each.requires_grad
     torch.testing.assert_close(total, (weights * expected).sum())
@@ -56,11 +56,13 @@ def test_is_that_of_all_logits(kind, num_positions, monkeypatch):
         torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5)
     # What is frozen gets no gradient, and nothing does where none is recorded.
     head.requires_grad_(False)
-    (gradient,) = torch.autograd.grad(head_loss(function, weights.detach(), hidden_states, head)[0], hidden_states)
+    (gradient,) = torch.autograd.grad(
+        head_loss(function, weights.detach(), hidden_states, head.weight, head.bias)[0], hidden_states
+    )
     reference = torch.autograd.grad((weights * expected).sum(), hidden_states)[0]
     torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        assert not head_loss(function, weights, hidden_states, head)[0].requires_grad
+        assert not head_loss(function, weights, hidden_states, head.weight, head.bias)[0].requires_grad
 
 
 def test_products_are_in_the_precision_of_autocast():
@@ -68,12 +70,12 @@ def test_products_are_in_the_precision_of_autocast():
     labels = torch.randint(VOCAB_SIZE, (3, 20))
     seen = []
 
-    def function(outputs, weights, piece):
+    def function(outputs, piece):
         seen.append(outputs.dtype)
-        return softmax_cross_entropy(outputs, labels[:, piece], weights)
+        return softmax_cross_entropy(outputs, labels[:, piece])
 
     def run():
-        total, each = head_loss(function, torch.ones(3, 20), hidden_states, head)
+        total, each = head_loss(function, torch.ones(3, 20), hidden_states, head.weight, head.bias)
         return total, each, *torch.autograd.grad(total, (hidden_states, head.weight))
 
     expected = run()
@@ -126,6 +128,8 @@ def test_logits_are_there_unless_in_training_or_skipped(flm):
         flm(**batch, targets=lambda piece: None)
     with pytest.raises(ValueError, match="`divergence` must be one of cross_entropy, kl, squared_error, got 'l2'"):
         flm(**batch, labels=batch["input_ids"], targets=lambda piece: None, divergence="l2")
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        flm(**batch, labels=torch.full((3, 12), -1))
 
 
 def test_offloaded_weights(flm, tmp_path):
@@ -199,18 +203,48 @@ def test_samples_hold_a_chunk_of_probabilities_and_no_step_waits(monkeypatch):
     assert waits[0] == waits[1] == ["equal"]  # whether the noise is that of the embedding, once
 
 
-def test_eager_attention_holds_the_weights_of_one_text(flm):
-    state = torch.randn(6, 12, 32)
-    expected = flm.encode(state, torch.rand(6).fill_(0.5))
+def test_eager_attention_holds_the_weights_of_a_chunk(flm, monkeypatch):
+    state, tau = torch.randn(6, 12, 32), torch.full((6,), 0.5)
     mask = torch.ones(6, 12, dtype=torch.long)
     mask[2:, 7:] = 0
-    with torch.no_grad(), Watch() as watch:
-        torch.testing.assert_close(flm.encode(state, torch.full((6,), 0.5)), expected)
-        assert watch.largest == 6 * 12 * 4 * 32  # the MLP; heads times the square of the length is 576 a text
-        masked = flm.encode(state, torch.full((6,), 0.5), attention_mask=mask)
-        weights = flm(inputs_embeds=state, timesteps=torch.full((6,), 0.5), output_attentions=True).attentions
-    torch.testing.assert_close(masked, flm.encode(state, torch.full((6,), 0.5), attention_mask=mask))
+    with torch.no_grad():
+        expected, expected_masked = flm.encode(state, tau), flm.encode(state, tau, attention_mask=mask)
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 2 * 4 * 12**2)  # two texts, four heads
+    softmax, seen = F.softmax, []
+    monkeypatch.setattr(
+        F, "softmax", lambda weights, **kwargs: seen.append(len(weights)) or softmax(weights, **kwargs)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(flm.encode(state, tau), expected)
+        torch.testing.assert_close(flm.encode(state, tau, attention_mask=mask), expected_masked)
+        assert seen == [2] * 3 * 2 * 2
+        weights = flm(inputs_embeds=state, timesteps=tau, output_attentions=True).attentions
     assert len(weights) == 2 and weights[0].shape == (6, 4, 12, 12)
+    seen.clear()
+    flm.encode(state, tau)
+    assert seen == [6] * 2
+
+
+def test_second_derivatives_are_refused(flm):
+    flm.train()
+    loss = flm(torch.randint(53, (3, 12)), torch.rand(3), labels=torch.randint(53, (3, 12))).loss
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(loss, flm.lm_head.weight, create_graph=True)
+
+
+def test_small_gradients_survive_float16():
+    hidden_states = torch.randn(2, 4, 16)
+    head = torch.nn.Linear(16, 50_000)
+    target = torch.randn(2, 4, 50_000).softmax(-1)
+
+    def gradient():
+        function = lambda outputs, piece: softmax_divergence("squared_error", outputs, target[:, piece])  # noqa: E731
+        total, _ = head_loss(function, torch.ones(2, 4), hidden_states, head.weight, head.bias)
+        return torch.autograd.grad(total, head.bias)[0]
+
+    expected = gradient()
+    with torch.autocast("cpu", dtype=torch.float16):
+        torch.testing.assert_close(gradient(), expected)
 
 
 @pytest.mark.parametrize("preset", [None, "single_stage"])
@@ -239,3 +273,6 @@ def test_the_noise_of_samples_follows_the_embedding():
     model.embed_tokens.weight.data.mul_(2)  # which no version counter sees
     model.generate()
     torch.testing.assert_close(model._noise_factor[1], 2 * first)
+    model.embed_tokens.weight.data[3, 3] = torch.inf
+    with pytest.raises(ValueError, match="values that are not finite"):
+        model.generate()

@@ -274,6 +274,23 @@ class TestProcesses:
         first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("two", "again"))
         assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("distill", [False, True])
+    def test_mixed_precision_is_the_same_with_sharded_weights(self, distill, tmp_path):
+        from test_fmlm import distillation
+
+        options = {"max_steps": 4, "eval_steps": 2, "save_strategy": "no", "bf16": True}
+        log = launch(tmp_path, 2, fsdp=True, distill=distill, **options)[0]["log"]
+        low, exact = (
+            (distillation if distill else build)(tmp_path, per_device_train_batch_size=16, **{**options, "bf16": bf16})
+            for bf16 in (True, False)
+        )
+        low.train(), exact.train()
+        for name in ("loss", "eval_loss"):
+            assert logged(log, name) == pytest.approx(logged(low, name), rel=2e-4)
+        # which is closer than bfloat16 is to float32
+        assert logged(log, "loss") != pytest.approx(logged(exact, "loss"), rel=1e-6)
+
 
 class TestSamples:
     def test_are_written_during_training_from_the_averaged_weights(self, tmp_path):

@@ -28,7 +28,7 @@ from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import (
     AutoModel,
     PreTrainedModel,
@@ -166,10 +166,14 @@ class FLMTrainer(Trainer):
                 "Models are saved whole, for others to load: set `fsdp_state_dict_type: FULL_STATE_DICT` in the configuration "
                 "of accelerate."
             )
+        if self.is_fsdp_enabled:
+            # Weights are gathered as they are, and blocks run under autocast as without FSDP: its own mixed precision would
+            # round the times.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
         self.time = ReparameterizedTime(model.config.vocab_size)
         self._joint_noise = None
         # Regions in the place of the wrapped model: targets and samples do not go through its `forward`.
-        plugin = self.accelerator.state.dynamo_plugin
+        plugin = TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._compile_options = None if plugin.backend == DynamoBackend.NO else self._regional(plugin.to_kwargs())
         self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=DynamoBackend.NO)
         self._compile_regions(model)
@@ -241,7 +245,7 @@ class FLMTrainer(Trainer):
         return noise_size(*(embedding.weight for network in self._networks() for embedding in network.embeddings))
 
     def _get_joint_noise(self) -> JointNoise:
-        """The noise of all networks, made once for each optimizer step."""
+        """The noise of all networks, made once for each optimizer step (under FSDP, for each batch of an FLM)."""
         if self._joint_noise is None:
             networks = self._networks()
             weights = [network.embed_vocabulary(embedding) for network in networks for embedding in network.embeddings]
@@ -268,7 +272,8 @@ class FLMTrainer(Trainer):
         num_items_in_batch = num_items_in_batch if model.training else None
         if not isinstance(self.model, FSDPModule):  # whose embedding is whole only within `forward`
             inputs["joint_noise"] = self._get_joint_noise()
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.accelerator.autocast():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """
