@@ -26,12 +26,15 @@ def fresh(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def backend(request) -> str:
-    return request.param
-
-
-@pytest.mark.parametrize("preset", [None, "single_stage", pytest.param("two_network", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "preset, backend",
+    [
+        (None, "aot_eager"),
+        ("single_stage", "aot_eager"),
+        pytest.param("two_network", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("single_stage", "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_training(preset, backend, tmp_path):
     options = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no"}
     trainers = []
@@ -88,7 +91,12 @@ def test_several_processes(fsdp, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model_class", [FMLMModel, *(pytest.param(slow, marks=pytest.mark.slow) for slow in (None, FMLMTwoNetworkModel))]
+    "model_class, backend",
+    [
+        (FMLMModel, "aot_eager"),
+        pytest.param(None, "inductor", marks=pytest.mark.slow),
+        pytest.param(FMLMTwoNetworkModel, "aot_eager", marks=pytest.mark.slow),
+    ],
 )
 def test_generation(model_class, backend, monkeypatch):
     monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 4 * 5 * 53)  # three chunks
