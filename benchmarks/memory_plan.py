@@ -49,7 +49,6 @@ class Counts:
     checkpointed_per_token: int
     """Bytes of its input, which is all that it saves with gradient checkpointing."""
     num_blocks: int
-    vocab_size: int
 
     def activations_per_token(self, checkpointing: bool) -> int:
         if checkpointing:
@@ -95,7 +94,6 @@ def count(name: str, vocab_size: int) -> Counts:
             saved_per_token=total // length,
             checkpointed_per_token=hidden_size * state.element_size(),
             num_blocks=num_blocks,
-            vocab_size=vocab_size,
         )
 
 

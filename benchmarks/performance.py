@@ -129,38 +129,41 @@ class Benchmark:
     def maybe_compile(self, function: Callable) -> Callable:
         return torch.compile(function) if self.args.compile else function
 
-    def training_step(self, model: PreTrainedModel, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        """A step of AdamW on a loss that is written out."""
+    def optimizer_step(self, model: PreTrainedModel, backward: Callable[[], None]) -> Callable[[], None]:
+        """A step of AdamW on the gradients that `backward` makes."""
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=True)
-        loss = self.maybe_compile(loss)
 
         def step():
-            with self.autocast():
-                value = loss()
-            value.backward()
+            backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        step.optimizer = optimizer
         return step
 
+    def training_step(self, model: PreTrainedModel, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        """A step on a loss that is written out."""
+        loss = self.maybe_compile(loss)
+
+        def backward():
+            with self.autocast():
+                value = loss()
+            value.backward()
+
+        return self.optimizer_step(model, backward)
+
     def trainer_step(self, trainer: FLMTrainer, input_ids: torch.Tensor) -> Callable[[], None]:
-        """A step of AdamW as the trainer takes it."""
+        """A step as the trainer takes it."""
         model = trainer.accelerator.prepare_model(trainer.model)
-        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=True)
         number = itertools.count()
 
-        def step():
+        def backward():
             trainer._joint_noise = None  # as the weights have changed
             batch, key = {"input_ids": input_ids, "labels": input_ids}, (0, next(number))
             uniforms = stratified_uniforms(len(input_ids), trainer.num_uniforms, *key)
             trainer._set_times(batch, uniforms, range(len(input_ids)), key)
             trainer.training_step(model, batch, input_ids.numel())
-            optimizer.step()
-            optimizer.zero_grad()
 
-        step.optimizer = optimizer
-        return step
+        return self.optimizer_step(model, backward)
 
     def trainer_arguments(self, folder: str) -> dict:
         return {

@@ -197,14 +197,3 @@ class JointNoise:
         if self.cholesky is None:
             return embedding
         return _NoiseFactor.apply(embedding, self.values[index], self.cholesky, *self.embeddings)
-
-
-def noise_factors(*embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """
-    The factors of [`JointNoise`] for all of its networks, differentiable in their embeddings.
-
-    Returns:
-        `tuple[torch.Tensor]`: for each embedding a factor of shape `(noise_size, embedding_size)`, in its dtype.
-    """
-    noise = JointNoise(*embeddings)
-    return tuple(noise.factor(index, embedding) for index, embedding in enumerate(embeddings))

@@ -6,6 +6,7 @@ import torch
 from transformers import CompileConfig
 
 from modeling_flm import FLMConfig, FLMModel, losses, modeling_flm
+from modeling_flm.flow import JointNoise
 
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
@@ -57,3 +58,9 @@ def sampling(path: str | int) -> dict[str, CompileConfig]:
     """The arguments of `generate` for one of these ways."""
     config = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
     return {"compile_config": config} if path == "compiled" else {}
+
+
+def noise_factors(*embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The factors of the joint noise for all of its networks, differentiable in their embeddings."""
+    noise = JointNoise(*embeddings)
+    return tuple(noise.factor(index, embedding) for index, embedding in enumerate(embeddings))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm
+from conftest import build_flm, noise_factors
 
-from modeling_flm.flow import flow_map, interpolate, noise_factors, noise_size, semigroup_weight
+from modeling_flm.flow import flow_map, interpolate, noise_size, semigroup_weight
 
 
 def relative_error(value, expected):

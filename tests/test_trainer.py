@@ -8,12 +8,12 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm
+from conftest import build_flm, noise_factors
 from safetensors.torch import load_file
 from train_tiny import RecordingTrainer, build, launch, logged
 from transformers import AutoModel, TrainerCallback
 
-from modeling_flm.flow import interpolate, noise_factors
+from modeling_flm.flow import interpolate
 from trainers import EMACallback, FLMTrainer, FLMTrainingArguments, train_tokenizer
 from trainers.noise import draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
 

@@ -223,10 +223,9 @@ class FMLMTrainer(FLMTrainer):
     def _diagonal_target(self, teacher_state, tau_s, attention_mask, labels) -> Denoiser:
         """The denoiser of the teacher, or the data."""
         if self.teacher is None:
-            ones = torch.ones(*labels.shape, 1, device=labels.device)
             zeros = torch.zeros(1, 1, 1, device=labels.device).expand(*labels.shape, self.model.config.vocab_size)
             # Not `one_hot`, which waits for the device to check the labels
-            return lambda piece: zeros[:, piece].scatter(-1, labels[:, piece, None].clamp(min=0), ones[:, piece])
+            return lambda piece: zeros[:, piece].scatter(-1, labels[:, piece, None].clamp(min=0), 1.0)
         return self._denoiser(self.teacher, teacher_state, tau_s, tau_s, attention_mask)
 
     def _semigroup_target(self, state, tau_s, tau_u, tau_t, attention_mask) -> Denoiser:
