@@ -16,7 +16,6 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 
 # How many probabilities are made at a time: 330 tokens at V = 50k on a CPU, where they should stay near the caches, and
@@ -44,9 +43,18 @@ def chunks(batch_size: int, length: int, vocab_size: int, device: torch.device) 
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+def _shift(logits: torch.Tensor) -> torch.Tensor:
+    """
+    Subtracts the largest logit of each token. In place, as all that follows: on a CPU getting new memory for a chunk takes
+    longer than the exponentials.
+    """
+    return logits.sub_(logits.amax(dim=-1, keepdim=True))
+
+
 def softmax_divergence(kind: str, logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    The divergence of \\(\delta = \mathrm{softmax}(\mathrm{logits})\\) from a target, per token.
+    The divergence of \\(\delta = \mathrm{softmax}(\mathrm{logits})\\) from a target, per token. Logits in float32 are
+    overwritten.
 
     Args:
         kind (`str`):
@@ -61,17 +69,20 @@ def softmax_divergence(kind: str, logits: torch.Tensor, target: torch.Tensor) ->
     """
     dtype, logits = logits.dtype, logits.float()
     if kind == "squared_error":
-        delta = logits.softmax(dim=-1)
+        exponentials = _shift(logits).exp_()
+        delta = exponentials.div_(exponentials.sum(dim=-1, keepdim=True))
         difference = delta - target
         losses = difference.square().sum(dim=-1)
         difference -= (delta * difference).sum(dim=-1, keepdim=True)
         return losses, delta.mul_(difference).mul_(2).to(dtype)
-    log_delta = logits.log_softmax(dim=-1)
-    losses = -(target * log_delta).sum(dim=-1)
+    mass = target.sum(dim=-1, keepdim=True)
+    chosen = (target * _shift(logits)).sum(dim=-1, keepdim=True)
+    exponentials = logits.exp_()
+    sums = exponentials.sum(dim=-1, keepdim=True)
+    losses = (mass * sums.log() - chosen).squeeze(-1)
     if kind == "kl":
         losses = losses + torch.xlogy(target, target).sum(dim=-1)
-    gradients = log_delta.exp_().mul_(target.sum(dim=-1, keepdim=True)).sub_(target)
-    return losses, gradients.to(dtype)
+    return losses, exponentials.mul_(mass / sums).sub_(target).to(dtype)
 
 
 def softmax_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,12 +91,16 @@ def softmax_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[t
     """
     dtype, logits = logits.dtype, logits.float()
     labels = labels.masked_fill(labels == -100, 0).unsqueeze(-1)
-    log_delta = logits.log_softmax(dim=-1)
-    losses = -log_delta.gather(-1, labels).squeeze(-1)
-    return losses, log_delta.exp_().scatter_add_(-1, labels, -torch.ones_like(losses).unsqueeze(-1)).to(dtype)
+    chosen = _shift(logits).gather(-1, labels)
+    exponentials = logits.exp_()
+    sums = exponentials.sum(dim=-1, keepdim=True)
+    losses = sums.log() - chosen
+    gradients = exponentials.div_(sums).scatter_add_(-1, labels, -torch.ones_like(losses))
+    return losses.squeeze(-1), gradients.to(dtype)
 
 
-# Outputs of the head, and where they stand in the sequences -> losses, and their gradients in the outputs
+# Outputs of the head, which may be overwritten, and where they stand in the sequences -> losses, and their gradients in the
+# outputs
 LossFunction = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -114,12 +129,14 @@ class _HeadLoss(torch.autograd.Function):
         hidden_gradients, losses = [], []
         weight_gradient = torch.zeros_like(weight) if of_weight else None
         bias_gradient = torch.zeros_like(bias) if of_bias else None
+        workspace = None  # of all chunks, the first of which is the largest
         with torch.autocast(device, enabled=False):
             for piece in chunks(*hidden_states.shape[:2], weight.shape[0], hidden_states.device):
                 inputs = hidden_states[:, piece].to(dtype).contiguous()  # for one product of matrices
-                outputs = F.linear(inputs, low_weight, low_bias)
-                piece_losses, gradient = function(outputs, piece)
-                del outputs
+                flat = inputs.flatten(0, 1)
+                workspace = flat.new_empty(len(flat), len(weight)) if workspace is None else workspace
+                outputs = torch.addmm(low_bias, flat, low_weight.T, out=workspace[: len(flat)])
+                piece_losses, gradient = function(outputs.view(*inputs.shape[:2], -1), piece)
                 losses.append(piece_losses)
                 # The weights multiply what is small, the inputs and their gradients.
                 gradient, weights = gradient.flatten(0, 1), loss_weights[:, piece, None]

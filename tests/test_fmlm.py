@@ -649,9 +649,9 @@ def test_divergences():
         ("cross_entropy", F.cross_entropy(logits, target, reduction="none")),
         ("squared_error", F.mse_loss(log_delta.exp(), target, reduction="none").sum(-1)),
     ):
-        losses, gradients = softmax_divergence(kind, logits.detach(), target)
+        losses, gradients = softmax_divergence(kind, logits.detach().clone(), target)
         torch.testing.assert_close(losses, expected.detach())
         expected = torch.autograd.grad(expected.sum(), logits, retain_graph=True)[0]
         torch.testing.assert_close(gradients, expected)
-        losses, gradients = softmax_divergence(kind, logits.detach(), one_hot)
+        losses, gradients = softmax_divergence(kind, logits.detach().clone(), one_hot)
         assert torch.isfinite(losses).all() and torch.isfinite(gradients).all()
