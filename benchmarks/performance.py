@@ -289,7 +289,7 @@ class Benchmark:
 
         def library(num_steps: int):
             options = {"batch_size": batch_size, "length": length, "compile_config": compile_config}
-            return model.generate(batch_size, num_steps, **options)
+            return model.generate(num_samples=batch_size, num_steps=num_steps, **options)
 
         settings = dict(zip(AXES, (vocab_size, length, hidden_size, attention, batch_size)))
         for num_steps in self.args.num_steps:
@@ -322,7 +322,7 @@ class Benchmark:
 
         def one_step(num_samples: int):
             compile_config = CompileConfig(mode=None) if self.args.compile else None
-            return model.generate(num_samples, 1, length=length, compile_config=compile_config)
+            return model.generate(num_samples=num_samples, num_steps=1, length=length, compile_config=compile_config)
 
         with self.autocast():
             functions = {"one-step flow map": partial(one_step, 1), "GPT-2 with KV cache": autoregressive}

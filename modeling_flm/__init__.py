@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel
 
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, FLMGenerationOutput
+from .guidance_flm import ClassifierReward, LanguageModelReward
 from .modeling_flm import FLMModel, FLMOutput, FMLMModel, FMLMTwoNetworkModel
 from .pipeline_flm import FLMPipeline
 from .time_reparameterization import ReparameterizedTime
@@ -33,6 +34,7 @@ for _config, _model in ((FLMConfig, FLMModel), (FMLMConfig, FMLMModel), (FMLMTwo
     _model.register_for_auto_class("AutoModel")
 
 __all__ = [
+    "ClassifierReward",
     "FLMConfig",
     "FLMGenerationConfig",
     "FLMGenerationMixin",
@@ -44,5 +46,6 @@ __all__ = [
     "FMLMModel",
     "FMLMTwoNetworkConfig",
     "FMLMTwoNetworkModel",
+    "LanguageModelReward",
     "ReparameterizedTime",
 ]

@@ -58,6 +58,9 @@ class FLMConfig(PreTrainedConfig):
             off, which makes the fast `sdpa` attention available.
         layer_norm_eps (`float`, *optional*, defaults to 1e-05):
             The epsilon of the layer normalizations.
+        prompt_mark (`bool`, *optional*, defaults to `False`):
+            Whether the model has a learned vector that is added where a token is given, in a prompt or around an infill. For
+            models that are trained with `prompt_fraction`.
         rope_parameters (`dict`, *optional*):
             The rotary position embedding, `{"rope_type": "default", "rope_theta": 10000.0}` unless given.
         bos_token_id (`int`, *optional*):
@@ -91,6 +94,7 @@ class FLMConfig(PreTrainedConfig):
     dropout: float | int = 0.1
     attn_logit_softcapping: float | int | None = 50.0
     layer_norm_eps: float = 1e-5
+    prompt_mark: bool = False
     rope_parameters: dict | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

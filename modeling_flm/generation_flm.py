@@ -15,6 +15,7 @@
 
 import copy
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import (
     CompileConfig,
     GenerationConfig,
     LogitsProcessorList,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -31,7 +33,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
-from .flow import JointNoise, flow_map
+from .flow import JointNoise, flow_map, hold, refresh
+from .guidance_flm import Autoguidance, Reward, reward_gradient
 
 
 logger = logging.get_logger(__name__)
@@ -53,6 +56,8 @@ class FLMGenerationConfig(GenerationConfig):
             The number of texts to generate.
         num_steps (`int`, *optional*, defaults to 64):
             The number of steps from noise to text, which is the number of forward passes.
+        timesteps (`list[float]`, *optional*):
+            The reparameterized times of the steps, from 0 to 1. Evenly spaced unless given. It sets `num_steps`.
         length (`int`, *optional*):
             The number of tokens of each text. The length that the model was trained for
             (`config.max_position_embeddings`) unless given.
@@ -65,16 +70,26 @@ class FLMGenerationConfig(GenerationConfig):
             Keeps the `top_k` most likely tokens of each position at every step.
         top_p (`float`, *optional*):
             Keeps the smallest set of tokens of each position whose probabilities reach `top_p`.
+        gamma (`float`, *optional*, defaults to 0.0):
+            The share of the noise, in [0, 1], that is drawn anew at every step but the last (stochastic flow map
+            sampling). 0 follows the flow. Meant for flow maps: an FLM, which cannot jump, needs it to be small.
+        guidance_scale (`float`, *optional*):
+            How far to go beyond the model, away from the `guidance_model` (autoguidance). 0 turns it off.
+        reward_scale (`float`, *optional*):
+            The weight of the `reward`: texts become more likely by the factor `exp(reward_scale * reward)`, as far as the
+            reward is linear. 0 turns it off.
+        pad_after_eos (`bool`, *optional*, defaults to `False`):
+            Whether texts end at their first end-of-sequence token, after which there is nothing but padding.
         output_drafts (`bool`, *optional*, defaults to `False`):
             Whether to return the most likely tokens of every step.
         return_dict_in_generate (`bool`, *optional*, defaults to `False`):
             Whether to return a [`FLMGenerationOutput`] rather than the tokens alone.
         bos_token_id (`int`, *optional*):
-            The token that begins a text. Recorded for users of the model; the sampler does not need it.
+            The token that begins a text. The pipeline begins prompts with it.
         eos_token_id (`int` or `list[int]`, *optional*):
-            The token that ends a text. Recorded, as above.
+            The token that ends a text, or several, for `pad_after_eos`.
         pad_token_id (`int`, *optional*):
-            The token that fills a text up. Recorded, as above.
+            The token that fills a text up. `eos_token_id` unless given.
     """
 
     def __init__(self, **kwargs):
@@ -86,6 +101,11 @@ class FLMGenerationConfig(GenerationConfig):
         self.temperature: float | None = kwargs.pop("temperature", None)
         self.top_k: int | None = kwargs.pop("top_k", None)
         self.top_p: float | None = kwargs.pop("top_p", None)
+        self.timesteps: list[float] | None = kwargs.pop("timesteps", None)
+        self.gamma: float | None = kwargs.pop("gamma", None)
+        self.guidance_scale: float | None = kwargs.pop("guidance_scale", None)
+        self.reward_scale: float | None = kwargs.pop("reward_scale", None)
+        self.pad_after_eos: bool | None = kwargs.pop("pad_after_eos", None)
         self.output_drafts: bool | None = kwargs.pop("output_drafts", None)
         self.return_dict_in_generate: bool | None = kwargs.pop("return_dict_in_generate", None)
         self.bos_token_id: int | None = kwargs.pop("bos_token_id", None)
@@ -118,6 +138,19 @@ class FLMGenerationConfig(GenerationConfig):
             raise ValueError(f"`temperature` must be a number above 0, got {self.temperature!r}.")
         if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
             raise ValueError(f"`top_p` must be a number above 0 and at most 1, got {self.top_p!r}.")
+        if self.gamma is not None and not (isinstance(self.gamma, (int, float)) and 0 <= self.gamma <= 1):
+            raise ValueError(f"`gamma` must be a number in [0, 1], got {self.gamma!r}.")
+        for name in ("guidance_scale", "reward_scale"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+        if self.timesteps is not None:
+            times = self.timesteps
+            if not isinstance(times, (list, tuple)) or not all(isinstance(tau, (int, float)) for tau in times):
+                raise ValueError(f"`timesteps` must be a list of numbers, got {times!r}.")
+            is_increasing = all(first < second for first, second in zip(times, times[1:]))
+            if len(times) < 2 or times[0] != 0 or times[-1] != 1 or not is_increasing:
+                raise ValueError(f"`timesteps` must increase from 0 to 1, got {times!r}.")
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:
@@ -125,6 +158,8 @@ class FLMGenerationConfig(GenerationConfig):
             "num_samples": 1,
             "num_steps": 64,
             "batch_size": 64,
+            "gamma": 0.0,
+            "pad_after_eos": False,
             "output_drafts": False,
             "return_dict_in_generate": False,
         }
@@ -150,12 +185,58 @@ class FLMGenerationOutput(ModelOutput):
         drafts (`torch.LongTensor` of shape `(num_samples, num_steps, length)`, *optional*, returned when `output_drafts=True`):
             The most likely tokens at every step. The last draft is the text.
         num_forward_passes (`int`):
-            How often the model was evaluated for each text.
+            How often the model was evaluated for each text: once a step, and once more with a reward.
     """
 
     sequences: torch.LongTensor | None = None
     drafts: torch.LongTensor | None = None
     num_forward_passes: int | None = None
+
+
+@dataclass
+class _Given:
+    """What is given of a batch of texts: tokens where `known_mask`, and which positions there are."""
+
+    tokens: torch.LongTensor  # (num_samples, length), with padding where nothing is given
+    known_mask: torch.BoolTensor | None = None
+    attention_mask: torch.BoolTensor | None = None
+
+    def __getitem__(self, rows: slice) -> "_Given":
+        masks = (None if mask is None else mask[rows] for mask in (self.known_mask, self.attention_mask))
+        return _Given(self.tokens[rows], *masks)
+
+    @property
+    def is_fixed(self) -> torch.BoolTensor | None:
+        """Where there is nothing to generate."""
+        if self.attention_mask is None:
+            return self.known_mask
+        return ~self.attention_mask if self.known_mask is None else self.known_mask | ~self.attention_mask
+
+    def complete(self, tokens: torch.LongTensor) -> torch.LongTensor:
+        """Generated tokens with what is given in its place."""
+        return tokens if self.is_fixed is None else torch.where(self.is_fixed, self.tokens, tokens)
+
+    def complete_soft(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """The same for soft tokens."""
+        if self.is_fixed is None:
+            return probabilities
+        certain = torch.zeros_like(probabilities).scatter(-1, self.tokens[..., None], 1.0)
+        return torch.where(self.is_fixed[..., None], certain, probabilities)
+
+
+@dataclass
+class _Sampler:
+    """What is common to all batches of a call of `generate`."""
+
+    config: FLMGenerationConfig
+    denoiser: "PreTrainedModel | Autoguidance"
+    embedding: torch.Tensor
+    factor: torch.Tensor | None  # of the noise, where any is drawn
+    logits_processor: LogitsProcessorList
+    reward: Reward | None
+    streamer: BaseStreamer | None
+    callback: Callable[[int, int, torch.LongTensor], None] | None
+    compile_config: CompileConfig | None
 
 
 class FLMGenerationMixin:
@@ -171,12 +252,17 @@ class FLMGenerationMixin:
     @torch.no_grad()
     def generate(
         self,
+        input_ids: torch.LongTensor | None = None,
         num_samples: int | None = None,
         num_steps: int | None = None,
         generation_config: FLMGenerationConfig | None = None,
+        attention_mask: torch.Tensor | None = None,
+        infill_mask: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         logits_processor: LogitsProcessorList | None = None,
         prior_state: torch.Tensor | None = None,
+        guidance_model: PreTrainedModel | None = None,
+        reward: Reward | None = None,
         streamer: BaseStreamer | None = None,
         callback: Callable[[int, int, torch.LongTensor], None] | None = None,
         compile_config: CompileConfig | None = None,
@@ -187,13 +273,26 @@ class FLMGenerationMixin:
         map \\(x \leftarrow X_{s,t}(x)\\) of the model; at the last step, where \\(t = 1\\) and \\(X_{s,1} = \delta_{s,1}\\),
         the most likely tokens are the text.
 
+        What is given of a text (a prompt, or what surrounds an infill) is clean at every step, and returned unchanged. Any
+        model can do that; one that was trained for it (`prompt_fraction`) does it better.
+
         Args:
+            input_ids (`torch.LongTensor` of shape `(num_prompts, prompt_length)`, *optional*):
+                What is given of the texts: how they begin, or with an `infill_mask` tokens of any positions.
             num_samples (`int`, *optional*):
-                The number of texts.
+                The number of texts, a multiple of the number of prompts if there are some. One for each prompt unless
+                given.
             num_steps (`int`, *optional*):
                 The number of steps, hence of forward passes.
             generation_config ([`FLMGenerationConfig`], *optional*):
                 Parameters to use in the place of `model.generation_config`. Those that are `None` are taken from there.
+            attention_mask (`torch.Tensor` of shape `(num_prompts, prompt_length)`, *optional*):
+                With `input_ids` that texts begin with, 0 for padding on either side. Otherwise, of shape
+                `(num_samples, length)` or that of the `infill_mask`, 1 for the positions that there are, for models that were
+                trained with padding: the others get `pad_token_id`.
+            infill_mask (`torch.Tensor` of shape `(num_prompts, prompt_length)`, *optional*):
+                1 where a token is to be generated, 0 where it is given in `input_ids`. Then `length` is that of `input_ids`
+                unless given.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 The source of the noise, or one for each text. A CPU generator gives the same noise on every device. The
                 global generator of the model's device unless given.
@@ -203,7 +302,14 @@ class FLMGenerationMixin:
             prior_state (`torch.Tensor` of shape `(num_samples, length, vocab_size)` or `(num_samples, length, embedding_size)`, *optional*):
                 The noise to start from: Gaussian in one-hot space, from where it is projected by the embedding, or
                 already a state (where both have the same size, it is taken for the former). Drawn unless given. It sets
-                `num_samples` and `length`.
+                `num_samples` and `length`. With a `guidance_model`, a state has that of the latter after its own.
+            guidance_model ([`~transformers.PreTrainedModel`], *optional*):
+                A worse version of the model to move away from (autoguidance), by `guidance_scale`: an earlier checkpoint, a
+                smaller one or another average, over the same vocabulary.
+            reward (`Callable[[torch.Tensor], torch.Tensor]`, *optional*):
+                What to steer texts towards, by `reward_scale`: a differentiable function from soft tokens of shape
+                `(batch_size, length, vocab_size)` to rewards of shape `(batch_size,)`, such as a [`ClassifierReward`]. It is
+                shown the text that the state leads to at every step, which takes a further forward pass and a backward pass.
             streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
                 Is `put` the finished text, and before that the draft of every step if it has a `put_draft`, as
                 [`~transformers.TextDiffusionStreamer`] does. For one text.
@@ -229,33 +335,46 @@ class FLMGenerationMixin:
         >>> model = AutoModel.from_pretrained("path/to/model", trust_remote_code=True)
         >>> tokens = model.generate(num_samples=8, num_steps=32, generator=torch.Generator().manual_seed(0))
         >>> texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        >>> tokens = model.generate(**tokenizer(["The cat"], return_tensors="pt"), num_steps=32)
         ```
         """
-        embedding = self.state_embedding.float()
         if num_samples is not None:
             kwargs["num_samples"] = num_samples
         if num_steps is not None:
             kwargs["num_steps"] = num_steps
-        if prior_state is not None:
-            self._check_prior_state(prior_state, embedding, kwargs)
-            kwargs["num_samples"], kwargs["length"] = prior_state.shape[:2]
+        masks = self._check_given(input_ids, attention_mask, infill_mask)
+        self._set_sizes(kwargs, generation_config, input_ids, masks, prior_state)
         config = self._prepare_generation_config(generation_config, kwargs)
         if streamer is not None and config.num_samples != 1:
             raise ValueError(f"`streamer` shows one text: pass `num_samples=1`, got {config.num_samples}.")
         if logits_processor is not None and not isinstance(logits_processor, list):
             raise ValueError("`logits_processor` must be a `LogitsProcessorList`; wrap a single processor into one.")
-
         if compile_config is not None and not isinstance(compile_config, CompileConfig):
             raise ValueError(f"`compile_config` must be a `CompileConfig`, got `{type(compile_config).__name__}`.")
-
         generators = generator if isinstance(generator, list) else [generator] * config.num_samples
         if len(generators) != config.num_samples:
             raise ValueError(
                 f"`generator` has {len(generators)} generators for {config.num_samples} texts: pass as many."
             )
 
-        factor = self._get_noise_factor(embedding) if prior_state is None else None
-        processors = self._prepare_logits_processor(config, logits_processor)
+        denoiser = self._get_denoiser(guidance_model, config)
+        embedding = denoiser.state_embedding.float()
+        if prior_state is not None:
+            self._check_prior_state(prior_state, embedding, kwargs)
+        reward = self._check_reward(reward, config)
+        needs_noise = prior_state is None or config.gamma > 0 or reward is not None
+        sampler = _Sampler(
+            config=config,
+            denoiser=denoiser,
+            embedding=embedding,
+            factor=self._get_noise_factor(embedding) if needs_noise else None,
+            logits_processor=self._prepare_logits_processor(config, logits_processor),
+            reward=reward,
+            streamer=streamer,
+            callback=callback,
+            compile_config=compile_config,
+        )
+        given = self._prepare_given(input_ids, *masks, config, embedding.device)
 
         sequences, drafts = [], []
         progress = logging.tqdm(
@@ -265,22 +384,21 @@ class FLMGenerationMixin:
             streamer.put(torch.empty((1, 0), dtype=torch.long))  # streamers take what comes first for the prompt
         with progress:
             for start in range(0, config.num_samples, config.batch_size):
-                size = min(config.batch_size, config.num_samples - start)
+                rows = slice(start, min(start + config.batch_size, config.num_samples))
                 # States are in float32 whatever precision the caller runs the model in.
                 with torch.autocast(embedding.device.type, enabled=False):
-                    if prior_state is None:
-                        state = self._draw_noise(config.length, factor, generators[start : start + size])
-                    else:
-                        state = prior_state[start : start + size].to(embedding)
+                    state, later = self._draw_states(sampler, generators[rows], prior_state is None)
+                    if prior_state is not None:
+                        state = prior_state[rows].to(embedding)
                         state = state @ embedding if state.shape[-1] == embedding.shape[0] else state
-                tokens, batch_drafts = self._sample(
-                    state, embedding, config, processors, streamer, callback, compile_config
-                )
+                tokens, batch_drafts = self._sample(sampler, state, given[rows], later)
                 sequences.append(tokens)
                 drafts.append(batch_drafts)
-                progress.update(size)
+                progress.update(rows.stop - rows.start)
 
         sequences = torch.cat(sequences)
+        if config.pad_after_eos:
+            sequences = self._pad_after_eos(sequences, given, config)
         if streamer is not None:
             streamer.put(sequences.cpu())
             streamer.end()
@@ -289,62 +407,80 @@ class FLMGenerationMixin:
         return FLMGenerationOutput(
             sequences=sequences,
             drafts=torch.cat(drafts) if config.output_drafts else None,
-            num_forward_passes=config.num_steps,
+            num_forward_passes=config.num_steps * (1 if reward is None else 2),
         )
 
     def _sample(
-        self,
-        state: torch.Tensor,
-        embedding: torch.Tensor,
-        config: FLMGenerationConfig,
-        logits_processor: LogitsProcessorList,
-        streamer: BaseStreamer | None,
-        callback: Callable[[int, int, torch.LongTensor], None] | None,
-        compile_config: CompileConfig | None,
+        self, sampler: _Sampler, state: torch.Tensor, given: _Given, later: list[torch.Generator] | None
     ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
-        """Moves a batch of states from noise to text."""
-        put_draft = getattr(streamer, "put_draft", None)
-        wants_drafts = config.output_drafts or put_draft is not None or callback is not None
-        advance = type(self)._step if compile_config is None else self._get_compiled_step(compile_config)
+        """Moves a batch of states from noise to text. `later` are the sources of what noise is drawn on the way."""
+        config, compile_config, embedding = sampler.config, sampler.compile_config, sampler.embedding
+        put_draft = getattr(sampler.streamer, "put_draft", None)
+        wants_drafts = config.output_drafts or put_draft is not None or sampler.callback is not None
+        advance = self._step if compile_config is None else self._get_compiled_step(compile_config)
+        masks = (given.attention_mask, given.known_mask)
+        clean = None if given.known_mask is None else embedding[given.tokens]
         tau = torch.linspace(0, 1, config.num_steps + 1, device=state.device)
+        if config.timesteps is not None:
+            tau = torch.tensor(config.timesteps, device=state.device, dtype=torch.float32)
         t = self.time.tau_to_t(tau)
-        # One time per sequence, for every point of the grid.
-        tau, t = (times[:, None].expand(-1, state.shape[0]).contiguous() for times in (tau, t))
+        arrival, tau_arrival = t, tau
+        if config.gamma > 0:
+            arrival, keep, fresh = refresh(t, config.gamma)
+            tau_arrival = self.time.t_to_tau(arrival)
+        # One time per sequence, for every step.
+        times = torch.stack([tau[:-1], tau_arrival[1:], t[:-1], arrival[1:]], dim=1)
+        times = times[..., None].expand(-1, -1, state.shape[0]).contiguous()
 
+        state = hold(state, clean, given.known_mask)
         drafts = []
         for step in range(config.num_steps):
             is_last = step == config.num_steps - 1
+            if sampler.reward is not None:
+                state = hold(self._climb(sampler, state, given, times[step], t[step + 1]), clean, given.known_mask)
             if compile_config is not None:
                 torch.compiler.cudagraph_mark_step_begin()
-            times = (tau[step], tau[step + 1], t[step], t[step + 1])
             state, tokens = advance(
-                self, state, *times, embedding, logits_processor, not is_last, is_last or wants_drafts
+                sampler.denoiser,
+                state,
+                times[step],
+                embedding,
+                masks,
+                sampler.logits_processor,
+                with_state=not is_last,
+                with_tokens=is_last or wants_drafts,
             )
             if compile_config is not None:  # a CUDA graph writes to the same place every time
                 state, tokens = (None if x is None else x.clone() for x in (state, tokens))
+            if not is_last:
+                if config.gamma > 0:
+                    noise = self._draw_noise(state.shape[1], sampler.factor, later)
+                    state = keep[step + 1] * state + fresh[step + 1] * noise
+                state = hold(state, clean, given.known_mask)
+            tokens = None if tokens is None else given.complete(tokens)
             if put_draft is not None and not is_last:
                 put_draft(tokens.cpu())
             if config.output_drafts:
                 drafts.append(tokens)
-            if callback is not None:
-                callback(step + 1, config.num_steps, tokens)
+            if sampler.callback is not None:
+                sampler.callback(step + 1, config.num_steps, tokens)
         return tokens, torch.stack(drafts, dim=1) if drafts else None
 
+    @staticmethod
     def _step(
-        self,
+        denoiser: "PreTrainedModel | Autoguidance",
         state: torch.Tensor,
-        tau_s: torch.Tensor,
-        tau_t: torch.Tensor,
-        s: torch.Tensor,
-        t: torch.Tensor,
+        times: torch.Tensor,
         embedding: torch.Tensor,
+        masks: tuple[torch.Tensor | None, torch.Tensor | None],
         logits_processor: LogitsProcessorList,
         with_state: bool,
         with_tokens: bool,
     ) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
         """One step of the sampler: the next states, and the most likely tokens, where they are wanted."""
+        tau_s, tau_t, s, t = times
         tokens, expected = [], []
-        for delta in self.denoise(state, tau_s, tau_t, logits_processor=logits_processor):
+        for delta in denoiser.denoise(state, tau_s, tau_t, *masks, logits_processor):
             if with_tokens:
                 tokens.append(delta.argmax(dim=-1))
             if with_state:
@@ -355,32 +491,227 @@ class FLMGenerationMixin:
             return None, tokens
         return flow_map(state, torch.cat(expected, dim=1).to(state.device), s, t), tokens
 
+    def _climb(
+        self, sampler: _Sampler, state: torch.Tensor, given: _Given, times: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        r"""
+        The state moved towards the reward, \\(x \leftarrow x + \eta\,\frac{(1-s)(t-s)}{t}\,\nabla_x r(\delta_{s,1}(x))\\). To
+        first order in \\(\eta\\) this makes texts more likely by the factor \\(e^{\eta\,r}\\), in two cases: in many steps of an
+        FLM it is what their flow differs by, \\(\frac{1-s}{s}\,\nabla_x r\\); in one step of a flow map it is the mean of the
+        noise with the density \\(e^{\eta\,r}\\) relative to the normal one.
+        """
+        tau_s, _, s, _ = times
+        size = self.state_embedding.shape[1]  # a guidance model has the rest of the state, and no say in this
+        masks = (given.attention_mask, given.known_mask)
+
+        def look_ahead(state: torch.Tensor) -> torch.Tensor:
+            parts = self.denoise(state[..., :size], tau_s, torch.ones_like(tau_s), *masks, sampler.logits_processor)
+            return given.complete_soft(torch.cat([part.to(state.device) for part in parts], dim=1))
+
+        gradient = reward_gradient(sampler.reward, look_ahead, state)
+        # In one-hot space the gradient is `gradient @ E.T`: this is how the state moves with it.
+        with torch.autocast(state.device.type, enabled=False):
+            direction = (gradient @ sampler.factor.T) @ sampler.factor
+        return state + (sampler.config.reward_scale * (1 - s) * (t - s) / t)[:, None, None] * direction
+
     def _get_compiled_step(self, compile_config: CompileConfig) -> Callable:
         if self._compiled_step is None or self._compiled_step[0] != compile_config:
             raise_recompile_limit()  # each batch size has two graphs
-            # The function and not the method, so that copies of the model do not call the original.
-            compiled = torch.compile(type(self)._step, **compile_config.to_dict())
+            compiled = torch.compile(self._step, **compile_config.to_dict())
             self._compiled_step = (copy.copy(compile_config), compiled)
         return self._compiled_step[1]
+
+    def _get_denoiser(
+        self, guidance_model: PreTrainedModel | None, config: FLMGenerationConfig
+    ) -> "PreTrainedModel | Autoguidance":
+        if guidance_model is None:
+            if config.guidance_scale:
+                raise ValueError(f"`guidance_scale={config.guidance_scale}` needs a `guidance_model`.")
+            return self
+        if config.guidance_scale is None:
+            raise ValueError("`guidance_model` needs a `guidance_scale`, such as 1.0.")
+        model_type = guidance_model.config.model_type if isinstance(guidance_model, PreTrainedModel) else None
+        if model_type not in ("flm", "fmlm", "fmlm_two_network"):  # not by class, which remote code has of its own
+            raise ValueError(
+                f"`guidance_model` must be a flow-based language model, got `{type(guidance_model).__name__}`."
+            )
+        if guidance_model.config.vocab_size != self.config.vocab_size:
+            raise ValueError(
+                f"`guidance_model` has {guidance_model.config.vocab_size} tokens, but the model has "
+                f"{self.config.vocab_size}: pass one with the same tokenizer."
+            )
+        return self if config.guidance_scale == 0 else Autoguidance(self, guidance_model, config.guidance_scale)
+
+    @staticmethod
+    def _check_reward(reward: Reward | None, config: FLMGenerationConfig) -> Reward | None:
+        """The reward, if it counts."""
+        if reward is None:
+            if config.reward_scale:
+                raise ValueError(f"`reward_scale={config.reward_scale}` needs a `reward`.")
+            return None
+        if not callable(reward):
+            raise ValueError(f"`reward` must be a function of soft tokens, got `{type(reward).__name__}`.")
+        if config.reward_scale is None:
+            raise ValueError("`reward` needs a `reward_scale`, such as 1.0.")
+        return reward if config.reward_scale != 0 else None
 
     def _get_noise_factor(self, embedding: torch.Tensor) -> torch.Tensor:
         """The factor of the noise, made again only where the embedding has changed."""
         fingerprint = embedding.sum(dim=0)
-        if self._noise_factor is None or not torch.equal(self._noise_factor[0].to(embedding.device), fingerprint):
+        known = None if self._noise_factor is None else self._noise_factor[0].to(embedding.device)
+        if known is None or not torch.equal(known, fingerprint):
             factor = JointNoise(embedding).factor(0)
             if not torch.isfinite(factor).all():
                 raise ValueError("The token embedding of the model has values that are not finite.")
             self._noise_factor = (fingerprint, factor)
         return self._noise_factor[1].to(embedding.device)
 
+    def _draw_states(
+        self, sampler: _Sampler, generators: list[torch.Generator | None], from_noise: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Generator] | None]:
+        """
+        States of pure noise, and generators for what noise is drawn later, text by text so that how they are batched does
+        not change them.
+        """
+        states, later = [], []
+        for generator in generators:
+            if from_noise:
+                states.append(self._draw_noise(sampler.config.length, sampler.factor, [generator]))
+            if sampler.config.gamma > 0:
+                device = sampler.embedding.device if generator is None else generator.device
+                seed = torch.randint(2**62, (), generator=generator, device=device)
+                later.append(torch.Generator(device).manual_seed(int(seed)))
+        return torch.cat(states) if states else None, later
+
     @staticmethod
     def _draw_noise(length: int, factor: torch.Tensor, generators: list[torch.Generator | None]) -> torch.Tensor:
-        """States of pure noise, text by text so that how they are batched does not change them."""
+        """States of pure noise."""
         noise = []
         for generator in generators:
             device = factor.device if generator is None else generator.device
             noise.append(torch.randn(length, factor.shape[0], generator=generator, device=device))
         return torch.stack(noise).to(factor.device) @ factor
+
+    # What is given of the texts
+
+    @staticmethod
+    def _check_given(
+        input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, infill_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The masks as Booleans. Raises a `ValueError` where these arguments do not go together."""
+        if input_ids is not None and (
+            not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point()
+        ):
+            got = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            raise ValueError(
+                f"`input_ids` must be an integer tensor of shape (num_prompts, prompt_length), got {got}. (The number of texts "
+                "is `num_samples`.)"
+            )
+        if infill_mask is not None and input_ids is None:
+            raise ValueError("`infill_mask` says which of the `input_ids` to generate anew: pass those as well.")
+        for name, mask in (("attention_mask", attention_mask), ("infill_mask", infill_mask)):
+            if mask is None:
+                continue
+            if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+                raise ValueError(f"`{name}` must be a tensor with two dimensions, texts and positions.")
+            if input_ids is not None and mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"`{name}` of shape {tuple(mask.shape)} does not go with `input_ids` of shape {tuple(input_ids.shape)}."
+                )
+        return tuple(None if mask is None else mask.bool() for mask in (attention_mask, infill_mask))
+
+    @staticmethod
+    def _set_sizes(
+        kwargs: dict[str, Any],
+        generation_config: GenerationConfig | None,
+        input_ids: torch.Tensor | None,
+        masks: tuple[torch.Tensor | None, torch.Tensor | None],
+        prior_state: torch.Tensor | None,
+    ):
+        """Puts `num_samples` and `length` into `kwargs` where other arguments say them."""
+        given = generation_config.to_diff_dict() if isinstance(generation_config, GenerationConfig) else {}
+        given |= kwargs
+        attention_mask, infill_mask = masks
+        if prior_state is not None and prior_state.dim() == 3:
+            kwargs["num_samples"] = given.get("num_samples", prior_state.shape[0])
+            kwargs["length"] = given.get("length", prior_state.shape[1])
+        whole = infill_mask if infill_mask is not None else attention_mask if input_ids is None else None
+        if whole is not None:  # it has all positions of a text
+            length = kwargs.setdefault("length", given.get("length", whole.shape[1]))
+            if attention_mask is not None and length != whole.shape[1]:
+                raise ValueError(
+                    f"`attention_mask` has {whole.shape[1]} positions, which are all there are: leave out `length={length}`."
+                )
+        tensor = input_ids if input_ids is not None else attention_mask
+        if tensor is not None:
+            num_samples = kwargs.setdefault("num_samples", given.get("num_samples", len(tensor)))
+            if isinstance(num_samples, int) and (num_samples < 1 or num_samples % max(len(tensor), 1) != 0):
+                name = "input_ids" if input_ids is not None else "attention_mask"
+                raise ValueError(
+                    f"`num_samples={num_samples}` is not a multiple of the {len(tensor)} rows of `{name}`: every row has "
+                    "equally many texts."
+                )
+
+    def _prepare_given(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        infill_mask: torch.Tensor | None,
+        config: FLMGenerationConfig,
+        device: torch.device,
+    ) -> _Given:
+        """What is given, for every text and all of its positions."""
+        tokens = torch.full((config.num_samples, config.length), self._pad_token(config, 0), device=device)
+        if input_ids is None and attention_mask is None:
+            return _Given(tokens)
+        rows = torch.arange(config.num_samples, device=device)
+        rows = rows // (config.num_samples // len(attention_mask if input_ids is None else input_ids))
+        exists = None if attention_mask is None else attention_mask.to(device)
+        if input_ids is None:
+            return _Given(tokens, None, exists[rows])
+        ids = input_ids.to(device, torch.long)
+        known = torch.ones_like(ids, dtype=torch.bool) if infill_mask is None else ~infill_mask.to(device)
+        if exists is not None:
+            known = known & exists
+        if infill_mask is None:  # padding may be on either side
+            order = known.long().argsort(dim=1, descending=True, stable=True)
+            ids, known, exists = ids.gather(1, order), known.gather(1, order), None
+            ids, known = (x[:, : int(known.sum(dim=1).max())] for x in (ids, known))
+        size = ids.shape[1]
+        if size > config.length:
+            raise ValueError(f"`input_ids` has {size} tokens, but texts have {config.length} (`length`).")
+        if ((ids < 0) | (ids >= self.config.vocab_size))[known].any():
+            raise ValueError(
+                f"`input_ids` must be tokens of the model, from 0 to {self.config.vocab_size - 1}: is it another's tokenizer?"
+            )
+        tokens[:, :size] = torch.where(known, ids, tokens[0, 0])[rows]
+        is_known = torch.zeros_like(tokens, dtype=torch.bool)
+        is_known[:, :size] = known[rows]
+        return _Given(tokens, is_known, None if exists is None else exists[rows])
+
+    @staticmethod
+    def _pad_token(config: FLMGenerationConfig, default: int | None = None) -> int | None:
+        eos = config.eos_token_id
+        eos = eos[0] if isinstance(eos, list) else eos
+        candidates = (config.pad_token_id, eos, default)
+        return next((token for token in candidates if token is not None), None)
+
+    def _pad_after_eos(
+        self, sequences: torch.LongTensor, given: _Given, config: FLMGenerationConfig
+    ) -> torch.LongTensor:
+        """Texts up to the first end-of-sequence token, and padding. What is given stays, and does not end a text."""
+        if config.eos_token_id is None:
+            raise ValueError("`pad_after_eos` needs an `eos_token_id`.")
+        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        is_end = torch.isin(sequences, torch.tensor(eos, device=sequences.device))
+        if config.bos_token_id in eos:
+            is_end[:, 0] = False
+        if given.is_fixed is not None:
+            is_end &= ~given.is_fixed
+        is_after = is_end.cumsum(dim=1) - is_end.long() > 0
+        if given.is_fixed is not None:
+            is_after &= ~given.is_fixed
+        return sequences.masked_fill(is_after, self._pad_token(config))
 
     @staticmethod
     def _check_prior_state(prior_state: torch.Tensor, embedding: torch.Tensor, kwargs: dict[str, Any]):
@@ -407,7 +738,17 @@ class FLMGenerationMixin:
         if unknown := [name for name in kwargs if name.startswith("_") or name not in vars(config)]:
             raise ValueError(f"`generate()` got unknown arguments: {config._suggest(unknown)}.")
         config.update(**kwargs)
+        given = {} if generation_config is None else generation_config.to_diff_dict()
+        given |= {name: value for name, value in kwargs.items() if value is not None}
         config.update(defaults_only=True, **self.generation_config.to_dict())
+        if "num_steps" in given and "timesteps" not in given:
+            config.timesteps = None
+        elif config.timesteps is not None:
+            if given.get("num_steps", len(config.timesteps) - 1) != len(config.timesteps) - 1:
+                raise ValueError(
+                    f"`num_steps={given['num_steps']}` does not go with the {len(config.timesteps)} `timesteps`: leave it out."
+                )
+            config.num_steps = len(config.timesteps) - 1
         config.update(defaults_only=True, **config._get_default_generation_params())
         max_length = self.config.max_position_embeddings
         config.update(defaults_only=True, length=max_length)

@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
-from .flow import JointNoise, interpolate
+from .flow import JointNoise, hold, interpolate
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, raise_recompile_limit
 from .losses import (
     DIVERGENCES,
@@ -329,6 +329,8 @@ class FLMPreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         elif isinstance(module, FLMLayerNorm):
             init.ones_(module.weight)
+        elif isinstance(module, FLMModel) and module.prompt_mark is not None:
+            init.zeros_(module.prompt_mark)
 
     # What a concrete model defines
 
@@ -343,6 +345,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         timesteps: torch.Tensor,
         target_timesteps: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        known_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
@@ -353,6 +356,8 @@ class FLMPreTrainedModel(PreTrainedModel):
             timesteps (`torch.Tensor` of shape `(batch_size,)`): The times `tau` of the states.
             target_timesteps (`torch.Tensor` of shape `(batch_size,)`, *optional*): The times to go to, for flow maps.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real positions.
+            known_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Where tokens are given, whose states are clean.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`: the input of the head, in float32.
@@ -460,8 +465,12 @@ class FLMPreTrainedModel(PreTrainedModel):
         noise: torch.Tensor | None,
         t: torch.Tensor | None,
         joint_noise: JointNoise | None,
+        known_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The state of clean tokens, noised if there is noise, in float32 also under autocast, and differentiable."""
+        """
+        The state of clean tokens, noised if there is noise and where they are not known, in float32 also under autocast, and
+        differentiable.
+        """
         embedded = [embedding(input_ids).float() for embedding in self.embeddings]
         device = embedded[0].device
         clean = torch.cat([part.to(device) for part in embedded], dim=-1)
@@ -474,7 +483,7 @@ class FLMPreTrainedModel(PreTrainedModel):
             raise ValueError(f"`noise` must have shape {expected}, got {tuple(noise.shape)}.")
         with torch.autocast(clean.device.type, enabled=False):
             factor = torch.cat([joint_noise.factor(index, weight) for index, weight in enumerate(weights)], dim=1)
-            return interpolate(noise.to(factor.dtype) @ factor, clean, t)
+            return hold(interpolate(noise.to(factor.dtype) @ factor, clean, t), clean, known_mask)
 
     def denoise(
         self,
@@ -482,6 +491,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         tau_s: torch.Tensor,
         tau_t: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        known_mask: torch.Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
     ) -> Iterator[torch.Tensor]:
         r"""
@@ -493,6 +503,8 @@ class FLMPreTrainedModel(PreTrainedModel):
             tau_s (`torch.Tensor` of shape `(batch_size,)`): The times of the states, reparameterized.
             tau_t (`torch.Tensor` of shape `(batch_size,)`): The times to go to, reparameterized.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real positions.
+            known_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Where tokens are given, whose states are clean.
             logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
                 Changes the logits. It is called once per stretch, with scores of shape `(num_tokens, vocab_size)` and
                 an empty prefix.
@@ -501,7 +513,7 @@ class FLMPreTrainedModel(PreTrainedModel):
             `torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`, in float32: probabilities of the clean
             tokens, except for [`FMLMTwoNetworkModel`], whose correction may leave the simplex.
         """
-        hidden_states = self.encode(state, tau_s, tau_t, attention_mask)
+        hidden_states = self.encode(state, tau_s, tau_t, attention_mask, known_mask)
         for piece in self.chunks(state):
             yield self.delta(self.predict(hidden_states[:, piece], tau_s, tau_t, logits_processor))
 
@@ -521,6 +533,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         target_timesteps: torch.FloatTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        known_mask: torch.BoolTensor | None = None,
         noise: torch.FloatTensor | None = None,
         t: torch.FloatTensor | None = None,
         joint_noise: JointNoise | None = None,
@@ -547,6 +560,9 @@ class FLMPreTrainedModel(PreTrainedModel):
                 States `x @ E`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for positions that are attended to, 0 for padding.
+            known_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Where tokens are given (a prompt, or what surrounds an infill): they are not noised, and marked for models
+                with a `prompt_mark`. Their `labels` should be -100.
             noise (`torch.FloatTensor` of shape `(batch_size, sequence_length, noise_size)`, *optional*):
                 Standard normal variables. For one network by itself `noise_size` is `min(vocab_size, hidden_size)`, see
                 [`~flow.noise_size`]. Needs `input_ids` and `t`.
@@ -608,8 +624,8 @@ class FLMPreTrainedModel(PreTrainedModel):
             raise ValueError(f"`divergence` must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
 
         if inputs_embeds is None:
-            inputs_embeds = self._make_state(input_ids, noise, t, joint_noise)
-        hidden_states = self.encode(inputs_embeds, timesteps, target_timesteps, attention_mask, **kwargs)
+            inputs_embeds = self._make_state(input_ids, noise, t, joint_noise, known_mask)
+        hidden_states = self.encode(inputs_embeds, timesteps, target_timesteps, attention_mask, known_mask, **kwargs)
         log_weight = self.loss_weight(timesteps)
         loss, token_losses, logits = None, None, None
         if labels is not None:
@@ -660,6 +676,7 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
         self.norm = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.modulation = FLMModulation(config, num_chunks=2)
         self.lm_head = FLMHead(config.hidden_size, config.vocab_size)
+        self.prompt_mark = nn.Parameter(torch.zeros(config.hidden_size)) if config.prompt_mark else None
         self.post_init()
 
     @property
@@ -670,9 +687,11 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
         """The time embedding, of shape `(batch_size, conditioning_size)`. An Euler step does not depend on its length."""
         return self.time_embedding(timesteps)
 
-    def encode(self, state, timesteps, target_timesteps=None, attention_mask=None, **kwargs):
+    def encode(self, state, timesteps, target_timesteps=None, attention_mask=None, known_mask=None, **kwargs):
         config = self.config
         conditioning = F.silu(self.embed_times(timesteps, target_timesteps))
+        if self.prompt_mark is not None and known_mask is not None:
+            state = state + known_mask[..., None] * self.prompt_mark
         hidden_states = state.to(self.embed_tokens.weight.dtype)
         attention_mask = create_bidirectional_mask(
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
@@ -749,7 +768,7 @@ class FMLMModel(FLMModel):
         """
         model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
         missing, unexpected = model.load_state_dict(teacher.state_dict(), strict=False)
-        new = ("target_time_embedding.", "loss_weighting.")
+        new = ("target_time_embedding.", "loss_weighting.", "prompt_mark")
         if unexpected or any(not name.startswith(new) for name in missing):
             raise ValueError(f"`config_overrides` must leave the teacher's sizes as they are, got {config_overrides}.")
         nn.init.zeros_(model.target_time_embedding.linear_2.weight)
@@ -807,7 +826,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         nn.init.zeros_(correction.lm_head.weight)
         nn.init.zeros_(correction.lm_head.bias)
         model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
-        model.flow.load_state_dict(teacher.state_dict())
+        model.flow.load_state_dict(teacher.state_dict(), strict=False)  # a new `prompt_mark` is zero
         model.correction.load_state_dict(correction.state_dict())
         return model.to(teacher.device)
 
@@ -820,10 +839,11 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     def embeddings(self) -> list[nn.Embedding]:
         return [self.flow.embed_tokens, self.correction.embed_tokens]
 
-    def encode(self, state, timesteps, target_timesteps=None, attention_mask=None, **kwargs):
+    def encode(self, state, timesteps, target_timesteps=None, attention_mask=None, known_mask=None, **kwargs):
         flow_state, correction_state = state.chunk(2, dim=-1)
-        flow = self.flow.encode(flow_state, timesteps, None, attention_mask, **kwargs)
-        correction = self.correction.encode(correction_state, timesteps, target_timesteps, attention_mask, **kwargs)
+        masks = (attention_mask, known_mask)
+        flow = self.flow.encode(flow_state, timesteps, None, *masks, **kwargs)
+        correction = self.correction.encode(correction_state, timesteps, target_timesteps, *masks, **kwargs)
         return torch.cat([flow, correction.to(flow.device)], dim=-1)
 
     def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):

@@ -14,8 +14,8 @@
 """`pipeline("text-generation")` for flow-based language models."""
 
 import copy
-from typing import Any
 
+import torch
 from transformers import Pipeline
 
 
@@ -25,8 +25,7 @@ CUSTOM_PIPELINES = {"text-generation": {"impl": "pipeline_flm.FLMPipeline", "pt"
 
 class FLMPipeline(Pipeline):
     r"""
-    Texts in one call. The models start from noise and not from a prompt, so that there is no input, only the parameters of
-    [`~FLMGenerationMixin.generate`].
+    Texts in one call: whole ones, or continued prompts.
 
     Args:
         kwargs: As for [`~transformers.Pipeline`], of which `model` and `tokenizer` are needed; and parameters of `generate`
@@ -40,6 +39,8 @@ class FLMPipeline(Pipeline):
     >>> pipe = pipeline("text-generation", model="path/to/model", trust_remote_code=True)
     >>> pipe(num_samples=2, num_steps=1)
     [{'generated_text': '...'}, {'generated_text': '...'}]
+    >>> pipe("The cat", num_steps=16)
+    [{'generated_text': 'The cat ...'}]
     ```
     """
 
@@ -58,40 +59,60 @@ class FLMPipeline(Pipeline):
         # `pipeline()` has put classes into it, with which the configuration could not be saved.
         self.model.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
 
-    def __call__(self, *args, **kwargs) -> list[dict[str, Any]]:
+    def __call__(self, text_inputs: str | list[str] | None = None, **kwargs) -> list:
         """
         Generates texts.
 
         Args:
+            text_inputs (`str` or `list[str]`, *optional*):
+                How texts begin. Special tokens that the tokenizer adds are left out, but for the `bos_token_id` of the
+                model's generation configuration, if there is one.
             skip_special_tokens (`bool`, *optional*, defaults to `True`): Whether to leave special tokens out of the texts.
             return_tensors (`bool`, *optional*, defaults to `False`):
                 Whether to return the tokens as well, as `"generated_token_ids"`.
-            kwargs: Parameters of [`~FLMGenerationMixin.generate`], such as `num_samples`, `num_steps` or `generator`.
+            kwargs: Parameters of [`~FLMGenerationMixin.generate`], such as `num_samples` (for each prompt), `num_steps` or
+                `generator`.
 
         Returns:
-            `list[dict[str, Any]]`: for each of `num_samples` texts a dictionary with `"generated_text"`.
+            `list[dict[str, Any]]`: for each of `num_samples` texts a dictionary with `"generated_text"`. For a list of prompts
+            a list of such lists.
 
         Raises:
-            `ValueError`: if there is a prompt, or a parameter is unknown or has a value that cannot be used.
+            `ValueError`: if a parameter is unknown or has a value that cannot be used.
         """
-        if args:
-            raise ValueError(
-                "There is no prompt: the model generates whole texts from noise. Pass the number of texts as "
-                "`num_samples` and other parameters of `generate()` by name."
-            )
+        is_list = isinstance(text_inputs, (list, tuple))
+        prompts = list(text_inputs) if is_list else [] if text_inputs is None else [text_inputs]
+        if (is_list and not prompts) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"`text_inputs` must be a text or a list of texts, got {text_inputs!r}.")
         _, generate_kwargs, decode_kwargs = self._sanitize_parameters(**kwargs)
         generate_kwargs = {**self._forward_params, **generate_kwargs}
-        return self.run_single(None, {}, generate_kwargs, {**self._postprocess_params, **decode_kwargs})
+        if prompts and isinstance(generate_kwargs.get("num_samples"), int):
+            generate_kwargs["num_samples"] *= len(prompts)
+        rows = self.run_single(prompts, {}, generate_kwargs, {**self._postprocess_params, **decode_kwargs})
+        size = len(rows) // max(len(prompts), 1)
+        return [rows[start : start + size] for start in range(0, len(rows), size)] if is_list else rows
 
     def _sanitize_parameters(self, skip_special_tokens=None, return_tensors=None, **generate_kwargs):
         decode = {"skip_special_tokens": skip_special_tokens, "return_tensors": return_tensors}
         return {}, generate_kwargs, {name: value for name, value in decode.items() if value is not None}
 
-    def preprocess(self, input_):
-        return {}
+    def preprocess(self, prompts):
+        if not prompts:
+            return {}
+        begin = self.model.generation_config.bos_token_id
+        begin = [] if begin is None else [begin]
+        token_lists = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        token_lists = [[*begin, *tokens] for tokens in token_lists]
+        length = max(map(len, token_lists))
+        rows = [
+            (tokens + [0] * (length - len(tokens)), [1] * len(tokens) + [0] * (length - len(tokens)))
+            for tokens in token_lists
+        ]
+        input_ids, attention_mask = (torch.tensor(column) for column in zip(*rows))
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def _forward(self, model_inputs, **generate_kwargs):
-        return self.model.generate(**{**generate_kwargs, "return_dict_in_generate": True})
+        return self.model.generate(**{**generate_kwargs, **model_inputs, "return_dict_in_generate": True})
 
     def postprocess(self, model_outputs, skip_special_tokens=True, return_tensors=False):
         tokens = model_outputs.sequences

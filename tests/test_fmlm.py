@@ -264,26 +264,32 @@ class TestPublishedValues:
         state, teacher_state = (state[rows] for state in trainer._states(batch))
         with torch.no_grad():
             make_target = getattr(trainer, f"_{target}_target")
-            value = make_target(state, teacher_state, tau_s[rows], tau_t[rows], None)(WHOLE)
+            value = make_target(state, teacher_state, tau_s[rows], tau_t[rows], (None, None))(WHOLE)
         expected = values[f"{target}.target"]
         assert relative_error(value, project_to_simplex(expected) if target == "lagrangian" else expected) < 1e-4
 
 
 class ExactFlowMap(FMLMModel):
     """
-    The flow map of the texts "0 0" (70 %) and "1 1" (30 %) over two tokens, in closed form but for a fine integration
-    of its ordinary differential equation; the embedding is the identity, so that states are one-hot states.
+    The flow map of the texts "0 0" (70 %) and "1 1" (30 %) over two tokens, or of others, in closed form but for a fine
+    integration of its ordinary differential equation; the embedding is the identity, so that states are one-hot states.
     """
 
-    def __init__(self):
-        super().__init__(FMLMConfig(vocab_size=2, hidden_size=2, num_attention_heads=1, num_hidden_layers=1))
+    def __init__(self, texts=((0, 0), (1, 1)), weights=(0.7, 0.3), num_steps=400):
+        sizes = {"vocab_size": 2, "hidden_size": 2, "num_attention_heads": 1, "num_hidden_layers": 1}
+        super().__init__(FMLMConfig(**sizes, max_position_embeddings=len(texts[0])))
         self.embed_tokens.weight.data = torch.eye(2)
-        self.texts = torch.eye(2, dtype=torch.float64)[:, None, :].expand(2, 2, 2)
-        self.weights = torch.tensor([0.7, 0.3], dtype=torch.float64)
+        self.texts = torch.eye(2, dtype=torch.float64)[torch.tensor(texts)]
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.num_steps = num_steps
 
-    def denoiser(self, x, t):
-        # log p(text | x) = log p(text) + t <x, text> / (1 - t)^2 + const
-        logits = self.weights.log() + (t / (1 - t) ** 2)[:, None] * torch.einsum("blv,klv->bk", x, self.texts)
+    def denoiser(self, x, t, known_mask):
+        # log p(text | x) = log p(text) + t <x, text> / (1 - t)^2 + const, of which known tokens leave those with them
+        products = torch.einsum("blv,klv->bkl", x.double(), self.texts)
+        noisy = (t / (1 - t) ** 2)[:, None, None] * products
+        if known_mask is not None:
+            noisy = torch.where(known_mask[:, None], (products - 1) * 1e9, noisy)
+        logits = self.weights.log() + noisy.sum(-1)
         return torch.einsum("bk,klv->blv", logits.softmax(-1), self.texts)
 
     def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
@@ -293,12 +299,13 @@ class ExactFlowMap(FMLMModel):
     def delta(logits):
         return logits
 
-    def encode(self, state, tau_s, tau_t=None, attention_mask=None):
-        s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
+    def encode(self, state, tau_s, tau_t=None, attention_mask=None, known_mask=None):
+        # At 0.99 the text is certain, and the velocity still finite.
+        s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t).clamp(max=0.99)
         if torch.equal(s, t):
-            return self.denoiser(state, s)
-        velocity = lambda x, time: (self.denoiser(x, time) - x) / (1 - time)[:, None, None]  # noqa: E731
-        x, num_steps = state, 400
+            return self.denoiser(state, s, known_mask).to(state.dtype)
+        velocity = lambda x, time: (self.denoiser(x, time, known_mask) - x) / (1 - time)[:, None, None]  # noqa: E731
+        x, num_steps = state, self.num_steps
         step = (t - s) / num_steps
         half = step[:, None, None] / 2
         for n in range(num_steps):  # Runge-Kutta of order 4
@@ -309,7 +316,7 @@ class ExactFlowMap(FMLMModel):
             k4 = velocity(x + 2 * half * k3, time + step)
             x = x + half / 3 * (k1 + 2 * k2 + 2 * k3 + k4)
         keep = ((1 - t) / (1 - s))[:, None, None]
-        return (x - keep * state) / (1 - keep)
+        return ((x - keep * state) / (1 - keep)).to(state.dtype)
 
 
 class TestExactSolution:

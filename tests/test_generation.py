@@ -145,7 +145,7 @@ def test_progress_bar_only_for_several_batches(flm, capsys):
         ({"top_k": 0}, "`top_k`"),
         ({"top_p": 1.5}, "`top_p`"),
         ({"num_stpes": 3}, "`num_stpes` .did you mean `num_steps`"),
-        ({"input_ids": torch.ones(1, 3)}, "unknown arguments: `input_ids`"),
+        ({"input_id": torch.ones(1, 3)}, "unknown arguments: `input_id`"),
         ({"_commit_hash": "x"}, "unknown arguments"),
         ({"prior_state": torch.randn(2, 12, 7)}, "`prior_state` must have shape"),
         ({"prior_state": torch.randn(12, 53)}, "`prior_state` must have shape"),

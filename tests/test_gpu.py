@@ -64,7 +64,8 @@ def test_no_step_of_the_sampler_waits(request):
     model = build_flm(attn_logit_softcapping=None).cuda()
     state = torch.randn(4, 12, 32, device="cuda")
     tau = torch.rand(4, device="cuda")
-    step = lambda: model._step(state, tau, tau, tau, tau, model.state_embedding, [], True, True)  # noqa: E731
+    times, options = torch.stack([tau] * 4), {"with_state": True, "with_tokens": True}
+    step = lambda: model._step(model, state, times, model.state_embedding, (None, None), [], **options)  # noqa: E731
     with torch.no_grad():
         step()
         request.getfixturevalue("waiting_is_an_error")

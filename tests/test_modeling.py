@@ -293,7 +293,7 @@ class TestPrecisionAndSpeed:
         expected = flm(**batch).logits
         assert (output.logits - expected).abs().max() < 0.03 * expected.abs().max()
         assert model.generate(num_samples=2, num_steps=3).shape == (2, 12)
-        state = model._make_state(batch["input_ids"], torch.randn(3, 12, 32), torch.rand(3), None)
+        state = model._make_state(batch["input_ids"], torch.randn(3, 12, 32), torch.rand(3), None, None)
         assert state.dtype == torch.float32
 
     def test_autocast_keeps_state_and_head_in_float32(self, flm, batch):

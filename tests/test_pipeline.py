@@ -41,6 +41,24 @@ def test_texts_are_those_of_generate(flm, tokenizer, folder):
     assert "FLMModel" in repr(pipe)
 
 
+def test_prompts(flm, tokenizer):
+    pipe = FLMPipeline(model=flm, tokenizer=tokenizer, num_steps=2)
+    prompts = ["w5 w6", "w7", "w8 w9 w10 w11"]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    (row,) = pipe(prompts[0], generator=generator())
+    expected = flm.generate(torch.tensor([ids[0]]), num_steps=2, generator=generator())
+    assert row["generated_text"] == tokenizer.decode(expected[0], skip_special_tokens=True)
+    assert row["generated_text"].startswith("w5 w6 ")
+    rows = pipe(prompts, num_samples=2, return_tensors=True)
+    assert [len(texts) for texts in rows] == [2, 2, 2]
+    for start, texts in zip(ids, rows):
+        assert all(text["generated_token_ids"][: len(start)] == start for text in texts)
+    # Texts that begin with a special token begin with it still.
+    flm.generation_config.bos_token_id = tokenizer.bos_token_id
+    (row,) = pipe("w7", return_tensors=True)
+    assert row["generated_token_ids"][:2] == [tokenizer.bos_token_id, *ids[1]]
+
+
 def test_task_is_inferred_and_the_pipeline_can_be_saved(folder, tmp_path):
     for _ in range(2):  # `pipeline()` changes the configuration that it is given
         pipe = pipeline(model=str(folder), trust_remote_code=True)
@@ -74,8 +92,10 @@ def test_batch_size_bounds_how_many_texts_are_made_at_a_time(flm, tokenizer):
 
 def test_mistakes_are_explained(flm, tokenizer, folder):
     pipe = FLMPipeline(model=flm, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="There is no prompt"):
-        pipe("Once upon a time")
+    with pytest.raises(ValueError, match="`text_inputs` must be a text or a list of texts"):
+        pipe([1, 2])
+    with pytest.raises(ValueError, match="`input_ids` has 13 tokens, but texts have 12"):
+        pipe("w1 " * 13)
     with pytest.raises(ValueError, match="`num_step` .did you mean `num_steps`"):
         pipe(num_step=2)
     with pytest.raises(ValueError, match="`num_samples` must be"):

@@ -34,6 +34,10 @@ class FLMTrainingArguments(TrainingArguments):
             Decay of the exponential moving average of the weights, which warms up as
             `min(ema_decay, (1 + n) / (10 + n))` after `n` steps. Evaluation, samples, saved models and pushed models use
             the averaged weights; checkpoints hold both. `None` turns it off.
+        prompt_fraction (`float`, *optional*, defaults to 0.0):
+            The share of the examples of which a part is given as it is, and the rest to be learned: beginnings, what is
+            around a stretch, and random tokens, equally often. The model, which needs a `prompt_mark` in its configuration,
+            learns to continue prompts and to fill in.
         sample_steps (`int`, *optional*, defaults to 0):
             Write samples to `samples.jsonl` in `output_dir` every so many optimizer steps. 0 writes none.
         sample_num_samples (`int`, *optional*, defaults to 4):
@@ -66,6 +70,10 @@ class FLMTrainingArguments(TrainingArguments):
             "Evaluation and saved models use the averaged weights. `None` turns it off."
         },
     )
+    prompt_fraction: float = field(
+        default=0.0,
+        metadata={"help": "The share of the examples of which a part is given, to learn to write the rest."},
+    )
     sample_steps: int = field(
         default=0, metadata={"help": "Write samples to samples.jsonl every so many steps; 0 writes none."}
     )
@@ -88,6 +96,8 @@ class FLMTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be at least 0 and below 1, or `None`, got {self.ema_decay}.")
+        if not 0 <= self.prompt_fraction <= 1:
+            raise ValueError(f"`prompt_fraction` must be in [0, 1], got {self.prompt_fraction}.")
         for name in ("sample_steps", "eval_gen_ppl_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")

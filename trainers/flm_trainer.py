@@ -50,7 +50,7 @@ from modeling_flm.time_reparameterization import ReparameterizedTime
 from .callbacks import EMACallback, GenPPLCallback, SampleCallback
 from .data import DataCollatorForFLM
 from .flm_config import FLMTrainingArguments
-from .noise import draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
+from .noise import draw_known_masks, draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
 
 
 logger = logging.get_logger(__name__)
@@ -146,6 +146,11 @@ class FLMTrainer(Trainer):
                 f"`model` has weights in {model.dtype}, in which small steps of their moving average round away: load it "
                 "with `dtype=torch.float32`, and pass `bf16=True` to train in mixed precision."
             )
+        if args.prompt_fraction > 0 and not model.config.prompt_mark:
+            raise ValueError(
+                "`prompt_fraction` needs a model that can tell what is given: build it with `prompt_mark=True` in its "
+                "configuration, or load it with `from_pretrained(..., prompt_mark=True)`."
+            )
         if data_collator is None:
             data_collator = DataCollatorForFLM(pad_token_id=model.config.pad_token_id)
 
@@ -217,12 +222,17 @@ class FLMTrainer(Trainer):
         return range(first, first + len(batch["input_ids"]))
 
     def _set_times(self, batch: dict[str, Any], uniforms: torch.Tensor, positions: range, key: tuple[int, ...]):
-        """Puts the times and the noise seeds of its examples into a batch."""
+        """Puts the times and the noise seeds of its examples into a batch, and what is given of them."""
         for name, value in self._draw_times(uniforms, positions).items():
             # A copy that nobody waits for
             is_tensor = isinstance(value, torch.Tensor)
             batch[name] = value.to(self.args.device, non_blocking=True) if is_tensor else value
         batch["noise_seeds"] = [example_seed(*key, position) for position in positions]
+        if self.args.prompt_fraction > 0:
+            labels = batch["labels"].to(self.args.device)
+            is_real = labels != -100
+            known = draw_known_masks(batch["noise_seeds"], is_real, self._longest(labels), self.args.prompt_fraction)
+            batch["known_mask"], batch["labels"] = known, labels.masked_fill(known, -100)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of the next optimizer step, each with the times and the noise seeds of its examples."""
@@ -235,7 +245,13 @@ class FLMTrainer(Trainer):
         for index, batch in enumerate(batches):
             positions = self._positions(batch, index, batch_size)
             self._set_times(batch, uniforms[positions.start : positions.stop], positions, key)
+        if self.args.prompt_fraction > 0:
+            num_items_in_batch = self._get_num_items_in_batch(batches, device)  # now that some are given
         return batches, num_items_in_batch
+
+    def _longest(self, input_ids: torch.Tensor) -> int:
+        """The length to draw random numbers for, so that they do not depend on how far the batch happens to be padded."""
+        return max(input_ids.shape[1], self.model.config.max_position_embeddings)
 
     def _networks(self) -> list[PreTrainedModel]:
         """The networks that see a batch, the model first."""
@@ -258,9 +274,7 @@ class FLMTrainer(Trainer):
         seeds = inputs.pop("noise_seeds")
         input_ids = inputs["input_ids"]
         length, size = input_ids.shape[1], self._noise_size()
-        # Drawn for the longest text, so that it does not depend on how far the batch happens to be padded.
-        longest = max(length, self.model.config.max_position_embeddings)
-        inputs["noise"] = draw_noise(seeds, longest, size, device=input_ids.device)[:, :length]
+        inputs["noise"] = draw_noise(seeds, self._longest(input_ids), size, device=input_ids.device)[:, :length]
         inputs["t"] = self.time.tau_to_t(inputs["timesteps"])
         return inputs
 

@@ -22,7 +22,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from hub.card import is_hub_name
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
-from modeling_flm.flow import flow_map, interpolate, project_to_simplex, semigroup_weight
+from modeling_flm.flow import flow_map, hold, interpolate, project_to_simplex, semigroup_weight
 
 from .callbacks import as_forward, evaluating
 from .flm_trainer import FLMTrainer
@@ -32,6 +32,9 @@ from .fmlm_config import FMLMTrainingArguments
 # A pair of different times is at least this far apart, so that quotients of differences keep their precision.
 _MIN_DIFFERENCE = 1e-3
 
+
+# Which positions there are, and of which the token is given
+Masks = tuple[torch.Tensor | None, torch.Tensor | None]
 
 # A two-time denoiser or target, one stretch of positions of shape `(num_rows, num_positions, vocab_size)` at a time
 Denoiser = Callable[[slice], torch.Tensor]
@@ -179,15 +182,15 @@ class FMLMTrainer(FLMTrainer):
             index += len(factors)
             clean = torch.cat([embedding(inputs["input_ids"]) for embedding in network.embeddings], dim=-1)
             noise = inputs["noise"] @ torch.cat(factors, dim=1).to(inputs["noise"])
-            states.append(interpolate(noise, clean, inputs["t"]))
+            states.append(hold(interpolate(noise, clean, inputs["t"]), clean, inputs.get("known_mask")))
         return states
 
     # Targets
 
-    def _denoiser(self, network: PreTrainedModel, state: torch.Tensor, tau_s, tau_t, attention_mask) -> Denoiser:
+    def _denoiser(self, network: PreTrainedModel, state: torch.Tensor, tau_s, tau_t, masks: Masks) -> Denoiser:
         # Blocks run in the precision of the training; states and their updates stay in float32.
         with self.accelerator.autocast():
-            hidden_states = network.encode(state, tau_s, tau_t, attention_mask)
+            hidden_states = network.encode(state, tau_s, tau_t, *masks)
         return lambda piece: self._delta(network, hidden_states[:, piece], tau_s, tau_t)
 
     def _delta(self, network: PreTrainedModel, hidden_states: torch.Tensor, tau_s, tau_t) -> torch.Tensor:
@@ -199,14 +202,14 @@ class FMLMTrainer(FLMTrainer):
         network: PreTrainedModel,
         primals: tuple[torch.Tensor, ...],
         tangents: tuple[torch.Tensor, ...],
-        attention_mask,
+        masks: Masks,
     ) -> tuple[Denoiser, Denoiser]:
         """A two-time denoiser at `primals`, which are (state, tau_s, tau_t), and its derivative along `tangents`."""
         times = primals[1:]
         # Forward-mode derivatives do not go through what is compiled.
         with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             hidden_states, change = torch.func.jvp(
-                lambda state, tau_s, tau_t: network.encode(state, tau_s, tau_t, attention_mask), primals, tangents
+                lambda state, tau_s, tau_t: network.encode(state, tau_s, tau_t, *masks), primals, tangents
             )
 
         def derivative(piece: slice) -> torch.Tensor:
@@ -220,45 +223,48 @@ class FMLMTrainer(FLMTrainer):
         embedding = network.state_embedding.to(state)
         return torch.cat([denoiser(piece) @ embedding for piece in network.chunks(state)], dim=1)
 
-    def _diagonal_target(self, teacher_state, tau_s, attention_mask, labels) -> Denoiser:
+    def _diagonal_target(self, teacher_state, tau_s, masks: Masks, labels) -> Denoiser:
         """The denoiser of the teacher, or the data."""
         if self.teacher is None:
             zeros = torch.zeros(1, 1, 1, device=labels.device).expand(*labels.shape, self.model.config.vocab_size)
             # Not `one_hot`, which waits for the device to check the labels
             return lambda piece: zeros[:, piece].scatter(-1, labels[:, piece, None].clamp(min=0), 1.0)
-        return self._denoiser(self.teacher, teacher_state, tau_s, tau_s, attention_mask)
+        return self._denoiser(self.teacher, teacher_state, tau_s, tau_s, masks)
 
-    def _semigroup_target(self, state, tau_s, tau_u, tau_t, attention_mask) -> Denoiser:
+    def _semigroup_target(self, state, tau_s, tau_u, tau_t, masks: Masks) -> Denoiser:
         r"""\\(\lambda\,\delta_{s,u}(x) + (1 - \lambda)\,\delta_{u,t}(X_{s,u}(x))\\)"""
         network = self._target_network()
         s, u, t = (self.time.tau_to_t(tau) for tau in (tau_s, tau_u, tau_t))
-        first = self._denoiser(network, state, tau_s, tau_u, attention_mask)
+        first = self._denoiser(network, state, tau_s, tau_u, masks)
         intermediate = flow_map(state, self._expectation(first, network, state), s, u)
-        second = self._denoiser(network, intermediate, tau_u, tau_t, attention_mask)
+        intermediate = hold(intermediate, state, masks[1])  # what is given stays as it is
+        second = self._denoiser(network, intermediate, tau_u, tau_t, masks)
         weight = semigroup_weight(s, u, t)[:, None, None]
         return lambda piece: torch.lerp(second(piece), first(piece), weight)
 
-    def _lagrangian_target(self, state, teacher_state, tau_s, tau_t, attention_mask) -> Denoiser:
+    def _lagrangian_target(self, state, teacher_state, tau_s, tau_t, masks: Masks) -> Denoiser:
         r"""\\(D_t(X_{s,t}(x)) - \frac{(1-t)(t-s)}{1-s}\,\partial_t \delta_{s,t}(x)\\), projected to the simplex"""
         network = self._target_network()
         s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
         tangents = (torch.zeros_like(state), torch.zeros_like(tau_s), self.time.dtau_dt(t))
-        delta, derivative = self._denoiser_and_derivative(network, (state, tau_s, tau_t), tangents, attention_mask)
+        delta, derivative = self._denoiser_and_derivative(network, (state, tau_s, tau_t), tangents, masks)
         flow, flow_state = (network, state) if self.teacher is None else (self.teacher, teacher_state)
         arrived = flow_map(flow_state, self._expectation(delta, flow, flow_state), s, t)
-        denoised = self._denoiser(flow, arrived, tau_t, tau_t, attention_mask)
+        arrived = hold(arrived, flow_state, masks[1])
+        denoised = self._denoiser(flow, arrived, tau_t, tau_t, masks)
         factor = ((1 - t) * (t - s) / (1 - s))[:, None, None]
         return lambda piece: project_to_simplex(denoised(piece) - factor * derivative(piece))
 
-    def _eulerian_target(self, state, teacher_state, tau_s, tau_t, attention_mask) -> Denoiser:
+    def _eulerian_target(self, state, teacher_state, tau_s, tau_t, masks: Masks) -> Denoiser:
         r"""\\(D_s(x) + \frac{t-s}{1-t}\left((1-s)\,\partial_s \delta_{s,t}(x) + (D_s(x) - x) \cdot \nabla_x \delta_{s,t}(x)\right)\\)"""
         network = self._target_network()
         s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
         flow, flow_state = (network, state) if self.teacher is None else (self.teacher, teacher_state)
-        denoised = self._denoiser(flow, flow_state, tau_s, tau_s, attention_mask)
+        denoised = self._denoiser(flow, flow_state, tau_s, tau_s, masks)
         change = self._expectation(denoised, network, state) - state
+        change = hold(change, torch.zeros_like(change), masks[1])
         tangents = (change, (1 - s) * self.time.dtau_dt(s), torch.zeros_like(tau_t))
-        _, derivative = self._denoiser_and_derivative(network, (state, tau_s, tau_t), tangents, attention_mask)
+        _, derivative = self._denoiser_and_derivative(network, (state, tau_s, tau_t), tangents, masks)
         factor = ((t - s) / (1 - t))[:, None, None]
         return lambda piece: denoised(piece) + factor * derivative(piece)
 
@@ -270,7 +276,7 @@ class FMLMTrainer(FLMTrainer):
         Args:
             inputs (`dict[str, Any]`):
                 A batch with `input_ids`, `labels`, `noise`, `t`, `timesteps`, `target_timesteps`,
-                `intermediate_timesteps`, `rows` and, where there is padding, `attention_mask`.
+                `intermediate_timesteps`, `rows` and, where there is padding or a prompt, `attention_mask` and `known_mask`.
 
         Returns:
             `tuple[Callable[[slice], torch.Tensor], torch.Tensor]`: a function from a stretch of positions to the targets
@@ -287,17 +293,17 @@ class FMLMTrainer(FLMTrainer):
                 take(inputs[name]) for name in ("timesteps", "intermediate_timesteps", "target_timesteps")
             )
             state, from_teacher = take(target_state), take(teacher_state)
-            attention_mask = take(inputs.get("attention_mask"))
+            masks = (take(inputs.get("attention_mask")), take(inputs.get("known_mask")))
             if is_diagonal:
-                target = self._diagonal_target(from_teacher, tau_s, attention_mask, take(inputs["labels"]))
+                target = self._diagonal_target(from_teacher, tau_s, masks, take(inputs["labels"]))
             elif self.args.target == "semigroup":
-                target = self._semigroup_target(state, tau_s, tau_u, tau_t, attention_mask)
+                target = self._semigroup_target(state, tau_s, tau_u, tau_t, masks)
             elif self.args.target == "lagrangian":
-                target = self._lagrangian_target(state, from_teacher, tau_s, tau_t, attention_mask)
+                target = self._lagrangian_target(state, from_teacher, tau_s, tau_t, masks)
             elif self.args.target == "eulerian":
-                target = self._eulerian_target(state, from_teacher, tau_s, tau_t, attention_mask)
+                target = self._eulerian_target(state, from_teacher, tau_s, tau_t, masks)
             else:
-                target = self._denoiser(self.teacher, from_teacher, tau_s, tau_t, attention_mask)
+                target = self._denoiser(self.teacher, from_teacher, tau_s, tau_t, masks)
                 # The squared distance of the states that the two maps arrive at
                 s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
                 weights[rows] = ((t - s) / (1 - s)).square()
@@ -327,7 +333,8 @@ class FMLMTrainer(FLMTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with evaluating(*self._networks()):
             targets, weights = as_forward(self.model, lambda: self.compute_targets(inputs))
-        names = ("input_ids", "labels", "timesteps", "target_timesteps", "noise", "t", "attention_mask", "skip_logits")
+        names = ("input_ids", "labels", "timesteps", "target_timesteps", "noise", "t")
+        names += ("attention_mask", "known_mask", "skip_logits")
         batch = {name: inputs[name] for name in names if name in inputs}
         batch |= {"targets": targets, "divergence": self.args.divergence, "loss_weights": weights}
         batch["joint_noise"] = self._get_joint_noise()

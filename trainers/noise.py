@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Times and noise of training examples.
+Times, noise and prompts of training examples.
 
-Both are functions of the seed, the step and the position of an example in the global batch. So a run does not depend on
+All are functions of the seed, the step and the position of an example in the global batch. So a run does not depend on
 how the global batch is spread over processes and accumulation steps, and a resumed run continues as if uninterrupted.
 """
 
@@ -26,6 +26,9 @@ import torch
 
 # Rounding to float32 must not reach 1: as a time, 1 has no noise left.
 _BELOW_ONE = 1 - 2**-24
+
+# The random numbers for the prompt of an example, beside those for its noise.
+_PROMPTS = 1
 
 
 def stratified_uniforms(num_points: int, num_dimensions: int, *key: int) -> torch.FloatTensor:
@@ -60,6 +63,35 @@ def evenly_spread_uniforms(first: int, num_points: int, num_dimensions: int) -> 
     steps = ratio ** -torch.arange(1, num_dimensions + 1, dtype=torch.float64)
     index = torch.arange(first, first + num_points, dtype=torch.float64)
     return ((index[:, None] + 0.5) * steps % 1).float().clamp(max=_BELOW_ONE)
+
+
+def draw_known_masks(seeds: Sequence[int], real: torch.BoolTensor, longest: int, fraction: float) -> torch.BoolTensor:
+    """
+    Which tokens of each example are given, for a model to learn to write the rest: a beginning, all but a stretch, or tokens
+    at random, equally often. Of a beginning and around a stretch, every length is equally likely; of random tokens, every
+    share.
+
+    Args:
+        seeds (`Sequence[int]`): One seed per example.
+        real (`torch.BoolTensor` of shape `(len(seeds), length)`): Where there are tokens, and no padding.
+        longest (`int`): The length of the longest example, so that how far a batch is padded changes nothing.
+        fraction (`float`): The share of the examples of which anything is given.
+
+    Returns:
+        `torch.BoolTensor` of the shape of `real`, and on its device.
+    """
+    uniforms = np.stack([np.random.default_rng([seed, _PROMPTS]).random(4 + longest) for seed in seeds])
+    uniforms = torch.from_numpy(uniforms).to(real.device, torch.float32, non_blocking=True)
+    has_prompt, kind, size, place = uniforms[:, :4, None].unbind(dim=1)
+    num_tokens = real.sum(dim=1, keepdim=True)
+    rank = real.cumsum(dim=1) - 1  # among the tokens of the example
+    num_chosen = 1 + (size * (num_tokens - 1)).floor()  # at least one, and not all
+    start = (place * (num_tokens - num_chosen + 1)).floor()
+    is_beginning = rank < num_chosen
+    is_outside = (rank < start) | (rank >= start + num_chosen)
+    is_drawn = uniforms[:, 4 : 4 + real.shape[1]] < size
+    known = torch.where(kind < 1 / 3, is_beginning, torch.where(kind < 2 / 3, is_outside, is_drawn))
+    return known & real & (has_prompt < fraction)
 
 
 def example_seed(*key: int) -> int:

@@ -1,0 +1,230 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Steer generation on the stories of the quickstart, and draw what each way does: guidance by a worse model, a reward for a word,
+and texts of which a part is given.
+
+    python examples/steering.py
+
+Trains what is not in --output_dir yet (an FLM, the same after a fifth of the steps, its FMLM, and an FLM and an FMLM that learn
+to be given parts of a text), measures grammatical samples, and draws a plot.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import grammar
+import matplotlib
+import torch
+from datasets import Dataset
+from quickstart import distillation_settings, load_stories, training_settings
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from modeling_flm import FLMConfig, FLMModel, FMLMModel
+from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+
+
+matplotlib.use("Agg")  # draws to files, also where there is no screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+GUIDANCE_SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+REWARD_SCALES = (0.0, 10.0, 20.0, 40.0, 80.0)
+WORD = "red"
+PREFIX_LENGTH = 12
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max_steps", type=int, default=1900, help="optimizer steps of each FLM")
+    parser.add_argument("--distillation_steps", type=int, default=1700, help="optimizer steps of each FMLM")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--num_hidden_layers", type=int, default=4)
+    parser.add_argument("--num_attention_heads", type=int, default=8)
+    parser.add_argument("--prompt_fraction", type=float, default=0.9, help="of the examples of models for prompts")
+    parser.add_argument("--num_samples", type=int, default=500, help="samples of each measurement")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", default="outputs/steering")
+    return parser.parse_args()
+
+
+def train_flm(
+    name: str, max_steps: int, prompt_fraction: float, tokenizer, dataset: Dataset, args: argparse.Namespace
+) -> FLMModel:
+    """The FLM with this name, trained if it is not there."""
+    folder = Path(args.output_dir, name)
+    if not (folder / "model.safetensors").is_file():
+        print(f"Training {folder}", flush=True)
+        config = FLMConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            num_hidden_layers=args.num_hidden_layers,
+            num_attention_heads=args.num_attention_heads,
+            max_position_embeddings=grammar.NUM_WORDS,
+            dropout=0.0,
+            attn_logit_softcapping=None,
+            prompt_mark=prompt_fraction > 0,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        settings = training_settings(args, name, max_steps)
+        arguments = FLMTrainingArguments(**settings, prompt_fraction=prompt_fraction)
+        trainer = FLMTrainer(FLMModel(config), arguments, train_dataset=dataset, processing_class=tokenizer)
+        trainer.train()
+        trainer.save_model()
+    return FLMModel.from_pretrained(folder)
+
+
+def train_fmlm(
+    name: str, teacher: FLMModel, prompt_fraction: float, tokenizer, dataset: Dataset, args: argparse.Namespace
+) -> FMLMModel:
+    """The FMLM with this name, distilled if it is not there."""
+    folder = Path(args.output_dir, name)
+    if not (folder / "model.safetensors").is_file():
+        print(f"Distilling {folder}", flush=True)
+        settings = distillation_settings(args, name, args.distillation_steps)
+        arguments = FMLMTrainingArguments.from_preset("single_stage", **settings, prompt_fraction=prompt_fraction)
+        trainer = FMLMTrainer(
+            FMLMModel.from_flm(teacher),
+            arguments,
+            teacher=teacher,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        trainer.save_model()
+    return FMLMModel.from_pretrained(folder)
+
+
+def measure(
+    model: FLMModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, **options
+) -> dict[str, float]:
+    """The share of samples that are grammatical, and of those that have the word."""
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = model.generate(num_samples=args.num_samples, batch_size=args.num_samples, generator=generator, **options)
+    texts = tokenizer.batch_decode(tokens)
+    return {
+        "valid": sum(map(grammar.is_valid, texts)) / len(texts),
+        "with_word": sum(WORD in text.split() for text in texts) / len(texts),
+        "distinct": len(set(texts)) / len(texts),
+    }
+
+
+def measure_guidance(models: dict, tokenizer, args: argparse.Namespace) -> list[dict]:
+    """Autoguidance at several scales: the FLM, by the one that was trained for a fifth of the time."""
+    rows = []
+    for num_steps in (4, 8):
+        for scale in GUIDANCE_SCALES:
+            options = {"num_steps": num_steps, "guidance_model": models["weak"], "guidance_scale": scale}
+            row = {"part": "guidance", "model": "FLM", "num_steps": num_steps, "scale": scale}
+            rows.append(row | measure(models["flm"], tokenizer, args, **options))
+            show(rows[-1])
+    return rows
+
+
+def measure_reward(models: dict, tokenizer, args: argparse.Namespace) -> list[dict]:
+    """A reward for a word: how often it is expected in the text."""
+    token = tokenizer.convert_tokens_to_ids(WORD)
+    rows = []
+    for name, num_steps in (("flm", 8), ("fmlm", 1), ("fmlm", 4)):
+        for scale in REWARD_SCALES:
+            options = {"reward": lambda delta: delta[..., token].sum(dim=-1), "reward_scale": scale}
+            row = {"part": "reward", "model": name.upper(), "num_steps": num_steps, "scale": scale}
+            rows.append(row | measure(models[name], tokenizer, args, num_steps=num_steps, **options))
+            show(rows[-1])
+    return rows
+
+
+def measure_infills(models: dict, tokenizer, args: argparse.Namespace) -> list[dict]:
+    """Stories of which the first words, or a random half, are given."""
+    rng = random.Random(args.seed + 1)
+    stories = [grammar.sample_story(rng) for _ in range(args.num_samples)]
+    input_ids = torch.tensor(tokenizer(stories, add_special_tokens=False)["input_ids"])
+    generator = torch.Generator().manual_seed(args.seed)
+    is_half = torch.rand(input_ids.shape, generator=generator).argsort(dim=1) < grammar.NUM_WORDS // 2
+    given = {
+        "prefix": {"input_ids": input_ids[:, :PREFIX_LENGTH]},
+        "half": {"input_ids": input_ids, "infill_mask": is_half},
+    }
+    rows = []
+    for kind, options in given.items():
+        for name in ("flm", "flm_prompts", "fmlm_prompts"):
+            for num_steps in (1, 2, 4, 8, 16):
+                row = {"part": kind, "model": name, "num_steps": num_steps}
+                rows.append(row | measure(models[name], tokenizer, args, num_steps=num_steps, **options))
+                show(rows[-1])
+    return rows
+
+
+def show(row: dict):
+    print(
+        "  ".join(
+            f"{name} {value:.1%}" if name in ("valid", "with_word", "distinct") else f"{value}"
+            for name, value in row.items()
+        ),
+        flush=True,
+    )
+
+
+def plot(rows: list[dict], path: Path):
+    figure, panels = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    labels = {"flm": "FLM, held clean", "flm_prompts": "FLM, trained for it", "fmlm_prompts": "FMLM, trained for it"}
+    for part, panel in zip(("guidance", "reward", "prefix", "half"), panels):
+        chosen = [row for row in rows if row["part"] == part]
+        x = "scale" if part in ("guidance", "reward") else "num_steps"
+        for key in dict.fromkeys((row["model"], row["num_steps"] if x == "scale" else None) for row in chosen):
+            line = [row for row in chosen if row["model"] == key[0] and key[1] in (None, row["num_steps"])]
+            label = labels.get(key[0]) or f"{key[0]}, {key[1]} step{'s' * (key[1] > 1)}"
+            points = panel.plot(
+                [row[x] for row in line], [100 * row["valid"] for row in line], marker="o", label=label
+            )
+            if part == "reward":
+                color = points[0].get_color()
+                panel.plot([row[x] for row in line], [100 * row["with_word"] for row in line], "--", color=color)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    panels[0].set(title="Autoguidance", xlabel="guidance scale", ylabel="% grammatical")
+    panels[1].set(title=f"Reward for '{WORD}'", xlabel="reward scale", ylabel=f"% grammatical; with '{WORD}' (dashed)")
+    for panel, title in zip(panels[2:], (f"First {PREFIX_LENGTH} words given", "Random half given")):
+        panel.set_xscale("log", base=2)
+        panel.set(title=title, xlabel="sampling steps", ylabel="% grammatical", ylim=(0, 102))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main():
+    args = parse_arguments()
+    set_seed(args.seed)
+    tokenizer, dataset, _ = load_stories(args.seed)
+    common = (tokenizer, dataset, args)
+    models = {"flm": train_flm("flm", args.max_steps, 0.0, *common)}
+    models["weak"] = train_flm("weak", args.max_steps // 5, 0.0, *common)
+    models["fmlm"] = train_fmlm("fmlm", models["flm"], 0.0, *common)
+    models["flm_prompts"] = train_flm("flm_prompts", args.max_steps, args.prompt_fraction, *common)
+    models["fmlm_prompts"] = train_fmlm("fmlm_prompts", models["flm_prompts"], args.prompt_fraction, *common)
+
+    rows = measure_guidance(models, tokenizer, args)
+    rows += measure_reward(models, tokenizer, args)
+    rows += measure_infills(models, tokenizer, args)
+    folder = Path(args.output_dir)
+    (folder / "steering.json").write_text(json.dumps(rows, indent=2) + "\n")
+    plot(rows, folder / "steering.png")
+    print(f"\nPlot: {folder / 'steering.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Guidance of generation: another two-time denoiser (autoguidance), or another state (rewards)."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel
+
+
+class Autoguidance:
+    r"""
+    A model and a worse version of it as one: \\(\delta = \delta_m + \eta\,(\delta_m - \delta_w)\\). Has what the sampler needs
+    of a model.
+
+    The state is the concatenation of the states of both for the same text, or one state if their embeddings are equal.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to guide.
+        guidance_model ([`~transformers.PreTrainedModel`]): The worse one, over the same vocabulary.
+        scale (`float`): How far to go, \\(\eta\\).
+    """
+
+    def __init__(self, model: PreTrainedModel, guidance_model: PreTrainedModel, scale: float):
+        self.model = model
+        self.guidance_model = guidance_model
+        self.scale = scale
+        embedding = model.state_embedding.float()
+        other = guidance_model.state_embedding.float().to(embedding.device)
+        self.shares_state = torch.equal(embedding, other)
+        self.state_embedding = embedding if self.shares_state else torch.cat([embedding, other], dim=1)
+        self.size = embedding.shape[1]
+
+    def denoise(
+        self,
+        state: torch.Tensor,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        known_mask: torch.Tensor | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """As [`~FLMPreTrainedModel.denoise`]; what comes may leave the simplex."""
+        own, other = (state, state) if self.shares_state else state.tensor_split([self.size], dim=-1)
+        inputs = (tau_s, tau_t, attention_mask, known_mask)
+        device = self.guidance_model.device
+        moved = [None if x is None else x.to(device) for x in (other, *inputs)]
+        strong = self.model.denoise(own, *inputs, logits_processor)
+        weak = self.guidance_model.denoise(*moved, logits_processor)
+        for delta, worse in zip(strong, weak, strict=True):
+            yield delta + self.scale * (delta - worse.to(delta.device))
+
+
+# Soft tokens, of shape `(batch_size, length, vocab_size)` -> rewards of shape `(batch_size,)`
+Reward = Callable[[torch.Tensor], torch.Tensor]
+
+
+def reward_gradient(reward: Reward, look_ahead: Callable[[torch.Tensor], torch.Tensor], state: torch.Tensor):
+    """
+    The gradient in the state of the reward of the text that it leads to.
+
+    Args:
+        reward (`Callable[[torch.Tensor], torch.Tensor]`): From soft tokens to rewards, differentiable.
+        look_ahead (`Callable[[torch.Tensor], torch.Tensor]`): From states to soft tokens.
+        state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state.
+
+    Returns:
+        `torch.Tensor` of the shape of `state`.
+    """
+    with torch.enable_grad():
+        state = state.detach().requires_grad_()
+        rewards = reward(look_ahead(state))
+        if not isinstance(rewards, torch.Tensor) or rewards.shape != state.shape[:1]:
+            got = tuple(rewards.shape) if isinstance(rewards, torch.Tensor) else type(rewards).__name__
+            raise ValueError(
+                f"`reward` must return a tensor of shape ({len(state)},), a reward for each text, got {got}."
+            )
+        if not rewards.requires_grad:
+            raise ValueError(
+                "`reward` must be differentiable in the soft tokens: leave out `argmax`, `detach` and `no_grad`."
+            )
+        (gradient,) = torch.autograd.grad(rewards.sum(), state)
+    return gradient
+
+
+def embed_soft_tokens(probabilities: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """
+    Soft tokens as input embeddings of any transformers model with the same tokenizer: the expected embedding.
+
+    Args:
+        probabilities (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
+            The soft tokens. Where one vocabulary is larger than the other (by an added token, or filled up to a round
+            number), the tokens that both have count.
+        model ([`~transformers.PreTrainedModel`]): The model.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, length, hidden_size)`, to pass as `inputs_embeds`.
+    """
+    weight = model.get_input_embeddings().weight
+    size = min(len(weight), probabilities.shape[-1])
+    return probabilities[..., :size].to(weight) @ weight[:size]
+
+
+class ClassifierReward:
+    """
+    How likely a sequence classifier finds a label, as a `reward` of [`~FLMGenerationMixin.generate`].
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A sequence classifier with the tokenizer of the texts.
+        label (`int` or `str`): The wanted label, or its name in `model.config.label2id`.
+
+    Example:
+
+    ```python
+    >>> classifier = AutoModelForSequenceClassification.from_pretrained("path/to/classifier")
+    >>> tokens = model.generate(num_samples=4, reward=ClassifierReward(classifier, "positive"), reward_scale=10.0)
+    ```
+    """
+
+    def __init__(self, model: PreTrainedModel, label: int | str):
+        labels = model.config.label2id
+        if label not in (labels if isinstance(label, str) else range(model.config.num_labels)):
+            raise ValueError(f"`label` must be one of {', '.join(map(repr, labels))} or its number, got {label!r}.")
+        self.model = model
+        self.label = labels[label] if isinstance(label, str) else label
+
+    def __call__(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """The log-probability of the label, of shape `(batch_size,)`, for soft tokens."""
+        logits = self.model(inputs_embeds=embed_soft_tokens(probabilities, self.model)).logits
+        return logits.float().log_softmax(dim=-1)[:, self.label].to(probabilities.device)
+
+
+class LanguageModelReward:
+    """
+    How likely a causal language model finds a text, as a `reward` of [`~FLMGenerationMixin.generate`].
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A causal language model with the tokenizer of the texts.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def __call__(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """The expected log-probability per token, of shape `(batch_size,)`, for soft tokens."""
+        logits = self.model(inputs_embeds=embed_soft_tokens(probabilities, self.model)).logits
+        size = min(logits.shape[-1], probabilities.shape[-1])
+        scores = logits[:, :-1].float().log_softmax(dim=-1)[..., :size].to(probabilities.device)
+        return (probabilities[:, 1:, :size] * scores).sum(dim=-1).mean(dim=-1)
+
+
+__all__ = ["ClassifierReward", "LanguageModelReward"]
