@@ -79,6 +79,7 @@ def load_stories(seed: int) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
     rng = random.Random(seed)
     stories = [grammar.sample_story(rng) for _ in range(50_000)]
     tokenizer = train_tokenizer(stories, "word", vocab_size=1000)
+    tokenizer.bos_token = tokenizer.eos_token = None  # every story has the same length, and nothing around it
     dataset = Dataset.from_dict({"input_ids": tokenizer(stories, add_special_tokens=False)["input_ids"]})
     return tokenizer, dataset, grammar.NUM_WORDS
 

@@ -42,7 +42,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 GUIDANCE_SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-REWARD_SCALES = (0.0, 10.0, 20.0, 40.0, 80.0)
+REWARD_SCALES = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0)
 WORD = "red"
 PREFIX_LENGTH = 12
 

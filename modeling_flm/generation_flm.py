@@ -621,6 +621,12 @@ class FLMGenerationMixin:
         return tuple(None if mask is None else mask.bool() for mask in (attention_mask, infill_mask))
 
     @staticmethod
+    def _said(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The parameters of this call, without the model's own."""
+        said = generation_config.to_diff_dict() if isinstance(generation_config, GenerationConfig) else {}
+        return {name: value for name, value in {**said, **kwargs}.items() if value is not None}
+
+    @staticmethod
     def _set_sizes(
         kwargs: dict[str, Any],
         generation_config: GenerationConfig | None,
@@ -629,22 +635,21 @@ class FLMGenerationMixin:
         prior_state: torch.Tensor | None,
     ):
         """Puts `num_samples` and `length` into `kwargs` where other arguments say them."""
-        given = generation_config.to_diff_dict() if isinstance(generation_config, GenerationConfig) else {}
-        given |= kwargs
+        said = FLMGenerationMixin._said(generation_config, kwargs)
         attention_mask, infill_mask = masks
         if prior_state is not None and prior_state.dim() == 3:
-            kwargs["num_samples"] = given.get("num_samples", prior_state.shape[0])
-            kwargs["length"] = given.get("length", prior_state.shape[1])
+            kwargs["num_samples"] = said.setdefault("num_samples", prior_state.shape[0])
+            kwargs["length"] = said.setdefault("length", prior_state.shape[1])
         whole = infill_mask if infill_mask is not None else attention_mask if input_ids is None else None
         if whole is not None:  # it has all positions of a text
-            length = kwargs.setdefault("length", given.get("length", whole.shape[1]))
+            length = kwargs["length"] = said.get("length", whole.shape[1])
             if attention_mask is not None and length != whole.shape[1]:
                 raise ValueError(
                     f"`attention_mask` has {whole.shape[1]} positions, which are all there are: leave out `length={length}`."
                 )
         tensor = input_ids if input_ids is not None else attention_mask
         if tensor is not None:
-            num_samples = kwargs.setdefault("num_samples", given.get("num_samples", len(tensor)))
+            num_samples = kwargs["num_samples"] = said.get("num_samples", len(tensor))
             if isinstance(num_samples, int) and (num_samples < 1 or num_samples % max(len(tensor), 1) != 0):
                 name = "input_ids" if input_ids is not None else "attention_mask"
                 raise ValueError(
@@ -738,15 +743,14 @@ class FLMGenerationMixin:
         if unknown := [name for name in kwargs if name.startswith("_") or name not in vars(config)]:
             raise ValueError(f"`generate()` got unknown arguments: {config._suggest(unknown)}.")
         config.update(**kwargs)
-        given = {} if generation_config is None else generation_config.to_diff_dict()
-        given |= {name: value for name, value in kwargs.items() if value is not None}
+        said = self._said(generation_config, kwargs)
         config.update(defaults_only=True, **self.generation_config.to_dict())
-        if "num_steps" in given and "timesteps" not in given:
+        if "num_steps" in said and "timesteps" not in said:
             config.timesteps = None
         elif config.timesteps is not None:
-            if given.get("num_steps", len(config.timesteps) - 1) != len(config.timesteps) - 1:
+            if said.get("num_steps", len(config.timesteps) - 1) != len(config.timesteps) - 1:
                 raise ValueError(
-                    f"`num_steps={given['num_steps']}` does not go with the {len(config.timesteps)} `timesteps`: leave it out."
+                    f"`num_steps={said['num_steps']}` does not go with the {len(config.timesteps)} `timesteps`: leave it out."
                 )
             config.num_steps = len(config.timesteps) - 1
         config.update(defaults_only=True, **config._get_default_generation_params())
@@ -802,6 +806,8 @@ class FLMGenerationMixin:
         if generation_config is not None:
             self.generation_config = self._own_generation_config(generation_config)
             return
+        # What else is there is for the configuration of the model.
+        kwargs = {name: value for name, value in kwargs.items() if name in vars(self.generation_config)}
         try:
             self.generation_config = self.generation_config_class.from_pretrained(
                 pretrained_model_name_or_path,

@@ -343,6 +343,26 @@ class TestExactSolution:
         (denoised,) = model.denoise(state, self.tau_s, self.tau_s)
         assert (delta - denoised).abs().max() > 1e-2
 
+    @pytest.mark.parametrize("target", ["semigroup", "lagrangian", "eulerian"])
+    def test_is_a_fixed_point_where_a_part_is_given(self, target, tmp_path):
+        texts = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
+        flow_maps = [ExactFlowMap(texts, (0.25, 0.05, 0.1, 0.15, 0.02, 0.2, 0.13, 0.1)) for _ in range(2)]
+        options = {"target": target, "divergence": "squared_error", "boundary_probability": 0.0}
+        trainer = build_trainer(tmp_path, flow_maps[0], teacher=flow_maps[1], **options)
+        input_ids = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1], [1, 0, 0]])
+        known = torch.tensor([[False, True, False], [True, False, False], [False, False, False], [False, False, True]])
+        tau_u = self.tau_s + 0.3 * (self.tau_t - self.tau_s)
+        noise = torch.randn(4, 3, 2, dtype=torch.float64)
+        batch = {**build_batch(trainer, input_ids, noise, self.tau_s, self.tau_t, tau_u), "known_mask": known}
+        value = trainer.compute_targets(batch)[0](WHOLE)
+        state = trainer._states(batch)[0]
+        assert torch.equal(state[known], torch.eye(2, dtype=torch.float64)[input_ids[known]])
+        (delta,) = flow_maps[0].denoise(state, self.tau_s, self.tau_t, known_mask=known)
+        tolerance = 1e-8 if target == "semigroup" else 2e-5
+        torch.testing.assert_close(value[~known], delta[~known], rtol=0, atol=tolerance)
+        (others,) = flow_maps[0].denoise(state, self.tau_s, self.tau_t)
+        assert (delta - others)[[0, 1, 3]][~known[[0, 1, 3]]].abs().max() > 1e-2
+
     def test_samples_have_the_distribution_of_the_data(self):
         model = ExactFlowMap()
         x = torch.randn(4000, 2, 2, dtype=torch.float64)
@@ -424,7 +444,7 @@ def distillation(output_dir, preset="single_stage", dropout=0.0, trainer_class=F
     settings = {name: getattr(flm_trainer.args, name) for name in (
         "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "logging_steps",
         "eval_strategy", "eval_steps", "save_strategy", "save_steps", "seed", "gradient_accumulation_steps", "ema_decay",
-        "report_to", "use_cpu", "disable_tqdm", "bf16",
+        "report_to", "use_cpu", "disable_tqdm", "bf16", "prompt_fraction",
     )}  # fmt: skip
     settings.update({name: value for name, value in options.items() if name in own})
     args = FMLMTrainingArguments.from_preset(preset, output_dir=output_dir, **settings)
@@ -530,7 +550,7 @@ class TestTraining:
             assert logged(small, name) == pytest.approx(logged(large, name), rel=1e-4)
 
     def test_two_processes_learn_what_one_does(self, tmp_path):
-        options = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "distill": True}
+        options = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "prompt_fraction": 0.7, "distill": True}
         (one,) = launch(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
         two = launch(tmp_path / "two", 2, per_device_train_batch_size=8, **options)
         for name in ("loss", "loss_diagonal", "loss_off_diagonal", "grad_norm", "eval_loss", "eval_loss_off_diagonal"):

@@ -18,7 +18,7 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
-from modeling_flm import ClassifierReward, FMLMModel, FMLMTwoNetworkModel, LanguageModelReward
+from modeling_flm import ClassifierReward, FLMGenerationConfig, FMLMModel, FMLMTwoNetworkModel, LanguageModelReward
 from modeling_flm.flow import JointNoise, refresh
 
 
@@ -331,6 +331,8 @@ class TestPrompts:
         assert model.generate(input_ids, num_steps=1, infill_mask=infill_mask).shape == (2, 4)
         tokens = model.generate(input_ids, num_steps=1, infill_mask=infill_mask, length=6)
         assert tokens.shape == (2, 6) and torch.equal(tokens[:, [0, 3]], input_ids[:, [0, 3]])
+        config = FLMGenerationConfig(num_steps=1, length=7)
+        assert model.generate(input_ids, generation_config=config).shape == (2, 7)
         model.generation_config.num_samples = 3
         assert model.generate(input_ids, num_steps=1).shape == (2, 12)
         nothing = torch.zeros_like(input_ids)

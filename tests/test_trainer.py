@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from train_tiny import RecordingTrainer, build, launch, logged
 from transformers import AutoModel, TrainerCallback
 
+from modeling_flm import FLMModel, FMLMModel
 from modeling_flm.flow import interpolate
 from trainers import EMACallback, FLMTrainer, FLMTrainingArguments, train_tokenizer
-from trainers.noise import draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
+from trainers.noise import draw_known_masks, draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
 
 
 class TestNoise:
@@ -55,6 +56,84 @@ class TestNoise:
         noise = draw_noise([example_seed(9, n) for n in range(2000)], 10, device=torch.device("cpu")).flatten()
         assert abs(noise.mean()) < 5 / len(noise) ** 0.5
         assert abs(noise.var() - 1) < 5 * (2 / len(noise)) ** 0.5
+
+
+class TestPrompts:
+    def test_are_beginnings_surroundings_and_random_tokens(self):
+        seeds = [example_seed(0, n) for n in range(6000)]
+        lengths = 3 + torch.arange(6000) % 8
+        real = torch.arange(10) < lengths[:, None]
+        known = draw_known_masks(seeds, real, 10, 0.75)
+        assert not (known & ~real).any()
+        # Those of a few examples, and with more padding, are the same.
+        assert torch.equal(draw_known_masks(seeds[5:9], real[5:9, :6], 10, 0.75), known[5:9, :6])
+        assert not draw_known_masks(seeds, real, 10, 0.0).any()
+
+        rows = [row[:n] for row, n in zip(known.tolist(), lengths.tolist())]
+        share_without = sum(not any(row) for row in rows) / len(rows)
+        assert 0.25 < share_without < 0.35  # a quarter, and surroundings and random tokens that are none
+        full = [row for row in rows if len(row) == 10]
+        is_beginning = [row == sorted(row, reverse=True) and 0 < sum(row) < 10 for row in full]
+        gaps = ["".join("01"[token] for token in row).strip("1") for row in full]
+        is_surrounding = [
+            not beginning and "1" not in gap and 0 < len(gap) < 10 for beginning, gap in zip(is_beginning, gaps)
+        ]
+        is_random = [not a and not b and any(row) for a, b, row in zip(is_beginning, is_surrounding, full)]
+        # Of each kind a quarter, but for those that happen to be of another kind.
+        for kind, least, most in ((is_beginning, 0.25, 0.36), (is_surrounding, 0.16, 0.3), (is_random, 0.14, 0.25)):
+            assert least < sum(kind) / len(full) < most
+        sizes = [sum(row) for row, kind in zip(full, is_beginning) if kind]
+        assert set(sizes) == set(range(1, 10))
+
+    def test_loss_is_that_of_the_rest_given_the_prompt(self, tmp_path):
+        trainer = build(tmp_path, max_steps=3, gradient_accumulation_steps=2, save_strategy="no", prompt_fraction=0.8)
+        model = trainer.model
+        torch.nn.init.normal_(model.prompt_mark)
+        initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        batches, add_noise = [], trainer._add_noise
+        trainer._add_noise = lambda inputs: batches.append(add_noise(dict(inputs))) or add_noise(inputs)
+        trainer.train()
+        assert not torch.equal(
+            model.prompt_mark, initial["prompt_mark"]
+        )  # it learns, once head and gates are not zero
+        model.load_state_dict(initial)
+        model.eval()
+        total, count = 0.0, 0
+        for batch in batches[:2]:
+            clean = model.embed_tokens(batch["input_ids"])
+            (factor,) = noise_factors(model.embed_tokens.weight)
+            state = interpolate(batch["noise"] @ factor, clean, model.time.tau_to_t(batch["timesteps"]))
+            known = batch["known_mask"]
+            state = torch.where(known[..., None], clean + model.prompt_mark, state)
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            logits = model(inputs_embeds=state, timesteps=batch["timesteps"], attention_mask=mask).logits
+            losses = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"], reduction="none")
+            is_learned = (mask * ~known).bool()
+            assert torch.equal(is_learned, batch["labels"] != -100)
+            total, count = total + losses[is_learned].sum().item(), count + is_learned.sum().item()
+        assert logged(trainer, "loss")[0] == pytest.approx(total / count, rel=1e-4)
+        losses = []
+        for batch_size in (4, 21):
+            trainer.args.per_device_eval_batch_size = batch_size
+            losses.append(trainer.evaluate()["eval_loss"])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    def test_a_model_gets_its_mark_later(self, tmp_path):
+        flm = build_flm()
+        flm.save_pretrained(tmp_path)
+        model = FLMModel.from_pretrained(tmp_path, prompt_mark=True)
+        assert not model.prompt_mark.any()
+        batch = {"input_ids": torch.randint(53, (2, 12)), "timesteps": torch.rand(2)}
+        known_mask = torch.rand(2, 12) < 0.5
+        assert torch.equal(model(**batch, known_mask=known_mask).logits, flm(**batch).logits)
+        student = FMLMModel.from_flm(flm, prompt_mark=True)
+        torch.nn.init.ones_(student.prompt_mark)
+        student.save_pretrained(tmp_path)
+        assert AutoModel.from_pretrained(tmp_path).prompt_mark.all()
+        with pytest.raises(ValueError, match="`prompt_fraction` needs a model that can tell what is given"):
+            FLMTrainer(flm, FLMTrainingArguments(tmp_path, prompt_fraction=0.5))
+        with pytest.raises(ValueError, match="`prompt_fraction` must be in .0, 1., got 1.5"):
+            FLMTrainingArguments(tmp_path, prompt_fraction=1.5)
 
 
 class TestLoss:
@@ -111,6 +190,18 @@ class TestLoss:
         trainer.train_dataset = dataset
         trainer.train()
         assert logged(trainer, "loss")[0] == 0
+
+    def test_batches_of_similar_lengths_have_little_padding(self, tmp_path):
+        def share_of_padding(strategy):
+            options = {"save_strategy": "no", "eval_strategy": "no", "train_sampling_strategy": strategy}
+            trainer = build(tmp_path, max_steps=15, **options)
+            batches, training_step = [], trainer.training_step
+            trainer.training_step = lambda model, *args: batches.append(args[0]) or training_step(model, *args)
+            trainer.train()
+            masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
+            return 1 - sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks)
+
+        assert share_of_padding("group_by_length") < share_of_padding("random") / 2
 
 
 class TestEvaluation:
@@ -223,7 +314,7 @@ class TestResume:
 
 class TestProcesses:
     def test_two_processes_see_and_learn_what_one_does(self, tmp_path):
-        options = {"max_steps": 6, "eval_steps": 3, "save_steps": 3, "ema_decay": 0.9}
+        options = {"max_steps": 6, "eval_steps": 3, "save_steps": 3, "ema_decay": 0.9, "prompt_fraction": 0.7}
         (one,) = launch(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
         two = launch(tmp_path / "two", 2, per_device_train_batch_size=8, **options)
 

@@ -64,6 +64,7 @@ def build(
             conditioning_size=16,
             max_position_embeddings=10,
             dropout=dropout,
+            prompt_mark=options.get("prompt_fraction", 0) > 0,
         )
     )
     generator = torch.Generator().manual_seed(1)
