@@ -17,6 +17,7 @@ Texts of a model, from its name on the Hub or its folder.
     python examples/generate.py outputs/quickstart/fmlm --num_samples 8
     python examples/generate.py me/fmlm --num_samples 10000 --num_steps 4 --output samples.jsonl
     python examples/generate.py me/flm --num_steps 32 --live
+    python examples/generate.py me/flm --prompt "The cat" --guidance_model me/flm --guidance_revision step-1000 --guidance_scale 2
 
 Without --output the texts go to stdout, one after the other. A .jsonl or .parquet file gets a row for each text, with
 `text`, `tokens`, `num_steps` and `seed`; a .jsonl file has all that was generated so far if the script is interrupted.
@@ -48,6 +49,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top_k", type=int)
     parser.add_argument("--top_p", type=float)
+    parser.add_argument("--prompt", help="how every text begins")
+    parser.add_argument("--gamma", type=float, help="share of the noise that is drawn anew at every step, 0 to 1")
+    parser.add_argument("--guidance_model", help="a worse model to move away from: an earlier or a smaller one")
+    parser.add_argument("--guidance_revision", default="main", help="its branch, tag or commit")
+    parser.add_argument("--guidance_scale", type=float, help="how far to move away from it, such as 2")
+    parser.add_argument(
+        "--pad_after_eos", action="store_true", default=None, help="end texts at their first end token"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="such as cuda or cpu (default: an accelerator if there is one)")
@@ -69,11 +78,18 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace,
+    guidance_model: PreTrainedModel | None = None,
 ) -> Iterator[dict[str, str | int | list[int]]]:
     """The texts, each as a row, a batch at a time."""
-    names = ("num_steps", "length", "temperature", "top_k", "top_p")
+    names = ("num_steps", "length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos")
     parameters = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.prompt is not None:
+        begin = [model.generation_config.bos_token_id] if model.generation_config.bos_token_id is not None else []
+        tokens = begin + tokenizer(args.prompt, add_special_tokens=False)["input_ids"]
+        parameters["input_ids"] = torch.tensor([tokens])
     generator = torch.Generator().manual_seed(args.seed)
     streamer = TextDiffusionStreamer(tokenizer) if args.live else None
     for start in range(0, args.num_samples, args.batch_size):
@@ -83,6 +99,7 @@ def generate(
             batch_size=size,
             generator=generator,
             streamer=streamer,
+            guidance_model=guidance_model,
             return_dict_in_generate=True,
             **parameters,
         )
@@ -98,8 +115,14 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
     device = args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = model.to(device).eval()
+    guidance_model = None
+    if args.guidance_model is not None:
+        guidance_model = AutoModel.from_pretrained(
+            args.guidance_model, dtype=args.dtype, revision=args.guidance_revision, **options
+        )
+        guidance_model = guidance_model.to(device).eval()
 
-    rows = generate(model, tokenizer, args)
+    rows = generate(model, tokenizer, args, guidance_model)
     rows = chain([next(rows)], rows)  # what is wrong with the arguments shows before there is a file
     rows = tqdm(rows, total=args.num_samples, unit="text", disable=args.live or not sys.stderr.isatty())
     if args.output is None:

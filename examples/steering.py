@@ -12,13 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Steer generation on the stories of the quickstart, and draw what each way does: guidance by a worse model, a reward for a word,
-and texts of which a part is given.
+Steer generation on the stories of the quickstart, and draw what each way does: guidance by a worse model, fresh noise, a
+reward for a word, and texts of which a part is given.
 
     python examples/steering.py
 
 Trains what is not in --output_dir yet (an FLM, the same after a fifth of the steps, its FMLM, and an FLM and an FMLM that learn
-to be given parts of a text), measures grammatical samples, and draws a plot.
+be given parts of a text), which takes a quarter of an hour, measures grammatical samples, and draws a plot.
 """
 
 import argparse
@@ -43,6 +43,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 GUIDANCE_SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 REWARD_SCALES = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0)
+GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WORD = "red"
 PREFIX_LENGTH = 12
 
@@ -125,13 +126,13 @@ def measure(
 
 
 def measure_guidance(models: dict, tokenizer, args: argparse.Namespace) -> list[dict]:
-    """Autoguidance at several scales: the FLM, by the one that was trained for a fifth of the time."""
+    """Autoguidance at several scales, by the FLM that was trained for a fifth of the time."""
     rows = []
-    for num_steps in (4, 8):
+    for name, num_steps in (("flm", 4), ("flm", 8), ("fmlm", 4)):
         for scale in GUIDANCE_SCALES:
             options = {"num_steps": num_steps, "guidance_model": models["weak"], "guidance_scale": scale}
-            row = {"part": "guidance", "model": "FLM", "num_steps": num_steps, "scale": scale}
-            rows.append(row | measure(models["flm"], tokenizer, args, **options))
+            row = {"part": "guidance", "model": name, "num_steps": num_steps, "scale": scale}
+            rows.append(row | measure(models[name], tokenizer, args, **options))
             show(rows[-1])
     return rows
 
@@ -140,11 +141,22 @@ def measure_reward(models: dict, tokenizer, args: argparse.Namespace) -> list[di
     """A reward for a word: how often it is expected in the text."""
     token = tokenizer.convert_tokens_to_ids(WORD)
     rows = []
-    for name, num_steps in (("flm", 8), ("fmlm", 1), ("fmlm", 4)):
+    for name, num_steps in (("flm", 8), ("flm", 16), ("fmlm", 1), ("fmlm", 4)):
         for scale in REWARD_SCALES:
             options = {"reward": lambda delta: delta[..., token].sum(dim=-1), "reward_scale": scale}
-            row = {"part": "reward", "model": name.upper(), "num_steps": num_steps, "scale": scale}
+            row = {"part": "reward", "model": name, "num_steps": num_steps, "scale": scale}
             rows.append(row | measure(models[name], tokenizer, args, num_steps=num_steps, **options))
+            show(rows[-1])
+    return rows
+
+
+def measure_fresh_noise(models: dict, tokenizer, args: argparse.Namespace) -> list[dict]:
+    """Stochastic sampling with the flow map."""
+    rows = []
+    for num_steps in (2, 4, 8):
+        for gamma in GAMMAS:
+            row = {"part": "gamma", "model": "fmlm", "num_steps": num_steps, "scale": gamma}
+            rows.append(row | measure(models["fmlm"], tokenizer, args, num_steps=num_steps, gamma=gamma))
             show(rows[-1])
     return rows
 
@@ -171,38 +183,41 @@ def measure_infills(models: dict, tokenizer, args: argparse.Namespace) -> list[d
 
 
 def show(row: dict):
+    numbers = ("valid", "with_word", "distinct")
     print(
-        "  ".join(
-            f"{name} {value:.1%}" if name in ("valid", "with_word", "distinct") else f"{value}"
-            for name, value in row.items()
-        ),
-        flush=True,
+        "  ".join(f"{name} {value:.1%}" if name in numbers else str(value) for name, value in row.items()), flush=True
     )
 
 
 def plot(rows: list[dict], path: Path):
-    figure, panels = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
-    labels = {"flm": "FLM, held clean", "flm_prompts": "FLM, trained for it", "fmlm_prompts": "FMLM, trained for it"}
-    for part, panel in zip(("guidance", "reward", "prefix", "half"), panels):
+    figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    panels = panels.flatten()
+    names = {"flm": "FLM, held clean", "flm_prompts": "FLM, trained for it", "fmlm_prompts": "FMLM, trained for it"}
+    for part, panel in zip(("guidance", "gamma", "reward", "prefix", "half"), panels):
         chosen = [row for row in rows if row["part"] == part]
-        x = "scale" if part in ("guidance", "reward") else "num_steps"
-        for key in dict.fromkeys((row["model"], row["num_steps"] if x == "scale" else None) for row in chosen):
-            line = [row for row in chosen if row["model"] == key[0] and key[1] in (None, row["num_steps"])]
-            label = labels.get(key[0]) or f"{key[0]}, {key[1]} step{'s' * (key[1] > 1)}"
-            points = panel.plot(
-                [row[x] for row in line], [100 * row["valid"] for row in line], marker="o", label=label
-            )
+        x = "scale" if "scale" in chosen[0] else "num_steps"
+        lines = {}
+        for row in chosen:
+            steps = f"{row['num_steps']} step{'s' * (row['num_steps'] > 1)}"
+            label = f"{row['model'].upper()}, {steps}" if x == "scale" else names[row["model"]]
+            lines.setdefault(label, []).append(row)
+        for label, line in lines.items():
+            (drawn,) = panel.plot([row[x] for row in line], [100 * row["valid"] for row in line], "o-", label=label)
             if part == "reward":
-                color = points[0].get_color()
-                panel.plot([row[x] for row in line], [100 * row["with_word"] for row in line], "--", color=color)
+                with_word = [100 * row["with_word"] for row in line]
+                panel.plot([row[x] for row in line], with_word, "o--", color=drawn.get_color())
+        panel.set(ylabel="% grammatical")
         panel.grid(alpha=0.3)
         panel.legend()
-    panels[0].set(title="Autoguidance", xlabel="guidance scale", ylabel="% grammatical")
-    panels[1].set(title=f"Reward for '{WORD}'", xlabel="reward scale", ylabel=f"% grammatical; with '{WORD}' (dashed)")
-    for panel, title in zip(panels[2:], (f"First {PREFIX_LENGTH} words given", "Random half given")):
+    panels[0].set(title="Autoguidance", xlabel="guidance scale")
+    panels[1].set(title="Fresh noise", xlabel="gamma")
+    panels[2].set(title=f"Reward for '{WORD}'", xlabel="reward scale", ylabel=f"% grammatical; with '{WORD}' (dashed)")
+    for panel, title in zip(panels[3:], (f"First {PREFIX_LENGTH} words given", "A random half given")):
         panel.set_xscale("log", base=2)
-        panel.set(title=title, xlabel="sampling steps", ylabel="% grammatical", ylim=(0, 102))
-    figure.savefig(path, dpi=110)
+        panel.set_xticks((1, 2, 4, 8, 16), labels=("1", "2", "4", "8", "16"))
+        panel.set(title=title, xlabel="sampling steps", ylim=(0, 102))
+    panels[5].axis("off")
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
@@ -218,6 +233,7 @@ def main():
     models["fmlm_prompts"] = train_fmlm("fmlm_prompts", models["flm_prompts"], args.prompt_fraction, *common)
 
     rows = measure_guidance(models, tokenizer, args)
+    rows += measure_fresh_noise(models, tokenizer, args)
     rows += measure_reward(models, tokenizer, args)
     rows += measure_infills(models, tokenizer, args)
     folder = Path(args.output_dir)

@@ -335,7 +335,8 @@ class FLMGenerationMixin:
         >>> model = AutoModel.from_pretrained("path/to/model", trust_remote_code=True)
         >>> tokens = model.generate(num_samples=8, num_steps=32, generator=torch.Generator().manual_seed(0))
         >>> texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        >>> tokens = model.generate(**tokenizer(["The cat"], return_tensors="pt"), num_steps=32)
+        >>> prompt = tokenizer(tokenizer.bos_token + "The cat", add_special_tokens=False, return_tensors="pt")
+        >>> tokens = model.generate(**prompt, num_steps=32)
         ```
         """
         if num_samples is not None:

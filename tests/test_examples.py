@@ -118,6 +118,19 @@ class TestQuickstart:
         assert "texts of 24 tokens over 300 words" in result.stdout
 
 
+@pytest.mark.slow
+def test_steering(tmp_path):
+    options = [*TestQuickstart.options, "--prompt_fraction", 0.5]
+    for _ in range(2):  # what is there is not trained again
+        result = run(EXAMPLES / "steering.py", *options, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        rows = json.loads((tmp_path / "outputs/steering/steering.json").read_text())
+        assert {row["part"] for row in rows} == {"guidance", "gamma", "reward", "prefix", "half"}
+        assert len([line for line in result.stdout.splitlines() if "  valid " in line]) == len(rows)
+        assert (tmp_path / "outputs/steering/steering.png").read_bytes().startswith(b"\x89PNG")
+    assert "Training" not in result.stdout and "Distilling" not in result.stdout
+
+
 class TestTrainingScripts:
     def arguments(self, corpus, output_dir, **overrides):
         options = {
@@ -285,6 +298,14 @@ class TestGenerate:
         assert [json.loads(line) for line in (tmp_path / "new" / "x.jsonl").read_text().splitlines()] == rows
         self.generate(monkeypatch, folder, *options, "--output", tmp_path / "x.parquet")
         assert Dataset.from_parquet(str(tmp_path / "x.parquet")).to_list() == rows
+
+    def test_steered(self, folder, monkeypatch, capsys):
+        options = ("--num_samples", 3, "--num_steps", 2, "--prompt", "w5 w6", "--gamma", 0.5)
+        self.generate(monkeypatch, folder, *options, "--guidance_model", folder, "--guidance_scale", 2.0)
+        guided = capsys.readouterr().out.splitlines()
+        assert len(guided) == 3 and all(text.startswith("w5 w6 ") for text in guided)
+        self.generate(monkeypatch, folder, *options)  # equal models change nothing
+        assert capsys.readouterr().out.splitlines() == guided
 
     def test_interrupted(self, folder, tmp_path, monkeypatch):
         steps = iter(range(3))

@@ -3,6 +3,9 @@
 import copy
 import math
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from transformers import (
 
 from modeling_flm import ClassifierReward, FLMGenerationConfig, FMLMModel, FMLMTwoNetworkModel, LanguageModelReward
 from modeling_flm.flow import JointNoise, refresh
+from trainers import generate_samples
 
 
 def seed(value=0):
@@ -57,6 +61,17 @@ def dense_sample(model, x, num_steps, choose):
             share = (t[step + 1] - t[step]) / (1 - t[step])
             x = (1 - share) * x + share * delta
     return delta.argmax(-1)
+
+
+def continue_prompts(indices: list[int]) -> torch.LongTensor:
+    """The texts with these numbers, each with a prompt and a mask of its own."""
+    torch.manual_seed(0)
+    model, weak = build("fmlm"), build("flm", hidden_size=16)
+    input_ids, infill_mask = torch.randint(53, (7, 12)), torch.rand(7, 12) < 0.5
+    return generate_samples(
+        model, indices, seed=3, input_ids=input_ids[indices], infill_mask=infill_mask[indices], num_steps=3, gamma=0.5,
+        guidance_model=weak, guidance_scale=2.0,
+    )  # fmt: skip
 
 
 class ExactFlow(ExactFlowMap):
@@ -301,6 +316,24 @@ class TestPrompts:
                 given = ~infill_mask[row // 2]
                 assert torch.equal(output.sequences[row][given], input_ids[row // 2][given])
                 assert (output.drafts[row][:, given] == input_ids[row // 2][given]).all()
+
+    @pytest.mark.slow
+    def test_processes_make_what_one_does(self, tmp_path):
+        script = Path(__file__).parent / "scripts" / "continue_prompts.py"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
+        command += [
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+        ]
+        subprocess.run([*command, script, tmp_path], check=True, timeout=300)
+        tokens = torch.cat([torch.load(tmp_path / f"{index}.pt") for index in (0, 1)])
+        assert torch.equal(tokens, continue_prompts(list(range(7))))
 
     def test_padding_may_be_on_either_side(self):
         model = build("flm")
