@@ -68,7 +68,7 @@ def flow_map(state: torch.Tensor, delta: torch.Tensor, s: torch.Tensor, t: torch
 
 def hold(state: torch.Tensor, clean: torch.Tensor, known_mask: torch.Tensor | None) -> torch.Tensor:
     """
-    The state with its known positions clean, as a prompt is: at every time the token there is no secret.
+    Clamps known positions to their clean state, at whatever time the others are.
 
     Args:
         state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state.
@@ -81,22 +81,23 @@ def hold(state: torch.Tensor, clean: torch.Tensor, known_mask: torch.Tensor | No
     return state if known_mask is None else torch.where(known_mask[..., None], clean, state)
 
 
-def refresh(t: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def renoise(t: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""
-    How to arrive at time \(t\) with noise of which a part is fresh: go on to a later time \(u\), where the noise that is
-    left is \(\sqrt{1 - \gamma^2}\) of that at \(t\), relative to the text, and come back with new noise:
-    \(x_t = \frac{t}{u}\,x_u + \gamma\,(1 - t)\,z\).
+    How to arrive at time \\(t\\) with noise of which a part is fresh (gamma sampling): go on to a later time \\(u\\), where the
+    noise that is left is \\(\sqrt{1 - \gamma^2}\\) of that at \\(t\\), relative to the text, and come back with new noise
+    \\(z\\): \\(x_t = \frac{t}{u}\,x_u + \gamma\,(1 - t)\,z\\).
 
     Args:
         t (`torch.Tensor`): Interpolant times to arrive at.
-        gamma (`float`): The share \(\gamma\) in [0, 1], 0 for none and 1 for all of the noise (in standard deviations).
+        gamma (`float`): The share \\(\gamma\\) in [0, 1], 0 for none and 1 for all of the noise (in standard deviations).
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: \(u\), \(t / u\) and \(\gamma\,(1 - t)\), each with the shape
-        of `t`.
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: \\(u\\), \\(t / u\\) and \\(\gamma\,(1 - t)\\), each with the
+        shape of `t`.
     """
-    u = t / (t + (1 - gamma**2) ** 0.5 * (1 - t)).clamp(min=torch.finfo(t.dtype).tiny)
-    return u, t / u.clamp(min=torch.finfo(t.dtype).tiny), gamma * (1 - t)
+    tiny = torch.finfo(t.dtype).tiny
+    u = t / (t + (1 - gamma**2) ** 0.5 * (1 - t)).clamp(min=tiny)
+    return u, t / u.clamp(min=tiny), gamma * (1 - t)
 
 
 def semigroup_weight(s: torch.Tensor, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

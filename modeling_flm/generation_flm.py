@@ -33,7 +33,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
-from .flow import JointNoise, flow_map, hold, refresh
+from .flow import JointNoise, flow_map, hold, renoise
 from .guidance_flm import Autoguidance, Reward, reward_gradient
 
 
@@ -65,7 +65,7 @@ class FLMGenerationConfig(GenerationConfig):
             The most texts that are generated at a time. It changes speed and memory, not the texts.
         temperature (`float`, *optional*):
             Divides the logits of every step. Below 1 texts become more likely and less diverse. Without effect where
-            only the largest logit counts, which is at the last step.
+            only the largest logit counts, which is at the last step without guidance.
         top_k (`int`, *optional*):
             Keeps the `top_k` most likely tokens of each position at every step.
         top_p (`float`, *optional*):
@@ -76,8 +76,8 @@ class FLMGenerationConfig(GenerationConfig):
         guidance_scale (`float`, *optional*):
             How far to go beyond the model, away from the `guidance_model` (autoguidance). 0 turns it off.
         reward_scale (`float`, *optional*):
-            The weight of the `reward`: texts become more likely by the factor `exp(reward_scale * reward)`, as far as the
-            reward is linear. 0 turns it off.
+            The weight of the `reward`. In many steps, and as long as it is small, texts become more likely by the factor
+            `exp(reward_scale * reward)`; in few, less so. 0 turns it off.
         pad_after_eos (`bool`, *optional*, defaults to `False`):
             Whether texts end at their first end-of-sequence token, after which there is nothing but padding.
         output_drafts (`bool`, *optional*, defaults to `False`):
@@ -183,7 +183,7 @@ class FLMGenerationOutput(ModelOutput):
         sequences (`torch.LongTensor` of shape `(num_samples, length)`):
             The generated tokens.
         drafts (`torch.LongTensor` of shape `(num_samples, num_steps, length)`, *optional*, returned when `output_drafts=True`):
-            The most likely tokens at every step. The last draft is the text.
+            The most likely tokens at every step. The last draft is the text, before `pad_after_eos`.
         num_forward_passes (`int`):
             How often the model was evaluated for each text: once a step, and once more with a reward.
     """
@@ -217,10 +217,13 @@ class _Given:
         return tokens if self.is_fixed is None else torch.where(self.is_fixed, self.tokens, tokens)
 
     def complete_soft(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """The same for soft tokens."""
+        """The same for soft tokens; where there is no position, there is none."""
         if self.is_fixed is None:
             return probabilities
-        certain = torch.zeros_like(probabilities).scatter(-1, self.tokens[..., None], 1.0)
+        certain = torch.zeros_like(probabilities)
+        if self.known_mask is not None:
+            tokens = self.tokens.masked_fill(~self.known_mask, 0)[..., None]
+            certain = certain.scatter(-1, tokens, self.known_mask[..., None].to(certain.dtype))
         return torch.where(self.is_fixed[..., None], certain, probabilities)
 
 
@@ -269,7 +272,7 @@ class FLMGenerationMixin:
         **kwargs,
     ) -> torch.LongTensor | FLMGenerationOutput:
         r"""
-        Generates texts from noise. On a uniform grid of reparameterized times from 0 to 1, the state is moved by the flow
+        Generates texts from noise. On a grid of reparameterized times from 0 to 1, by default a uniform one, the state is moved by the flow
         map \\(x \leftarrow X_{s,t}(x)\\) of the model; at the last step, where \\(t = 1\\) and \\(X_{s,1} = \delta_{s,1}\\),
         the most likely tokens are the text.
 
@@ -283,7 +286,7 @@ class FLMGenerationMixin:
                 The number of texts, a multiple of the number of prompts if there are some. One for each prompt unless
                 given.
             num_steps (`int`, *optional*):
-                The number of steps, hence of forward passes.
+                The number of steps, hence of forward passes (twice as many with a `reward`).
             generation_config ([`FLMGenerationConfig`], *optional*):
                 Parameters to use in the place of `model.generation_config`. Those that are `None` are taken from there.
             attention_mask (`torch.Tensor` of shape `(num_prompts, prompt_length)`, *optional*):
@@ -339,6 +342,7 @@ class FLMGenerationMixin:
         >>> tokens = model.generate(**prompt, num_steps=32)
         ```
         """
+        kwargs.pop("token_type_ids", None)  # which the tokenizer of BERT makes
         if num_samples is not None:
             kwargs["num_samples"] = num_samples
         if num_steps is not None:
@@ -358,11 +362,12 @@ class FLMGenerationMixin:
                 f"`generator` has {len(generators)} generators for {config.num_samples} texts: pass as many."
             )
 
-        denoiser = self._get_denoiser(guidance_model, config)
+        explicit = self._explicit(generation_config, kwargs)
+        denoiser = self._get_denoiser(guidance_model, config, explicit)
         embedding = denoiser.state_embedding.float()
         if prior_state is not None:
             self._check_prior_state(prior_state, embedding, kwargs)
-        reward = self._check_reward(reward, config)
+        reward = self._check_reward(reward, config, explicit)
         needs_noise = prior_state is None or config.gamma > 0 or reward is not None
         sampler = _Sampler(
             config=config,
@@ -388,11 +393,11 @@ class FLMGenerationMixin:
                 rows = slice(start, min(start + config.batch_size, config.num_samples))
                 # States are in float32 whatever precision the caller runs the model in.
                 with torch.autocast(embedding.device.type, enabled=False):
-                    state, later = self._draw_states(sampler, generators[rows], prior_state is None)
+                    state, fresh_generators = self._draw_states(sampler, generators[rows], prior_state is None)
                     if prior_state is not None:
                         state = prior_state[rows].to(embedding)
                         state = state @ embedding if state.shape[-1] == embedding.shape[0] else state
-                tokens, batch_drafts = self._sample(sampler, state, given[rows], later)
+                tokens, batch_drafts = self._sample(sampler, state, given[rows], fresh_generators)
                 sequences.append(tokens)
                 drafts.append(batch_drafts)
                 progress.update(rows.stop - rows.start)
@@ -412,22 +417,22 @@ class FLMGenerationMixin:
         )
 
     def _sample(
-        self, sampler: _Sampler, state: torch.Tensor, given: _Given, later: list[torch.Generator] | None
+        self, sampler: _Sampler, state: torch.Tensor, given: _Given, fresh_generators: list[torch.Generator] | None
     ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
-        """Moves a batch of states from noise to text. `later` are the sources of what noise is drawn on the way."""
+        """Moves a batch of states from noise to text. `fresh_generators` draw the noise on the way."""
         config, compile_config, embedding = sampler.config, sampler.compile_config, sampler.embedding
         put_draft = getattr(sampler.streamer, "put_draft", None)
         wants_drafts = config.output_drafts or put_draft is not None or sampler.callback is not None
         advance = self._step if compile_config is None else self._get_compiled_step(compile_config)
         masks = (given.attention_mask, given.known_mask)
-        clean = None if given.known_mask is None else embedding[given.tokens]
+        clean = None if given.known_mask is None else embedding[given.tokens.masked_fill(~given.known_mask, 0)]
         tau = torch.linspace(0, 1, config.num_steps + 1, device=state.device)
         if config.timesteps is not None:
             tau = torch.tensor(config.timesteps, device=state.device, dtype=torch.float32)
         t = self.time.tau_to_t(tau)
         arrival, tau_arrival = t, tau
         if config.gamma > 0:
-            arrival, keep, fresh = refresh(t, config.gamma)
+            arrival, keep, fresh = renoise(t, config.gamma)
             tau_arrival = self.time.t_to_tau(arrival)
         # One time per sequence, for every step.
         times = torch.stack([tau[:-1], tau_arrival[1:], t[:-1], arrival[1:]], dim=1)
@@ -438,7 +443,11 @@ class FLMGenerationMixin:
         for step in range(config.num_steps):
             is_last = step == config.num_steps - 1
             if sampler.reward is not None:
-                state = hold(self._climb(sampler, state, given, times[step], t[step + 1]), clean, given.known_mask)
+                state = hold(
+                    self._steer_by_reward(sampler, state, given, times[step], t[step + 1], step == 0),
+                    clean,
+                    given.known_mask,
+                )
             if compile_config is not None:
                 torch.compiler.cudagraph_mark_step_begin()
             state, tokens = advance(
@@ -455,7 +464,7 @@ class FLMGenerationMixin:
                 state, tokens = (None if x is None else x.clone() for x in (state, tokens))
             if not is_last:
                 if config.gamma > 0:
-                    noise = self._draw_noise(state.shape[1], sampler.factor, later)
+                    noise = self._draw_noise(state.shape[1], sampler.factor, fresh_generators)
                     state = keep[step + 1] * state + fresh[step + 1] * noise
                 state = hold(state, clean, given.known_mask)
             tokens = None if tokens is None else given.complete(tokens)
@@ -492,21 +501,30 @@ class FLMGenerationMixin:
             return None, tokens
         return flow_map(state, torch.cat(expected, dim=1).to(state.device), s, t), tokens
 
-    def _climb(
-        self, sampler: _Sampler, state: torch.Tensor, given: _Given, times: torch.Tensor, t: torch.Tensor
+    def _steer_by_reward(
+        self,
+        sampler: _Sampler,
+        state: torch.Tensor,
+        given: _Given,
+        times: torch.Tensor,
+        t: torch.Tensor,
+        is_first: bool,
     ) -> torch.Tensor:
         r"""
-        The state moved towards the reward, \\(x \leftarrow x + \eta\,\frac{(1-s)(t-s)}{t}\,\nabla_x r(\delta_{s,1}(x))\\). To
-        first order in \\(\eta\\) this makes texts more likely by the factor \\(e^{\eta\,r}\\), in two cases: in many steps of an
-        FLM it is what their flow differs by, \\(\frac{1-s}{s}\,\nabla_x r\\); in one step of a flow map it is the mean of the
-        noise with the density \\(e^{\eta\,r}\\) relative to the normal one.
+        The state moved towards the reward, \\(x \leftarrow x + \eta\,\frac{(1-s)(t-s)}{t}\,\nabla_x r(\delta)\\).
+
+        In many short steps this is the flow of the texts that are more likely by the factor \\(e^{\eta\,r}\\), to first order
+        in \\(\eta\\): it differs by \\(\eta\,\frac{1-s}{s}\,\nabla_x r(D_s(x))\\). From noise, of which \\(D_0\\) does not depend,
+        the reward is that of \\(\delta_{0,1}\\): the mean of the noise with the density \\(e^{\eta\,r}\\) relative to the normal
+        one moves by \\(\eta\,\nabla_x r\\), as far as the reward is linear in the noise.
         """
         tau_s, _, s, _ = times
-        size = self.state_embedding.shape[1]  # a guidance model has the rest of the state, and no say in this
+        size = sum(module.embedding_dim for module in self.embeddings)  # the rest is the state of a guidance model
+        tau_end = torch.ones_like(tau_s) if is_first else tau_s
         masks = (given.attention_mask, given.known_mask)
 
         def look_ahead(state: torch.Tensor) -> torch.Tensor:
-            parts = self.denoise(state[..., :size], tau_s, torch.ones_like(tau_s), *masks, sampler.logits_processor)
+            parts = self.denoise(state[..., :size], tau_s, tau_end, *masks, sampler.logits_processor)
             return given.complete_soft(torch.cat([part.to(state.device) for part in parts], dim=1))
 
         gradient = reward_gradient(sampler.reward, look_ahead, state)
@@ -523,10 +541,10 @@ class FLMGenerationMixin:
         return self._compiled_step[1]
 
     def _get_denoiser(
-        self, guidance_model: PreTrainedModel | None, config: FLMGenerationConfig
+        self, guidance_model: PreTrainedModel | None, config: FLMGenerationConfig, explicit: dict[str, Any]
     ) -> "PreTrainedModel | Autoguidance":
         if guidance_model is None:
-            if config.guidance_scale:
+            if explicit.get("guidance_scale"):  # not of the model's own, for which other calls have no model
                 raise ValueError(f"`guidance_scale={config.guidance_scale}` needs a `guidance_model`.")
             return self
         if config.guidance_scale is None:
@@ -544,10 +562,10 @@ class FLMGenerationMixin:
         return self if config.guidance_scale == 0 else Autoguidance(self, guidance_model, config.guidance_scale)
 
     @staticmethod
-    def _check_reward(reward: Reward | None, config: FLMGenerationConfig) -> Reward | None:
+    def _check_reward(reward: Reward | None, config: FLMGenerationConfig, explicit: dict[str, Any]) -> Reward | None:
         """The reward, if it counts."""
         if reward is None:
-            if config.reward_scale:
+            if explicit.get("reward_scale"):
                 raise ValueError(f"`reward_scale={config.reward_scale}` needs a `reward`.")
             return None
         if not callable(reward):
@@ -574,15 +592,15 @@ class FLMGenerationMixin:
         States of pure noise, and generators for what noise is drawn later, text by text so that how they are batched does
         not change them.
         """
-        states, later = [], []
+        states, fresh_generators = [], []
         for generator in generators:
             if from_noise:
                 states.append(self._draw_noise(sampler.config.length, sampler.factor, [generator]))
             if sampler.config.gamma > 0:
                 device = sampler.embedding.device if generator is None else generator.device
                 seed = torch.randint(2**62, (), generator=generator, device=device)
-                later.append(torch.Generator(device).manual_seed(int(seed)))
-        return torch.cat(states) if states else None, later
+                fresh_generators.append(torch.Generator(device).manual_seed(int(seed)))
+        return torch.cat(states) if states else None, fresh_generators
 
     @staticmethod
     def _draw_noise(length: int, factor: torch.Tensor, generators: list[torch.Generator | None]) -> torch.Tensor:
@@ -622,10 +640,10 @@ class FLMGenerationMixin:
         return tuple(None if mask is None else mask.bool() for mask in (attention_mask, infill_mask))
 
     @staticmethod
-    def _said(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _explicit(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The parameters of this call, without the model's own."""
-        said = generation_config.to_diff_dict() if isinstance(generation_config, GenerationConfig) else {}
-        return {name: value for name, value in {**said, **kwargs}.items() if value is not None}
+        explicit = generation_config.to_diff_dict() if isinstance(generation_config, GenerationConfig) else {}
+        return {name: value for name, value in {**explicit, **kwargs}.items() if value is not None}
 
     @staticmethod
     def _set_sizes(
@@ -636,21 +654,21 @@ class FLMGenerationMixin:
         prior_state: torch.Tensor | None,
     ):
         """Puts `num_samples` and `length` into `kwargs` where other arguments say them."""
-        said = FLMGenerationMixin._said(generation_config, kwargs)
+        explicit = FLMGenerationMixin._explicit(generation_config, kwargs)
         attention_mask, infill_mask = masks
         if prior_state is not None and prior_state.dim() == 3:
-            kwargs["num_samples"] = said.setdefault("num_samples", prior_state.shape[0])
-            kwargs["length"] = said.setdefault("length", prior_state.shape[1])
+            kwargs["num_samples"] = explicit.setdefault("num_samples", prior_state.shape[0])
+            kwargs["length"] = explicit.setdefault("length", prior_state.shape[1])
         whole = infill_mask if infill_mask is not None else attention_mask if input_ids is None else None
         if whole is not None:  # it has all positions of a text
-            length = kwargs["length"] = said.get("length", whole.shape[1])
+            length = kwargs["length"] = explicit.get("length", whole.shape[1])
             if attention_mask is not None and length != whole.shape[1]:
                 raise ValueError(
                     f"`attention_mask` has {whole.shape[1]} positions, which are all there are: leave out `length={length}`."
                 )
         tensor = input_ids if input_ids is not None else attention_mask
         if tensor is not None:
-            num_samples = kwargs["num_samples"] = said.get("num_samples", len(tensor))
+            num_samples = kwargs["num_samples"] = explicit.get("num_samples", len(tensor))
             if isinstance(num_samples, int) and (num_samples < 1 or num_samples % max(len(tensor), 1) != 0):
                 name = "input_ids" if input_ids is not None else "attention_mask"
                 raise ValueError(
@@ -680,6 +698,7 @@ class FLMGenerationMixin:
         if exists is not None:
             known = known & exists
         if infill_mask is None:  # padding may be on either side
+            self._warn_of_ends(ids, known, config)
             order = known.long().argsort(dim=1, descending=True, stable=True)
             ids, known, exists = ids.gather(1, order), known.gather(1, order), None
             ids, known = (x[:, : int(known.sum(dim=1).max())] for x in (ids, known))
@@ -694,6 +713,19 @@ class FLMGenerationMixin:
         is_known = torch.zeros_like(tokens, dtype=torch.bool)
         is_known[:, :size] = known[rows]
         return _Given(tokens, is_known, None if exists is None else exists[rows])
+
+    @staticmethod
+    def _warn_of_ends(ids: torch.LongTensor, known: torch.BoolTensor, config: FLMGenerationConfig):
+        """A prompt that ends in an end-of-sequence token is one that a tokenizer has added special tokens to."""
+        if config.eos_token_id is None or ids.shape[1] < 2:
+            return
+        last = (known * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(dim=1, keepdim=True)
+        eos = torch.tensor(config.eos_token_id, device=ids.device)
+        if (torch.isin(ids.gather(1, last), eos) & (last > 0)).any():
+            logger.warning_once(
+                "`input_ids` end with an end-of-sequence token, which is given as it is. If it is not meant, tokenize with "
+                "`add_special_tokens=False`."
+            )
 
     @staticmethod
     def _pad_token(config: FLMGenerationConfig, default: int | None = None) -> int | None:
@@ -744,14 +776,14 @@ class FLMGenerationMixin:
         if unknown := [name for name in kwargs if name.startswith("_") or name not in vars(config)]:
             raise ValueError(f"`generate()` got unknown arguments: {config._suggest(unknown)}.")
         config.update(**kwargs)
-        said = self._said(generation_config, kwargs)
+        explicit = self._explicit(generation_config, kwargs)
         config.update(defaults_only=True, **self.generation_config.to_dict())
-        if "num_steps" in said and "timesteps" not in said:
+        if "num_steps" in explicit and "timesteps" not in explicit:
             config.timesteps = None
         elif config.timesteps is not None:
-            if said.get("num_steps", len(config.timesteps) - 1) != len(config.timesteps) - 1:
+            if explicit.get("num_steps", len(config.timesteps) - 1) != len(config.timesteps) - 1:
                 raise ValueError(
-                    f"`num_steps={said['num_steps']}` does not go with the {len(config.timesteps)} `timesteps`: leave it out."
+                    f"`num_steps={explicit['num_steps']}` does not go with the {len(config.timesteps)} `timesteps`: leave it out."
                 )
             config.num_steps = len(config.timesteps) - 1
         config.update(defaults_only=True, **config._get_default_generation_params())

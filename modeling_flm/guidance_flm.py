@@ -37,7 +37,9 @@ class Autoguidance:
         self.guidance_model = guidance_model
         self.scale = scale
         embedding = model.state_embedding.float()
-        other = guidance_model.state_embedding.float().to(embedding.device)
+        other = guidance_model.state_embedding.float()
+        self.guidance_device = other.device
+        other = other.to(embedding.device)
         self.shares_state = torch.equal(embedding, other)
         self.state_embedding = embedding if self.shares_state else torch.cat([embedding, other], dim=1)
         self.size = embedding.shape[1]
@@ -54,11 +56,13 @@ class Autoguidance:
         """As [`~FLMPreTrainedModel.denoise`]; what comes may leave the simplex."""
         own, other = (state, state) if self.shares_state else state.tensor_split([self.size], dim=-1)
         inputs = (tau_s, tau_t, attention_mask, known_mask)
-        device = self.guidance_model.device
-        moved = [None if x is None else x.to(device) for x in (other, *inputs)]
-        strong = self.model.denoise(own, *inputs, logits_processor)
-        weak = self.guidance_model.denoise(*moved, logits_processor)
-        for delta, worse in zip(strong, weak, strict=True):
+        moved = [None if x is None else x.to(self.guidance_device) for x in inputs]
+        strong, weak = self.model, self.guidance_model
+        hidden_states = strong.encode(own, *inputs)
+        worse_states = weak.encode(other.to(self.guidance_device), *moved)
+        for piece in strong.chunks(own):
+            delta = strong.delta(strong.predict(hidden_states[:, piece], tau_s, tau_t, logits_processor))
+            worse = weak.delta(weak.predict(worse_states[:, piece], *moved[:2], logits_processor))
             yield delta + self.scale * (delta - worse.to(delta.device))
 
 
@@ -86,11 +90,14 @@ def reward_gradient(reward: Reward, look_ahead: Callable[[torch.Tensor], torch.T
             raise ValueError(
                 f"`reward` must return a tensor of shape ({len(state)},), a reward for each text, got {got}."
             )
-        if not rewards.requires_grad:
+        gradient = None
+        if rewards.requires_grad:
+            (gradient,) = torch.autograd.grad(rewards.sum(), state, allow_unused=True)
+        if gradient is None:
             raise ValueError(
-                "`reward` must be differentiable in the soft tokens: leave out `argmax`, `detach` and `no_grad`."
+                "`reward` must be differentiable in the soft tokens: leave out `argmax`, `detach`, `no_grad` and "
+                "`inference_mode`, also around `generate()`."
             )
-        (gradient,) = torch.autograd.grad(rewards.sum(), state)
     return gradient
 
 
@@ -107,9 +114,12 @@ def embed_soft_tokens(probabilities: torch.Tensor, model: PreTrainedModel) -> to
     Returns:
         `torch.Tensor` of shape `(batch_size, length, hidden_size)`, to pass as `inputs_embeds`.
     """
-    weight = model.get_input_embeddings().weight
-    size = min(len(weight), probabilities.shape[-1])
-    return probabilities[..., :size].to(weight) @ weight[:size]
+    module = model.get_input_embeddings()
+    size = min(module.weight.shape[0], probabilities.shape[-1])
+    device = "cpu" if module.weight.device.type == "meta" else module.weight.device
+    # By a call of the module, which may scale what it looks up, or be offloaded
+    embeddings = module(torch.arange(size, device=device))
+    return probabilities[..., :size].to(embeddings) @ embeddings
 
 
 class ClassifierReward:
@@ -117,7 +127,9 @@ class ClassifierReward:
     How likely a sequence classifier finds a label, as a `reward` of [`~FLMGenerationMixin.generate`].
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): A sequence classifier with the tokenizer of the texts.
+        model ([`~transformers.PreTrainedModel`]):
+            A sequence classifier with the tokenizer of the texts. One that reads the last token (a decoder) needs a
+            `pad_token_id` in its configuration, and texts without padding.
         label (`int` or `str`): The wanted label, or its name in `model.config.label2id`.
 
     Example:

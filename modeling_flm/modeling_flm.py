@@ -118,6 +118,21 @@ class FLMLossWeighting(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(self.time_embedding(times)))).squeeze(-1)
 
 
+class FLMPromptMark(nn.Module):
+    """Adds a learned vector to the states of known positions; starts at zero."""
+
+    def __init__(self, config: FLMConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, state: torch.Tensor, known_mask: torch.Tensor | None) -> torch.Tensor:
+        if known_mask is None:
+            if not self.training:
+                return state
+            known_mask = state.new_zeros(state.shape[:2])  # for a gradient of zero, which DDP waits for
+        return state + known_mask[..., None] * self.weight
+
+
 class FLMModulation(nn.Linear):
     """Turns the conditioning into `num_chunks` modulations of shape `(batch_size, 1, hidden_size)`; starts at zero."""
 
@@ -329,8 +344,8 @@ class FLMPreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         elif isinstance(module, FLMLayerNorm):
             init.ones_(module.weight)
-        elif isinstance(module, FLMModel) and module.prompt_mark is not None:
-            init.zeros_(module.prompt_mark)
+        elif isinstance(module, FLMPromptMark):
+            init.zeros_(module.weight)
 
     # What a concrete model defines
 
@@ -623,6 +638,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         if divergence not in DIVERGENCES:
             raise ValueError(f"`divergence` must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
 
+        known_mask = None if known_mask is None else known_mask.bool()
         if inputs_embeds is None:
             inputs_embeds = self._make_state(input_ids, noise, t, joint_noise, known_mask)
         hidden_states = self.encode(inputs_embeds, timesteps, target_timesteps, attention_mask, known_mask, **kwargs)
@@ -676,7 +692,7 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
         self.norm = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.modulation = FLMModulation(config, num_chunks=2)
         self.lm_head = FLMHead(config.hidden_size, config.vocab_size)
-        self.prompt_mark = nn.Parameter(torch.zeros(config.hidden_size)) if config.prompt_mark else None
+        self.prompt_mark = FLMPromptMark(config) if config.prompt_mark else None
         self.post_init()
 
     @property
@@ -690,8 +706,8 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
     def encode(self, state, timesteps, target_timesteps=None, attention_mask=None, known_mask=None, **kwargs):
         config = self.config
         conditioning = F.silu(self.embed_times(timesteps, target_timesteps))
-        if self.prompt_mark is not None and known_mask is not None:
-            state = state + known_mask[..., None] * self.prompt_mark
+        if self.prompt_mark is not None:
+            state = self.prompt_mark(state, known_mask)
         hidden_states = state.to(self.embed_tokens.weight.dtype)
         attention_mask = create_bidirectional_mask(
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
@@ -768,7 +784,7 @@ class FMLMModel(FLMModel):
         """
         model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
         missing, unexpected = model.load_state_dict(teacher.state_dict(), strict=False)
-        new = ("target_time_embedding.", "loss_weighting.", "prompt_mark")
+        new = ("target_time_embedding.", "loss_weighting.", "prompt_mark.")
         if unexpected or any(not name.startswith(new) for name in missing):
             raise ValueError(f"`config_overrides` must leave the teacher's sizes as they are, got {config_overrides}.")
         nn.init.zeros_(model.target_time_embedding.linear_2.weight)

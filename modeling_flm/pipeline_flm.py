@@ -86,8 +86,11 @@ class FLMPipeline(Pipeline):
             raise ValueError(f"`text_inputs` must be a text or a list of texts, got {text_inputs!r}.")
         _, generate_kwargs, decode_kwargs = self._sanitize_parameters(**kwargs)
         generate_kwargs = {**self._forward_params, **generate_kwargs}
-        if prompts and isinstance(generate_kwargs.get("num_samples"), int):
-            generate_kwargs["num_samples"] *= len(prompts)
+        num_samples = generate_kwargs.get("num_samples")
+        if num_samples is None and "generation_config" in generate_kwargs:
+            num_samples = getattr(generate_kwargs["generation_config"], "num_samples", None)
+        if prompts and isinstance(num_samples, int):
+            generate_kwargs["num_samples"] = num_samples * len(prompts)
         rows = self.run_single(prompts, {}, generate_kwargs, {**self._postprocess_params, **decode_kwargs})
         size = len(rows) // max(len(prompts), 1)
         return [rows[start : start + size] for start in range(0, len(rows), size)] if is_list else rows
@@ -108,7 +111,7 @@ class FLMPipeline(Pipeline):
             (tokens + [0] * (length - len(tokens)), [1] * len(tokens) + [0] * (length - len(tokens)))
             for tokens in token_lists
         ]
-        input_ids, attention_mask = (torch.tensor(column) for column in zip(*rows))
+        input_ids, attention_mask = (torch.tensor(column, dtype=torch.long) for column in zip(*rows))
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def _forward(self, model_inputs, **generate_kwargs):

@@ -7,7 +7,7 @@ import torch
 from conftest import build_flm
 from transformers import AutoModel, pipeline
 
-from modeling_flm import FLMPipeline, FMLMModel, FMLMTwoNetworkModel
+from modeling_flm import FLMGenerationConfig, FLMPipeline, FMLMModel, FMLMTwoNetworkModel
 from trainers import train_tokenizer
 
 
@@ -53,6 +53,8 @@ def test_prompts(flm, tokenizer):
     assert [len(texts) for texts in rows] == [2, 2, 2]
     for start, texts in zip(ids, rows):
         assert all(text["generated_token_ids"][: len(start)] == start for text in texts)
+    assert [len(texts) for texts in pipe(prompts, generation_config=FLMGenerationConfig(num_samples=3))] == [3, 3, 3]
+    assert pipe("", generator=generator()) == pipe(generator=generator())
     # Texts that begin with a special token begin with it still.
     flm.generation_config.bos_token_id = tokenizer.bos_token_id
     (row,) = pipe("w7", return_tensors=True)

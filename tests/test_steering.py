@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from accelerate import cpu_offload
 from conftest import build_flm, sampling
 from test_fmlm import ExactFlowMap
 from torch import nn
@@ -22,7 +24,7 @@ from transformers import (
 )
 
 from modeling_flm import ClassifierReward, FLMGenerationConfig, FMLMModel, FMLMTwoNetworkModel, LanguageModelReward
-from modeling_flm.flow import JointNoise, refresh
+from modeling_flm.flow import JointNoise, renoise
 from trainers import generate_samples
 
 
@@ -114,8 +116,9 @@ class TestAutoguidance:
         """By the covariance of the drawn states, against that of one noise in one-hot space."""
         model, weak = build("flm", vocab_size=200), build("flm", vocab_size=200, hidden_size=16)
         states = []
-        weak.denoise = lambda state, *args: states.append(state) or type(weak).denoise(weak, state, *args)
-        model.denoise = lambda state, *args: states.append(state) or type(model).denoise(model, state, *args)
+        for network in (model, weak):
+            encode = network.encode
+            network.encode = lambda state, *args, encode=encode: states.append(state) or encode(state, *args)
         model.generate(num_samples=2000, batch_size=2000, num_steps=1, guidance_model=weak, guidance_scale=1.0)
         drawn = torch.cat(states, dim=-1).flatten(0, 1)
         embedding = torch.cat([model.state_embedding, weak.state_embedding], dim=1).detach()
@@ -141,7 +144,7 @@ class TestReward:
         for step in range(3):
             x = x.detach().requires_grad_()
             tau_s, tau_t = tau[step].expand(5), tau[step + 1].expand(5)
-            rewards = reward(dense_delta(model, x, tau_s, torch.ones(5)))
+            rewards = reward(dense_delta(model, x, tau_s, torch.ones(5) if step == 0 else tau_s))
             (gradient,) = torch.autograd.grad(rewards.sum(), x)
             x = x + scale * (1 - t[step]) * (t[step + 1] - t[step]) / t[step + 1] * gradient
             delta = dense_delta(model, x, tau_s, tau_t)
@@ -167,6 +170,16 @@ class TestReward:
         # The reward of the mean is not the mean of the factor: 0.02 for what is of second order.
         assert abs(tokens[:, 0].double().mean().item() - expected) < 4 * (0.25 / 4000) ** 0.5 + 0.02
 
+    def test_tilts_an_exact_flow_map(self):
+        """Which is a step function of the noise: its gradient says nothing, that of its denoiser does."""
+        model = ExactFlowMap(num_steps=50)
+        tokens = model.generate(
+            num_samples=1500, batch_size=1500, generator=seed(), num_steps=16,
+            reward=lambda delta: delta[:, :, 1].mean(dim=1), reward_scale=0.7,
+        )  # fmt: skip
+        expected = 0.3 * math.exp(0.7) / (0.7 + 0.3 * math.exp(0.7))
+        assert abs(tokens[:, 0].double().mean().item() - expected) < 0.07  # 0.16 above what it is without
+
     def test_zero_is_plain_sampling(self):
         model = build("flm")
         options = {"num_samples": 9, "num_steps": 3}
@@ -185,6 +198,17 @@ class TestReward:
         model.generate(input_ids, num_steps=2, reward=reward, reward_scale=1.0)
         for delta in seen:
             assert torch.equal(delta[:, :5], nn.functional.one_hot(input_ids, 53).float())
+
+    def test_embeddings_are_those_that_a_model_looks_up(self):
+        class Scaled(nn.Embedding):
+            def forward(self, ids):
+                return 3 * super().forward(ids)
+
+        scorer = GPT2LMHeadModel(GPT2Config(vocab_size=53, n_embd=16, n_layer=1, n_head=2)).eval()
+        scorer.transformer.wte = Scaled(53, 16)
+        input_ids = torch.randint(53, (1, 7))
+        reward = LanguageModelReward(scorer)(nn.functional.one_hot(input_ids, 53).float())
+        torch.testing.assert_close(reward[0], -scorer(input_ids, labels=input_ids).loss)
 
     @pytest.mark.parametrize("vocab_size", [50, 53, 64])
     def test_classifiers_and_language_models(self, vocab_size):
@@ -217,7 +241,7 @@ class TestFreshNoise:
     def test_keeps_the_law_of_the_noise(self):
         t = torch.rand(20, dtype=torch.float64)
         for gamma in (0.0, 0.3, 1.0):
-            u, keep, fresh = refresh(t, gamma)
+            u, keep, fresh = renoise(t, gamma)
             assert (u >= t).all() and (u <= 1).all()
             torch.testing.assert_close(keep * u, t)  # the share of the text
             torch.testing.assert_close(((keep * (1 - u)) ** 2 + fresh**2).sqrt(), 1 - t)  # and of the noise
@@ -374,6 +398,33 @@ class TestPrompts:
             model.generate(num_samples=2, num_steps=1, generator=seed()),
         )
 
+    def test_offloaded_models_are_marked_too(self):
+        model, weak = build("flm", prompt_mark=True), build("flm", hidden_size=16)
+        options = {
+            "infill_mask": torch.rand(2, 12) < 0.5,
+            "guidance_model": weak,
+            "guidance_scale": 2.0,
+            "num_steps": 2,
+        }
+        input_ids = torch.randint(53, (2, 12))
+        expected = model.generate(input_ids, generator=seed(), **options)
+        for network in (model, weak):
+            cpu_offload(network)
+        assert model.prompt_mark.weight.device.type == "meta"
+        assert torch.equal(model.generate(input_ids, generator=seed(), **options), expected)
+
+    def test_tokenizers_of_bert(self, caplog):
+        model = build("flm")
+        tokens = {
+            "input_ids": torch.tensor([[1, 5, 2], [1, 2, 0]]),
+            "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        }
+        options = {"num_steps": 1, "eos_token_id": 2, "pad_token_id": 99}  # one that is not in the vocabulary
+        transformers.logging.enable_propagation()
+        assert model.generate(**tokens, token_type_ids=torch.zeros(2, 3), **options)[1, :2].tolist() == [1, 2]
+        assert "`input_ids` end with an end-of-sequence token" in caplog.text
+        transformers.logging.disable_propagation()
+
     @pytest.mark.parametrize("num_steps", [1, 3])
     def test_samples_have_the_conditional_distribution(self, num_steps):
         """Texts of three tokens with known probabilities, of which one or two are given."""
@@ -456,12 +507,25 @@ def test_compiled_steps_are_the_same():
         assert torch.equal(plain, compiled)
 
 
+def test_saved_scales_are_for_calls_with_a_guide():
+    model, weak = build("flm"), build("flm", hidden_size=16)
+    plain, guided = (
+        model.generate(num_steps=3, num_samples=4, generator=seed(), **options)
+        for options in ({}, {"guidance_model": weak, "guidance_scale": 5.0})
+    )
+    model.generation_config.guidance_scale = 5.0
+    model.generation_config.reward_scale = 5.0
+    assert torch.equal(model.generate(num_steps=3, num_samples=4, generator=seed()), plain)
+    assert torch.equal(model.generate(num_steps=3, num_samples=4, generator=seed(), guidance_model=weak), guided)
+
+
 def test_states_of_equal_embeddings_are_one():
     model = build("flm", vocab_size=200)
     embedding = model.state_embedding.detach()
     assert JointNoise(embedding).size == 32
     calls = []
-    model.denoise = lambda state, *args: calls.append(state.shape[-1]) or type(model).denoise(model, state, *args)
+    encode = model.encode
+    model.encode = lambda state, *args: calls.append(state.shape[-1]) or encode(state, *args)
     model.generate(num_steps=1, guidance_model=copy.deepcopy(build("flm", vocab_size=200)), guidance_scale=1.0)
     assert calls == [32]
 
@@ -490,6 +554,10 @@ def test_states_of_equal_embeddings_are_one():
         ({"reward": 3, "reward_scale": 1.0}, "`reward` must be a function"),
         ({"reward": lambda delta: delta.sum(), "reward_scale": 1.0}, "`reward` must return a tensor of shape .1,.*got .."),
         ({"reward": lambda delta: delta.argmax(-1).sum(-1), "reward_scale": 1.0}, "`reward` must be differentiable"),
+        (
+            {"reward": lambda delta: nn.Embedding(53, 1)(delta.argmax(-1)).sum((1, 2)), "reward_scale": 1.0},
+            "`reward` must be differentiable",
+        ),
         ({"gamma": 1.5}, "`gamma` must be a number in .0, 1."),
         ({"timesteps": [0, 0.5]}, "`timesteps` must increase from 0 to 1"),
         ({"timesteps": [0, 0.5, 0.5, 1]}, "`timesteps` must increase from 0 to 1"),

@@ -199,8 +199,6 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
         raise ValueError("`tokenizer` has no tokens to begin and end texts: set its `bos_token` and `eos_token`.")
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    # `generate(**tokenizer(prompt))`: the models have no token types.
-    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModel, PreTrainedModel
+from transformers.utils import logging
 
 from hub.card import is_hub_name
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
@@ -28,6 +29,8 @@ from .callbacks import as_forward, evaluating
 from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
 
+
+logger = logging.get_logger(__name__)
 
 # A pair of different times is at least this far apart, so that quotients of differences keep their precision.
 _MIN_DIFFERENCE = 1e-3
@@ -124,6 +127,10 @@ class FMLMTrainer(FLMTrainer):
                 "`target_network='ema'` needs the average as a network, which FSDP shards: use 'student'."
             )
         self.teacher = teacher
+        if args.prompt_fraction > 0 and teacher is not None and not teacher.config.prompt_mark:
+            logger.warning(
+                "`teacher` was not trained with `prompt_fraction`: what it says of texts that are given in part is a guess."
+            )
         if teacher is not None:
             teacher.requires_grad_(False).eval()
             self._compile_regions(teacher)

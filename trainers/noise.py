@@ -68,8 +68,7 @@ def evenly_spread_uniforms(first: int, num_points: int, num_dimensions: int) -> 
 def draw_known_masks(seeds: Sequence[int], real: torch.BoolTensor, longest: int, fraction: float) -> torch.BoolTensor:
     """
     Which tokens of each example are given, for a model to learn to write the rest: a beginning, all but a stretch, or tokens
-    at random, equally often. Of a beginning and around a stretch, every length is equally likely; of random tokens, every
-    share.
+    at random, equally often. At least one token is given and one is not; every number of them is equally likely.
 
     Args:
         seeds (`Sequence[int]`): One seed per example.
@@ -82,16 +81,18 @@ def draw_known_masks(seeds: Sequence[int], real: torch.BoolTensor, longest: int,
     """
     uniforms = np.stack([np.random.default_rng([seed, _PROMPTS]).random(4 + longest) for seed in seeds])
     uniforms = torch.from_numpy(uniforms).to(real.device, torch.float32, non_blocking=True)
+    uniforms = uniforms.clamp(max=_BELOW_ONE)
     has_prompt, kind, size, place = uniforms[:, :4, None].unbind(dim=1)
     num_tokens = real.sum(dim=1, keepdim=True)
     rank = real.cumsum(dim=1) - 1  # among the tokens of the example
-    num_chosen = 1 + (size * (num_tokens - 1)).floor()  # at least one, and not all
+    num_chosen = 1 + (size * (num_tokens - 1)).floor()
     start = (place * (num_tokens - num_chosen + 1)).floor()
     is_beginning = rank < num_chosen
     is_outside = (rank < start) | (rank >= start + num_chosen)
-    is_drawn = uniforms[:, 4 : 4 + real.shape[1]] < size
+    lots = uniforms[:, 4 : 4 + real.shape[1]].masked_fill(~real, 1.0)
+    is_drawn = lots.argsort(dim=1).argsort(dim=1) < num_chosen
     known = torch.where(kind < 1 / 3, is_beginning, torch.where(kind < 2 / 3, is_outside, is_drawn))
-    return known & real & (has_prompt < fraction)
+    return known & real & (has_prompt < fraction) & (num_tokens > 1)
 
 
 def example_seed(*key: int) -> int:
