@@ -55,12 +55,15 @@ class DistillationArguments:
     )
 
 
-def get_student(arguments: DistillationArguments, teacher: PreTrainedModel, options: dict) -> PreTrainedModel:
+def get_student(
+    arguments: DistillationArguments, teacher: PreTrainedModel, options: dict, prompt_fraction: float
+) -> PreTrainedModel:
     """A flow map for the preset: loaded, new, or with the weights of the teacher."""
+    mark = {"prompt_mark": True} if prompt_fraction > 0 else {}
     if arguments.student is not None:
-        return AutoModel.from_pretrained(arguments.student, dtype=torch.float32, **options)
+        return AutoModel.from_pretrained(arguments.student, dtype=torch.float32, **options, **mark)
     overrides = {"dropout": arguments.dropout, "learned_loss_weighting": arguments.learned_loss_weighting}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
+    overrides = {name: value for name, value in overrides.items() if value is not None} | mark
     # What the second stage imitates has the FLM in it.
     flow = teacher.flow if isinstance(teacher, FMLMTwoNetworkModel) else teacher
     model_class = FMLMTwoNetworkModel if arguments.preset == "two_network" else FMLMModel
@@ -81,7 +84,7 @@ def main():
         options["attn_implementation"] = arguments.attn_implementation
     teacher = AutoModel.from_pretrained(arguments.teacher, **options)
     tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(arguments.teacher))
-    student = get_student(arguments, teacher, options)
+    student = get_student(arguments, teacher, options, training_args.prompt_fraction)
     packed = pack_datasets(
         load_datasets(data_args), data_args, tokenizer, teacher.config.max_position_embeddings, training_args
     )

@@ -73,9 +73,12 @@ def get_tokenizer(arguments: ModelArguments, texts, training_args: FLMTrainingAr
         return AutoTokenizer.from_pretrained(training_args.output_dir)
 
 
-def get_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int | None) -> FLMModel:
+def get_model(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int | None, prompt_fraction: float
+) -> FLMModel:
     """The model that the arguments name, or a new one for the tokenizer."""
     options = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
+    mark = {"prompt_mark": True} if prompt_fraction > 0 else {}
     if arguments.model_name_or_path is not None:
         if arguments.config_overrides is not None:
             raise SystemExit("--config_overrides is for a new model, and does not go with --model_name_or_path.")
@@ -84,6 +87,7 @@ def get_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, blo
             trust_remote_code=arguments.trust_remote_code,
             dtype=torch.float32,
             **options,
+            **mark,
         )
     overrides = yaml.safe_load("{" + (arguments.config_overrides or "").replace("=", ": ") + "}")
     if unknown := sorted(name for name in overrides if not hasattr(FLMConfig(), name)):
@@ -96,7 +100,7 @@ def get_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, blo
     }
     if block_size is not None:
         settings["max_position_embeddings"] = block_size
-    return AutoModel.from_config(AutoConfig.for_model("flm", **{**settings, **overrides}), **options)
+    return AutoModel.from_config(AutoConfig.for_model("flm", **{**settings, **mark, **overrides}), **options)
 
 
 def main():
@@ -107,7 +111,7 @@ def main():
     # A stream may be endless: its start will do for a tokenizer.
     texts = (row[column] for row in dataset["train"].take(100_000))
     tokenizer = get_tokenizer(model_args, texts, training_args)
-    model = get_model(model_args, tokenizer, data_args.block_size)
+    model = get_model(model_args, tokenizer, data_args.block_size, training_args.prompt_fraction)
     packed = pack_datasets(dataset, data_args, tokenizer, model.config.max_position_embeddings, training_args)
     trainer = FLMTrainer(
         model=model,

@@ -210,7 +210,7 @@ class TestTrainingScripts:
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
     def test_distillation_takes_tokenizer_and_data_from_the_teacher(self, corpus, tmp_path):
-        options = self.arguments(corpus, tmp_path / "flm", max_steps=2, save_steps=2)
+        options = self.arguments(corpus, tmp_path / "flm", max_steps=2, save_steps=2, prompt_fraction=0.5)
         assert run(EXAMPLES / "train_flm.py", *self.flags(options)).returncode == 0
         settings = {
             "max_steps": 2,
@@ -228,8 +228,9 @@ class TestTrainingScripts:
             config = json.loads((tmp_path / output / "config.json").read_text())
             return config, state["log_history"][0]
 
-        config, log = distill("single", teacher=tmp_path / "flm")
+        config, log = distill("single", teacher=tmp_path / "flm", prompt_fraction=0.5)
         assert config["architectures"] == ["FMLMModel"] and config["max_position_embeddings"] == 16
+        assert config["prompt_mark"]
         assert {"loss_diagonal", "loss_off_diagonal"} <= log.keys()
         assert (tmp_path / "single" / "tokenizer.json").read_text() == (
             tmp_path / "flm" / "tokenizer.json"
