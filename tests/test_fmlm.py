@@ -559,6 +559,7 @@ class TestTraining:
     @pytest.mark.parametrize("preset", ["single_stage", pytest.param("two_network", marks=pytest.mark.slow)])
     def test_sharded_weights_learn_what_whole_ones_do(self, preset, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "ema_decay": 0.9, "preset": preset}
+        options["prompt_fraction"] = 0.5
         whole = distillation(tmp_path / "one", per_device_train_batch_size=16, **options)
         whole.train()
         whole.save_model()
