@@ -426,9 +426,10 @@ class FLMGenerationMixin:
         advance = self._step if compile_config is None else self._get_compiled_step(compile_config)
         masks = (given.attention_mask, given.known_mask)
         clean = None if given.known_mask is None else embedding[given.tokens.masked_fill(~given.known_mask, 0)]
-        tau = torch.linspace(0, 1, config.num_steps + 1, device=state.device)
-        if config.timesteps is not None:
-            tau = torch.tensor(config.timesteps, device=state.device, dtype=torch.float32)
+        if config.timesteps is None:
+            tau = torch.linspace(0, 1, config.num_steps + 1, device=state.device)
+        else:
+            tau = torch.tensor(config.timesteps, dtype=torch.float32, device=state.device)
         t = self.time.tau_to_t(tau)
         arrival, tau_arrival = t, tau
         if config.gamma > 0:
