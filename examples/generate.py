@@ -89,7 +89,7 @@ def generate(
     if args.prompt is not None:
         begin = [model.generation_config.bos_token_id] if model.generation_config.bos_token_id is not None else []
         tokens = begin + tokenizer(args.prompt, add_special_tokens=False)["input_ids"]
-        parameters["input_ids"] = torch.tensor([tokens])
+        parameters["input_ids"] = torch.tensor([tokens], dtype=torch.long)
     generator = torch.Generator().manual_seed(args.seed)
     streamer = TextDiffusionStreamer(tokenizer) if args.live else None
     for start in range(0, args.num_samples, args.batch_size):

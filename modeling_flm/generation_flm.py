@@ -283,8 +283,8 @@ class FLMGenerationMixin:
             input_ids (`torch.LongTensor` of shape `(num_prompts, prompt_length)`, *optional*):
                 What is given of the texts: how they begin, or with an `infill_mask` tokens of any positions.
             num_samples (`int`, *optional*):
-                The number of texts, a multiple of the number of prompts if there are some. One for each prompt unless
-                given.
+                The number of texts, a multiple of the number of prompts if there are some: all of the first prompt come
+                first. One for each prompt unless given.
             num_steps (`int`, *optional*):
                 The number of steps, hence of forward passes (twice as many with a `reward`).
             generation_config ([`FLMGenerationConfig`], *optional*):
@@ -569,8 +569,10 @@ class FLMGenerationMixin:
             if explicit.get("reward_scale"):
                 raise ValueError(f"`reward_scale={config.reward_scale}` needs a `reward`.")
             return None
-        if not callable(reward):
-            raise ValueError(f"`reward` must be a function of soft tokens, got `{type(reward).__name__}`.")
+        if not callable(reward) or isinstance(reward, PreTrainedModel):
+            raise ValueError(
+                f"`reward` must be a function of soft tokens, such as a `ClassifierReward`, got `{type(reward).__name__}`."
+            )
         if config.reward_scale is None:
             raise ValueError("`reward` needs a `reward_scale`, such as 1.0.")
         return reward if config.reward_scale != 0 else None
@@ -622,7 +624,8 @@ class FLMGenerationMixin:
         if input_ids is not None and (
             not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point()
         ):
-            got = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            is_tensor = isinstance(input_ids, torch.Tensor)
+            got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}" if is_tensor else type(input_ids).__name__
             raise ValueError(
                 f"`input_ids` must be an integer tensor of shape (num_prompts, prompt_length), got {got}. (The number of texts "
                 "is `num_samples`.)"
@@ -699,6 +702,11 @@ class FLMGenerationMixin:
         if exists is not None:
             known = known & exists
         if infill_mask is None:  # padding may be on either side
+            if (known[:, 1:] & ~known[:, :-1]).sum(dim=1).add(known[:, 0] if known.shape[1] else 0).gt(1).any():
+                raise ValueError(
+                    "`attention_mask` must be 0 on the sides of a prompt only. To generate what is between tokens, pass an "
+                    "`infill_mask`."
+                )
             self._warn_of_ends(ids, known, config)
             order = known.long().argsort(dim=1, descending=True, stable=True)
             ids, known, exists = ids.gather(1, order), known.gather(1, order), None

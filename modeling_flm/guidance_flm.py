@@ -16,7 +16,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
 
 
 class Autoguidance:
@@ -98,6 +98,11 @@ def reward_gradient(reward: Reward, look_ahead: Callable[[torch.Tensor], torch.T
                 "`reward` must be differentiable in the soft tokens: leave out `argmax`, `detach`, `no_grad` and "
                 "`inference_mode`, also around `generate()`."
             )
+        if not torch.isfinite(gradient).all():
+            raise ValueError(
+                "The gradient of `reward` is not finite. (Probabilities may be 0, of which there is no logarithm: with `top_k` "
+                "and `top_p` most are.)"
+            )
     return gradient
 
 
@@ -107,19 +112,29 @@ def embed_soft_tokens(probabilities: torch.Tensor, model: PreTrainedModel) -> to
 
     Args:
         probabilities (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
-            The soft tokens. Where one vocabulary is larger than the other (by an added token, or filled up to a round
-            number), the tokens that both have count.
+            The soft tokens. Where one vocabulary is a little larger than the other (by an added token, or filled up to a
+            round number), the tokens that both have count.
         model ([`~transformers.PreTrainedModel`]): The model.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, length, hidden_size)`, to pass as `inputs_embeds`.
     """
     module = model.get_input_embeddings()
-    size = min(module.weight.shape[0], probabilities.shape[-1])
+    sizes = (module.weight.shape[0], probabilities.shape[-1])
+    size = min(sizes)
+    if size < 0.75 * max(sizes):
+        raise ValueError(
+            f"`model` has {sizes[0]} tokens, but texts are of {sizes[1]}: it needs the tokenizer of the texts."
+        )
     device = "cpu" if module.weight.device.type == "meta" else module.weight.device
     # By a call of the module, which may scale what it looks up, or be offloaded
     embeddings = module(torch.arange(size, device=device))
     return probabilities[..., :size].to(embeddings) @ embeddings
+
+
+def existing_positions(probabilities: torch.Tensor) -> torch.LongTensor:
+    """The attention mask of soft tokens, which are all 0 where a text has no position."""
+    return (probabilities != 0).any(dim=-1).long()
 
 
 class ClassifierReward:
@@ -129,7 +144,7 @@ class ClassifierReward:
     Args:
         model ([`~transformers.PreTrainedModel`]):
             A sequence classifier with the tokenizer of the texts. One that reads the last token (a decoder) needs a
-            `pad_token_id` in its configuration, and texts without padding.
+            `pad_token_id` in its configuration, and texts of equal lengths.
         label (`int` or `str`): The wanted label, or its name in `model.config.label2id`.
 
     Example:
@@ -141,15 +156,20 @@ class ClassifierReward:
     """
 
     def __init__(self, model: PreTrainedModel, label: int | str):
+        if not isinstance(model, PreTrainedModel) or "ForSequenceClassification" not in type(model).__name__:
+            raise ValueError(f"`model` must be a sequence classifier, got `{type(model).__name__}`.")
         labels = model.config.label2id
-        if label not in (labels if isinstance(label, str) else range(model.config.num_labels)):
+        is_known = label in labels if isinstance(label, str) else label in range(model.config.num_labels)
+        if not isinstance(label, (int, str)) or not is_known:
             raise ValueError(f"`label` must be one of {', '.join(map(repr, labels))} or its number, got {label!r}.")
         self.model = model
         self.label = labels[label] if isinstance(label, str) else label
 
     def __call__(self, probabilities: torch.Tensor) -> torch.Tensor:
         """The log-probability of the label, of shape `(batch_size,)`, for soft tokens."""
-        logits = self.model(inputs_embeds=embed_soft_tokens(probabilities, self.model)).logits
+        embeddings = embed_soft_tokens(probabilities, self.model)
+        mask = existing_positions(probabilities).to(embeddings.device)
+        logits = self.model(inputs_embeds=embeddings, attention_mask=mask).logits
         return logits.float().log_softmax(dim=-1)[:, self.label].to(probabilities.device)
 
 
@@ -162,14 +182,19 @@ class LanguageModelReward:
     """
 
     def __init__(self, model: PreTrainedModel):
+        if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+            raise ValueError(f"`model` must be a causal language model, got `{type(model).__name__}`.")
         self.model = model
 
     def __call__(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """The expected log-probability per token, of shape `(batch_size,)`, for soft tokens."""
-        logits = self.model(inputs_embeds=embed_soft_tokens(probabilities, self.model)).logits
+        """The expected log-probability per token after the first, of shape `(batch_size,)`, for soft tokens."""
+        embeddings = embed_soft_tokens(probabilities, self.model)
+        mask = existing_positions(probabilities)
+        logits = self.model(inputs_embeds=embeddings, attention_mask=mask.to(embeddings.device)).logits
         size = min(logits.shape[-1], probabilities.shape[-1])
         scores = logits[:, :-1].float().log_softmax(dim=-1)[..., :size].to(probabilities.device)
-        return (probabilities[:, 1:, :size] * scores).sum(dim=-1).mean(dim=-1)
+        totals = (probabilities[:, 1:, :size] * scores).sum(dim=(1, 2))  # 0 where there is no position
+        return totals / mask[:, 1:].sum(dim=1).clamp(min=1)
 
 
 __all__ = ["ClassifierReward", "LanguageModelReward"]

@@ -65,8 +65,10 @@ class FLMPipeline(Pipeline):
 
         Args:
             text_inputs (`str` or `list[str]`, *optional*):
-                How texts begin. Special tokens that the tokenizer adds are left out, but for the `bos_token_id` of the
-                model's generation configuration, if there is one.
+                How texts begin.
+            add_special_tokens (`bool`, *optional*, defaults to `True`):
+                Whether prompts begin with the `bos_token_id` of the model's generation configuration, if it has one. What
+                the tokenizer adds otherwise is left out, as it may end texts.
             skip_special_tokens (`bool`, *optional*, defaults to `True`): Whether to leave special tokens out of the texts.
             return_tensors (`bool`, *optional*, defaults to `False`):
                 Whether to return the tokens as well, as `"generated_token_ids"`.
@@ -84,26 +86,31 @@ class FLMPipeline(Pipeline):
         prompts = list(text_inputs) if is_list else [] if text_inputs is None else [text_inputs]
         if (is_list and not prompts) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"`text_inputs` must be a text or a list of texts, got {text_inputs!r}.")
-        _, generate_kwargs, decode_kwargs = self._sanitize_parameters(**kwargs)
+        preprocess_kwargs, generate_kwargs, decode_kwargs = self._sanitize_parameters(**kwargs)
         generate_kwargs = {**self._forward_params, **generate_kwargs}
         num_samples = generate_kwargs.get("num_samples")
         if num_samples is None and "generation_config" in generate_kwargs:
             num_samples = getattr(generate_kwargs["generation_config"], "num_samples", None)
         if prompts and isinstance(num_samples, int):
             generate_kwargs["num_samples"] = num_samples * len(prompts)
-        rows = self.run_single(prompts, {}, generate_kwargs, {**self._postprocess_params, **decode_kwargs})
+        preprocess_kwargs = {**self._preprocess_params, **preprocess_kwargs}
+        decode_kwargs = {**self._postprocess_params, **decode_kwargs}
+        rows = self.run_single(prompts, preprocess_kwargs, generate_kwargs, decode_kwargs)
         size = len(rows) // max(len(prompts), 1)
         return [rows[start : start + size] for start in range(0, len(rows), size)] if is_list else rows
 
-    def _sanitize_parameters(self, skip_special_tokens=None, return_tensors=None, **generate_kwargs):
+    def _sanitize_parameters(
+        self, add_special_tokens=None, skip_special_tokens=None, return_tensors=None, **generate_kwargs
+    ):
+        preprocess = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         decode = {"skip_special_tokens": skip_special_tokens, "return_tensors": return_tensors}
-        return {}, generate_kwargs, {name: value for name, value in decode.items() if value is not None}
+        return preprocess, generate_kwargs, {name: value for name, value in decode.items() if value is not None}
 
-    def preprocess(self, prompts):
+    def preprocess(self, prompts, add_special_tokens=True):
         if not prompts:
             return {}
         begin = self.model.generation_config.bos_token_id
-        begin = [] if begin is None else [begin]
+        begin = [] if begin is None or not add_special_tokens else [begin]
         token_lists = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
         token_lists = [[*begin, *tokens] for tokens in token_lists]
         length = max(map(len, token_lists))

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import build_flm, sampling
 from datasets import Dataset
 from train_tiny import build, launch, logged
@@ -569,6 +570,18 @@ class TestTraining:
         first, second = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
         for name, tensor in first.items():
             torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
+
+    def test_a_teacher_without_prompts_is_noticed(self, tmp_path, flm, caplog):
+        flm.save_pretrained(tmp_path)
+        transformers.logging.enable_propagation()
+        for marked in (False, True):
+            teacher = FLMModel.from_pretrained(tmp_path, prompt_mark=True)
+            if marked:
+                torch.nn.init.normal_(teacher.prompt_mark.weight)
+            caplog.clear()
+            build_trainer(tmp_path, FMLMModel.from_flm(teacher), teacher=teacher, prompt_fraction=0.5)
+            assert ("`teacher` was not trained with `prompt_fraction`" in caplog.text) == (not marked)
+        transformers.logging.disable_propagation()
 
     def test_student_and_teacher_see_the_same_noise(self, tmp_path, flm):
         # At initialization their embeddings coincide, and so must their states.

@@ -59,6 +59,8 @@ def test_prompts(flm, tokenizer):
     flm.generation_config.bos_token_id = tokenizer.bos_token_id
     (row,) = pipe("w7", return_tensors=True)
     assert row["generated_token_ids"][:2] == [tokenizer.bos_token_id, *ids[1]]
+    (row,) = pipe("w7 w8", return_tensors=True, add_special_tokens=False)
+    assert row["generated_token_ids"][:2] == [*ids[1], *ids[2][:1]]
 
 
 def test_task_is_inferred_and_the_pipeline_can_be_saved(folder, tmp_path):

@@ -233,8 +233,22 @@ class TestReward:
         model = build("fmlm")
         for reward in (ClassifierReward(classifier, "b"), LanguageModelReward(scorer)):
             assert model.generate(num_samples=2, num_steps=2, reward=reward, reward_scale=1.0).shape == (2, 12)
-        with pytest.raises(ValueError, match="`label` must be one of 'a', 'b', 'c' or its number, got 'd'"):
-            ClassifierReward(classifier, "d")
+        # Shorter texts are as if there were no padding.
+        soft[:, 5:] = 0
+        torch.testing.assert_close(ClassifierReward(classifier, 1)(soft), ClassifierReward(classifier, 1)(soft[:, :5]))
+        torch.testing.assert_close(LanguageModelReward(scorer)(soft), LanguageModelReward(scorer)(soft[:, :5]))
+        for label in ("d", 3, 1.0):
+            with pytest.raises(ValueError, match=f"`label` must be one of 'a', 'b', 'c' or its number, got {label!r}"):
+                ClassifierReward(classifier, label)
+        with pytest.raises(ValueError, match="`model` must be a sequence classifier, got `GPT2LMHeadModel`"):
+            ClassifierReward(scorer, 1)
+        for other in (classifier, model):
+            with pytest.raises(
+                ValueError, match=f"`model` must be a causal language model, got `{type(other).__name__}`"
+            ):
+                LanguageModelReward(other)
+        with pytest.raises(ValueError, match=f"`model` has {vocab_size} tokens, but texts are of 200"):
+            LanguageModelReward(scorer)(torch.rand(1, 7, 200))
 
 
 class TestFreshNoise:
@@ -557,6 +571,15 @@ def test_states_of_equal_embeddings_are_one():
         (
             {"reward": lambda delta: nn.Embedding(53, 1)(delta.argmax(-1)).sum((1, 2)), "reward_scale": 1.0},
             "`reward` must be differentiable",
+        ),
+        (
+            {"reward": lambda delta: delta[:, 0, 0].log(), "reward_scale": 1.0, "top_k": 1},
+            "The gradient of `reward` is not finite",
+        ),
+        ({"reward": build_flm(), "reward_scale": 1.0}, "`reward` must be a function of soft tokens.*got `FLMModel`"),
+        (
+            {"input_ids": torch.ones(1, 3, dtype=int), "attention_mask": torch.tensor([[1, 0, 1]])},
+            "`attention_mask` must be 0 on the sides of a prompt only.*`infill_mask`",
         ),
         ({"gamma": 1.5}, "`gamma` must be a number in .0, 1."),
         ({"timesteps": [0, 0.5]}, "`timesteps` must increase from 0 to 1"),

@@ -204,6 +204,15 @@ class TestLoss:
 
         assert share_of_padding("group_by_length") < share_of_padding("random") / 2
 
+    @pytest.mark.parametrize("with_bos", [False, True])
+    def test_a_model_begins_prompts_as_its_texts_begin(self, with_bos, tmp_path):
+        trainer = build(tmp_path, max_steps=1, save_strategy="no", eval_strategy="no")
+        bos = trainer.processing_class.bos_token_id
+        if with_bos:
+            trainer.train_dataset = trainer.train_dataset.map(lambda row: {"input_ids": [bos, *row["input_ids"][1:]]})
+        trainer.train()
+        assert trainer.model.generation_config.bos_token_id == (bos if with_bos else None)
+
 
 class TestEvaluation:
     def test_is_deterministic_and_independent_of_the_batch_size(self, tmp_path):

@@ -149,7 +149,8 @@ class FLMTrainer(Trainer):
         if args.prompt_fraction > 0 and not model.config.prompt_mark:
             raise ValueError(
                 "`prompt_fraction` needs a model that can tell what is given: build it with `prompt_mark=True` in its "
-                "configuration, or load it with `from_pretrained(..., prompt_mark=True)`."
+                "configuration, load it with `from_pretrained(..., prompt_mark=True)`, or make it with "
+                "`FMLMModel.from_flm(teacher, prompt_mark=True)`."
             )
         if data_collator is None:
             data_collator = DataCollatorForFLM(pad_token_id=model.config.pad_token_id)
@@ -177,6 +178,7 @@ class FLMTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
         self.time = ReparameterizedTime(model.config.vocab_size)
         self._joint_noise = None
+        self._knows_beginnings = False
         # Regions in the place of the wrapped model: targets and samples do not go through its `forward`.
         plugin = TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._compile_options = None if plugin.backend == DynamoBackend.NO else self._regional(plugin.to_kwargs())
@@ -238,6 +240,8 @@ class FLMTrainer(Trainer):
         """The batches of the next optimizer step, each with the times and the noise seeds of its examples."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._joint_noise = None  # the weights have changed
+        if batches and not self._knows_beginnings:
+            self._look_at_beginnings(batches[0]["input_ids"])
         batch_size = self._train_batch_size
         key = (self.args.seed, _TRAIN, self.state.global_step)
         num_examples = len(batches) * self.accelerator.num_processes * batch_size
@@ -248,6 +252,13 @@ class FLMTrainer(Trainer):
         if self.args.prompt_fraction > 0:
             num_items_in_batch = self._get_num_items_in_batch(batches, device)  # now that some are given
         return batches, num_items_in_batch
+
+    def _look_at_beginnings(self, input_ids: torch.LongTensor):
+        """`Trainer` takes the BOS token of the tokenizer for the model's. Prompts should begin with it if texts do."""
+        config = self.model.generation_config
+        if config.bos_token_id is not None and not (input_ids[:, 0] == config.bos_token_id).any():
+            config.bos_token_id = None
+        self._knows_beginnings = True
 
     def _longest(self, input_ids: torch.Tensor) -> int:
         """The length to draw random numbers for, so that they do not depend on how far the batch happens to be padded."""

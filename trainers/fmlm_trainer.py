@@ -127,10 +127,12 @@ class FMLMTrainer(FLMTrainer):
                 "`target_network='ema'` needs the average as a network, which FSDP shards: use 'student'."
             )
         self.teacher = teacher
-        if args.prompt_fraction > 0 and teacher is not None and not teacher.config.prompt_mark:
-            logger.warning(
-                "`teacher` was not trained with `prompt_fraction`: what it says of texts that are given in part is a guess."
-            )
+        if args.prompt_fraction > 0 and teacher is not None:
+            marks = [weight for name, weight in teacher.named_parameters() if name.endswith("prompt_mark.weight")]
+            if not any(mark.any() for mark in marks):
+                logger.warning(
+                    "`teacher` was not trained with `prompt_fraction`: what it says of texts that are given in part is a guess."
+                )
         if teacher is not None:
             teacher.requires_grad_(False).eval()
             self._compile_regions(teacher)
