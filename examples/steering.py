@@ -50,7 +50,8 @@ PREFIX_LENGTH = 12
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max_steps", type=int, default=1900, help="optimizer steps of each FLM")
+    parser.add_argument("--max_steps", type=int, default=1900, help="optimizer steps of the FLM")
+    parser.add_argument("--prompt_steps", type=int, default=3000, help="of the FLM that learns to be given parts")
     parser.add_argument("--distillation_steps", type=int, default=1700, help="optimizer steps of each FMLM")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
@@ -71,6 +72,7 @@ def train_flm(
     folder = Path(args.output_dir, name)
     if not (folder / "model.safetensors").is_file():
         print(f"Training {folder}", flush=True)
+        set_seed(args.seed)  # whichever of them are there already
         config = FLMConfig(
             vocab_size=len(tokenizer),
             hidden_size=args.hidden_size,
@@ -97,6 +99,7 @@ def train_fmlm(
     folder = Path(args.output_dir, name)
     if not (folder / "model.safetensors").is_file():
         print(f"Distilling {folder}", flush=True)
+        set_seed(args.seed)
         settings = distillation_settings(args, name, args.distillation_steps)
         arguments = FMLMTrainingArguments.from_preset("single_stage", **settings, prompt_fraction=prompt_fraction)
         trainer = FMLMTrainer(
@@ -229,7 +232,7 @@ def main():
     models = {"flm": train_flm("flm", args.max_steps, 0.0, *common)}
     models["weak"] = train_flm("weak", args.max_steps // 5, 0.0, *common)
     models["fmlm"] = train_fmlm("fmlm", models["flm"], 0.0, *common)
-    models["flm_prompts"] = train_flm("flm_prompts", args.max_steps, args.prompt_fraction, *common)
+    models["flm_prompts"] = train_flm("flm_prompts", args.prompt_steps, args.prompt_fraction, *common)
     models["fmlm_prompts"] = train_fmlm("fmlm_prompts", models["flm_prompts"], args.prompt_fraction, *common)
 
     rows = measure_guidance(models, tokenizer, args)

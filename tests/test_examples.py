@@ -120,7 +120,7 @@ class TestQuickstart:
 
 @pytest.mark.slow
 def test_steering(tmp_path):
-    options = [*TestQuickstart.options, "--prompt_fraction", 0.5]
+    options = [*TestQuickstart.options, "--prompt_steps", 8, "--prompt_fraction", 0.5]
     for _ in range(2):  # what is there is not trained again
         result = run(EXAMPLES / "steering.py", *options, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
