@@ -33,6 +33,19 @@ def test_a_cpu_generator_gives_the_same_noise():
     assert (tokens.cpu() == expected).float().mean() > 0.99  # but for near ties
 
 
+def test_steered_texts_are_those_of_the_cpu():
+    model, weak = build_flm(), build_flm(hidden_size=16)
+    input_ids, infill_mask = torch.randint(53, (8, 12)), torch.rand(8, 12) < 0.5
+    options = {"infill_mask": infill_mask, "gamma": 0.3, "guidance_scale": 2.0, "num_steps": 4}
+    options |= {"reward": lambda delta: delta[..., 3].sum(dim=-1), "reward_scale": 1.0}
+    texts = [
+        network.generate(input_ids, guidance_model=weak, generator=torch.Generator().manual_seed(0), **options).cpu()
+        for network in (model, model.cuda())  # the guide stays where it is
+    ]
+    assert (texts[0] == texts[1]).float().mean() > 0.99
+    assert torch.equal(texts[1][~infill_mask], input_ids[~infill_mask])
+
+
 def test_trains(tmp_path):
     trainer = build(tmp_path, max_steps=20, use_cpu=False, bf16=True)
     trainer.train()
