@@ -17,8 +17,8 @@ reward for a word, and texts of which a part is given.
 
     python examples/steering.py
 
-Trains what is not in --output_dir yet (an FLM, the same after a fifth of the steps, its FMLM, and an FLM and an FMLM that learn
-be given parts of a text), which takes a quarter of an hour, measures grammatical samples, and draws a plot.
+Trains what is not in --output_dir yet (an FLM, another for a fifth of the steps, the FMLM of the first, and an FLM and an FMLM
+that learn to be given parts of a text), which takes a quarter of an hour, measures grammatical samples, and draws a plot.
 """
 
 import argparse
