@@ -277,7 +277,7 @@ class FLMGenerationMixin:
         the most likely tokens are the text.
 
         What is given of a text (a prompt, or what surrounds an infill) is clean at every step, and returned unchanged. Any
-        model can do that; one that was trained for it (`prompt_fraction`) does it better.
+        model can do that; one that was trained for it (`prompt_fraction`) needs fewer steps.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(num_prompts, prompt_length)`, *optional*):
