@@ -35,7 +35,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextDiffusionStreamer
 
-import modeling_flm  # noqa: F401 registers the models with the auto classes
+from modeling_flm.pipeline_flm import encode_prompts  # which registers the models with the auto classes, too
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -87,9 +87,7 @@ def generate(
     names = ("num_steps", "length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos")
     parameters = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.prompt is not None:
-        begin = [model.generation_config.bos_token_id] if model.generation_config.bos_token_id is not None else []
-        tokens = begin + tokenizer(args.prompt, add_special_tokens=False)["input_ids"]
-        parameters["input_ids"] = torch.tensor([tokens], dtype=torch.long)
+        parameters |= encode_prompts(tokenizer, [args.prompt], model.generation_config.bos_token_id)
     generator = torch.Generator().manual_seed(args.seed)
     streamer = TextDiffusionStreamer(tokenizer) if args.live else None
     for start in range(0, args.num_samples, args.batch_size):

@@ -272,9 +272,9 @@ class FLMGenerationMixin:
         **kwargs,
     ) -> torch.LongTensor | FLMGenerationOutput:
         r"""
-        Generates texts from noise. On a grid of reparameterized times from 0 to 1, by default a uniform one, the state is moved by the flow
-        map \\(x \leftarrow X_{s,t}(x)\\) of the model; at the last step, where \\(t = 1\\) and \\(X_{s,1} = \delta_{s,1}\\),
-        the most likely tokens are the text.
+        Generates texts from noise. On a grid of reparameterized times from 0 to 1, by default a uniform one, the state is moved
+        by the flow map \\(x \leftarrow X_{s,t}(x)\\) of the model; at the last step, where \\(t = 1\\) and
+        \\(X_{s,1} = \delta_{s,1}\\), the most likely tokens are the text.
 
         What is given of a text (a prompt, or what surrounds an infill) is clean at every step, and returned unchanged. Any
         model can do that; one that was trained for it (`prompt_fraction`) needs fewer steps.
@@ -348,8 +348,9 @@ class FLMGenerationMixin:
         if num_steps is not None:
             kwargs["num_steps"] = num_steps
         masks = self._check_given(input_ids, attention_mask, infill_mask)
-        self._set_sizes(kwargs, generation_config, input_ids, masks, prior_state)
-        config = self._prepare_generation_config(generation_config, kwargs)
+        explicit = self._explicit(generation_config, kwargs)
+        self._set_sizes(kwargs, explicit, input_ids, masks, prior_state)
+        config = self._prepare_generation_config(generation_config, kwargs, explicit)
         if streamer is not None and config.num_samples != 1:
             raise ValueError(f"`streamer` shows one text: pass `num_samples=1`, got {config.num_samples}.")
         if logits_processor is not None and not isinstance(logits_processor, list):
@@ -362,7 +363,6 @@ class FLMGenerationMixin:
                 f"`generator` has {len(generators)} generators for {config.num_samples} texts: pass as many."
             )
 
-        explicit = self._explicit(generation_config, kwargs)
         denoiser = self._get_denoiser(guidance_model, config, explicit)
         embedding = denoiser.state_embedding.float()
         if prior_state is not None:
@@ -439,16 +439,12 @@ class FLMGenerationMixin:
         times = torch.stack([tau[:-1], tau_arrival[1:], t[:-1], arrival[1:]], dim=1)
         times = times[..., None].expand(-1, -1, state.shape[0]).contiguous()
 
-        state = hold(state, clean, given.known_mask)
         drafts = []
         for step in range(config.num_steps):
             is_last = step == config.num_steps - 1
+            state = hold(state, clean, given.known_mask)
             if sampler.reward is not None:
-                state = hold(
-                    self._steer_by_reward(sampler, state, given, times[step], t[step + 1], step == 0),
-                    clean,
-                    given.known_mask,
-                )
+                state = self._steer_by_reward(sampler, state, given, times[step], t[step + 1], step == 0)
             if compile_config is not None:
                 torch.compiler.cudagraph_mark_step_begin()
             state, tokens = advance(
@@ -463,11 +459,9 @@ class FLMGenerationMixin:
             )
             if compile_config is not None:  # a CUDA graph writes to the same place every time
                 state, tokens = (None if x is None else x.clone() for x in (state, tokens))
-            if not is_last:
-                if config.gamma > 0:
-                    noise = self._draw_noise(state.shape[1], sampler.factor, fresh_generators)
-                    state = keep[step + 1] * state + fresh[step + 1] * noise
-                state = hold(state, clean, given.known_mask)
+            if config.gamma > 0 and not is_last:
+                noise = self._draw_noise(state.shape[1], sampler.factor, fresh_generators)
+                state = keep[step + 1] * state + fresh[step + 1] * noise
             tokens = None if tokens is None else given.complete(tokens)
             if put_draft is not None and not is_last:
                 put_draft(tokens.cpu())
@@ -532,7 +526,8 @@ class FLMGenerationMixin:
         # In one-hot space the gradient is `gradient @ E.T`: this is how the state moves with it.
         with torch.autocast(state.device.type, enabled=False):
             direction = (gradient @ sampler.factor.T) @ sampler.factor
-        return state + (sampler.config.reward_scale * (1 - s) * (t - s) / t)[:, None, None] * direction
+        moved = state + (sampler.config.reward_scale * (1 - s) * (t - s) / t)[:, None, None] * direction
+        return hold(moved, state, given.known_mask)
 
     def _get_compiled_step(self, compile_config: CompileConfig) -> Callable:
         if self._compiled_step is None or self._compiled_step[0] != compile_config:
@@ -652,33 +647,33 @@ class FLMGenerationMixin:
     @staticmethod
     def _set_sizes(
         kwargs: dict[str, Any],
-        generation_config: GenerationConfig | None,
+        explicit: dict[str, Any],
         input_ids: torch.Tensor | None,
         masks: tuple[torch.Tensor | None, torch.Tensor | None],
         prior_state: torch.Tensor | None,
     ):
         """Puts `num_samples` and `length` into `kwargs` where other arguments say them."""
-        explicit = FLMGenerationMixin._explicit(generation_config, kwargs)
         attention_mask, infill_mask = masks
+        sizes = {name: explicit[name] for name in ("num_samples", "length") if name in explicit}
         if prior_state is not None and prior_state.dim() == 3:
-            kwargs["num_samples"] = explicit.setdefault("num_samples", prior_state.shape[0])
-            kwargs["length"] = explicit.setdefault("length", prior_state.shape[1])
+            sizes = {"num_samples": prior_state.shape[0], "length": prior_state.shape[1]} | sizes
         whole = infill_mask if infill_mask is not None else attention_mask if input_ids is None else None
         if whole is not None:  # it has all positions of a text
-            length = kwargs["length"] = explicit.get("length", whole.shape[1])
+            length = sizes.setdefault("length", whole.shape[1])
             if attention_mask is not None and length != whole.shape[1]:
                 raise ValueError(
                     f"`attention_mask` has {whole.shape[1]} positions, which are all there are: leave out `length={length}`."
                 )
         tensor = input_ids if input_ids is not None else attention_mask
         if tensor is not None:
-            num_samples = kwargs["num_samples"] = explicit.get("num_samples", len(tensor))
+            num_samples = sizes.setdefault("num_samples", len(tensor))
             if isinstance(num_samples, int) and (num_samples < 1 or num_samples % max(len(tensor), 1) != 0):
                 name = "input_ids" if input_ids is not None else "attention_mask"
                 raise ValueError(
                     f"`num_samples={num_samples}` is not a multiple of the {len(tensor)} rows of `{name}`: every row has "
                     "equally many texts."
                 )
+        kwargs.update(sizes)
 
     def _prepare_given(
         self,
@@ -702,7 +697,8 @@ class FLMGenerationMixin:
         if exists is not None:
             known = known & exists
         if infill_mask is None:  # padding may be on either side
-            if (known[:, 1:] & ~known[:, :-1]).sum(dim=1).add(known[:, 0] if known.shape[1] else 0).gt(1).any():
+            begins = known.long().diff(dim=1, prepend=ids.new_zeros(len(ids), 1)) == 1
+            if (begins.sum(dim=1) > 1).any():
                 raise ValueError(
                     "`attention_mask` must be 0 on the sides of a prompt only. To generate what is between tokens, pass an "
                     "`infill_mask`."
@@ -756,9 +752,7 @@ class FLMGenerationMixin:
         if given.is_fixed is not None:
             is_end &= ~given.is_fixed
         is_after = is_end.cumsum(dim=1) - is_end.long() > 0
-        if given.is_fixed is not None:
-            is_after &= ~given.is_fixed
-        return sequences.masked_fill(is_after, self._pad_token(config))
+        return given.complete(sequences.masked_fill(is_after, self._pad_token(config)))
 
     @staticmethod
     def _check_prior_state(prior_state: torch.Tensor, embedding: torch.Tensor, kwargs: dict[str, Any]):
@@ -775,7 +769,7 @@ class FLMGenerationMixin:
                 )
 
     def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], explicit: dict[str, Any]
     ) -> FLMGenerationConfig:
         """Parameters by precedence: arguments, `generation_config`, `self.generation_config`, defaults."""
         if generation_config is None:
@@ -785,7 +779,6 @@ class FLMGenerationMixin:
         if unknown := [name for name in kwargs if name.startswith("_") or name not in vars(config)]:
             raise ValueError(f"`generate()` got unknown arguments: {config._suggest(unknown)}.")
         config.update(**kwargs)
-        explicit = self._explicit(generation_config, kwargs)
         config.update(defaults_only=True, **self.generation_config.to_dict())
         if "num_steps" in explicit and "timesteps" not in explicit:
             config.timesteps = None

@@ -16,11 +16,36 @@
 import copy
 
 import torch
-from transformers import Pipeline
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Pipeline, PreTrainedTokenizerBase
 
 
 # In the configuration, for `pipeline()` to find this file beside the model.
 CUSTOM_PIPELINES = {"text-generation": {"impl": "pipeline_flm.FLMPipeline", "pt": ["AutoModel"]}}
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], bos_token_id: int | None
+) -> dict[str, torch.LongTensor]:
+    """
+    The `input_ids` and the `attention_mask` of texts to continue. What a tokenizer adds is left out, as it may end texts.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the model.
+        prompts (`list[str]`): How texts begin.
+        bos_token_id (`int`, *optional*): The token to begin them with, if any.
+
+    Returns:
+        `dict[str, torch.LongTensor]`: both of shape `(num_prompts, prompt_length)`.
+    """
+    begin = [] if bos_token_id is None else [bos_token_id]
+    token_lists = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    rows = [torch.tensor([*begin, *tokens], dtype=torch.long) for tokens in token_lists]
+    # Not by the tokenizer, which may have no padding token
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+    }
 
 
 class FLMPipeline(Pipeline):
@@ -109,17 +134,9 @@ class FLMPipeline(Pipeline):
     def preprocess(self, prompts, add_special_tokens=True):
         if not prompts:
             return {}
-        begin = self.model.generation_config.bos_token_id
-        begin = [] if begin is None or not add_special_tokens else [begin]
-        token_lists = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        token_lists = [[*begin, *tokens] for tokens in token_lists]
-        length = max(map(len, token_lists))
-        rows = [
-            (tokens + [0] * (length - len(tokens)), [1] * len(tokens) + [0] * (length - len(tokens)))
-            for tokens in token_lists
-        ]
-        input_ids, attention_mask = (torch.tensor(column, dtype=torch.long) for column in zip(*rows))
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        return encode_prompts(
+            self.tokenizer, prompts, self.model.generation_config.bos_token_id if add_special_tokens else None
+        )
 
     def _forward(self, model_inputs, **generate_kwargs):
         return self.model.generate(**{**generate_kwargs, **model_inputs, "return_dict_in_generate": True})
