@@ -21,8 +21,9 @@ Measures the library against the dense formulation, and against transformers' GP
 
 Suites: `train`, an optimizer step of an FLM; `distill`, one of each recipe; `generate`, sampling; `gpt2`, training and
 generating with a GPT-2; `head`, ways to compute the cross-entropy of the head; `growth`, steps with different vocabularies
-that take turns; `batch`, the largest batch that fits in `--memory` GiB. Contenders take turns in one process. Memory is what a call takes at most beyond what is held before it:
-weights and, in training, the state of the optimizer. On the CPU measuring it needs Linux.
+that take turns; `batch`, the largest batch that fits in `--memory` GiB. Contenders take turns in one process. Memory is what a
+call takes at most beyond what is held before it: weights and, in training, the state of the optimizer. On the CPU measuring
+it needs Linux.
 
 Prints tables, and writes every measurement to `--output` as JSON.
 """

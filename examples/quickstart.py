@@ -92,6 +92,24 @@ def load_own_texts(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, D
     return tokenizer, pack_dataset(texts, tokenizer, args.length), args.length
 
 
+def new_flm(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length: int, **options) -> FLMModel:
+    """An FLM of the size that the arguments say, with further `options` of its configuration."""
+    config = FLMConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        max_position_embeddings=length,
+        dropout=0.0,  # nearly every example is new
+        attn_logit_softcapping=None,  # for the fast attention of PyTorch
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    return FLMModel(config)
+
+
 def training_settings(args: argparse.Namespace, name: str, max_steps: int) -> dict:
     """What both trainings have in common: a short warm-up, a long plateau and a linear decay."""
     return {
@@ -178,20 +196,7 @@ def main():
     print(f"    {tokenizer.decode(dataset[0]['input_ids'])}\n")
 
     print("Training the FLM", flush=True)
-    model = FLMModel(
-        FLMConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=args.hidden_size,
-            num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=args.num_attention_heads,
-            max_position_embeddings=length,
-            dropout=0.0,  # nearly every example is new
-            attn_logit_softcapping=None,  # for the fast attention of PyTorch
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    model = new_flm(args, tokenizer, length)
     settings = training_settings(args, "flm", args.max_steps)
     flm_trainer = FLMTrainer(
         model, FLMTrainingArguments(**settings), train_dataset=dataset, processing_class=tokenizer

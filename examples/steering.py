@@ -24,16 +24,17 @@ that learn to be given parts of a text), which takes a quarter of an hour, measu
 import argparse
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import grammar
 import matplotlib
 import torch
 from datasets import Dataset
-from quickstart import distillation_settings, load_stories, training_settings
-from transformers import PreTrainedTokenizerBase, set_seed
+from quickstart import distillation_settings, load_stories, new_flm, training_settings
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from modeling_flm import FLMConfig, FLMModel, FMLMModel
+from modeling_flm import FLMModel, FMLMModel
 from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
 
 
@@ -65,124 +66,114 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def trained(verb: str, name: str, args: argparse.Namespace, make_trainer: Callable[[], FLMTrainer]) -> PreTrainedModel:
+    """The model with this name, trained if it is not there."""
+    folder = Path(args.output_dir, name)
+    if not (folder / "model.safetensors").is_file():
+        print(f"{verb} {folder}", flush=True)
+        set_seed(args.seed)  # whichever of them are there already
+        trainer = make_trainer()
+        trainer.train()
+        trainer.save_model()
+    return AutoModel.from_pretrained(folder)
+
+
 def train_flm(
     name: str, max_steps: int, prompt_fraction: float, tokenizer, dataset: Dataset, args: argparse.Namespace
 ) -> FLMModel:
-    """The FLM with this name, trained if it is not there."""
-    folder = Path(args.output_dir, name)
-    if not (folder / "model.safetensors").is_file():
-        print(f"Training {folder}", flush=True)
-        set_seed(args.seed)  # whichever of them are there already
-        config = FLMConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=args.hidden_size,
-            num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=args.num_attention_heads,
-            max_position_embeddings=grammar.NUM_WORDS,
-            dropout=0.0,
-            attn_logit_softcapping=None,
-            prompt_mark=prompt_fraction > 0,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    def make_trainer() -> FLMTrainer:
         settings = training_settings(args, name, max_steps)
-        arguments = FLMTrainingArguments(**settings, prompt_fraction=prompt_fraction)
-        trainer = FLMTrainer(FLMModel(config), arguments, train_dataset=dataset, processing_class=tokenizer)
-        trainer.train()
-        trainer.save_model()
-    return FLMModel.from_pretrained(folder)
+        return FLMTrainer(
+            new_flm(args, tokenizer, grammar.NUM_WORDS, prompt_mark=prompt_fraction > 0),
+            FLMTrainingArguments(**settings, prompt_fraction=prompt_fraction),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+
+    return trained("Training", name, args, make_trainer)
 
 
 def train_fmlm(
     name: str, teacher: FLMModel, prompt_fraction: float, tokenizer, dataset: Dataset, args: argparse.Namespace
 ) -> FMLMModel:
-    """The FMLM with this name, distilled if it is not there."""
-    folder = Path(args.output_dir, name)
-    if not (folder / "model.safetensors").is_file():
-        print(f"Distilling {folder}", flush=True)
-        set_seed(args.seed)
+    def make_trainer() -> FMLMTrainer:
         settings = distillation_settings(args, name, args.distillation_steps)
-        arguments = FMLMTrainingArguments.from_preset("single_stage", **settings, prompt_fraction=prompt_fraction)
-        trainer = FMLMTrainer(
+        return FMLMTrainer(
             FMLMModel.from_flm(teacher),
-            arguments,
+            FMLMTrainingArguments.from_preset("single_stage", **settings, prompt_fraction=prompt_fraction),
             teacher=teacher,
             train_dataset=dataset,
             processing_class=tokenizer,
         )
-        trainer.train()
-        trainer.save_model()
-    return FMLMModel.from_pretrained(folder)
+
+    return trained("Distilling", name, args, make_trainer)
 
 
-def measure(
-    model: FLMModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, **options
-) -> dict[str, float]:
-    """The share of samples that are grammatical, and of those that have the word."""
-    generator = torch.Generator().manual_seed(args.seed)
-    tokens = model.generate(num_samples=args.num_samples, batch_size=args.num_samples, generator=generator, **options)
-    texts = tokenizer.batch_decode(tokens)
-    return {
-        "valid": sum(map(grammar.is_valid, texts)) / len(texts),
-        "with_word": sum(WORD in text.split() for text in texts) / len(texts),
-        "distinct": len(set(texts)) / len(texts),
-    }
+class Measurements:
+    """Rows of what was measured, each of samples of a model at a number of steps."""
 
+    def __init__(
+        self, models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
+    ):
+        self.models = models
+        self.tokenizer = tokenizer
+        self.args = args
+        self.rows = []
 
-def measure_guidance(models: dict, tokenizer, args: argparse.Namespace) -> list[dict]:
-    """Autoguidance at several scales, by the FLM that was trained for a fifth of the time."""
-    rows = []
-    for name, num_steps in (("flm", 4), ("flm", 8), ("fmlm", 4)):
-        for scale in GUIDANCE_SCALES:
-            options = {"num_steps": num_steps, "guidance_model": models["weak"], "guidance_scale": scale}
-            row = {"part": "guidance", "model": name, "num_steps": num_steps, "scale": scale}
-            rows.append(row | measure(models[name], tokenizer, args, **options))
-            show(rows[-1])
-    return rows
+    def add(self, part: str, model: str, num_steps: int, scale: float | None = None, **options):
+        """The share of samples that are grammatical, of those that have the word, and of different ones."""
+        num_samples = self.args.num_samples
+        tokens = self.models[model].generate(
+            num_samples=num_samples,
+            batch_size=num_samples,
+            num_steps=num_steps,
+            generator=torch.Generator().manual_seed(self.args.seed),
+            **options,
+        )
+        texts = self.tokenizer.batch_decode(tokens)
+        row = {"part": part, "model": model, "num_steps": num_steps} | ({} if scale is None else {"scale": scale})
+        row["valid"] = sum(map(grammar.is_valid, texts)) / len(texts)
+        row["with_word"] = sum(WORD in text.split() for text in texts) / len(texts)
+        row["distinct"] = len(set(texts)) / len(texts)
+        show(row)
+        self.rows.append(row)
 
+    def guidance(self):
+        """Autoguidance at several scales, by the FLM that was trained for a fifth of the time."""
+        for model, num_steps in (("flm", 4), ("flm", 8), ("fmlm", 4)):
+            for scale in GUIDANCE_SCALES:
+                options = {"guidance_model": self.models["weak"], "guidance_scale": scale}
+                self.add("guidance", model, num_steps, scale, **options)
 
-def measure_reward(models: dict, tokenizer, args: argparse.Namespace) -> list[dict]:
-    """A reward for a word: how often it is expected in the text."""
-    token = tokenizer.convert_tokens_to_ids(WORD)
-    rows = []
-    for name, num_steps in (("flm", 8), ("flm", 16), ("fmlm", 1), ("fmlm", 4)):
-        for scale in REWARD_SCALES:
-            options = {"reward": lambda delta: delta[..., token].sum(dim=-1), "reward_scale": scale}
-            row = {"part": "reward", "model": name, "num_steps": num_steps, "scale": scale}
-            rows.append(row | measure(models[name], tokenizer, args, num_steps=num_steps, **options))
-            show(rows[-1])
-    return rows
+    def fresh_noise(self):
+        """Stochastic sampling with the flow map."""
+        for num_steps in (2, 4, 8):
+            for gamma in GAMMAS:
+                self.add("gamma", "fmlm", num_steps, gamma, gamma=gamma)
 
+    def reward(self):
+        """A reward for a word: how often it is expected in the text."""
+        token = self.tokenizer.convert_tokens_to_ids(WORD)
+        for model, num_steps in (("flm", 8), ("flm", 16), ("fmlm", 1), ("fmlm", 4)):
+            for scale in REWARD_SCALES:
+                options = {"reward": lambda delta: delta[..., token].sum(dim=-1), "reward_scale": scale}
+                self.add("reward", model, num_steps, scale, **options)
 
-def measure_fresh_noise(models: dict, tokenizer, args: argparse.Namespace) -> list[dict]:
-    """Stochastic sampling with the flow map."""
-    rows = []
-    for num_steps in (2, 4, 8):
-        for gamma in GAMMAS:
-            row = {"part": "gamma", "model": "fmlm", "num_steps": num_steps, "scale": gamma}
-            rows.append(row | measure(models["fmlm"], tokenizer, args, num_steps=num_steps, gamma=gamma))
-            show(rows[-1])
-    return rows
-
-
-def measure_infills(models: dict, tokenizer, args: argparse.Namespace) -> list[dict]:
-    """Stories of which the first words, or a random half, are given."""
-    rng = random.Random(args.seed + 1)
-    stories = [grammar.sample_story(rng) for _ in range(args.num_samples)]
-    input_ids = torch.tensor(tokenizer(stories, add_special_tokens=False)["input_ids"])
-    generator = torch.Generator().manual_seed(args.seed)
-    is_half = torch.rand(input_ids.shape, generator=generator).argsort(dim=1) < grammar.NUM_WORDS // 2
-    given = {
-        "prefix": {"input_ids": input_ids[:, :PREFIX_LENGTH]},
-        "half": {"input_ids": input_ids, "infill_mask": is_half},
-    }
-    rows = []
-    for kind, options in given.items():
-        for name in ("flm", "flm_prompts", "fmlm_prompts"):
-            for num_steps in (1, 2, 4, 8, 16):
-                row = {"part": kind, "model": name, "num_steps": num_steps}
-                rows.append(row | measure(models[name], tokenizer, args, num_steps=num_steps, **options))
-                show(rows[-1])
-    return rows
+    def infills(self):
+        """Stories of which the first words, or a random half, are given."""
+        rng = random.Random(self.args.seed + 1)
+        stories = [grammar.sample_story(rng) for _ in range(self.args.num_samples)]
+        input_ids = torch.tensor(self.tokenizer(stories, add_special_tokens=False)["input_ids"])
+        generator = torch.Generator().manual_seed(self.args.seed)
+        is_half = torch.rand(input_ids.shape, generator=generator).argsort(dim=1) < grammar.NUM_WORDS // 2
+        given = {
+            "prefix": {"input_ids": input_ids[:, :PREFIX_LENGTH]},
+            "half": {"input_ids": input_ids, "infill_mask": is_half},
+        }
+        for kind, options in given.items():
+            for model in ("flm", "flm_prompts", "fmlm_prompts"):
+                for num_steps in (1, 2, 4, 8, 16):
+                    self.add(kind, model, num_steps, **options)
 
 
 def show(row: dict):
@@ -226,7 +217,6 @@ def plot(rows: list[dict], path: Path):
 
 def main():
     args = parse_arguments()
-    set_seed(args.seed)
     tokenizer, dataset, _ = load_stories(args.seed)
     common = (tokenizer, dataset, args)
     models = {"flm": train_flm("flm", args.max_steps, 0.0, *common)}
@@ -235,13 +225,14 @@ def main():
     models["flm_prompts"] = train_flm("flm_prompts", args.prompt_steps, args.prompt_fraction, *common)
     models["fmlm_prompts"] = train_fmlm("fmlm_prompts", models["flm_prompts"], args.prompt_fraction, *common)
 
-    rows = measure_guidance(models, tokenizer, args)
-    rows += measure_fresh_noise(models, tokenizer, args)
-    rows += measure_reward(models, tokenizer, args)
-    rows += measure_infills(models, tokenizer, args)
+    measurements = Measurements(models, tokenizer, args)
+    measurements.guidance()
+    measurements.fresh_noise()
+    measurements.reward()
+    measurements.infills()
     folder = Path(args.output_dir)
-    (folder / "steering.json").write_text(json.dumps(rows, indent=2) + "\n")
-    plot(rows, folder / "steering.png")
+    (folder / "steering.json").write_text(json.dumps(measurements.rows, indent=2) + "\n")
+    plot(measurements.rows, folder / "steering.png")
     print(f"\nPlot: {folder / 'steering.png'}")
 
 

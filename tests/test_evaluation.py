@@ -18,6 +18,7 @@ from conftest import build_flm
 from datasets import Dataset
 from hub_server import TOKEN, File, LoopbackHub, Repository, metadata_problems
 from huggingface_hub import EvalResult, ModelCard
+from train_tiny import launcher
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
@@ -203,9 +204,8 @@ class TestScript:
 
     def test_two_processes_give_the_same_table(self, folder, tmp_path, monkeypatch):
         evaluate(monkeypatch, "--model", folder, *OPTIONS, "--output_dir", tmp_path / "one")
-        launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
         script = [EXAMPLES / "evaluate_gen_ppl.py", "--model", folder, *OPTIONS, "--output_dir", tmp_path / "two"]
-        command = [sys.executable, "-m", *launcher, *map(str, script)]
+        command = [sys.executable, *launcher(), *map(str, script)]
         process = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert process.returncode == 0, process.stderr
         results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]

@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import build_flm
 from datasets import Dataset
+from train_tiny import launcher
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_flm import FLMModel
@@ -196,10 +197,8 @@ class TestTrainingScripts:
         assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 280
 
     def test_under_accelerate_launch(self, corpus, tmp_path):
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
         options = self.arguments(corpus, tmp_path / "two", per_device_train_batch_size=2, vocab_size=60)
-        result = run(EXAMPLES / "train_flm.py", *self.flags(options), launcher=launcher)
+        result = run(EXAMPLES / "train_flm.py", *self.flags(options), launcher=launcher())
         assert result.returncode == 0, result.stderr
         one = self.arguments(corpus, tmp_path / "one", per_device_train_batch_size=4, vocab_size=60)
         assert run(EXAMPLES / "train_flm.py", *self.flags(one)).returncode == 0

@@ -14,6 +14,7 @@ from accelerate import cpu_offload
 from conftest import build_flm, sampling
 from test_fmlm import ExactFlowMap
 from torch import nn
+from train_tiny import launcher
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -74,6 +75,13 @@ def continue_prompts(indices: list[int]) -> torch.LongTensor:
         model, indices, seed=3, input_ids=input_ids[indices], infill_mask=infill_mask[indices], num_steps=3, gamma=0.5,
         guidance_model=weak, guidance_scale=2.0,
     )  # fmt: skip
+
+
+def assert_shares(tokens, weights):
+    """That of all texts a share `weights[text]` is `text`."""
+    for text, weight in weights.items():
+        share = (tokens == torch.tensor(text)).all(dim=1).double().mean().item()
+        assert abs(share - weight) < 4 * (weight * (1 - weight) / len(tokens)) ** 0.5 + 0.005
 
 
 class ExactFlow(ExactFlowMap):
@@ -278,9 +286,7 @@ class TestFreshNoise:
         texts, weights = [(0, 0), (0, 1), (1, 1)], (0.5, 0.2, 0.3)
         model = ExactFlowMap(texts, weights, num_steps=100)
         tokens = model.generate(num_samples=1500, batch_size=1500, generator=seed(), num_steps=4, gamma=gamma)
-        for text, weight in zip(texts, weights):
-            share = (tokens == torch.tensor(text)).all(dim=1).double().mean().item()
-            assert abs(share - weight) < 4 * (weight * (1 - weight) / 1500) ** 0.5 + 0.005
+        assert_shares(tokens, dict(zip(texts, weights)))
 
 
 class TestTimes:
@@ -358,18 +364,7 @@ class TestPrompts:
     @pytest.mark.slow
     def test_processes_make_what_one_does(self, tmp_path):
         script = Path(__file__).parent / "scripts" / "continue_prompts.py"
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu"]
-        command += [
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-        ]
-        subprocess.run([*command, script, tmp_path], check=True, timeout=300)
+        subprocess.run([sys.executable, *launcher(), script, tmp_path], check=True, timeout=300)
         tokens = torch.cat([torch.load(tmp_path / f"{index}.pt") for index in (0, 1)])
         assert torch.equal(tokens, continue_prompts(list(range(7))))
 
@@ -458,10 +453,7 @@ class TestPrompts:
                 generator=seed(),
             )
             possible = {text: w for text, w in zip(texts, weights) if all(text[k] == v for k, v in given.items())}
-            for text, weight in possible.items():
-                weight /= sum(possible.values())
-                share = (tokens == torch.tensor(text)).all(dim=1).double().mean().item()
-                assert abs(share - weight) < 4 * (weight * (1 - weight) / 1500) ** 0.5 + 0.005
+            assert_shares(tokens, {text: weight / sum(possible.values()) for text, weight in possible.items()})
 
 
 class TestLengths:

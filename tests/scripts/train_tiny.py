@@ -96,23 +96,17 @@ def build(
     )
 
 
+def launcher(num_processes: int = 2, fsdp: bool = False) -> list[str]:
+    """The arguments of Python that start a script in so many processes."""
+    # `--multi_gpu` is for several processes of any kind; with `--cpu` accelerate starts a single one.
+    kind = ["--config_file", str(RECIPES / "fsdp.yaml")] if fsdp else ["--multi_gpu"]
+    command = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes), *kind, "--num_machines", "1"]
+    return [*command, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
 def launch(output_dir: Path, num_processes: int, fsdp: bool = False, **options) -> list[dict]:
     """Runs this script in so many processes; what each of them wrote."""
-    command = [sys.executable]
-    if num_processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
-        # `--multi_gpu` is for several processes of any kind; with `--cpu` accelerate starts a single one.
-        command += ["--config_file", str(RECIPES / "fsdp.yaml")] if fsdp else ["--multi_gpu"]
-        command += [
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-        ]
+    command = [sys.executable, *(launcher(num_processes, fsdp) if num_processes > 1 else [])]
     subprocess.run([*command, __file__, str(output_dir), json.dumps(options)], check=True, timeout=300)
     return [json.loads((output_dir / f"process-{index}.json").read_text()) for index in range(num_processes)]
 
