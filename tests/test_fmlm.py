@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import build_flm, sampling
+from conftest import build_flm, noise_factors, sampling
 from datasets import Dataset
 from train_tiny import build, launch, logged
 from transformers import AutoModel
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkConfig, FMLMTwoNetworkModel
-from modeling_flm.flow import flow_map, project_to_simplex
+from modeling_flm.flow import flow_map, interpolate, project_to_simplex
 from modeling_flm.losses import softmax_divergence
 from trainers import PRESETS, FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
 
@@ -426,7 +426,9 @@ class TestTimes:
         assert abs(fraction.mean() - 0.5) < 0.01 and abs(fraction.var() - 1 / 12) < 0.01
 
 
-def distillation(output_dir, preset="single_stage", dropout=0.0, trainer_class=FMLMTrainer, **options):
+def distillation(
+    output_dir, preset="single_stage", dropout=0.0, trainer_class=FMLMTrainer, frozen_dtype=torch.float32, **options
+):
     """The tiny run of train_tiny.py with a flow map in the place of the FLM."""
     own = set(FMLMTrainingArguments.__annotations__)
     flm_trainer = build(output_dir, dropout=dropout, **{k: v for k, v in options.items() if k not in own})
@@ -438,19 +440,28 @@ def distillation(output_dir, preset="single_stage", dropout=0.0, trainer_class=F
     two_network = FMLMTwoNetworkModel.from_flm(teacher, learned_loss_weighting=True, dropout=dropout)
     if preset == "two_network":
         model, teacher = two_network, None
+        model.flow.to(frozen_dtype)
     else:
         model = FMLMModel.from_flm(teacher, dropout=dropout)
         torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # so that there is something to learn
         teacher = {"second_stage": two_network, "self_distillation": None}.get(preset, teacher)
+        teacher = None if teacher is None else teacher.to(frozen_dtype)
     settings = {name: getattr(flm_trainer.args, name) for name in (
         "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "logging_steps",
         "eval_strategy", "eval_steps", "save_strategy", "save_steps", "seed", "gradient_accumulation_steps", "ema_decay",
-        "report_to", "use_cpu", "disable_tqdm", "bf16", "prompt_fraction",
+        "report_to", "use_cpu", "disable_tqdm", "bf16", "prompt_fraction", "eval_gen_ppl_steps", "eval_gen_ppl_num_steps",
+        "eval_gen_ppl_num_samples", "eval_gen_ppl_model", "metric_for_best_model", "greater_is_better",
+        "load_best_model_at_end",
     )}  # fmt: skip
     settings.update({name: value for name, value in options.items() if name in own})
     args = FMLMTrainingArguments.from_preset(preset, output_dir=output_dir, **settings)
     return trainer_class(
-        model, args, teacher=teacher, train_dataset=flm_trainer.train_dataset, eval_dataset=flm_trainer.eval_dataset
+        model,
+        args,
+        teacher=teacher,
+        train_dataset=flm_trainer.train_dataset,
+        eval_dataset=flm_trainer.eval_dataset,
+        processing_class=flm_trainer.processing_class,
     )
 
 
@@ -530,6 +541,52 @@ class TestTraining:
         torch.testing.assert_close(delta, expected_delta, rtol=0, atol=0.02)
         losses = [logged(trainers[name], "train_loss") for name in ("bf16", "float32")]
         assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"preset": "single_stage"},
+            {"preset": "second_stage"},
+            {"preset": "two_network", "max_steps": 50},
+            {"target": "lagrangian"},
+            {"target": "eulerian", "divergence": "squared_error", "boundary_probability": 0.0},
+        ],
+        ids=["semigroup", "teacher", "two_network", "lagrangian", "eulerian"],
+    )
+    def test_teacher_in_bfloat16_trains_on_the_states_of_float32(self, options, tmp_path):
+        seen, options = {}, {"max_steps": 20, "eval_steps": 20, "save_strategy": "no", **options}
+        for name, dtype in (("low", torch.bfloat16), ("exact", torch.float32)):
+            trainer = distillation(tmp_path, frozen_dtype=dtype, **options)
+            network = trainer.model.flow if trainer.teacher is None else trainer.teacher
+            if name == "exact":
+                network.to(torch.bfloat16).float()  # the same weights, without rounding errors of their own
+            states = seen[name] = []
+            network.encode = lambda state, *args, f=network.encode, states=states: (
+                states.append(state) or f(state, *args)
+            )
+            before = trainer.evaluate()["eval_loss"]
+            trainer.train()
+            assert trainer.evaluate()["eval_loss"] < before
+            assert {parameter.dtype for parameter in network.parameters()} == {dtype}
+        assert len(seen["low"]) == len(seen["exact"]) > 0
+        assert {state.dtype for state in seen["low"]} == {torch.float32}
+        # Of the first batch, for which the students are the same; the second state of a semigroup target is made of outputs.
+        assert relative_error(seen["low"][0], seen["exact"][0]) < 1e-6
+
+    def test_states_of_a_teacher_in_bfloat16_are_those_of_its_embedding(self, tmp_path, flm):
+        teacher = build_flm(vocab_size=200).to(torch.bfloat16)
+        trainer = build_trainer(tmp_path, FMLMModel.from_flm(build_flm(vocab_size=200)), teacher=teacher)
+        input_ids, known = torch.randint(200, (64, 12)), torch.rand(64, 12) < 0.2
+        noise, tau = torch.randn(64, 12, 64), torch.linspace(0, 1, 64)
+        batch = build_batch(trainer, input_ids, noise, tau, torch.ones(64)) | {"known_mask": known}
+        student, state = trainer._states(batch)
+        assert student.dtype == state.dtype == torch.float32
+        embedding = teacher.embed_tokens.weight.detach().float()
+        factor = noise_factors(trainer.model.embed_tokens.weight.detach(), embedding)[1].double()
+        t, clean = trainer.time.tau_to_t(tau).double()[:, None, None], embedding.double()[input_ids]
+        expected = torch.where(known[..., None], clean, (1 - t) * (noise.double() @ factor) + t * clean)
+        for row, expected_row in zip(state, expected):
+            assert relative_error(row, expected_row) < 1e-6
 
     def test_resumes_and_evaluates_as_the_flm_does(self, tmp_path):
         straight = distillation(tmp_path / "straight", dropout=0.1, target_network="ema")
@@ -679,6 +736,20 @@ class TestCorrelations:
             arrived = flow_map(state, first_leg @ student.state_embedding, zero, u)
             (second_leg,) = student.denoise(arrived, half, one)
         assert (direct.argmax(-1) == second_leg.argmax(-1)).double().mean() > 0.95
+
+
+def test_flow_of_a_low_precision_state_keeps_its_times():
+    noise, clean = torch.randn(2, 64, 5, 3).to(torch.bfloat16)
+    s = torch.linspace(0, 0.999, 64)
+    t = 1 - (1 - s) * 0.9
+    for function, times in ((interpolate, (t,)), (flow_map, (s, t))):
+        value = function(noise, clean, *times)
+        expected = function(noise.double(), clean.double(), *(time.double() for time in times))
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
+        # The state says what comes out, not the times.
+        assert function(noise.float(), clean.float(), *(time.double() for time in times)).dtype == torch.float32
+        assert function(noise.double(), clean.double(), *times).dtype == torch.float64
 
 
 def test_divergences():

@@ -184,12 +184,13 @@ class FMLMTrainer(FLMTrainer):
         return self.ema.averaged.module
 
     def _states(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
-        """The noised state of each of the networks, for the targets."""
+        """The noised state of each of the networks, for the targets, in float32 whatever the networks are in."""
         joint_noise, states, index = self._get_joint_noise(), [], 0
         for network in self._networks():
             factors = [joint_noise.factor(index + n) for n in range(len(network.embeddings))]
             index += len(factors)
             clean = torch.cat([embedding(inputs["input_ids"]) for embedding in network.embeddings], dim=-1)
+            clean = clean.to(torch.promote_types(clean.dtype, torch.float32))
             noise = inputs["noise"] @ torch.cat(factors, dim=1).to(inputs["noise"])
             states.append(hold(interpolate(noise, clean, inputs["t"]), clean, inputs.get("known_mask")))
         return states
