@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -9,14 +12,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_flm, noise_factors
+from datasets import Dataset
 from safetensors.torch import load_file
-from train_tiny import RecordingTrainer, build, launch, logged
-from transformers import AutoModel, TrainerCallback
+from train_tiny import RecordingTrainer, build, launch, launcher, logged
+from transformers import AutoModel, EarlyStoppingCallback, TrainerCallback
 
 from modeling_flm import FLMModel, FMLMModel
 from modeling_flm.flow import interpolate
-from trainers import EMACallback, FLMTrainer, FLMTrainingArguments, train_tokenizer
+from trainers import (
+    EMACallback,
+    FLMTrainer,
+    FLMTrainingArguments,
+    FMLMTrainingArguments,
+    generate_samples,
+    load_gen_ppl,
+    train_tokenizer,
+)
 from trainers.noise import draw_known_masks, draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
+
+
+SCORER = str(oracle.FIXTURES / "scorer_tiny")
+SCRIPTS = Path(__file__).parent / "scripts"
 
 
 class TestNoise:
@@ -204,14 +220,95 @@ class TestLoss:
 
         assert share_of_padding("group_by_length") < share_of_padding("random") / 2
 
+
+class StreamOfExamples(torch.utils.data.IterableDataset):
+    """Examples that can be read once."""
+
+    def __init__(self, examples):
+        self.examples = iter(examples)
+
+    def __iter__(self):
+        return self.examples
+
+
+class TestBosToken:
+    options = {"max_steps": 5, "save_strategy": "no", "eval_strategy": "no", "trainer_class": RecordingTrainer}
+
+    @staticmethod
+    def answer(caplog) -> str:
+        (record,) = [record for record in caplog.records if "training texts begin" in record.message]
+        return f"{record.levelname}: {record.message}"
+
+    @pytest.mark.parametrize("streaming", [False, True])
     @pytest.mark.parametrize("with_bos", [False, True])
-    def test_a_model_begins_prompts_as_its_texts_begin(self, with_bos, tmp_path):
-        trainer = build(tmp_path, max_steps=1, save_strategy="no", eval_strategy="no")
+    def test_bos_token_begins_prompts_as_it_begins_texts(self, with_bos, streaming, tmp_path, caplog):
+        caplog.set_level("INFO", "trainers.flm_trainer")
+        trainer = build(tmp_path, **self.options)
         bos = trainer.processing_class.bos_token_id
+        rows = trainer.train_dataset.to_dict()["input_ids"]
         if with_bos:
-            trainer.train_dataset = trainer.train_dataset.map(lambda row: {"input_ids": [bos, *row["input_ids"][1:]]})
+            rows = [[bos, *row[1:]] if n % 2 == 0 else row for n, row in enumerate(rows)]
+        dataset = Dataset.from_dict({"input_ids": rows, "noise": [0.5] * len(rows)})
+        trainer.train_dataset = dataset.to_iterable_dataset() if streaming else dataset
+        trainer.seen.clear()
         trainer.train()
         assert trainer.model.generation_config.bos_token_id == (bos if with_bos else None)
+        if with_bos:
+            assert "INFO: 16 of the first 32 training texts begin with the BOS token (1)" in self.answer(caplog)
+        else:
+            assert "WARNING: None of the first 32 training texts begins with the BOS token (1)" in self.answer(caplog)
+        if streaming:  # the training has seen the dataset from its beginning
+            seen = [[token for token in row[1] if token] for row in trainer.seen]
+            assert seen == rows[: len(seen)] and len(seen) == 40
+
+    def test_bos_token_stays_where_texts_can_be_read_only_once(self, tmp_path, caplog):
+        trainer = build(tmp_path, **self.options)
+        rows = trainer.train_dataset.to_list()
+        trainer.train_dataset = StreamOfExamples(rows)
+        trainer.seen.clear()
+        trainer.train()
+        assert [[token for token in row[1] if token] for row in trainer.seen] == [
+            row["input_ids"] for row in rows[:40]
+        ]
+        assert trainer.model.generation_config.bos_token_id == trainer.processing_class.bos_token_id
+        assert "WARNING: Whether training texts begin with the BOS token (1) is not known" in self.answer(caplog)
+
+    def test_bos_token_is_left_alone_by_evaluation(self, tmp_path):
+        trainer = build(tmp_path, **self.options)
+        trainer.model.generation_config.bos_token_id = 7
+        trainer.evaluate()
+        assert trainer.model.generation_config.bos_token_id == 7
+
+    def test_bos_token_is_decided_before_the_first_batch(self, tmp_path):
+        trainer = build(tmp_path, **self.options)
+        found, get_batch_samples = [], trainer.get_batch_samples
+        trainer.get_batch_samples = lambda *args: (
+            found.append(trainer.model.generation_config.bos_token_id) or get_batch_samples(*args)
+        )
+        trainer.train()
+        assert set(found) == {None}
+
+    def test_bos_token_is_the_same_on_all_processes(self, tmp_path):
+        script = tmp_path / "script.py"
+        script.write_text(BOS_SCRIPT.format(scripts=str(SCRIPTS), output_dir=str(tmp_path)))
+        subprocess.run([sys.executable, *launcher(2), str(script)], check=True, timeout=300)
+        assert [(tmp_path / f"bos-{index}").read_text() for index in (0, 1)] == ["1", "1"]
+
+
+# Texts of the first process alone begin with the BOS token.
+BOS_SCRIPT = """
+import sys
+sys.path.insert(0, {scripts!r})
+from pathlib import Path
+from train_tiny import build
+
+trainer = build({output_dir!r}, max_steps=1, save_strategy="no", eval_strategy="no")
+index = trainer.args.process_index
+if index == 0:
+    trainer.train_dataset = trainer.train_dataset.map(lambda row: {{"input_ids": [1, *row["input_ids"][1:]]}})
+trainer.train()
+Path({output_dir!r}, f"bos-{{index}}").write_text(str(trainer.model.generation_config.bos_token_id))
+"""
 
 
 class TestEvaluation:
@@ -292,6 +389,151 @@ class TestAveragedWeights:
         expected = load_file(f"{best}/model.safetensors")
         assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
         assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric)
+
+
+def by_gen_ppl(**options) -> dict:
+    """Options of a run that scores samples and evaluates at every second step, and keeps the best checkpoint."""
+    return {
+        "max_steps": 8,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "ema_decay": 0.5,
+        "eval_gen_ppl_steps": 2,
+        "eval_gen_ppl_num_steps": [1, 2],
+        "eval_gen_ppl_num_samples": 5,
+        "eval_gen_ppl_model": SCORER,
+        "metric_for_best_model": "eval_gen_ppl_1",
+        "load_best_model_at_end": True,
+        **options,
+    }
+
+
+def figures(log: list[dict], name: str) -> dict[int, float]:
+    """What was logged of a figure, by step."""
+    return {row["step"]: row[name] for row in log if name in row}
+
+
+class TestSelectionByGenPPL:
+    @staticmethod
+    def build(output_dir, distill, **options) -> FLMTrainer:
+        from test_fmlm import distillation
+
+        return (distillation if distill else build)(output_dir, **by_gen_ppl(**options))
+
+    @pytest.mark.parametrize("metric", ["eval_gen_ppl_1", "gen_ppl_2", "eval_entropy_1"])
+    @pytest.mark.parametrize("distill", [False, True])
+    def test_metric_for_best_model_selects_the_averaged_weights_of_its_step(self, distill, metric, tmp_path):
+        trainer = self.build(tmp_path, distill, metric_for_best_model=metric)
+        is_ppl = "gen_ppl" in metric
+        assert trainer.args.greater_is_better == (not is_ppl)
+        trainer.train()
+        measured = figures(trainer.state.log_history, f"eval_{metric.removeprefix('eval_')}")
+        assert list(measured) == [2, 4, 6, 8]
+        best = (min if is_ppl else max)(measured, key=measured.get)
+        assert best < 8  # or loading the last weights would do
+        assert trainer.state.best_global_step == best and trainer.state.best_metric == measured[best]
+        assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+        # That checkpoint has the weights that were scored, and they are what the trainer has and saves.
+        model = AutoModel.from_pretrained(tmp_path / f"checkpoint-{best}")
+        num_steps = int(metric[-1])
+        tokens = generate_samples(model, list(range(5)), trainer.args.seed, num_steps=num_steps).tolist()
+        texts = trainer.processing_class.batch_decode(tokens, skip_special_tokens=True)
+        result = load_gen_ppl().compute(predictions=texts, token_ids=tokens, model_id=SCORER, device="cpu")
+        assert result["gen_ppl" if is_ppl else "entropy"] == pytest.approx(measured[best], rel=1e-6)
+        trainer.save_model(tmp_path / "best")
+        saved = AutoModel.from_pretrained(tmp_path / "best").state_dict()
+        average = trainer.ema.averaged.module.state_dict()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(saved[name], tensor) and torch.equal(average[name], tensor)
+        # After the training there is no figure of the weights that it has now.
+        assert "eval_gen_ppl_1" not in trainer.evaluate()
+
+    def test_save_strategy_best_saves_at_new_minima(self, tmp_path):
+        trainer = self.build(tmp_path, False, save_strategy="best", load_best_model_at_end=False, max_steps=12)
+        trainer.train()
+        measured = figures(trainer.state.log_history, "eval_gen_ppl_1")
+        minima = [step for step in measured if measured[step] == min(measured[n] for n in measured if n <= step)]
+        assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in minima}
+        assert 1 < len(minima) < len(measured) == 6
+        assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{minima[-1]}")
+
+    def test_evaluation_after_the_last_step_is_scored_too(self, tmp_path):
+        trainer = self.build(tmp_path, False, max_steps=5)
+        trainer.train()
+        assert list(figures(trainer.state.log_history, "eval_gen_ppl_1")) == [2, 4, 5]
+
+    def test_early_stopping_sees_gen_ppl(self, tmp_path):
+        trainer = build(tmp_path, **by_gen_ppl(greater_is_better=True, max_steps=40))
+        stopping = FLMTrainer(
+            trainer.model,
+            trainer.args,
+            train_dataset=trainer.train_dataset,
+            eval_dataset=trainer.eval_dataset,
+            processing_class=trainer.processing_class,
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=1)],
+        )
+        stopping.train()
+        measured = list(figures(stopping.state.log_history, "eval_gen_ppl_1").values())
+        assert len(measured) < 20
+        assert measured[-1] <= max(measured[:-1]) and measured[:-1] == sorted(measured[:-1])
+
+    def test_figures_stay_out_of_evaluations_at_other_steps(self, tmp_path):
+        seen = {}
+
+        class Record(TrainerCallback):
+            def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+                seen[state.global_step] = set(metrics)
+
+        options = {"metric_for_best_model": None, "load_best_model_at_end": False, "eval_gen_ppl_steps": 4}
+        trainer = self.build(tmp_path, False, **options)
+        trainer.add_callback(Record())
+        trainer.train()
+        assert [step for step in seen if "eval_gen_ppl_1" in seen[step]] == [4, 8]
+        assert list(seen) == [2, 4, 6, 8]
+
+    @pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
+    def test_two_processes_select_by_gen_ppl_as_one_does(self, fsdp, tmp_path):
+        one = self.build(tmp_path / "one", False, per_device_train_batch_size=16, max_steps=6)
+        one.train()
+        logs = [process["log"] for process in launch(tmp_path / "two", 2, fsdp=fsdp, **by_gen_ppl(max_steps=6))]
+        measured = figures(logs[0], "eval_gen_ppl_1")
+        assert measured == figures(logs[1], "eval_gen_ppl_1") and list(measured) == [2, 4, 6]
+        assert measured == pytest.approx(figures(one.state.log_history, "eval_gen_ppl_1"), rel=1e-3)
+        # Both have loaded the best checkpoint; the first has saved it.
+        assert min(measured, key=measured.get) == 4
+        best = tmp_path / "two" / "checkpoint-4"
+        saved, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "two", best))
+        assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+    @pytest.mark.parametrize("arguments_class", [FLMTrainingArguments, FMLMTrainingArguments])
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"eval_gen_ppl_steps": 0}, "the figures of samples: pass `eval_gen_ppl_steps`"),
+            ({"metric_for_best_model": "eval_gen_ppl_3"}, "to be one of `eval_gen_ppl_num_steps`.* eval_gen_ppl_1, "),
+            ({"metric_for_best_model": "gen_ppl"}, "to be one of `eval_gen_ppl_num_steps`.* eval_gen_ppl_1, "),
+            ({"metric_for_best_model": "entropy_3"}, "to be one of `eval_gen_ppl_num_steps`"),
+            ({"eval_steps": 3, "save_steps": 3}, "`eval_steps` as a multiple of `eval_gen_ppl_steps=2`, got 3"),
+            ({"eval_steps": 0.1, "save_steps": 0.1}, "`eval_steps` as a multiple of `eval_gen_ppl_steps=2`, got 0.1"),
+            ({"eval_steps": None, "logging_steps": 5}, "`eval_steps` as a multiple of `eval_gen_ppl_steps=2`, got 5"),
+            ({"eval_strategy": "no"}, "pass `eval_strategy='steps'` and `eval_steps=2`, got `eval_strategy='no'`"),
+            ({"eval_strategy": "epoch", "save_strategy": "epoch"}, "pass `eval_strategy='steps'`.* got .*'epoch'"),
+        ],
+    )
+    def test_metric_for_best_model_that_no_evaluation_has(self, arguments_class, options, message, tmp_path):
+        with pytest.raises(ValueError, match=f"`metric_for_best_model='.*'` needs .*{message}"):
+            arguments_class(tmp_path, **{"eval_strategy": "steps", **by_gen_ppl(**options)})
+
+    def test_greater_is_better_defaults_to_false_for_gen_ppl(self, tmp_path):
+        for options, expected in (
+            ({}, False),
+            ({"greater_is_better": True}, True),
+            ({"metric_for_best_model": "entropy_2"}, True),
+            ({"metric_for_best_model": "eval_loss", "eval_gen_ppl_steps": 0}, False),
+            ({"metric_for_best_model": "eval_accuracy"}, True),
+        ):
+            args = FLMTrainingArguments(tmp_path, eval_strategy="steps", **by_gen_ppl(**options))
+            assert args.greater_is_better == expected
 
 
 class TestResume:

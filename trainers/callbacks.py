@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel, TrainerCallback
@@ -168,6 +168,9 @@ class GenPPLCallback(TrainerCallback):
     Logs the generative perplexity and the entropy of texts of the model every `args.eval_gen_ppl_steps` optimizer steps,
     as `eval_gen_ppl_N` and `eval_entropy_N` for each number N of sampling steps. All processes generate, the first scores.
 
+    Where there is an evaluation at the same step, the figures are among its metrics too: `args.metric_for_best_model` may
+    name one of them, and callbacks that come after this one, such as [`~transformers.EarlyStoppingCallback`], see them.
+
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Turns tokens into text.
         log (`Callable[[dict[str, float]], None]`): The trainer's `log`.
@@ -179,19 +182,32 @@ class GenPPLCallback(TrainerCallback):
         self.log = log
         self.ema = ema
         self.metric = load_gen_ppl()
+        self.figures: dict[str, float] = {}
+        self.step: int | None = None  # when these were measured
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.step = None
         if state.is_world_process_zero:  # a scorer that is not there should show now
             self._score(args, ["a text"], None)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % args.eval_gen_ppl_steps != 0:
+        # `Trainer` also evaluates after the last step, whichever that is, and would miss the figure it selects by.
+        is_missed = control.should_evaluate and args.selects_by_gen_ppl
+        if state.global_step % args.eval_gen_ppl_steps != 0 and not is_missed:
             return
-        logs = _from_average(model, self.ema, lambda: self._evaluate(args, state, model))
-        if state.is_world_process_zero:
-            should_log = control.should_log
-            self.log(logs)
-            control.should_log = should_log  # which logging resets, on this process alone
+        figures = _from_average(model, self.ema, lambda: self._evaluate(args, state, model))
+        (self.figures,) = broadcast_object_list([figures])  # all processes select the best checkpoint
+        self.step = state.global_step
+        should_log = control.should_log
+        self.log(dict(self.figures))
+        control.should_log = should_log  # which logging resets
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.global_step == self.step:
+            metrics.update(self.figures)  # in place: `Trainer` selects the best checkpoint by the same dictionary
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.step = None  # from here on the weights may be those of the best checkpoint
 
     def _evaluate(self, args, state, model: PreTrainedModel) -> dict[str, float]:
         # All processes make equally many, as FSDP wants; what is too much is dropped.

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Arguments of [`FLMTrainer`]."""
 
+import re
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -45,8 +46,12 @@ class FLMTrainingArguments(TrainingArguments):
         sample_num_steps (`int`, *optional*, defaults to 32):
             The number of steps from noise to text for these samples.
         eval_gen_ppl_steps (`int`, *optional*, defaults to 0):
-            Log the generative perplexity of samples every so many optimizer steps. 0 does not. Needs
-            `pip install modeling-flm[evaluate]`.
+            Log the generative perplexity and the entropy of samples every so many optimizer steps, as `eval_gen_ppl_N` and
+            `eval_entropy_N` for N steps from noise to text. 0 does not. Needs `pip install modeling-flm[evaluate]`.
+
+            The best checkpoint can be chosen by it: `metric_for_best_model="eval_gen_ppl_1"` with
+            `load_best_model_at_end=True` or `save_strategy="best"`, where lower is better by default. Perplexity alone
+            favors dull texts; the entropy beside it tells.
         eval_gen_ppl_num_steps (`list[int]`, *optional*, defaults to `[1, 2, 4, 32]`):
             The numbers of steps from noise to text to do so for.
         eval_gen_ppl_num_samples (`int`, *optional*, defaults to 256):
@@ -92,7 +97,42 @@ class FLMTrainingArguments(TrainingArguments):
         # `Trainer` pickles its arguments beside the model, where a token has no business.
         return {**self.__dict__, "hub_token": None}
 
+    @property
+    def selects_by_gen_ppl(self) -> bool:
+        """Whether `metric_for_best_model` is the generative perplexity, or the entropy, of samples."""
+        return re.fullmatch(r"(eval_)?(gen_ppl.*|entropy_\d+)", self.metric_for_best_model or "") is not None
+
+    def _check_selection_by_gen_ppl(self):
+        """Raises a `ValueError` where an evaluation would not find the figure that `metric_for_best_model` names."""
+        metric = self.metric_for_best_model
+        needs = f"`metric_for_best_model={metric!r}` needs"
+        names = [f"eval_{name}_{n}" for name in ("gen_ppl", "entropy") for n in self.eval_gen_ppl_num_steps]
+        if self.eval_gen_ppl_steps < 1:
+            raise ValueError(
+                f"{needs} the figures of samples: pass `eval_gen_ppl_steps`, for example that of `eval_steps`."
+            )
+        if f"eval_{metric.removeprefix('eval_')}" not in names:
+            raise ValueError(
+                f"{needs} its number of sampling steps to be one of `eval_gen_ppl_num_steps`: pass that too, or one of "
+                f"{', '.join(names)}."
+            )
+        if self.eval_strategy != "steps":
+            raise ValueError(
+                f"{needs} an evaluation at the steps at which samples are scored: pass `eval_strategy='steps'` and "
+                f"`eval_steps={self.eval_gen_ppl_steps}`, got `eval_strategy={str(self.eval_strategy)!r}`."
+            )
+        eval_steps = self.eval_steps or self.logging_steps  # as in `TrainingArguments`
+        if eval_steps % self.eval_gen_ppl_steps != 0:
+            raise ValueError(
+                f"{needs} scored samples at every evaluation: pass `eval_steps` as a multiple of "
+                f"`eval_gen_ppl_steps={self.eval_gen_ppl_steps}`, got {eval_steps}."
+            )
+
     def __post_init__(self):
+        if self.selects_by_gen_ppl:
+            self._check_selection_by_gen_ppl()
+            if self.greater_is_better is None and "gen_ppl" in self.metric_for_best_model:
+                self.greater_is_better = False  # `TrainingArguments` would take it for a score
         super().__post_init__()
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be at least 0 and below 1, or `None`, got {self.ema_decay}.")

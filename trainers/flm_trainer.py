@@ -22,8 +22,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, broadcast_object_list, gather_object
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -62,6 +63,9 @@ TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 # State dictionaries of whole weights, also where processes have shards of them.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
+# How many of the first training texts are asked whether they begin with the BOS token.
+_NUM_BEGINNINGS = 32
+
 # Streams of random numbers that must not meet.
 _TRAIN, _EVAL = 0, 1
 
@@ -92,7 +96,7 @@ class FLMTrainer(Trainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer. It is saved with the model and decodes samples.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
-            Further callbacks.
+            Further callbacks. They run after those of this trainer.
         kwargs:
             Further arguments of [`~transformers.Trainer`].
 
@@ -154,6 +158,19 @@ class FLMTrainer(Trainer):
             )
         if data_collator is None:
             data_collator = DataCollatorForFLM(pad_token_id=model.config.pad_token_id)
+        # Before those of the user, which see the new average of the weights, and the figures of samples in an evaluation.
+        own_callbacks: list[TrainerCallback] = []
+        self.ema = None if args.ema_decay is None else EMACallback(args.ema_decay)
+        if self.ema is not None:
+            own_callbacks.append(self.ema)
+            logger.warning_once(
+                f"Evaluation, samples, and saved and pushed models use the moving average of the weights "
+                f"(ema_decay={args.ema_decay}). Checkpoints keep the weights of the training beside it."
+            )
+        if args.sample_steps > 0:
+            own_callbacks.append(SampleCallback(processing_class, self.ema))
+        if args.eval_gen_ppl_steps > 0:
+            own_callbacks.append(GenPPLCallback(processing_class, self.log, self.ema))
 
         super().__init__(
             model=model,
@@ -162,7 +179,7 @@ class FLMTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[*own_callbacks, *(callbacks or [])],
             **kwargs,
         )
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
@@ -178,23 +195,11 @@ class FLMTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
         self.time = ReparameterizedTime(model.config.vocab_size)
         self._joint_noise = None
-        self._knows_beginnings = False
         # Regions in the place of the wrapped model: targets and samples do not go through its `forward`.
         plugin = TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._compile_options = None if plugin.backend == DynamoBackend.NO else self._regional(plugin.to_kwargs())
         self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=DynamoBackend.NO)
         self._compile_regions(model)
-        self.ema = None if args.ema_decay is None else EMACallback(args.ema_decay)
-        if self.ema is not None:
-            self.add_callback(self.ema)
-            logger.warning_once(
-                f"Evaluation, samples, and saved and pushed models use the moving average of the weights "
-                f"(ema_decay={args.ema_decay}). Checkpoints keep the weights of the training beside it."
-            )
-        if args.sample_steps > 0:
-            self.add_callback(SampleCallback(processing_class, self.ema))
-        if args.eval_gen_ppl_steps > 0:
-            self.add_callback(GenPPLCallback(processing_class, self.log, self.ema))
 
     @staticmethod
     def _regional(options: dict[str, Any]) -> dict[str, Any]:
@@ -205,6 +210,54 @@ class FLMTrainer(Trainer):
     def _compile_regions(self, network: PreTrainedModel):
         if self._compile_options is not None:
             network.compile_regions(**self._compile_options)
+
+    # The token that begins prompts
+
+    def _inner_training_loop(self, batch_size=None, *args, **kwargs):
+        self._decide_bos_token()  # `Trainer` has just made the special tokens of the tokenizer those of the model
+        return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    def _decide_bos_token(self):
+        """Prompts begin with the BOS token if texts do. The first process looks at some, and all do what it says."""
+        config = self.model.generation_config
+        if config.bos_token_id is None:
+            return
+        is_kept = self._texts_begin_with(config.bos_token_id) if self.is_world_process_zero() else None
+        (is_kept,) = broadcast_object_list([is_kept])
+        if not is_kept:
+            config.bos_token_id = None
+
+    def _texts_begin_with(self, bos_token_id: int) -> bool:
+        """Whether any of the first training texts begins with the BOS token, or it is not known. The logs have the answer."""
+        examples = self._first_training_examples()
+        if not examples:
+            logger.warning(
+                f"Whether training texts begin with the BOS token ({bos_token_id}) is not known, as they cannot be looked at "
+                "before the training: `generation_config.bos_token_id` stays, and the pipeline begins prompts with it."
+            )
+            return True
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        count = int((collate(examples)["input_ids"][:, 0] == bos_token_id).sum())
+        if count == 0:
+            logger.warning(
+                f"None of the first {len(examples)} training texts begins with the BOS token ({bos_token_id}): "
+                "`generation_config.bos_token_id` is set to `None`, and the pipeline does not begin prompts with it."
+            )
+        else:
+            logger.info(
+                f"{count} of the first {len(examples)} training texts begin with the BOS token ({bos_token_id}): "
+                "`generation_config.bos_token_id` stays, and the pipeline begins prompts with it."
+            )
+        return count > 0
+
+    def _first_training_examples(self) -> list[dict[str, Any]] | None:
+        """The first examples of the training dataset, or `None` where looking at them could take them from the training."""
+        dataset = self.train_dataset
+        if isinstance(dataset, datasets.IterableDataset):
+            return list(dataset.take(_NUM_BEGINNINGS))  # the training starts a reading of its own
+        if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
+            return None  # which can perhaps be read only once
+        return [dataset[index] for index in range(min(_NUM_BEGINNINGS, len(dataset)))]
 
     # Times and noise
 
@@ -240,8 +293,6 @@ class FLMTrainer(Trainer):
         """The batches of the next optimizer step, each with the times and the noise seeds of its examples."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._joint_noise = None  # the weights have changed
-        if batches and not self._knows_beginnings:
-            self._look_at_beginnings(batches[0]["input_ids"])
         batch_size = self._train_batch_size
         key = (self.args.seed, _TRAIN, self.state.global_step)
         num_examples = len(batches) * self.accelerator.num_processes * batch_size
@@ -252,13 +303,6 @@ class FLMTrainer(Trainer):
         if self.args.prompt_fraction > 0:
             num_items_in_batch = self._get_num_items_in_batch(batches, device)  # now that some are given
         return batches, num_items_in_batch
-
-    def _look_at_beginnings(self, input_ids: torch.LongTensor):
-        """`Trainer` takes the BOS token of the tokenizer for the model's. Prompts should begin with it if texts do."""
-        config = self.model.generation_config
-        if config.bos_token_id is not None and not (input_ids[:, 0] == config.bos_token_id).any():
-            config.bos_token_id = None
-        self._knows_beginnings = True
 
     def _longest(self, input_ids: torch.Tensor) -> int:
         """The length to draw random numbers for, so that they do not depend on how far the batch happens to be padded."""
