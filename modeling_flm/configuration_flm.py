@@ -56,6 +56,10 @@ class FLMConfig(PreTrainedConfig):
         attn_logit_softcapping (`float`, *optional*, defaults to 50.0):
             Attention logits are squashed into ±`attn_logit_softcapping`. The published weights need 50. `None` turns it
             off, which makes the fast `sdpa` attention available.
+        final_logit_softcapping (`float`, *optional*, defaults to 30.0):
+            Token logits are squashed into ±`final_logit_softcapping` wherever they are made, as in Gemma 2. The released
+            weights need 30, those of the first published code `None`, which turns it off. The outputs of the correction
+            network of an [`FMLMTwoNetworkModel`] are not logits, and stay as they are.
         layer_norm_eps (`float`, *optional*, defaults to 1e-05):
             The epsilon of the layer normalizations.
         prompt_mark (`bool`, *optional*, defaults to `False`):
@@ -93,6 +97,7 @@ class FLMConfig(PreTrainedConfig):
     max_position_embeddings: int = 128
     dropout: float | int = 0.1
     attn_logit_softcapping: float | int | None = 50.0
+    final_logit_softcapping: float | int | None = 30.0
     layer_norm_eps: float = 1e-5
     prompt_mark: bool = False
     rope_parameters: dict | None = None
@@ -118,10 +123,10 @@ class FLMConfig(PreTrainedConfig):
             )
         if self.timestep_embedding_size % 2 != 0:
             raise ValueError(f"`timestep_embedding_size` must be even, got {self.timestep_embedding_size}.")
-        if self.attn_logit_softcapping is not None and self.attn_logit_softcapping <= 0:
-            raise ValueError(
-                f"`attn_logit_softcapping` must be positive, or `None` for no softcap, got {self.attn_logit_softcapping}."
-            )
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            softcap = getattr(self, name)
+            if softcap is not None and not softcap > 0:
+                raise ValueError(f"`{name}` must be positive, or `None` for no softcap, got {softcap}.")
         if self.rope_parameters["rope_type"] != "default":
             raise ValueError(
                 f"`rope_parameters` must have the `rope_type` 'default', got {self.rope_parameters['rope_type']!r}; only "

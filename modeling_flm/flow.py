@@ -24,8 +24,12 @@ import torch
 
 
 def _like(times: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """Append axes to `times` (batch_size,) until it broadcasts against `state` (batch_size, ...)."""
-    return times.to(state.dtype).reshape(times.shape + (1,) * (state.dim() - times.dim()))
+    """
+    Append axes to `times` (batch_size,) until it broadcasts against `state` (batch_size, ...). They have the precision of
+    the state, but at least float32: a low-precision state becomes one of float32 instead.
+    """
+    dtype = torch.promote_types(state.dtype, torch.float32)
+    return times.to(dtype).reshape(times.shape + (1,) * (state.dim() - times.dim()))
 
 
 def interpolate(noise: torch.Tensor, clean: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -81,23 +85,26 @@ def hold(state: torch.Tensor, clean: torch.Tensor, known_mask: torch.Tensor | No
     return state if known_mask is None else torch.where(known_mask[..., None], clean, state)
 
 
-def renoise(t: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def gamma_coefficients(t: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""
-    How to arrive at time \\(t\\) with noise of which a part is fresh (gamma sampling): go on to a later time \\(u\\), where the
-    noise that is left is \\(\sqrt{1 - \gamma^2}\\) of that at \\(t\\), relative to the text, and come back with new noise
-    \\(z\\): \\(x_t = \frac{t}{u}\,x_u + \gamma\,(1 - t)\,z\\).
+    The coefficients of gamma sampling, by which a flow map arrives at time \\(t\\) with a part of its noise drawn anew: it
+    goes on to the later time \\(u = 1 - (1-t)\sqrt{1-\gamma^2}\\), and
+
+    \\(x_t = X_{s,u}(x) - (u - t)\,\delta_{s,u}(x) + \gamma\,(1 - t)\,z\\)
+
+    with new noise \\(z\\) has as much of the text and of noise as \\(t\\) asks for. (The distribution is kept exactly where
+    \\(\delta\\) is the text itself, or gamma is 0 or 1.)
 
     Args:
         t (`torch.Tensor`): Interpolant times to arrive at.
         gamma (`float`): The share \\(\gamma\\) in [0, 1], 0 for none and 1 for all of the noise (in standard deviations).
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: \\(u\\), \\(t / u\\) and \\(\gamma\,(1 - t)\\), each with the
-        shape of `t`.
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: \\(u\\), \\(u - t\\) and \\(\gamma\,(1 - t)\\), each with the shape
+        of `t`.
     """
-    tiny = torch.finfo(t.dtype).tiny
-    u = t / (t + (1 - gamma**2) ** 0.5 * (1 - t)).clamp(min=tiny)
-    return u, t / u.clamp(min=tiny), gamma * (1 - t)
+    kept = (1 - gamma**2) ** 0.5
+    return 1 - (1 - t) * kept, (1 - t) * (1 - kept), gamma * (1 - t)
 
 
 def semigroup_weight(s: torch.Tensor, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

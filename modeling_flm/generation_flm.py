@@ -33,7 +33,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
-from .flow import JointNoise, flow_map, hold, renoise
+from .flow import JointNoise, flow_map, gamma_coefficients, hold
 from .guidance_flm import Autoguidance, Reward, reward_gradient
 
 
@@ -72,7 +72,8 @@ class FLMGenerationConfig(GenerationConfig):
             Keeps the smallest set of tokens of each position whose probabilities reach `top_p`.
         gamma (`float`, *optional*, defaults to 0.0):
             The share of the noise, in [0, 1], that is drawn anew at every step but the last (stochastic flow map
-            sampling). 0 follows the flow. Meant for flow maps: an FLM, which cannot jump, needs it to be small.
+            sampling, see [`~flow.gamma_coefficients`]). 0 follows the flow. Meant for flow maps: an FLM, which cannot jump,
+            needs it to be small.
         guidance_scale (`float`, *optional*):
             How far to go beyond the model, away from the `guidance_model` (autoguidance). 0 turns it off.
         reward_scale (`float`, *optional*):
@@ -431,12 +432,12 @@ class FLMGenerationMixin:
         else:
             tau = torch.tensor(config.timesteps, dtype=torch.float32, device=state.device)
         t = self.time.tau_to_t(tau)
-        arrival, tau_arrival = t, tau
+        arrival, tau_arrival, excess = t, tau, torch.zeros_like(t)
         if config.gamma > 0:
-            arrival, keep, fresh = renoise(t, config.gamma)
+            arrival, excess, fresh = gamma_coefficients(t, config.gamma)
             tau_arrival = self.time.t_to_tau(arrival)
         # One time per sequence, for every step.
-        times = torch.stack([tau[:-1], tau_arrival[1:], t[:-1], arrival[1:]], dim=1)
+        times = torch.stack([tau[:-1], tau_arrival[1:], t[:-1], arrival[1:], excess[1:]], dim=1)
         times = times[..., None].expand(-1, -1, state.shape[0]).contiguous()
 
         drafts = []
@@ -461,7 +462,7 @@ class FLMGenerationMixin:
                 state, tokens = (None if x is None else x.clone() for x in (state, tokens))
             if config.gamma > 0 and not is_last:
                 noise = self._draw_noise(state.shape[1], sampler.factor, fresh_generators)
-                state = keep[step + 1] * state + fresh[step + 1] * noise
+                state = state + fresh[step + 1] * noise
             tokens = None if tokens is None else given.complete(tokens)
             if put_draft is not None and not is_last:
                 put_draft(tokens.cpu())
@@ -483,7 +484,7 @@ class FLMGenerationMixin:
         with_tokens: bool,
     ) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
         """One step of the sampler: the next states, and the most likely tokens, where they are wanted."""
-        tau_s, tau_t, s, t = times
+        tau_s, tau_t, s, t, excess = times
         tokens, expected = [], []
         for delta in denoiser.denoise(state, tau_s, tau_t, *masks, logits_processor):
             if with_tokens:
@@ -494,7 +495,8 @@ class FLMGenerationMixin:
         tokens = torch.cat(tokens, dim=1).to(state.device) if with_tokens else None
         if not with_state:
             return None, tokens
-        return flow_map(state, torch.cat(expected, dim=1).to(state.device), s, t), tokens
+        delta = torch.cat(expected, dim=1).to(state.device)
+        return flow_map(state, delta, s, t) - excess[:, None, None] * delta, tokens
 
     def _steer_by_reward(
         self,
@@ -513,7 +515,7 @@ class FLMGenerationMixin:
         the reward is that of \\(\delta_{0,1}\\): the mean of the noise with the density \\(e^{\eta\,r}\\) relative to the normal
         one moves by \\(\eta\,\nabla_x r\\), as far as the reward is linear in the noise.
         """
-        tau_s, _, s, _ = times
+        tau_s, _, s, _, _ = times
         size = sum(module.embedding_dim for module in self.embeddings)  # the rest is the state of a guidance model
         tau_end = torch.ones_like(tau_s) if is_first else tau_s
         masks = (given.attention_mask, given.known_mask)

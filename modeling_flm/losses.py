@@ -43,6 +43,33 @@ def chunks(batch_size: int, length: int, vocab_size: int, device: torch.device) 
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+def softcap_logits(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    r"""
+    \\(c \tanh(z / c)\\), in place where there are no gradients.
+
+    Args:
+        logits (`torch.Tensor`): The outputs of a head, \\(z\\).
+        softcap (`float`, *optional*): The bound \\(c\\) of what comes out. `None` for none.
+
+    Returns:
+        `torch.Tensor` of the shape of `logits`.
+    """
+    if softcap is None:
+        return logits
+    if torch.is_grad_enabled():
+        return softcap * torch.tanh(logits / softcap)
+    return logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _softcap_with_slope(logits: torch.Tensor, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The capped logits, in place, and the derivative of the cap."""
+    if softcap is None:
+        return logits, None
+    logits = logits.div_(softcap).tanh_()
+    slope = logits.square().neg_().add_(1)
+    return logits.mul_(softcap), slope
+
+
 def _shift(logits: torch.Tensor) -> torch.Tensor:
     """
     Subtracts the largest logit of each token. In place, as all that follows: on a CPU getting new memory for a chunk takes
@@ -51,7 +78,9 @@ def _shift(logits: torch.Tensor) -> torch.Tensor:
     return logits.sub_(logits.amax(dim=-1, keepdim=True))
 
 
-def softmax_divergence(kind: str, logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_divergence(
+    kind: str, logits: torch.Tensor, target: torch.Tensor, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     The divergence of \\(\delta = \mathrm{softmax}(\mathrm{logits})\\) from a target, per token. Logits in float32 are
     overwritten.
@@ -62,19 +91,22 @@ def softmax_divergence(kind: str, logits: torch.Tensor, target: torch.Tensor) ->
             `"squared_error"`, \\(\sum_v (p_v - \delta_v)^2\\).
         logits (`torch.Tensor` of shape `(..., vocab_size)`): The logits.
         target (`torch.Tensor` of shape `(..., vocab_size)`): The target \\(p\\).
+        softcap (`float`, *optional*): Of the logits, see [`softcap_logits`].
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the divergences, of shape `(...)` and in float32, and their gradients in the
         logits, in the dtype of the logits.
     """
-    dtype, logits = logits.dtype, logits.float()
+    dtype = logits.dtype
+    logits, slope = _softcap_with_slope(logits.float(), softcap)
     if kind == "squared_error":
         exponentials = _shift(logits).exp_()
         delta = exponentials.div_(exponentials.sum(dim=-1, keepdim=True))
         difference = delta - target
         losses = difference.square().sum(dim=-1)
         difference -= (delta * difference).sum(dim=-1, keepdim=True)
-        return losses, delta.mul_(difference).mul_(2).to(dtype)
+        gradients = delta.mul_(difference).mul_(2)
+        return losses, (gradients if slope is None else gradients.mul_(slope)).to(dtype)
     mass = target.sum(dim=-1, keepdim=True)
     chosen = (target * _shift(logits)).sum(dim=-1, keepdim=True)
     exponentials = logits.exp_()
@@ -82,21 +114,41 @@ def softmax_divergence(kind: str, logits: torch.Tensor, target: torch.Tensor) ->
     losses = (mass * sums.log() - chosen).squeeze(-1)
     if kind == "kl":
         losses = losses + torch.xlogy(target, target).sum(dim=-1)
-    return losses, exponentials.mul_(mass / sums).sub_(target).to(dtype)
+    gradients = exponentials.mul_(mass / sums).sub_(target)
+    return losses, (gradients if slope is None else gradients.mul_(slope)).to(dtype)
 
 
-def softmax_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     As [`softmax_divergence`], the cross-entropy to `labels` of shape `(...)`. Those of -100 count as 0: give them no weight.
     """
-    dtype, logits = logits.dtype, logits.float()
+    dtype = logits.dtype
+    logits, slope = _softcap_with_slope(logits.float(), softcap)
     labels = labels.masked_fill(labels == -100, 0).unsqueeze(-1)
     chosen = _shift(logits).gather(-1, labels)
     exponentials = logits.exp_()
     sums = exponentials.sum(dim=-1, keepdim=True)
     losses = sums.log() - chosen
     gradients = exponentials.div_(sums).scatter_add_(-1, labels, -torch.ones_like(losses))
-    return losses.squeeze(-1), gradients.to(dtype)
+    return losses.squeeze(-1), (gradients if slope is None else gradients.mul_(slope)).to(dtype)
+
+
+def one_hot_chunks(labels: torch.Tensor, vocab_size: int) -> Callable[[slice], torch.Tensor]:
+    """
+    Clean tokens as distributions, a chunk of positions at a time.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The tokens; -100 counts as 0.
+        vocab_size (`int`): The size of the vocabulary.
+
+    Returns:
+        `Callable[[slice], torch.Tensor]`: from positions to one-hot rows, of shape `(batch_size, num_positions, vocab_size)`.
+    """
+    zeros = torch.zeros(1, 1, 1, device=labels.device).expand(*labels.shape, vocab_size)
+    # Not `one_hot`, which waits for the device to check the labels
+    return lambda chunk: zeros[:, chunk].scatter(-1, labels[:, chunk, None].clamp(min=0), 1.0)
 
 
 # Outputs of the head, which may be overwritten, and where they stand in the sequences -> losses, and their gradients in the

@@ -36,6 +36,8 @@ from .losses import (
     LossFunction,
     chunks,
     head_loss,
+    one_hot_chunks,
+    softcap_logits,
     softmax_cross_entropy,
     softmax_divergence,
 )
@@ -52,8 +54,9 @@ class FLMOutput(ModelOutput):
             The mean over the tokens of the divergence, by default the cross-entropy of the denoiser to the clean tokens in
             nats.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*, returned unless `skip_logits`):
-            The unnormalized log-probabilities of the clean tokens: `softmax(logits)` is the denoiser `D_t` or the
-            two-time denoiser. For [`FMLMTwoNetworkModel`], the two-time denoiser itself.
+            The unnormalized log-probabilities of the clean tokens, after the cap of `config.final_logit_softcapping`:
+            `softmax(logits)` is the denoiser `D_t` or the two-time denoiser. For [`FMLMTwoNetworkModel`], the two-time
+            denoiser itself.
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             The input of the head, after the final modulated normalization. For [`FMLMTwoNetworkModel`] those of both
             heads, concatenated.
@@ -593,8 +596,8 @@ class FLMPreTrainedModel(PreTrainedModel):
                 positions to a `torch.FloatTensor` of shape `(batch_size, num_positions, vocab_size)`. Needs `labels`, for
                 the positions that count. In training, a model with `learned_loss_weighting` weights the loss.
             divergence (`str`, *optional*, defaults to `"cross_entropy"`):
-                Between `targets` and the model: `"cross_entropy"`, `"kl"` or `"squared_error"`, which for
-                [`FMLMTwoNetworkModel`] is the only one.
+                Between `targets`, or `labels` without them, and the model: `"cross_entropy"`, `"kl"` or
+                `"squared_error"`, which for `targets` of an [`FMLMTwoNetworkModel`] is the only one.
             loss_weights (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
                 What the loss of each sequence is multiplied by.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
@@ -733,15 +736,20 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
     softmax_cross_entropy = staticmethod(softmax_cross_entropy)
 
     def loss(self, divergence, target, loss_weights, hidden_states, timesteps, target_timesteps=None):
+        softcap = self.config.final_logit_softcapping
+        if not callable(target) and divergence == "squared_error":
+            target = one_hot_chunks(target.to(hidden_states.device), self.config.vocab_size)
+
         def function(outputs, piece):
             if callable(target):
-                return self.softmax_divergence(divergence, outputs, target(piece))
-            return self.softmax_cross_entropy(outputs, target[:, piece].to(outputs.device))
+                return self.softmax_divergence(divergence, outputs, target(piece), softcap)
+            # For a single token the Kullback-Leibler divergence is the cross-entropy.
+            return self.softmax_cross_entropy(outputs, target[:, piece].to(outputs.device), softcap)
 
         return self.lm_head(hidden_states, function, loss_weights)
 
     def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
-        logits = self.lm_head(hidden_states)
+        logits = softcap_logits(self.lm_head(hidden_states), self.config.final_logit_softcapping)
         if logits_processor:
             scores = logits.flatten(0, 1)
             prefix = torch.empty((scores.shape[0], 0), dtype=torch.long, device=scores.device)
@@ -865,7 +873,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
         flow_states, correction_states = hidden_states.chunk(2, dim=-1)
         logits = self.flow.predict(flow_states, timesteps, logits_processor=logits_processor)
-        correction = self.correction.predict(correction_states, timesteps).to(logits.device)
+        correction = self.correction.lm_head(correction_states).to(logits.device)  # not logits: no softcap
         scale = self._correction_scale(timesteps, target_timesteps).to(logits.device)
         # What a processor ruled out stays so.
         return logits.softmax(dim=-1) + scale * correction.masked_fill(logits == -torch.inf, 0.0)
@@ -875,6 +883,8 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         return (0.5 * (t - s) * (1 - s))[:, None, None]
 
     def loss(self, divergence, target, loss_weights, hidden_states, timesteps, target_timesteps=None):
+        if not callable(target) and divergence == "squared_error":
+            target = one_hot_chunks(target.to(hidden_states.device), self.config.vocab_size)
         if callable(target) and divergence != "squared_error":
             raise ValueError(
                 f"`divergence` must be 'squared_error' for a model that is not a softmax, got {divergence!r}."

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from hub.convert import Checkpoint, CheckpointError, convert, main
+from hub.checkpoints import CheckpointError, LightningCheckpoint
+from hub.convert import convert, main
 from trainers import train_tokenizer
 
 
@@ -76,6 +77,9 @@ torch.save(model(**batch).logits.detach(), "logits.pt")
         assert config.max_position_embeddings == sizes["length"]
         assert config.attn_logit_softcapping == sizes["softcap"]
         assert config.learned_loss_weighting and not convert(FLM).training
+        for model in (convert(FLM), convert(STAGE_2), convert(FLM, correction=STAGE_1)):
+            assert model.config.final_logit_softcapping is None  # of the first published code
+            assert model.generation_config.gamma is None
 
     def test_tokenizer(self, tmp_path):
         train_tokenizer([" ".join(f"w{n}" for n in range(63))], "word", vocab_size=100).save_pretrained(tmp_path / "t")
@@ -91,7 +95,7 @@ torch.save(model(**batch).logits.detach(), "logits.pt")
 
 def published(**changes) -> dict:
     """The content of a checkpoint as the published code writes it, of which tensors and settings can be changed."""
-    checkpoint = Checkpoint(STAGE_2)
+    checkpoint = LightningCheckpoint(STAGE_2)
     weights = {name: checkpoint.load(tensor) for name, tensor in checkpoint.content["state_dict"].items()}
     algorithm = changes.pop("algorithm", "flm_distill_double")
     config = {"algo": {"name": algorithm}, "model": {"n_heads": 3, "length": 12, **changes.pop("model", {})}}
@@ -125,8 +129,12 @@ class TestOtherCheckpoints:
             convert(tmp_path / "x.ckpt", raw_weights=True)
         with pytest.raises(CheckpointError, match="max_position_embeddings.*--length"):
             convert(tmp_path / "x.ckpt", raw_weights=True, num_heads=3)
-        model = convert(tmp_path / "x.ckpt", raw_weights=True, num_heads=3, length=12)
-        assert model.config.max_position_embeddings == 12
+        options = {"raw_weights": True, "num_heads": 3, "length": 12}
+        with pytest.raises(CheckpointError, match="logits are capped: pass `--final-logit-softcapping 30`"):
+            convert(tmp_path / "x.ckpt", **options)
+        for softcap in (30.0, None):
+            config = convert(tmp_path / "x.ckpt", final_logit_softcapping=softcap, **options).config
+            assert config.max_position_embeddings == 12 and config.final_logit_softcapping == softcap
 
     def test_no_averages(self, tmp_path):
         torch.save(published(), tmp_path / "x.ckpt")
@@ -198,7 +206,7 @@ def rewrite(source, target, edit, compression=zipfile.ZIP_STORED):
 
 def member_of(name: str) -> str:
     """The member of the archive that has the numbers of an averaged weight."""
-    return Checkpoint(STAGE_2).weights()[name].storage.member
+    return LightningCheckpoint(STAGE_2).weights()[name].storage.member
 
 
 class TestHostileFiles:
@@ -290,6 +298,7 @@ class TestHostileFiles:
     BOMBS = {
         "nested key": b"}" + b")" + b"\x85" * 10**6 + b"Ns.",
         "doubled key": b"}" + b")" + b"2\x86" * 60 + b"Ns.",
+        "key doubled by the memo": b"})" + b"q\x00h\x00\x86" * 60 + b"Ns.",
         "memo index": b"}r\xff\xff\xff\x7f.",
         "storage key": b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n)"
         + b"2\x86" * 60

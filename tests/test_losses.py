@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from modeling_flm import FMLMModel, FMLMTwoNetworkModel, losses
+from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel, losses
 from modeling_flm.flow import JointNoise
-from modeling_flm.losses import chunks, head_loss, softmax_cross_entropy, softmax_divergence
+from modeling_flm.losses import chunks, head_loss, softcap_logits, softmax_cross_entropy, softmax_divergence
 from trainers import PRESETS, FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
 
 
@@ -25,7 +25,8 @@ def set_chunk(monkeypatch, num_positions: int, batch_size: int, vocab_size: int)
 
 @pytest.mark.parametrize("num_positions", [1, 7, 20])
 @pytest.mark.parametrize("kind", ["labels", "cross_entropy", "kl", "squared_error"])
-def test_is_that_of_all_logits(kind, num_positions, monkeypatch):
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_is_that_of_all_logits(softcap, kind, num_positions, monkeypatch):
     set_chunk(monkeypatch, num_positions, 3, VOCAB_SIZE)
     head = torch.nn.Linear(16, VOCAB_SIZE)
     torch.nn.init.normal_(head.weight)
@@ -33,7 +34,9 @@ def test_is_that_of_all_logits(kind, num_positions, monkeypatch):
     leaves = [hidden_states, head.weight, head.bias, weights]
     labels = torch.randint(VOCAB_SIZE, (3, 20))
     target = labels if kind == "labels" else torch.randn(3, 20, VOCAB_SIZE).softmax(-1)
-    log_delta = head(hidden_states).log_softmax(-1)
+    logits = head(hidden_states)
+    assert (logits.abs() > 6).any()  # so that a cap of 3 counts
+    log_delta = (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
     expected = {
         "labels": lambda: F.nll_loss(log_delta.transpose(1, 2), labels, reduction="none"),
         "cross_entropy": lambda: -(target * log_delta).sum(-1),
@@ -44,8 +47,8 @@ def test_is_that_of_all_logits(kind, num_positions, monkeypatch):
     def function(outputs, piece):
         assert outputs.shape[1] <= num_positions
         if kind == "labels":
-            return softmax_cross_entropy(outputs, target[:, piece])
-        return softmax_divergence(kind, outputs, target[:, piece])
+            return softmax_cross_entropy(outputs, target[:, piece], softcap)
+        return softmax_divergence(kind, outputs, target[:, piece], softcap)
 
     total, each = head_loss(function, weights, hidden_states, head.weight, head.bias)
     torch.testing.assert_close(each, expected)
@@ -86,6 +89,42 @@ def test_products_are_in_the_precision_of_autocast():
         assert value.dtype == torch.float32
         assert not torch.equal(value, exact)
         assert (value - exact).norm() < 0.01 * exact.norm()
+
+
+def test_softcap_is_in_place_without_gradients_only():
+    logits = torch.randn(2, 3, 5) * 10
+    expected = 4 * torch.tanh(logits / 4)
+    torch.testing.assert_close(softcap_logits(logits, 4.0), expected)
+    assert softcap_logits(logits, None) is logits
+    with torch.no_grad():
+        capped = softcap_logits(logits, 4.0)
+    assert capped.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(capped, expected)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "kl", "squared_error"])
+@pytest.mark.parametrize("model_class", [FLMModel, FMLMModel, FMLMTwoNetworkModel])
+def test_divergence_of_forward_counts_for_labels(model_class, kind, monkeypatch):
+    set_chunk(monkeypatch, 5, 3, 53)
+    flm = build_flm(final_logit_softcapping=1.0, dropout=0.0)
+    model = flm if model_class is FLMModel else model_class.from_flm(flm)
+    if model_class is FMLMTwoNetworkModel:
+        torch.nn.init.normal_(model.correction.lm_head.weight, std=0.01)
+    model.train()
+    input_ids, tau = torch.randint(53, (3, 12)), torch.tensor([0.1, 0.5, 0.7])
+    times = {"timesteps": tau} | ({} if model_class is FLMModel else {"target_timesteps": torch.ones(3)})
+    labels = input_ids.masked_fill(torch.rand(3, 12) < 0.2, -100)
+    delta = model.delta(model(input_ids, **times).logits)
+    if kind == "squared_error":
+        losses = (delta - F.one_hot(input_ids, 53)).square().sum(-1)
+    else:
+        losses = -delta.clamp(min=torch.finfo(torch.float32).tiny).gather(-1, input_ids[..., None])[..., 0].log()
+    expected = losses[labels != -100].mean()
+    parameter = model.correction.lm_head.bias if model_class is FMLMTwoNetworkModel else model.lm_head.bias
+    (reference,) = torch.autograd.grad(expected, parameter)
+    loss = model(input_ids, **times, labels=labels, divergence=kind).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, parameter)[0], reference, rtol=1e-3, atol=1e-5)
 
 
 def test_chunks_cover_all_positions_within_the_budget(monkeypatch):

@@ -1,0 +1,224 @@
+"""
+The later published code, value by value: capped logits, gamma sampling and single-stage distillation, from what
+`PyTorchModelHubMixin` writes and from checkpoint files.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import huggingface_hub.constants
+import oracle
+import pytest
+import torch
+from conftest import sampling
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from hub.convert import convert, main
+from modeling_flm.flow import gamma_coefficients
+from trainers import FMLMTrainer, FMLMTrainingArguments
+
+
+FOLDER = oracle.FIXTURES / "released"
+VALUES = load_file(FOLDER / "values.safetensors")
+SIZES = json.loads((FOLDER / "values.json").read_text())
+SOURCES = {"flm": ("flm_hub", "flm.ckpt"), "fmlm": ("fmlm_hub", "fmlm.ckpt")}
+ALL_SOURCES = [(kind, source) for kind, sources in SOURCES.items() for source in sources]
+
+
+def build(kind: str, source: str | None = None):
+    return convert(FOLDER / (source or SOURCES[kind][0]))
+
+
+def noised(model, t: torch.Tensor) -> torch.Tensor:
+    """The state of the recorded batch, from one-hot space."""
+    t = t[:, None, None]
+    one_hot = torch.nn.functional.one_hot(VALUES["input_ids"], SIZES["vocab_size"]).float()
+    return ((1 - t) * VALUES["noise"] + t * one_hot) @ model.state_embedding
+
+
+def with_recorded_noise(model, monkeypatch):
+    """Has the sampler add the recorded noise of each step."""
+    noise = iter(VALUES["fmlm.fresh_noise"])
+    draw = lambda length, factor, generators: next(noise) @ model.state_embedding  # noqa: E731
+    monkeypatch.setattr(type(model), "_draw_noise", staticmethod(draw))
+
+
+def arguments_of(kind: str) -> dict[str, torch.Tensor]:
+    if kind == "flm":
+        return {"timesteps": VALUES["flm.tau"]}
+    return {"timesteps": VALUES["fmlm.tau_s"], "target_timesteps": VALUES["fmlm.tau_t"]}
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((value - expected).abs().max() / expected.abs().max()).item()
+
+
+class TestForward:
+    @pytest.mark.parametrize("kind", SOURCES)
+    def test_sources_are_equal(self, kind):
+        first, second = (build(kind, source) for source in SOURCES[kind])
+        assert all(torch.equal(x, second.state_dict()[name]) for name, x in first.state_dict().items())
+        assert first.config.to_dict() == second.config.to_dict()
+
+    @pytest.mark.parametrize("kind, source", ALL_SOURCES)
+    def test_weights_are_the_averaged_ones(self, kind, source):
+        embedding = build(kind, source).embed_tokens.weight[:2]
+        assert torch.equal(embedding, VALUES[f"{kind}.ema_weight_check"])
+        if source.endswith(".ckpt"):
+            raw = convert(FOLDER / source, raw_weights=True).embed_tokens.weight[:2]
+            assert torch.equal(raw, VALUES[f"{kind}.raw_weight_check"])
+
+    @pytest.mark.parametrize("kind, source", ALL_SOURCES)
+    def test_final_logit_softcapping(self, kind, source):
+        model = build(kind, source)
+        state = noised(model, VALUES[f"{kind}.t" if kind == "flm" else "fmlm.s"])
+        output = model(inputs_embeds=state, **arguments_of(kind))
+        torch.testing.assert_close(output.logits.log_softmax(-1), VALUES[f"{kind}.log_probs"], rtol=1e-3, atol=1e-4)
+        model.config.final_logit_softcapping = None
+        raw = model(inputs_embeds=state, **arguments_of(kind)).logits
+        assert relative_error(raw, VALUES[f"{kind}.raw_logits"]) < 1e-4
+        assert (raw.abs() > 45).float().mean() > 0.1  # where the cap counts
+        torch.testing.assert_close(output.logits, 30 * torch.tanh(raw / 30))
+
+    def test_flm_loss(self, path):
+        model = build("flm")
+        if path == "compiled":
+            model.compile_regions(backend="aot_eager")
+        state, labels = noised(model, VALUES["flm.t"]), VALUES["input_ids"]
+        output = model(inputs_embeds=state, timesteps=VALUES["flm.tau"], labels=labels)
+        torch.testing.assert_close(output.token_losses, VALUES["flm.loss_per_token"], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(output.loss, VALUES["flm.loss_per_token"].mean(), rtol=1e-3, atol=1e-3)
+
+    def test_times(self):
+        time = build("fmlm").time
+        for tau, t in (
+            ("flm.tau", "flm.t"),
+            ("fmlm.tau_s", "fmlm.s"),
+            ("fmlm.tau_t", "fmlm.t"),
+            ("psd.tau_u", "psd.u"),
+        ):
+            torch.testing.assert_close(time.tau_to_t(VALUES[tau]), VALUES[t], rtol=0, atol=1e-4)
+
+
+class TestSampling:
+    def test_flm_tokens(self, path):
+        model = build("flm")
+        for num_steps in SIZES["flm_steps"]:
+            tokens = model.generate(prior_state=VALUES["prior_state"], num_steps=num_steps, **sampling(path))
+            assert torch.equal(tokens, VALUES[f"flm.tokens_{num_steps}"])
+
+    @pytest.mark.parametrize("gamma", SIZES["gammas"])
+    def test_gamma_tokens(self, gamma, path, monkeypatch):
+        model = build("fmlm")
+        for num_steps in SIZES["fmlm_steps"]:
+            with_recorded_noise(model, monkeypatch)
+            options = {"num_steps": num_steps, "gamma": gamma, **sampling(path)}
+            tokens = model.generate(prior_state=VALUES["prior_state"], **options)
+            assert torch.equal(tokens, VALUES[f"fmlm.gamma{gamma}_tokens_{num_steps}"])
+
+    @pytest.mark.parametrize("gamma", SIZES["gammas"])
+    def test_gamma_states_and_times(self, gamma, monkeypatch):
+        model = build("fmlm")
+        with_recorded_noise(model, monkeypatch)
+        states, targets, encode = [], [], model.encode
+
+        def record(state, tau_s, tau_t, *args, **kwargs):
+            states.append(state)
+            targets.append(tau_t[0])
+            return encode(state, tau_s, tau_t, *args, **kwargs)
+
+        monkeypatch.setattr(model, "encode", record)
+        model.generate(prior_state=VALUES["prior_state"], num_steps=4, gamma=gamma)
+        expected = VALUES[f"fmlm.gamma{gamma}_state_after_step1"] @ model.state_embedding
+        assert relative_error(states[1], expected) < 1e-4
+        tau_tilde = VALUES[f"fmlm.gamma{gamma}_tau_tilde_4"]
+        torch.testing.assert_close(torch.stack(targets), tau_tilde, rtol=0, atol=1e-4)
+
+    def test_gamma_coefficients(self):
+        t = torch.linspace(0, 1, 21, dtype=torch.float64)
+        for gamma in (0.0, 0.3, 0.8, 1.0):
+            u, excess, fresh = gamma_coefficients(t, gamma)
+            torch.testing.assert_close(u, 1 - (1 - t) * (1 - gamma**2) ** 0.5)
+            torch.testing.assert_close(excess, u - t)
+            # What is left of the old noise and the new noise together are the noise at t.
+            torch.testing.assert_close(((1 - u) ** 2 + fresh**2).sqrt(), 1 - t)
+            assert u[-1] == 1 and excess[-1] == 0 and fresh[-1] == 0
+
+
+class TestDistillation:
+    def test_single_stage_targets_and_losses(self, tmp_path, path):
+        args = FMLMTrainingArguments.from_preset(
+            "single_stage", output_dir=tmp_path, use_cpu=True, report_to=[], disable_tqdm=True
+        )
+        trainer = FMLMTrainer(build("fmlm"), args, teacher=build("flm"))
+        if path == "compiled":
+            trainer._compile_options = {"backend": "aot_eager"}
+            for network in trainer._networks():
+                trainer._compile_regions(network)
+        input_ids, tau_s = VALUES["input_ids"], VALUES["psd.tau_s"]
+        batch = {
+            "input_ids": input_ids,
+            "labels": input_ids,
+            "noise": VALUES["noise"],  # V is below the joint width of the networks: noise is one-hot noise
+            "t": trainer.time.tau_to_t(tau_s),
+            "timesteps": tau_s,
+            "target_timesteps": VALUES["psd.tau_t"],
+            "intermediate_timesteps": VALUES["psd.tau_u"],
+            "rows": {"diagonal": [0], "off_diagonal": [1], "boundary": [2]},
+        }
+        target, weights = trainer.compute_targets(batch)
+        target = target(slice(None))
+        assert torch.equal(weights, torch.ones(3))
+        torch.testing.assert_close(target[:1], VALUES["psd.diagonal_target"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(target[1:], VALUES["psd.offdiagonal_target"], rtol=1e-4, atol=1e-4)
+        loss, output = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+        torch.testing.assert_close(output.token_losses, VALUES["psd.loss_per_token"], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(loss, VALUES["psd.loss_per_token"].mean(), rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            names = ("input_ids", "timesteps", "target_timesteps", "noise", "t")
+            inputs = {name: batch[name] for name in names}
+            log_delta = trainer.model(**inputs, joint_noise=trainer._get_joint_noise()).logits.log_softmax(-1)
+        torch.testing.assert_close(log_delta, VALUES["psd.log_probs"], rtol=1e-3, atol=1e-3)
+
+
+SCRIPT = """
+import sys, torch
+sys.modules.update(dict.fromkeys(("modeling_flm", "trainers", "hub")))
+from transformers import AutoModel
+batch = torch.load("batch.pt")
+model = AutoModel.from_pretrained("model", trust_remote_code=True)
+results = {"logits": model(**batch["forward"]).logits.detach()}
+for gamma in batch["gammas"]:
+    noise = iter(batch["noise"] @ model.state_embedding.detach())
+    type(model)._draw_noise = staticmethod(lambda *args: next(noise))
+    results[gamma] = model.generate(prior_state=batch["prior_state"], num_steps=2, gamma=gamma)
+torch.save(results, "results.pt")
+"""
+
+
+@pytest.mark.parametrize("kind, source", ALL_SOURCES)
+def test_remote_code_in_another_process(kind, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # where the tokenizer would be
+    main(["--checkpoint", str(FOLDER / source), "--output", str(tmp_path / "model")])
+    model = AutoModel.from_pretrained(tmp_path / "model")
+    assert model.config.final_logit_softcapping == SIZES["logit_cap"]
+    assert model.config.attn_logit_softcapping == SIZES["attention_softcap"]
+    state = noised(model, VALUES[f"{kind}.t" if kind == "flm" else "fmlm.s"]).detach()
+    content = {
+        "forward": {"inputs_embeds": state, **arguments_of(kind)},
+        "prior_state": VALUES["prior_state"],
+        "noise": VALUES["fmlm.fresh_noise"],
+        "gammas": SIZES["gammas"] if kind == "fmlm" else [0.0],
+    }
+    torch.save(content, tmp_path / "batch.pt")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", SCRIPT], check=True, cwd=tmp_path, env=environment)
+    results = torch.load(tmp_path / "results.pt")
+    log_probs = results.pop("logits").log_softmax(-1)
+    torch.testing.assert_close(log_probs, VALUES[f"{kind}.log_probs"], rtol=1e-3, atol=1e-4)
+    for gamma, tokens in results.items():
+        name = "flm.tokens_2" if kind == "flm" else f"fmlm.gamma{gamma}_tokens_2"
+        assert torch.equal(tokens, VALUES[name])
