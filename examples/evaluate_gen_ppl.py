@@ -16,6 +16,11 @@ Measure the texts of a model at several numbers of steps: generative perplexity,
 
     python examples/evaluate_gen_ppl.py --model outputs/fmlm --num_steps 1 2 4 8 --output_dir outputs/fmlm_evaluation
     accelerate launch examples/evaluate_gen_ppl.py --model me/flm --num_steps 32 128 1024 --output_dir outputs/flm_evaluation
+    python examples/evaluate_gen_ppl.py --model me/fmlm --gamma 0.8 --protocol published --output_dir outputs/as_published
+
+Parameters of sampling that are not passed are those of the model's `generation_config.json`. --protocol published measures
+as the paper does, for figures that stand beside the paper's: special tokens stay in the texts, these are cut at the model's
+length in tokens of the scorer, and GPT-2 large scores 1024 of them in float32.
 
 The output directory gets the texts (`samples_N.jsonl` for N steps), the table as `results.md` and `results.json`, and a plot
 of quality against time. --reference_file adds a row for texts of people, to compare with. With --update_card the results
@@ -26,8 +31,11 @@ flag can also stand in a YAML file, given as the first argument. Needs `pip inst
 import json
 import math
 import platform
+import re
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +47,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from huggingface_hub import ModelCard, ModelCardData, metadata_update
 from script_utils import parse_arguments
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import modeling_flm  # noqa: F401 registers the models with the auto classes
 from hub.card import EVALUATION_NAME, eval_results
+from modeling_flm import FLMGenerationConfig  # which registers the models with the auto classes, too
 from trainers import find_text_column, generate_samples, load_gen_ppl, load_texts
 
 
@@ -50,8 +58,25 @@ matplotlib.use("Agg")  # draws to files, also where there is no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-# What changes the figures, and so goes into the card with them.
-_SAMPLING = ("temperature", "top_k", "top_p", "max_length", "keep_special_tokens", "revision")
+# What `generate()` takes for every number of steps.
+_GENERATION = ("length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos")
+
+# What changes the figures, and so goes into the card with them. A gamma always does: 0 is a choice as well.
+_SAMPLING = (
+    *("protocol", "gamma", "temperature", "top_k", "top_p", "timesteps", "length", "pad_after_eos"),
+    *("guidance_model", "guidance_revision", "guidance_scale"),
+    *("max_length", "keep_special_tokens", "scorer_dtype", "dtype", "revision"),
+)
+
+# What the published evaluation did, and how to say it of a flag that contradicts it.
+_PUBLISHED = {
+    "keep_special_tokens": (True, "keeps special tokens in the texts"),
+    "max_length": (None, "cuts texts at the length of the model"),
+    "length": (None, "has texts of the length of the model"),
+    "pad_after_eos": (False, "counts all tokens of the model"),
+    "scorer_dtype": ("float32", "scores in float32"),
+}
+_PUBLISHED_SCORER, _PUBLISHED_NUM_SAMPLES = "gpt2-large", 1024
 
 
 @dataclass
@@ -61,7 +86,16 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "Name of a model of the Hub, or its folder."})
     output_dir: str = field(metadata={"help": "Where to write the texts, the table and the plot."})
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
-    num_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Numbers of sampling steps."})
+    protocol: str | None = field(
+        default=None, metadata={"help": "published measures as the paper does.", "choices": ["published"]}
+    )
+    num_steps: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of sampling steps. By default 1, 2, 4 and 8."}
+    )
+    timesteps: list[float] | None = field(
+        default=None,
+        metadata={"help": "Reparameterized times of the steps, from 0 to 1, in the place of --num_steps."},
+    )
     num_samples: int = field(default=1024, metadata={"help": "Texts for each number of steps and each seed."})
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Seeds of the noise; their texts are pooled."}
@@ -70,9 +104,23 @@ class EvaluationArguments:
     temperature: float | None = field(default=None, metadata={"help": "Temperature of sampling."})
     top_k: int | None = field(default=None, metadata={"help": "Top-k of sampling."})
     top_p: float | None = field(default=None, metadata={"help": "Top-p of sampling."})
+    gamma: float | None = field(
+        default=None, metadata={"help": "Share of the noise that is drawn anew at every step, 0 to 1."}
+    )
+    guidance_model: str | None = field(
+        default=None, metadata={"help": "Name or folder of a worse model to move away from."}
+    )
+    guidance_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of that model."})
+    guidance_scale: float | None = field(default=None, metadata={"help": "How far to move away from it, such as 2."})
+    length: int | None = field(default=None, metadata={"help": "Tokens of each text."})
+    pad_after_eos: bool | None = field(
+        default=None, metadata={"help": "End texts at their first end token.", "nargs": "?", "const": True}
+    )
     dtype: str = field(default="auto", metadata={"help": "Precision of the model, such as bfloat16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Such as sdpa or flash_attention_2."})
-    keep_special_tokens: bool = field(default=False, metadata={"help": "Score special tokens as text, too."})
+    keep_special_tokens: bool | None = field(
+        default=None, metadata={"help": "Score special tokens as text, too.", "nargs": "?", "const": True}
+    )
     scorer: str = field(default="gpt2-large", metadata={"help": "Causal language model that scores the texts."})
     scorer_batch_size: int = field(default=8, metadata={"help": "Texts to score at a time."})
     scorer_dtype: str | None = field(default=None, metadata={"help": "Precision of the scorer, such as bfloat16."})
@@ -82,20 +130,137 @@ class EvaluationArguments:
         metadata={"help": "A txt, jsonl, csv or parquet file of texts to compare with, cut to the model's length."},
     )
     text_column: str | None = field(default=None, metadata={"help": "The column of --reference_file with the texts."})
-    bootstrap: int = field(default=1000, metadata={"help": "Resamples for the 95 % confidence intervals."})
+    bootstrap: int = field(default=1000, metadata={"help": "Resamples for the 95 %% confidence intervals."})
     update_card: bool = field(default=False, metadata={"help": "Write the results into the model's card."})
 
 
-def generate(accelerator: Accelerator, model, args: EvaluationArguments, num_steps: int) -> tuple[list[dict], float]:
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turns errors about parameters of `generate()` and of the metric into a line about flags."""
+    flags = "|".join(definition.name for definition in fields(EvaluationArguments))
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit("error: " + re.sub(rf"`({flags})(=[^`]*)?`", r"--\1\2", str(error))) from error
+
+
+def check_arguments(args: EvaluationArguments):
+    """Raises a `SystemExit` for what cannot be used, and fills in what follows from other arguments."""
+    if args.timesteps is not None:
+        if args.num_steps is not None:
+            raise SystemExit("--timesteps sets the number of steps: leave out --num_steps")
+        args.num_steps = [len(args.timesteps) - 1]
+    with explained():
+        FLMGenerationConfig(**{name: getattr(args, name) for name in (*_GENERATION, "timesteps")})
+    args.num_steps = [1, 2, 4, 8] if args.num_steps is None else args.num_steps
+    counts = ("num_samples", "batch_size", "scorer_batch_size", "bootstrap")
+    if min(*args.num_steps, *(getattr(args, name) for name in counts)) < 1:
+        raise SystemExit(f"--num_steps, {', '.join(f'--{name}' for name in counts)} must be at least 1")
+    for name in ("num_steps", "seeds"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            raise SystemExit(f"--{name} must be different from each other, got {getattr(args, name)}")
+    if args.guidance_model is None:
+        for name in ("guidance_scale", "guidance_revision"):
+            if getattr(args, name) not in (None, "main"):
+                raise SystemExit(f"--{name} needs --guidance_model: pass the name or folder of a worse model")
+    if args.protocol == "published":
+        for name, (value, meaning) in _PUBLISHED.items():
+            if getattr(args, name) not in (None, value):
+                raise SystemExit(f"--{name}: --protocol published {meaning}; leave out one of them")
+            setattr(args, name, value)
+    args.keep_special_tokens = bool(args.keep_special_tokens)
+
+
+def check_context(args: EvaluationArguments):
+    """Raises a `SystemExit` where the scorer cannot read texts that are as long as the protocol wants."""
+    context = getattr(AutoConfig.from_pretrained(args.scorer), "max_position_embeddings", None)
+    if args.protocol == "published" and context is not None and context < args.max_length:
+        raise SystemExit(
+            f"--protocol published cuts texts at the model's {args.max_length} tokens, but --scorer reads {context}: pass "
+            "one that reads more"
+        )
+
+
+def load_models(args: EvaluationArguments, device) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """The model and, if there is one, the model to move away from."""
+    options = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    models = [
+        AutoModel.from_pretrained(name, revision=revision, dtype=args.dtype, **options).to(device).eval()
+        for name, revision in ((args.model, args.revision), (args.guidance_model, args.guidance_revision))
+        if name is not None
+    ]
+    return models[0], models[1] if len(models) > 1 else None
+
+
+def sampling_options(args: EvaluationArguments, guidance_model: PreTrainedModel | None) -> dict[str, Any]:
+    """The arguments of `generate()` but for the steps."""
+    options = {name: getattr(args, name) for name in (*_GENERATION, "batch_size")}
+    options = {name: value for name, value in options.items() if value is not None}
+    return options if guidance_model is None else {**options, "guidance_model": guidance_model}
+
+
+def describe_sampling(args: EvaluationArguments, model: PreTrainedModel) -> dict[str, Any]:
+    """How texts are made and scored: what is in effect, be it from a flag or from the model's own configuration."""
+    values = {name: getattr(args, name) for name in _SAMPLING}
+    for name in _GENERATION:
+        values[name] = getattr(model.generation_config, name) if values[name] is None else values[name]
+    values["gamma"] = float(values["gamma"] or 0)
+    values["dtype"] = str(model.dtype).removeprefix("torch.")
+    if values["guidance_model"] is None or values["guidance_scale"] == 0:
+        values |= dict.fromkeys(("guidance_model", "guidance_revision", "guidance_scale"))
+    usual = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "length": model.config.max_position_embeddings,
+        "pad_after_eos": False,
+        "guidance_revision": "main",
+        "keep_special_tokens": False,
+        "dtype": "float32",
+        "revision": "main",
+    }
+    return {name: value for name, value in values.items() if value is not None and value != usual.get(name)}
+
+
+def describe_evaluation(evaluation: dict[str, Any]) -> str:
+    """A line for below the table: how the figures came about, and where that is not what the protocol says."""
+    parts = [f"{evaluation['num_samples']} texts", f"scored by {evaluation['scorer']}"]
+    parts += [f"{name} {value}" for name, value in evaluation["sampling"].items()]
+    line = ", ".join(parts) + "."
+    if evaluation["sampling"].get("protocol") == "published":
+        measured = (evaluation["num_samples"], Path(evaluation["scorer"]).name)  # it may be a folder, or have an owner
+        if measured != (_PUBLISHED_NUM_SAMPLES, _PUBLISHED_SCORER):
+            line += (
+                f" Not comparable with the published figures: those are of {_PUBLISHED_NUM_SAMPLES} texts, scored by "
+                f"{_PUBLISHED_SCORER}."
+            )
+    return line
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[list[int]], args: EvaluationArguments) -> list[str]:
+    """The texts, as they are scored."""
+    # The tokenizer of the published evaluation on LM1B made "it's" of "it ' s", which that of transformers 5 does only if
+    # it is told to.
+    clean_up = True if args.protocol == "published" and isinstance(tokenizer, BertTokenizer) else None
+    return tokenizer.batch_decode(
+        tokens, skip_special_tokens=not args.keep_special_tokens, clean_up_tokenization_spaces=clean_up
+    )
+
+
+def generate(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    args: EvaluationArguments,
+    num_steps: int,
+    options: dict[str, Any],
+) -> tuple[list[dict], float]:
     """The texts as rows with `seed`, `index` and `tokens`, and the seconds of one device for each; on all processes."""
-    names = ("batch_size", "temperature", "top_k", "top_p")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    generate_samples(model, [0], 0, num_steps=1)  # to warm up
+    generate_samples(model, [0], 0, num_steps=1, **options)  # to warm up
     rows = []
     start = time.perf_counter()
     for seed in args.seeds:
         indices = list(range(accelerator.process_index, args.num_samples, accelerator.num_processes))
-        tokens = generate_samples(model, indices, seed, num_steps=num_steps, **options).tolist()
+        times = {} if args.timesteps is None else {"timesteps": args.timesteps}
+        tokens = generate_samples(model, indices, seed, num_steps=num_steps, **times, **options).tolist()
         rows += [{"seed": seed, "index": index, "tokens": row} for index, row in zip(indices, tokens)]
     seconds = time.perf_counter() - start  # the tokens have come to the host
     rows = sorted(gather_object(rows), key=lambda row: (row["seed"], row["index"]))
@@ -141,7 +306,7 @@ def load_reference(args: EvaluationArguments, tokenizer, length: int) -> tuple[l
     if not all(isinstance(text, str) for text in texts):
         raise SystemExit("--text_column: not all of its values are texts; name another")
     tokens = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length)["input_ids"]
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True), tokens
+    return decode(tokenizer, tokens, args), tokens
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -223,29 +388,32 @@ def main():
     output = Path(args.output_dir)
     if (output / "results.json").exists():
         raise SystemExit(f"--output_dir: {output} has results already; name another directory")
-    if min(args.num_steps) < 1 or args.num_samples < 1 or args.batch_size < 1 or args.bootstrap < 1:
-        raise SystemExit("--num_steps, --num_samples, --batch_size and --bootstrap must be at least 1")
-    for name in ("num_steps", "seeds"):
-        if len(set(getattr(args, name))) < len(getattr(args, name)):
-            raise SystemExit(f"--{name} must be different from each other, got {getattr(args, name)}")
+    check_arguments(args)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     metric = load_gen_ppl() if accelerator.is_main_process else None
-    options = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
-    model = AutoModel.from_pretrained(args.model, revision=args.revision, dtype=args.dtype, **options)
-    model = model.to(accelerator.device).eval()
+    model, guidance_model = load_models(args, accelerator.device)
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+    length = args.length or model.generation_config.length or model.config.max_position_embeddings
+    if args.protocol == "published":
+        length = args.length = args.max_length = model.config.max_position_embeddings
+    options, sampling = sampling_options(args, guidance_model), describe_sampling(args, model)
+
+    # What is wrong with the arguments should show before there is anything.
     reference = None
-    if accelerator.is_main_process:  # what is wrong with the scoring should show before the sampling
-        score(metric, ["a text"], None, args, accelerator.device)
-        if args.reference_file is not None:
-            reference = load_reference(args, tokenizer, model.config.max_position_embeddings)
+    with explained():
+        generate_samples(model, [0], 0, num_steps=1, **options)
+        if accelerator.is_main_process:
+            check_context(args)
+            score(metric, ["a text"], None, args, accelerator.device)
+            if args.reference_file is not None:
+                reference = load_reference(args, tokenizer, length)
     output.mkdir(parents=True, exist_ok=True)
 
     # First everything that the processes share, then the scoring, by the main process alone.
     samples = {}
     for num_steps in args.num_steps:
-        rows, seconds = generate(accelerator, model, args, num_steps)
-        texts = tokenizer.batch_decode([r["tokens"] for r in rows], skip_special_tokens=not args.keep_special_tokens)
+        rows, seconds = generate(accelerator, model, args, num_steps, options)
+        texts = decode(tokenizer, [row["tokens"] for row in rows], args)
         samples[num_steps] = rows, texts, seconds
         if accelerator.is_main_process:
             print(f"{num_steps} steps: {len(rows)} texts, {seconds:.4f} seconds of a device for each", flush=True)
@@ -253,19 +421,22 @@ def main():
                 for row, text in zip(rows, texts):
                     file.write(json.dumps({"text": text, **row}, ensure_ascii=False) + "\n")
     model.cpu()
+    if guidance_model is not None:
+        guidance_model.cpu()
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
 
+    # Every network takes a pass each step.
+    networks = [model, guidance_model] if "guidance_model" in sampling else [model]
+    num_networks = sum(len(network.embeddings) for network in networks)
     results = []
     for num_steps, (rows, texts, seconds) in samples.items():
         figures = score(metric, texts, [row["tokens"] for row in rows], args, accelerator.device)
-        # Two networks take a pass each.
-        passes = {"num_steps": num_steps, "num_forward_passes": num_steps * len(model.embeddings)}
+        passes = {"num_steps": num_steps, "num_forward_passes": num_steps * num_networks}
         results.append(passes | {"seconds_per_text": seconds} | figures)
     if reference is not None:
         results.append(score(metric, *reference, args, accelerator.device))
-    sampling = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) not in (None, False, "main")}
     evaluation = {
         "scorer": args.scorer,
         "num_samples": args.num_samples * len(args.seeds),
@@ -276,13 +447,17 @@ def main():
         "results": [row for row in results if "num_steps" in row],
     }
     everything = {**evaluation, "arguments": vars(args), "results": results}
+    report = f"{table(results)}\n\n{describe_evaluation(evaluation)}"
     (output / "results.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
-    (output / "results.md").write_text(table(results) + "\n", encoding="utf-8")
+    (output / "results.md").write_text(report + "\n", encoding="utf-8")
     plot(results, output / "results.png")
-    print(f"\n{table(results)}\n\nTexts, table and plot: {output}")
+    print(f"\n{report}\n\nTexts, table and plot: {output}")
     if args.update_card:
         update_card(args, evaluation)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # of names that do not exist
+        raise SystemExit(f"error: {error}") from error

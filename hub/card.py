@@ -44,6 +44,11 @@ def is_hub_name(name: Any) -> bool:
     return isinstance(name, str) and not name.startswith(".") and not Path(name).exists()
 
 
+def public_name(name: str) -> str:
+    """The name of a model, without where it lies on this machine."""
+    return name if is_hub_name(name) else Path(name).name
+
+
 def read_records(folder: str | Path) -> dict[str, dict[str, Any]]:
     """
     What is known of a model beside its weights, without what is about this machine alone.
@@ -81,9 +86,13 @@ def _clean_evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
     for row in evaluation["results"]:
         if not all(math.isfinite(row[name]) for name in ("num_steps", "gen_ppl", "entropy")):
             raise ValueError("`results` must have finite numbers")
-    scorer = str(evaluation["scorer"])
-    scorer = scorer if is_hub_name(scorer) else Path(scorer).name
-    return {**evaluation, "num_samples": int(evaluation["num_samples"]), "scorer": scorer}
+    cleaned = {**evaluation, "num_samples": int(evaluation["num_samples"])}
+    return {**cleaned, "scorer": public_name(str(evaluation["scorer"])), "sampling": _clean_sampling(evaluation)}
+
+
+def _clean_sampling(evaluation: dict[str, Any]) -> dict[str, Any]:
+    sampling = dict(evaluation.get("sampling", {}))
+    return {name: public_name(value) if name == "guidance_model" else value for name, value in sampling.items()}
 
 
 def _clean_data(settings: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +208,7 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
     Args:
         evaluation (`dict[str, Any]`):
             With `scorer`, `num_samples`, `results`, a list of dictionaries with `num_steps`, `gen_ppl` and `entropy`, and
-            `sampling`, a dictionary of the parameters of sampling and scoring that were not left as they are.
+            `sampling`, a dictionary of how texts were made and scored, such as `gamma` and `protocol`.
 
     Returns:
         `list[EvalResult]`
@@ -216,8 +225,8 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
             metric_value=row[key],
             metric_args={
                 "num_steps": row["num_steps"],
-                "scorer": evaluation["scorer"],
-                **evaluation.get("sampling", {}),
+                "scorer": public_name(evaluation["scorer"]),
+                **_clean_sampling(evaluation),
             },
         )
         for row in evaluation.get("results", [])

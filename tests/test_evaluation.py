@@ -19,15 +19,19 @@ from datasets import Dataset
 from hub_server import TOKEN, File, LoopbackHub, Repository, metadata_problems
 from huggingface_hub import EvalResult, ModelCard
 from train_tiny import launcher
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from trainers import FLMTrainer, FLMTrainingArguments, generate_samples, load_gen_ppl, train_tokenizer
+from trainers.noise import example_seed
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import evaluate_gen_ppl  # noqa: E402
+
+from hub.card import read_records  # noqa: E402
 
 
 SCORER = str(oracle.FIXTURES / "scorer_tiny")
@@ -197,7 +201,9 @@ class TestScript:
         reference = gen_ppl(["time back us was", "long some his him they"])
         assert results["results"][2]["gen_ppl"] == pytest.approx(reference["gen_ppl"], rel=1e-6)
         assert results["results"][2]["num_texts"] == 2
-        table = (tmp_path / "out" / "results.md").read_text().splitlines()
+        assert results["sampling"] == {"gamma": 0.0}
+        *table, empty, line = (tmp_path / "out" / "results.md").read_text().splitlines()
+        assert line == f"14 texts, scored by {SCORER}, gamma 0.0." and empty == ""
         assert len(table) == 5 and table[2].startswith("| 1 | 1 |") and table[4].startswith("| reference |")
         with pytest.raises(SystemExit, match="has results already"):
             evaluate(monkeypatch, "--model", folder, *flags)
@@ -218,16 +224,17 @@ class TestScript:
     def test_what_cannot_be_scored_shows_before_the_sampling(self, folder, tmp_path, monkeypatch):
         (tmp_path / "people.jsonl").write_text('{"id": 3, "story": "time back us was"}\n')
         reference = ["--reference_file", tmp_path / "people.jsonl"]
-        for flags, error in (
-            (["--scorer", tmp_path / "nowhere"], OSError),
-            (["--max_length", 4096], ValueError),
-            (["--reference_file", tmp_path / "nowhere.txt"], FileNotFoundError),
-            ([*reference, "--text_column", "body"], ValueError),
-            (reference, SystemExit),  # the first column has numbers
-            (["--seeds", 1, 1], SystemExit),
-            (["--num_steps", 2, 2], SystemExit),
+        for flags, error, message in (
+            (["--scorer", tmp_path / "nowhere"], OSError, "nowhere"),
+            (["--max_length", 4096], SystemExit, "--max_length must be at least 2, and at most the 1024"),
+            (["--reference_file", tmp_path / "nowhere.txt"], FileNotFoundError, "nowhere"),
+            ([*reference, "--text_column", "body"], SystemExit, "body"),
+            (reference, SystemExit, "--text_column: not all"),  # the first column has numbers
+            (["--seeds", 1, 1], SystemExit, "--seeds must be different"),
+            (["--num_steps", 2, 2], SystemExit, "--num_steps must be different"),
+            (["--scorer_batch_size", 0], SystemExit, "--scorer_batch_size"),
         ):
-            with pytest.raises(error):
+            with pytest.raises(error, match=message):
                 evaluate(monkeypatch, "--model", folder, *OPTIONS, "--output_dir", tmp_path / "out", *flags)
             assert not (tmp_path / "out").exists()
         flags = [*reference, "--text_column", "story", "--output_dir", tmp_path / "out"]
@@ -242,7 +249,7 @@ class TestScript:
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert [row["num_forward_passes"] for row in results["results"][:2]] == [2, 6]
         assert results["results"][2]["entropy"] == pytest.approx(math.log(4))  # of 12 tokens, as many as of the model
-        assert results["sampling"] == {"top_k": 5}
+        assert results["sampling"] == {"gamma": 0.0, "top_k": 5}
 
     def test_results_go_into_the_card_of_a_folder(self, folder, tmp_path, monkeypatch):
         copy = tmp_path / "model"
@@ -270,6 +277,31 @@ class TestScript:
         assert [row["num_steps"] for row in json.loads((copy / "evaluation.json").read_text())["results"]] == [1, 2, 3]
         again = ModelCard.load(copy / "README.md").data.eval_results
         assert sorted(r.metric_type for r in again) == ["accuracy", *["entropy"] * 3, *["perplexity"] * 3]
+        assert all(r.metric_args["gamma"] == 0 for r in again if r.metric_type != "accuracy")
+
+    def test_gamma_and_guidance_are_in_the_card_and_never_mixed(self, folder, worse, tmp_path, monkeypatch):
+        copy = tmp_path / "model"
+        AutoModel.from_pretrained(folder).save_pretrained(copy)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(copy)
+        (copy / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+        flags = ["--model", copy, *OPTIONS, "--num_steps", 2, "--update_card", "--output_dir"]
+        evaluate(monkeypatch, *flags, tmp_path / "plain")
+        evaluate(monkeypatch, *flags, tmp_path / "gamma", "--gamma", 0.5, "--num_steps", 3)
+        # The file has what was measured in one way; the card, where each figure says how, has both.
+        assert [row["num_steps"] for row in json.loads((copy / "evaluation.json").read_text())["results"]] == [3]
+        results = ModelCard.load(copy / "README.md").data.eval_results
+        found = {(r.metric_args["num_steps"], r.metric_args["gamma"]) for r in results}
+        assert found == {(2, 0.0), (3, 0.5)}
+        evaluate(monkeypatch, *flags, tmp_path / "guided", "--guidance_model", worse, "--guidance_scale", 2)
+        (guided,) = [
+            r.metric_args
+            for r in ModelCard.load(copy / "README.md").data.eval_results
+            if "guidance_scale" in r.metric_args and r.metric_type == "entropy"
+        ]
+        assert guided["guidance_model"] == "worse" and guided["guidance_scale"] == 2
+        (card_records,) = read_records(copy).values()
+        for text in ((copy / "README.md").read_text(), json.dumps(card_records["sampling"])):
+            assert str(worse) not in text and "worse" in text
 
     def test_results_go_into_the_card_on_the_hub(self, tmp_path):
         script = """
@@ -290,6 +322,260 @@ for value in (9.5, 8.5):
             card = ModelCard(content)
             assert metadata_problems(content) == [] and card.text.strip() == "# Mine"
             assert {r.metric_value for r in card.data.eval_results} == {value, 2.5}
+
+
+def directly(model, num_steps: int, **options) -> list[list[int]]:
+    """The texts of `OPTIONS`, by `generate()` itself: each has the noise of its number and seed."""
+    tokens = []
+    for seed in (0, 5):
+        generators = [torch.Generator().manual_seed(example_seed(seed, 2, index)) for index in range(7)]
+        sequences = model.generate(num_samples=7, num_steps=num_steps, generator=generators, **options)
+        tokens += sequences.tolist()
+    return tokens
+
+
+def read_tokens(path: Path) -> list[list[int]]:
+    return [json.loads(line)["tokens"] for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def worse(tmp_path_factory) -> Path:
+    """A model to move away from."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("models") / "worse"
+    FMLMModel.from_flm(build_flm()).save_pretrained(folder)
+    return folder
+
+
+class TestSampling:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"temperature": 0.2},
+            {"top_k": 2},
+            {"top_p": 0.1},
+            {"gamma": 0.9},
+            {"length": 5},
+            {"timesteps": [0.0, 0.9, 0.95, 1.0]},
+            {"temperature": 0.5, "gamma": 1.0, "length": 9},
+        ],
+        ids=lambda options: "-".join(options),
+    )
+    def test_flags_reach_generate(self, options, folder, tmp_path, monkeypatch):
+        flags = [*OPTIONS[:2], *OPTIONS[5:]]  # without the numbers of steps
+        flags += [] if "timesteps" in options else ["--num_steps", 3]
+        for name, value in options.items():
+            flags += [f"--{name}", *(value if isinstance(value, list) else [value])]
+        evaluate(monkeypatch, "--model", folder, *flags, "--output_dir", tmp_path / "out")
+        model = AutoModel.from_pretrained(folder)
+        tokens = read_tokens(tmp_path / "out" / "samples_3.jsonl")
+        assert tokens == directly(model, 3, **options) != directly(model, 3)
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert results["sampling"] == {"gamma": 0.0, **options}
+        assert [row["num_steps"] for row in results["results"]] == [3]
+
+    def test_pad_after_eos_reaches_generate(self, folder, tmp_path, monkeypatch):
+        model = AutoModel.from_pretrained(folder)
+        plain = directly(model, 3)
+        (eos, _), *_ = Counter(token for row in plain for token in row[:6]).most_common()
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = eos, 0
+        model.save_pretrained(tmp_path / "model")
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "model")
+        flags = [*OPTIONS, "--pad_after_eos", "--output_dir", tmp_path / "out"]
+        evaluate(monkeypatch, "--model", tmp_path / "model", *flags)
+        tokens = read_tokens(tmp_path / "out" / "samples_3.jsonl")
+        assert tokens == directly(model, 3, pad_after_eos=True) != plain
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert results["sampling"] == {"gamma": 0.0, "pad_after_eos": True}
+
+    @pytest.mark.parametrize("scale", [0, 3])
+    def test_guidance_takes_a_pass_as_well(self, scale, folder, worse, tmp_path, monkeypatch):
+        flags = ["--guidance_model", worse, "--guidance_scale", scale, "--output_dir", tmp_path / "out"]
+        evaluate(monkeypatch, "--model", folder, *OPTIONS, *flags)
+        model, guidance_model = AutoModel.from_pretrained(folder), AutoModel.from_pretrained(worse)
+        tokens = read_tokens(tmp_path / "out" / "samples_3.jsonl")
+        guided = directly(model, 3, guidance_model=guidance_model, guidance_scale=3)
+        assert tokens == (guided if scale else directly(model, 3)) and guided != directly(model, 3)
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert [row["num_forward_passes"] for row in results["results"]] == ([2, 6] if scale else [1, 3])
+        described = {"guidance_model": str(worse), "guidance_scale": 3.0} if scale else {}
+        assert results["sampling"] == {"gamma": 0.0, **described}
+
+    def test_guidance_of_two_networks_takes_three_passes(self, folder, worse, tmp_path, monkeypatch):
+        FMLMTwoNetworkModel.from_flm(build_flm()).save_pretrained(tmp_path / "two")
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "two")
+        flags = ["--guidance_model", worse, "--guidance_scale", 1, "--output_dir", tmp_path / "out"]
+        evaluate(monkeypatch, "--model", tmp_path / "two", *OPTIONS, *flags)
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert [row["num_forward_passes"] for row in results["results"]] == [3, 9]
+
+    def test_gamma_of_the_model_counts_and_is_recorded(self, folder, tmp_path, monkeypatch):
+        model = AutoModel.from_pretrained(folder)
+        plain, fresh = directly(model, 3), directly(model, 3, gamma=0.8)
+        model.generation_config.gamma, model.generation_config.temperature = 0.8, 1.0
+        model.save_pretrained(tmp_path / "model")
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "model")
+        for name, flags, gamma, expected in (("own", [], 0.8, fresh), ("zero", ["--gamma", 0], 0.0, plain)):
+            evaluate(monkeypatch, "--model", tmp_path / "model", *OPTIONS, *flags, "--output_dir", tmp_path / name)
+            assert read_tokens(tmp_path / name / "samples_3.jsonl") == expected
+            assert json.loads((tmp_path / name / "results.json").read_text())["sampling"] == {"gamma": gamma}
+            assert f"gamma {gamma}." in (tmp_path / name / "results.md").read_text()
+
+    def test_dtype_is_recorded(self, folder, tmp_path, monkeypatch):
+        flags = [*OPTIONS, "--dtype", "bfloat16", "--scorer_dtype", "float32", "--output_dir", tmp_path / "out"]
+        evaluate(monkeypatch, "--model", folder, *flags)
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert results["sampling"] == {"gamma": 0.0, "scorer_dtype": "float32", "dtype": "bfloat16"}
+
+    @pytest.mark.parametrize(
+        "flags, message",
+        [
+            (["--timesteps", 0, 0.5, 1], "--timesteps sets the number of steps: leave out --num_steps"),
+            (["--gamma", 1.5], r"--gamma must be a number in \[0, 1\], got 1.5"),
+            (["--temperature", 0], "--temperature must be a number above 0"),
+            (["--top_p", 2], "--top_p must be a number above 0 and at most 1"),
+            (["--top_k", 0], "--top_k must be an integer of at least 1"),
+            (["--length", 13], "--length is 13, but the model was made for at most 12"),
+            (["--guidance_scale", 2], "--guidance_scale needs --guidance_model"),
+            (["--guidance_revision", "step-1"], "--guidance_revision needs --guidance_model"),
+            (["--guidance_model", "WORSE"], "--guidance_model needs a --guidance_scale, such as"),
+            (
+                ["--guidance_model", "OTHER", "--guidance_scale", 1],
+                "--guidance_model has 40 tokens, but the model has 53",
+            ),
+            (
+                ["--guidance_model", SCORER, "--guidance_scale", 1],
+                "--guidance_model must be a flow-based language model",
+            ),
+            (["--pad_after_eos"], "--pad_after_eos needs an `eos_token_id`"),
+        ],
+    )
+    def test_mistakes_show_before_the_sampling(self, flags, message, folder, worse, tmp_path, monkeypatch):
+        FMLMModel.from_flm(build_flm(vocab_size=40)).save_pretrained(tmp_path / "other")
+        flags = [{"WORSE": worse, "OTHER": tmp_path / "other"}.get(flag, flag) for flag in flags]
+        with pytest.raises(SystemExit, match=message) as error:
+            evaluate(monkeypatch, "--model", folder, *OPTIONS, *flags, "--output_dir", tmp_path / "out")
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("times", [[0], [0, 0.5], [0, 0.7, 0.3, 1]])
+    def test_timesteps_that_do_not_increase_from_0_to_1(self, times, tmp_path, monkeypatch):
+        with pytest.raises(SystemExit, match="--timesteps must increase from 0 to 1"):
+            evaluate(monkeypatch, "--model", "x", "--timesteps", *times, "--output_dir", tmp_path / "out")
+
+    def test_help(self, monkeypatch, capsys):
+        with pytest.raises(SystemExit) as error:
+            evaluate(monkeypatch, "-h")
+        assert error.value.code == 0 and "95 % confidence" in " ".join(capsys.readouterr().out.split())
+
+
+class TestProtocol:
+    def test_published_protocol(self, folder, tmp_path, monkeypatch, gen_ppl):
+        """Special tokens stay, and texts are cut at the model's length, be the scorer's longer."""
+        model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        # What the model's own configuration would change of the texts.
+        model.generation_config.length, model.generation_config.pad_after_eos = 8, True
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        flags = [*OPTIONS, "--protocol", "published", "--output_dir", tmp_path / "out"]
+        evaluate(monkeypatch, "--model", tmp_path / "model", *flags)
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        tokens = directly(model, 3, length=12, pad_after_eos=False)
+        assert read_tokens(tmp_path / "out" / "samples_3.jsonl") == tokens
+        texts = tokenizer.batch_decode(tokens)
+        lines = (tmp_path / "out" / "samples_3.jsonl").read_text().splitlines()
+        assert [json.loads(line)["text"] for line in lines] == texts
+        assert texts != tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        (row,) = [row for row in results["results"] if row["num_steps"] == 3]
+        expected, whole = (gen_ppl(texts, token_ids=tokens, max_length=length) for length in (12, 1024))
+        assert row["gen_ppl"] == pytest.approx(expected["gen_ppl"], rel=1e-6)
+        assert row["num_truncated"] == expected["num_truncated"] > 0
+        assert abs(whole["gen_ppl"] / expected["gen_ppl"] - 1) > 1e-3
+        assert row["entropy"] == pytest.approx(expected["entropy"]) and expected["num_tokens"] <= 14 * 12
+        assert results["sampling"] == {
+            "protocol": "published",
+            "gamma": 0.0,
+            "max_length": 12,
+            "keep_special_tokens": True,
+            "scorer_dtype": "float32",
+        }
+        line = (tmp_path / "out" / "results.md").read_text().splitlines()[-1]
+        assert line.startswith(f"14 texts, scored by {SCORER}, protocol published,")
+        assert "Not comparable with the published figures: those are of 1024 texts, scored by gpt2-large." in line
+
+    @pytest.mark.parametrize(
+        "scorer, num_samples, is_published",
+        [
+            ("gpt2-large", 1024, True),
+            ("openai-community/gpt2-large", 1024, True),
+            ("gpt2", 1024, False),
+            ("gpt2-large", 64, False),
+        ],
+    )
+    def test_other_scorers_and_numbers_of_texts_are_said(self, scorer, num_samples, is_published):
+        evaluation = {"scorer": scorer, "num_samples": num_samples, "sampling": {"protocol": "published"}}
+        assert ("Not comparable" in evaluate_gen_ppl.describe_evaluation(evaluation)) != is_published
+        evaluation["sampling"] = {}
+        assert "Not comparable" not in evaluate_gen_ppl.describe_evaluation(evaluation)
+
+    def test_published_defaults(self, tmp_path):
+        args = evaluate_gen_ppl.EvaluationArguments("x", str(tmp_path), protocol="published")
+        evaluate_gen_ppl.check_arguments(args)
+        assert (args.num_samples, args.scorer, args.scorer_dtype) == (1024, "gpt2-large", "float32")
+        assert args.keep_special_tokens and not args.pad_after_eos
+        plain = evaluate_gen_ppl.EvaluationArguments("x", str(tmp_path))
+        evaluate_gen_ppl.check_arguments(plain)
+        assert not plain.keep_special_tokens and plain.scorer_dtype is plain.pad_after_eos is None
+        assert plain.num_steps == [1, 2, 4, 8]
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ["--keep_special_tokens", "false"],
+            ["--max_length", 1024],
+            ["--length", 8],
+            ["--pad_after_eos"],
+            ["--scorer_dtype", "bfloat16"],
+        ],
+    )
+    def test_contradictions_are_refused(self, flags, folder, tmp_path, monkeypatch):
+        flags = [*OPTIONS, "--protocol", "published", *flags]
+        with pytest.raises(
+            SystemExit, match=f"{flags[len(OPTIONS) + 2]}: --protocol published .*; leave out one of them"
+        ):
+            evaluate(monkeypatch, "--model", folder, *flags, "--output_dir", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_what_agrees_is_not_refused(self, tmp_path):
+        options = {"keep_special_tokens": True, "scorer_dtype": "float32", "pad_after_eos": False}
+        evaluate_gen_ppl.check_arguments(
+            evaluate_gen_ppl.EvaluationArguments("x", str(tmp_path), protocol="published", **options)
+        )
+
+    def test_a_scorer_that_reads_too_little(self, folder, tmp_path, monkeypatch):
+        GPT2Config(n_positions=8).save_pretrained(tmp_path / "short")
+        flags = [*OPTIONS, "--protocol", "published", "--scorer", tmp_path / "short", "--output_dir", tmp_path / "out"]
+        with pytest.raises(SystemExit, match="the model's 12 tokens, but --scorer reads 8: pass one that reads more"):
+            evaluate(monkeypatch, "--model", folder, *flags)
+        assert not (tmp_path / "out").exists()
+
+    def test_published_texts_of_berts_tokenizer(self, tmp_path):
+        """The published evaluation decoded LM1B with the class that is now called the legacy one."""
+        words = "[PAD] [UNK] [CLS] [SEP] [MASK] it ' s don t n re ve m ##s ##ing . , ? ! \" ( - he not".split()
+        (tmp_path / "vocab.txt").write_text("\n".join(words))
+        BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+        tokenizer, legacy = (
+            AutoTokenizer.from_pretrained(tmp_path / "bert"),
+            BertTokenizerLegacy(tmp_path / "vocab.txt"),
+        )
+        tokens = torch.randint(len(words), (500, 20)).tolist()
+        tokens.append(legacy.convert_tokens_to_ids("[CLS] it ' s not , he don ' t . [SEP]".split()))
+        args = evaluate_gen_ppl.EvaluationArguments("x", "y", protocol="published")
+        evaluate_gen_ppl.check_arguments(args)
+        texts = evaluate_gen_ppl.decode(tokenizer, tokens, args)
+        assert texts == legacy.batch_decode(tokens) and texts[-1] == "[CLS] it's not, he don't. [SEP]"
+        args.protocol = None
+        assert evaluate_gen_ppl.decode(tokenizer, tokens, args) == tokenizer.batch_decode(tokens) != texts
 
 
 class TestCallback:
