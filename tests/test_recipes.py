@@ -20,7 +20,10 @@ sys.path.insert(0, str(EXAMPLES))
 import distill_fmlm  # noqa: E402
 import evaluate_gen_ppl  # noqa: E402
 import grammar  # noqa: E402
+import script_utils  # noqa: E402
 import train_flm  # noqa: E402
+
+from trainers import FLMTrainingArguments, FMLMTrainingArguments  # noqa: E402
 
 
 TINY = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,conditioning_size=16"
@@ -111,15 +114,18 @@ def test_lm1b(run, tmp_path):
     assert AutoModel.from_pretrained("outputs/lm1b_two_network").config.model_type == "fmlm_two_network"
     run(
         evaluate_gen_ppl,
-        "evaluation",
+        "evaluation_fmlm_lm1b",
         model="outputs/lm1b_second_stage",
         num_steps=[1, 2],
         num_samples=4,
         scorer=oracle.FIXTURES / "scorer_tiny",
         output_dir="outputs/evaluation",
     )
-    table = Path("outputs/evaluation/results.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["1", "2"]
+    *table, _, line = Path("outputs/evaluation/results.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in table[2:]] == ["1", "2"]
+    assert "protocol published" in line and "Not comparable with the published figures" in line
+    sampling = json.loads(Path("outputs/evaluation/results.json").read_text())["sampling"]
+    assert (sampling["gamma"], sampling["max_length"], sampling["dtype"]) == (0.8, 16, "bfloat16")
     assert {path.name for path in Path("outputs/evaluation").iterdir()} >= {"samples_1.jsonl", "results.png"}
 
 
@@ -152,8 +158,11 @@ def test_owt(streaming, run, tmp_path):
     )
     assert "eval_loss" in logged("outputs/owt_flm")
     if not streaming:
-        run(distill_fmlm, "owt_single_stage", **QUICK, eval_gen_ppl_steps=0)
-        assert {"loss_diagonal", "loss_off_diagonal", "eval_loss"} <= logged("outputs/owt_single_stage").keys()
+        run(distill_fmlm, "owt_single_stage", **QUICK, **SCORED)
+        logs = logged("outputs/owt_single_stage")
+        assert {"loss_diagonal", "loss_off_diagonal", "eval_loss"} <= logs.keys()
+        (state,) = Path("outputs/owt_single_stage").glob("checkpoint-*/trainer_state.json")
+        assert json.loads(state.read_text())["best_metric"] == logs["eval_gen_ppl_1"]
 
 
 def test_text8(run, tmp_path):
@@ -188,9 +197,13 @@ def test_values_of_a_file_are_checked_as_those_of_flags(run, tmp_path, monkeypat
         run(evaluate_gen_ppl, "scalar", model="x", output_dir="y")
 
 
+EVALUATIONS = sorted(RECIPES.glob("evaluation_*.yaml"))
+TRAININGS = sorted(path for path in RECIPES.glob("*_*.yaml") if path not in EVALUATIONS)
+
+
 def test_global_batches_are_as_published():
     num_processes = yaml.safe_load((RECIPES / "ddp.yaml").read_text())["num_processes"]
-    for path in RECIPES.glob("*_*.yaml"):
+    for path in TRAININGS:
         recipe = yaml.safe_load(path.read_text())
         batch, accumulation = (
             recipe[f"{name}"] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -200,3 +213,77 @@ def test_global_batches_are_as_published():
         assert recipe["output_dir"] == f"outputs/{path.stem}"
         if "teacher" in recipe:
             assert (RECIPES / f"{Path(recipe['teacher']).name}.yaml").is_file()
+
+
+def parse(path: Path, *classes, monkeypatch, **flags):
+    """The arguments of a recipe, in the classes of its script."""
+    arguments = [str(value) for name, value in flags.items() for value in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["script", str(path), *arguments])
+    return script_utils.parse_arguments(*classes)
+
+
+# Numbers of steps, the share of fresh noise, and where the weights are, as published.
+PUBLISHED_EVALUATIONS = {
+    "evaluation_flm_lm1b": ([8, 16, 32, 64, 128, 256, 512, 1024], 0.0, "david3684/FLM-B-LM1B"),
+    "evaluation_fmlm_lm1b": ([1, 2, 4, 8, 16, 32], 0.8, "david3684/FMLM-B-LM1B"),
+    "evaluation_flm_owt": ([8, 16, 32, 64, 128, 256, 512, 1024], 0.0, "david3684/FLM-B-OWT"),
+    "evaluation_fmlm_owt": ([1, 2, 4, 8, 16, 32], 1.0, "david3684/FMLM-B-OWT"),
+}
+
+
+def test_evaluations_of_the_released_models_are_as_published(monkeypatch):
+    assert [path.stem for path in EVALUATIONS] == sorted(PUBLISHED_EVALUATIONS)
+    for path in EVALUATIONS:
+        num_steps, gamma, repository = PUBLISHED_EVALUATIONS[path.stem]
+        (args,) = parse(path, evaluate_gen_ppl.EvaluationArguments, monkeypatch=monkeypatch)
+        evaluate_gen_ppl.check_arguments(args)
+        assert (args.num_steps, args.gamma, args.protocol) == (num_steps, gamma, "published")
+        assert (args.scorer, args.scorer_dtype, args.num_samples) == ("gpt2-large", "float32", 1024)
+        assert len(args.seeds) == 1 and args.keep_special_tokens
+        assert (args.temperature, args.top_k, args.top_p, args.guidance_model) == (None, None, None, None)
+        assert args.output_dir == f"outputs/{path.stem}"
+        text = path.read_text()
+        assert f"hub.convert --checkpoint {repository} --output {args.model}\n" in text
+        assert f"examples/recipes/{path.name}\n" in text
+
+
+@pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.stem)
+def test_training_recipes_are_arguments_of_their_scripts(path, monkeypatch):
+    if path.stem.endswith("_flm"):
+        classes = (train_flm.ModelArguments, script_utils.DataArguments, FLMTrainingArguments)
+    else:
+        classes = (distill_fmlm.DistillationArguments, script_utils.DataArguments, FMLMTrainingArguments)
+    *_, args = parse(path, *classes, monkeypatch=monkeypatch, use_cpu=True)
+    recipe = yaml.safe_load(path.read_text())
+    assert args.max_steps == recipe["max_steps"] and args.adam_beta2 == recipe["adam_beta2"]
+    assert f"examples/recipes/{path.name}\n" in path.read_text()
+
+
+@pytest.mark.parametrize("data", ["lm1b", "owt"])
+def test_single_stage_is_as_the_authors_now_train(data, monkeypatch):
+    path = RECIPES / f"{data}_single_stage.yaml"
+    arguments, _, args = parse(
+        path,
+        distill_fmlm.DistillationArguments,
+        script_utils.DataArguments,
+        FMLMTrainingArguments,
+        monkeypatch=monkeypatch,
+        use_cpu=True,
+    )
+    assert (args.max_steps, args.adam_beta1, args.adam_beta2, args.learning_rate) == (1_000_000, 0.9, 0.95, 3e-4)
+    assert arguments.student is None and arguments.teacher == f"outputs/{data}_flm"  # starts from the teacher
+    preset = FMLMTrainingArguments.from_preset(arguments.preset, output_dir="x", use_cpu=True)
+    assert (preset.target, preset.divergence, preset.target_network) == ("semigroup", "cross_entropy", "student")
+    assert (preset.diagonal_fraction, preset.boundary_probability) == (0.5, 1 / 32)
+    assert (preset.intermediate_time, preset.time_sampling) == ("midpoint", "uniform_difference")
+    assert not {"diagonal_fraction", "boundary_probability", "target"} & yaml.safe_load(path.read_text()).keys()
+    # The checkpoint that is kept is the best at one step.
+    assert args.eval_steps == args.save_steps == args.eval_gen_ppl_steps
+    assert args.metric_for_best_model == "eval_gen_ppl_1" and 1 in args.eval_gen_ppl_num_steps
+    assert args.load_best_model_at_end and args.greater_is_better is False
+
+
+def test_two_stages_are_marked_as_those_of_february():
+    for path in TRAININGS:
+        is_february = path.stem.endswith(("_two_network", "_second_stage"))
+        assert path.read_text().startswith("# February's recipe (v1 of the paper)") == is_february, path
