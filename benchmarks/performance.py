@@ -16,12 +16,13 @@ Measures the library against the dense formulation, and against transformers' GP
 
     python benchmarks/performance.py train --vocab_sizes 50258 --lengths 128 --hidden_sizes 768 --batch_sizes 32
     python benchmarks/performance.py generate gpt2 --vocab_sizes 50258 --lengths 1024 --num_steps 1 8
+    python benchmarks/performance.py sample --lengths 1024 --batch_sizes 1 8 32 --num_steps 1 32 --attn_implementations eager
     python benchmarks/performance.py train --vocab_sizes 27 1000 30522 50258 --hidden_sizes 256 --plot cost.png
     python benchmarks/performance.py train distill generate gpt2 head batch --dtype bfloat16 --compile  # on a GPU
 
-Suites: `train`, an optimizer step of an FLM; `distill`, one of each recipe; `generate`, sampling; `gpt2`, training and
-generating with a GPT-2; `head`, ways to compute the cross-entropy of the head; `growth`, steps with different vocabularies
-that take turns; `batch`, the largest batch that fits in `--memory` GiB. Contenders take turns in one process. Memory is what a
+Suites: `train`, an optimizer step of an FLM; `distill`, one of each recipe; `generate`, sampling; `sample`, that of the library
+alone; `gpt2`, training and generating with a GPT-2; `head`, ways to compute the cross-entropy of the head; `growth`, steps with
+different vocabularies that take turns; `batch`, the largest batch that fits in `--memory` GiB. Contenders take turns in one process. Memory is what a
 call takes at most beyond what is held before it: weights and, in training, the state of the optimizer. On the CPU measuring
 it needs Linux.
 
@@ -37,6 +38,7 @@ import json
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -61,7 +63,7 @@ from trainers.noise import stratified_uniforms  # noqa: E402
 
 
 GIB = 2**30
-SUITES = ("train", "distill", "generate", "gpt2", "head", "growth", "batch")
+SUITES = ("train", "distill", "generate", "sample", "gpt2", "head", "growth", "batch")
 AXES = ("vocab_size", "length", "hidden_size", "attention", "batch_size")
 PRESETS = ("single_stage", "self_distillation", "two_network", "second_stage")
 
@@ -303,6 +305,27 @@ class Benchmark:
             with self.autocast():
                 settings = {**settings, "num_steps": num_steps}
                 self.record("generate", settings, functions, batch_size * length, "library")
+
+    def sample(self, vocab_size, length, hidden_size, attention, batch_size):
+        """`generate` of a flow map alone, each measured once, as many steps of many texts take long on a CPU."""
+        model = FMLMModel.from_flm(self.build(vocab_size, length, hidden_size, attention)).eval()
+        model.generate(num_samples=1, num_steps=1)  # makes what later calls keep
+        for num_steps in self.args.num_steps:
+            seconds = 0.0
+
+            def generate(num_steps: int = num_steps):
+                nonlocal seconds
+                start = time.perf_counter()
+                model.generate(num_samples=batch_size, batch_size=batch_size, num_steps=num_steps)
+                measure.synchronize(self.device)
+                seconds = time.perf_counter() - start
+
+            with self.autocast():
+                peak = measure.peak_memory(generate, self.device)
+            settings = dict(zip(AXES, (vocab_size, length, hidden_size, attention, batch_size)))
+            row = {"suite": "sample", "contender": "library", **settings, "num_steps": num_steps, "seconds": seconds}
+            row |= {"tokens_per_second": batch_size * length / seconds, "peak_gib": peak / GIB}
+            self.records.append(row | {"weights_gib": 4 * model.num_parameters() / GIB})
 
     def gpt2(self, vocab_size, length, hidden_size, attention, batch_size):
         sizes = (vocab_size, length, hidden_size)

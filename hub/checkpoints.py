@@ -34,6 +34,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -511,6 +512,12 @@ def download(repo_id: str, revision: str | None = None, token: str | None = None
             raise CheckpointError(
                 f"{name} has no {filename}: it is no repository that `PyTorchModelHubMixin` wrote."
             ) from error
+        except HfHubHTTPError as error:
+            if error.response.status_code in (401, 403):
+                raise CheckpointError(
+                    f"The Hub does not accept the token for {name}: log in with `hf auth login`, or pass another `--token`."
+                ) from error
+            raise CheckpointError(f"{name}: {filename} cannot be had from the Hub. {describe(error)}") from error
         except Exception as error:  # of the network, of the disk, of names
             raise CheckpointError(f"{name}: {filename} cannot be had from the Hub. {describe(error)}") from error
     return HubCheckpoint(*paths, name)

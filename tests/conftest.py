@@ -1,8 +1,10 @@
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
+from hub_server import LoopbackHub
 from transformers import CompileConfig
 
 from modeling_flm import FLMConfig, FLMModel, losses, modeling_flm
@@ -39,6 +41,18 @@ def build_flm(**overrides) -> FLMModel:
 @pytest.fixture
 def flm() -> FLMModel:
     return build_flm()
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A Hub that this process knows as the Hub."""
+    with LoopbackHub() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        yield server
 
 
 @pytest.fixture(params=["whole", 1, 7, pytest.param("compiled", marks=pytest.mark.slow)])

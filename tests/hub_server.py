@@ -32,6 +32,7 @@ class File:
 @dataclass
 class Repository:
     private: bool = False
+    gated: bool = False
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     branches: dict[str, str] = field(default_factory=dict)
@@ -170,6 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Problem(401, "Invalid username or password.")
 
     def repository(self, repo: str) -> Repository:
+        if "Authorization" in self.headers and not self.has_token:
+            raise _Problem(401, "Invalid credentials in Authorization header")
         repository = self.server.repositories.get(repo)
         if repository is None or (repository.private and not self.has_token):
             raise _Problem(404 if self.has_token else 401, "Repository not found", "RepoNotFound")
@@ -284,6 +287,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self.json(rows)
 
     def resolve(self, repo, revision, name):
+        if self.repository(repo).gated:
+            raise _Problem(403 if self.has_token else 401, f"Access to model {repo} is restricted.", "GatedRepo")
         sha, files = self.revision(repo, revision)
         headers = {"X-Repo-Commit": sha}
         if name not in files:

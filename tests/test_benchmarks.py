@@ -143,6 +143,7 @@ def test_program(tmp_path):
         "train",
         "distill",
         "generate",
+        "sample",
         "gpt2",
         "head",
         "growth",
@@ -174,5 +175,6 @@ def test_program(tmp_path):
     assert contenders["train"] == contenders["distill"] == contenders["batch"] == {"library", "dense"}
     assert {"library", "all logits", "its products alone"} <= contenders["head"]
     assert contenders["gpt2: one text"] == {"one-step flow map", "GPT-2 with KV cache"}
-    assert {row["num_steps"] for row in rows if row["suite"] == "generate"} == {1, 2}
+    assert {row["num_steps"] for row in rows if row["suite"] in ("generate", "sample")} == {1, 2}
+    assert contenders["sample"] == {"library"}
     assert (tmp_path / "plot.png").stat().st_size > 5000

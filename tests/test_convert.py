@@ -1,14 +1,20 @@
 """Conversion of published checkpoints: what comes out, and what must not happen on the way."""
 
+import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
+import huggingface_hub.constants
 import oracle
 import pytest
 import torch
+from hub_server import TOKEN, Fault, File, Repository
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from hub.checkpoints import CheckpointError, LightningCheckpoint
@@ -17,6 +23,7 @@ from trainers import train_tokenizer
 
 
 FLM, STAGE_1, STAGE_2 = (oracle.FIXTURES / f"{name}_tiny.ckpt" for name in ("flm", "fmlm_stage1", "fmlm"))
+RELEASED = oracle.FIXTURES / "released"
 
 
 class TestPublishedValues:
@@ -177,6 +184,319 @@ class TestOtherCheckpoints:
             convert(FLM, correction=FLM)
         with pytest.raises(CheckpointError, match="no such file"):
             convert("nowhere.ckpt")
+
+
+def released_folder(tmp_path, name: str = "flm_hub", settings: dict | None = None, **tensors):
+    """A copy of a folder that `PyTorchModelHubMixin` wrote, of which settings and tensors can be changed."""
+    folder = tmp_path / "published"
+    shutil.copytree(RELEASED / name, folder)
+    if tensors:
+        weights = load_file(folder / "model.safetensors") | tensors
+        save_file({name: x for name, x in weights.items() if x is not None}, folder / "model.safetensors")
+    if settings is not None:
+        content = json.loads((folder / "config.json").read_text())
+        for section, values in settings.items():
+            content[section] = {**content.get(section, {}), **values} if isinstance(values, dict) else values
+        (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+class TestHubFolders:
+    """Folders as `PyTorchModelHubMixin` writes them; the values that come out are in `test_released.py`."""
+
+    @pytest.mark.parametrize("gamma", [0.0, 0.8, 1])
+    def test_gamma_becomes_the_default_of_generate(self, gamma, tmp_path):
+        model = convert(released_folder(tmp_path, "fmlm_hub", {"sampling": {"gamma": gamma}}))
+        assert model.generation_config.gamma == gamma
+        model.save_pretrained(tmp_path / "model")
+        reloaded = AutoModel.from_pretrained(tmp_path / "model")
+        generator = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+        tokens = reloaded.generate(num_samples=4, num_steps=4, generator=generator())
+        assert torch.equal(tokens, model.generate(num_samples=4, num_steps=4, gamma=gamma, generator=generator()))
+
+    @pytest.mark.parametrize("gamma", [-0.1, 2, "much", [1]])
+    def test_gamma_that_makes_no_sense(self, gamma, tmp_path):
+        with pytest.raises(CheckpointError, match="`sampling.gamma` that is no number in"):
+            convert(released_folder(tmp_path, settings={"sampling": {"gamma": gamma}}))
+
+    def test_nothing_but_the_vocabulary_in_the_settings(self, tmp_path):
+        folder = released_folder(tmp_path)
+        (folder / "config.json").write_text('{"vocab_size": 53}')
+        with pytest.raises(CheckpointError, match="num_attention_heads.*--num-heads"):
+            convert(folder)
+        model = convert(folder, num_heads=2, length=12)
+        assert model.config == convert(RELEASED / "flm_hub").config
+        assert model.generation_config.gamma is None
+
+    @pytest.mark.parametrize(
+        "source, softcap, expected",
+        [
+            (FLM, "auto", None),
+            (FLM, 30.0, 30.0),
+            (RELEASED / "flm.ckpt", "auto", 30.0),
+            (RELEASED / "flm_hub", "auto", 30.0),
+            (RELEASED / "flm_hub", None, None),
+        ],
+    )
+    def test_final_logit_softcapping(self, source, softcap, expected):
+        assert convert(source, final_logit_softcapping=softcap).config.final_logit_softcapping == expected
+
+    @pytest.mark.parametrize(
+        "algorithm, gamma, expected",
+        [("flm", None, None), ("flm", 0.0, 30.0), ("dos", None, 30.0), ("flm_distill_double", None, None)],
+    )
+    def test_final_logit_softcapping_by_algorithm_and_gamma(self, algorithm, gamma, expected, tmp_path):
+        content = published(algorithm=algorithm)
+        content["hyper_parameters"]["config"]["sampling"] = {} if gamma is None else {"gamma": gamma}
+        torch.save(content, tmp_path / "x.ckpt")
+        config = convert(tmp_path / "x.ckpt", raw_weights=True).config
+        assert config.final_logit_softcapping == expected
+
+    @pytest.mark.parametrize("value, expected", [("none", None), ("25", 25.0)])
+    def test_final_logit_softcapping_flag(self, value, expected, tmp_path):
+        flags = ["--checkpoint", str(FLM), "--output", str(tmp_path / "out"), "--final-logit-softcapping", value]
+        main(flags)
+        assert AutoModel.from_pretrained(tmp_path / "out").config.final_logit_softcapping == expected
+
+    @pytest.mark.parametrize("value", ["0", "-3", "nan", "inf", "thirty"])
+    def test_final_logit_softcapping_flag_that_makes_no_sense(self, value, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            main(["--checkpoint", str(FLM), "--output", str(tmp_path / "out"), "--final-logit-softcapping", value])
+        assert "must be a positive number or `none`" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "name, settings, tensors, message",
+        [
+            ("flm_hub", {"algo": {"backbone": "dimamba"}}, {}, "its backbone is a Mamba"),
+            ("flm_hub", {}, {"blocks.0.mixer.in_proj.weight": torch.zeros(3)}, "its backbone is a Mamba"),
+            ("flm_hub", {}, {"cond_map.embedding_table.weight": torch.zeros(3, 16)}, "class-conditional"),
+            ("flm_hub", {"model": {"use_pos_emb": True}}, {}, "`use_pos_emb`"),
+            ("flm_hub", {}, {"pos_embed.weight": torch.zeros(12, 32)}, "`use_pos_emb`"),
+            ("flm_hub", {"algo": {"name": "mdlm"}}, {}, "a model of 'mdlm'"),
+            ("flm_hub", {"algo": {"name": "duo_base"}}, {}, "a model of 'duo_base'"),
+            ("fmlm_hub", {"algo": {"name": "fmlm_plus"}}, {}, r"it is an FMLM\+"),
+            ("fmlm_hub", {"algo": {"skip_time_reparam": True}}, {}, r"it is an FMLM\+"),
+            ("flm_hub", {"model_type": "bert"}, {}, "a model of transformers .'bert'."),
+            ("flm_hub", {}, {"vocab_embed.embedding": None}, "no embed_tokens.weight"),
+            ("flm_hub", {}, {"surprise": torch.zeros(3)}, r"unknown: 'surprise' \(3,\)"),
+        ],
+    )
+    def test_what_is_refused(self, name, settings, tensors, message, tmp_path):
+        with pytest.raises(CheckpointError, match=message):
+            convert(released_folder(tmp_path, name, settings, **tensors))
+
+    def test_fmlm_plus_file_is_refused(self):
+        with pytest.raises(CheckpointError, match=r"it is an FMLM\+"):
+            convert(RELEASED / "fmlm_plus.ckpt")
+
+    def test_a_name_says_nothing_of_the_tensors(self, tmp_path):
+        """The second time embedding makes a flow map, whatever the training was called."""
+        for name in ("dos_denoiser", "dos", "something_new"):
+            model = convert(released_folder(tmp_path / name, "fmlm_hub", {"algo": {"name": name}}))
+            assert type(model).__name__ == "FMLMModel"
+
+    def test_raw_weights_are_not_there(self):
+        with pytest.raises(CheckpointError, match="averaged weights only: leave out `--raw-weights`"):
+            convert(RELEASED / "flm_hub", raw_weights=True)
+
+    def test_half_precision_becomes_single(self, tmp_path):
+        weights = load_file(RELEASED / "flm_hub" / "model.safetensors")
+        folder = released_folder(tmp_path, **{name: tensor.bfloat16() for name, tensor in weights.items()})
+        model = convert(folder)
+        assert model.dtype == torch.float32
+        assert torch.equal(model.embed_tokens.weight, weights["vocab_embed.embedding"].bfloat16().float())
+
+    @pytest.mark.parametrize("filename", ["config.json", "model.safetensors"])
+    def test_missing_file(self, filename, tmp_path):
+        folder = released_folder(tmp_path)
+        (folder / filename).unlink()
+        with pytest.raises(CheckpointError, match=f"has no {filename}"):
+            convert(folder)
+
+    def test_a_file_in_the_place_of_its_folder(self):
+        with pytest.raises(CheckpointError, match="pass the folder"):
+            convert(RELEASED / "flm_hub" / "model.safetensors")
+
+    @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+    def test_truncated_weights(self, share, tmp_path):
+        path = released_folder(tmp_path) / "model.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(CheckpointError, match="model.safetensors is truncated or damaged"):
+            convert(path.parent)
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"\xff\xfe", b"{", b"[" * 10**6, b'{"algo": ' * 10**5, b"[1]", b"9" * 10**5, b" " * 2**23],
+        ids=["empty", "binary", "open", "nested list", "nested dictionary", "list", "number", "large"],
+    )
+    def test_settings_that_are_none(self, content, tmp_path):
+        folder = released_folder(tmp_path)
+        (folder / "config.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match="config.json (cannot be read|is not a dictionary)"):
+            convert(folder)
+
+    @pytest.mark.parametrize("heads", [0, -1, True, "two", 10**30, None])
+    def test_sizes_that_make_no_sense(self, heads, tmp_path):
+        with pytest.raises(CheckpointError, match="does not say its `num_attention_heads`"):
+            convert(released_folder(tmp_path, settings={"model": {"n_heads": heads}}))
+
+    @pytest.mark.slow
+    def test_memory(self, tmp_path):
+        """A model of the released size takes at most half of its file beyond the file itself."""
+        folder = released_folder(tmp_path, settings={"model": {"n_heads": 12, "length": 1024}, "vocab_size": 50258})
+        small, weights = load_file(folder / "model.safetensors"), {}
+        sizes = {53: 50258, 32: 768, 16: 128, 128: 3072, 96: 2304, 192: 4608, 64: 1536, 256: 256, 8: 32}
+        for name, tensor in small.items():
+            for block in range(12) if ".0." in name and "blocks" in name else [0]:
+                weights[name.replace("blocks.0.", f"blocks.{block}.")] = torch.ones([sizes[n] for n in tensor.shape])
+        save_file(weights, folder / "model.safetensors")
+        size = (folder / "model.safetensors").stat().st_size
+        assert size > 6.7e8
+        script = """
+import json, sys
+from hub.convert import main
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+before = status("VmRSS")
+main(["--checkpoint", sys.argv[1], "--output", sys.argv[2]])
+print(json.dumps(status("VmHWM") - before))
+"""
+        command = [sys.executable, "-c", script, str(folder), str(tmp_path / "out")]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        assert int(output.splitlines()[-1]) < 1.5 * size
+
+
+REPO_ID = "me/flm-tiny"
+
+
+class TestHub:
+    """`--checkpoint` is the name of a repository, on a Hub of the loopback interface."""
+
+    @pytest.fixture
+    def repository(self, server):
+        files = {path.name: File(path.read_bytes()) for path in (RELEASED / "flm_hub").iterdir()}
+        files["model.safetensors"].is_lfs = True
+        server.repositories[REPO_ID] = Repository()
+        server.repositories[REPO_ID].commit("main", files, "first")
+        return server.repositories[REPO_ID]
+
+    @pytest.fixture
+    def waits_not(self, monkeypatch):
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    def change(self, repository, **changes) -> str:
+        """Another commit, in which files are changed or, by `None`, left out."""
+        files = {**repository.commits[repository.branches["main"]], **changes}
+        return repository.commit("main", {name: file for name, file in files.items() if file is not None}, "next")
+
+    def refuse(self, tmp_path, capsys, match, *flags, checkpoint=REPO_ID):
+        with pytest.raises(SystemExit, match=match) as error:
+            main(["--checkpoint", checkpoint, "--output", str(tmp_path / "out"), *flags])
+        assert "\n" not in str(error.value)  # one line
+        assert not (tmp_path / "out").exists()
+
+    def test_by_name(self, repository, server, tmp_path, capsys):
+        main(["--checkpoint", REPO_ID, "--output", str(tmp_path / "out")])
+        model, expected = AutoModel.from_pretrained(tmp_path / "out"), convert(RELEASED / "flm_hub")
+        assert all(torch.equal(x, expected.state_dict()[name]) for name, x in model.state_dict().items())
+        assert "FLMModel with 40,501 parameters" in capsys.readouterr().out
+        downloads = {request.split("/")[-1] for request in server.requests if request.startswith("GET")}
+        assert {"config.json", "model.safetensors"} <= downloads and "README.md" not in downloads
+
+    def test_revision(self, repository, tmp_path, capsys):
+        first = repository.branches["main"]
+        files = {path.name: File(path.read_bytes()) for path in (RELEASED / "fmlm_hub").iterdir()}
+        second = self.change(repository, **files)
+        for revision, name in ((first, "FLMModel"), (second, "FMLMModel"), ("main", "FMLMModel")):
+            main(["--checkpoint", REPO_ID, "--revision", revision, "--output", str(tmp_path / revision)])
+            assert type(AutoModel.from_pretrained(tmp_path / revision)).__name__ == name
+        self.refuse(tmp_path, capsys, "has no revision 'v9': pass another `--revision`", "--revision", "v9")
+        self.refuse(tmp_path, capsys, "`--revision` is of a Hub repo", "--revision", "v9", checkpoint=str(FLM))
+
+    def test_offline_from_the_cache(self, repository, server, tmp_path, monkeypatch, capsys):
+        convert(REPO_ID)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        requests = len(server.requests)
+        assert torch.equal(convert(REPO_ID).lm_head.bias, convert(RELEASED / "flm_hub").lm_head.bias)
+        assert len(server.requests) == requests
+        self.refuse(tmp_path, capsys, "config.json is not in the cache", checkpoint="me/another")
+
+    @pytest.mark.parametrize("filename", ["config.json", "model.safetensors"])
+    def test_missing_file(self, filename, repository, tmp_path, capsys):
+        self.change(repository, **{filename: None})
+        self.refuse(tmp_path, capsys, f"{REPO_ID} has no {filename}")
+
+    def test_truncated_file(self, repository, tmp_path, capsys):
+        content = repository.commits[repository.branches["main"]]["model.safetensors"].content
+        self.change(repository, **{"model.safetensors": File(content[:1000], is_lfs=True)})
+        self.refuse(tmp_path, capsys, "model.safetensors is truncated or damaged")
+
+    def test_connection_that_breaks(self, repository, server, tmp_path, capsys, waits_not):
+        server.faults.append(Fault("GET .*model.safetensors", "cut", count=100))
+        self.refuse(tmp_path, capsys, "model.safetensors (cannot be had|is not in the cache)")
+        server.faults.clear()
+        assert convert(REPO_ID).config.vocab_size == 53  # nothing of it is left in the cache
+
+    def test_token(self, repository, tmp_path, capsys):
+        repository.private = True
+        self.refuse(tmp_path, capsys, "no such repository on the Hub. If it is private, log in with `hf auth login`")
+        self.refuse(tmp_path, capsys, "does not accept the token .* another `--token`", "--token", "hf_wrong")
+        main(["--checkpoint", REPO_ID, "--token", TOKEN, "--output", str(tmp_path / "out")])
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+
+    def test_gated(self, repository, tmp_path, capsys):
+        repository.gated = True
+        self.refuse(tmp_path, capsys, "is gated: ask for access on its page, and log in")
+        self.refuse(tmp_path, capsys, "is gated: ask for access on its page, and log in", "--token", TOKEN)
+
+    def test_no_such_repository(self, server, tmp_path, capsys):
+        self.refuse(tmp_path, capsys, "There is no me/nothing on this machine", checkpoint="me/nothing")
+
+    def test_no_connection(self, repository, server, tmp_path, capsys, waits_not):
+        server.faults.append(Fault("config.json", "500", count=1000))
+        self.refuse(tmp_path, capsys, "config.json (cannot be had|is not in the cache)")
+
+    def test_tokenizer_that_the_settings_name(self, repository, server, tmp_path):
+        tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", vocab_size=100)
+        other = train_tokenizer(["a b c"], "word", vocab_size=100)
+        for name, saved in (("tokenizer", tokenizer), ("other", other)):
+            saved.save_pretrained(tmp_path / name)
+            server.repositories[f"me/{name}"] = Repository()
+            files = {path.name: File(path.read_bytes()) for path in (tmp_path / name).iterdir()}
+            server.repositories[f"me/{name}"].commit("main", files, "first")
+
+        # In a process of its own, as the tokenizers of transformers remember where the Hub is.
+        script = """
+import sys
+from hub.convert import main
+for name in sys.argv[1:]:
+    main(["--checkpoint", "me/flm-tiny", "--revision", name, "--output", name])
+main(["--checkpoint", "me/flm-tiny", "--revision", "other", "--tokenizer", "me/tokenizer", "--output", "given"])
+"""
+        # The last four cannot be had, or are not of this model.
+        names = {"right": "me/tokenizer", "other": "me/other", "none": None, "path": "../tokenizer", "nothing": "me/x"}
+        for branch, name in names.items():
+            content = json.loads((RELEASED / "flm_hub" / "config.json").read_text())
+            content["data"]["tokenizer_name_or_path"] = name
+            files = repository.commits[repository.branches["main"]]
+            repository.commit(branch, files | {"config.json": File(json.dumps(content).encode())}, branch)
+        folder = tmp_path / "run"
+        folder.mkdir()
+        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, "-c", script, *names]
+        process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        has_tokenizer = {path.name: (path / "tokenizer.json").is_file() for path in folder.iterdir()}
+        assert has_tokenizer == {name: name in ("right", "given") for name in (*names, "given")}
+        assert "me/other, which has 7 tokens, but the model has 53: pass `--tokenizer`" in process.stderr
+        assert "me/x, the tokenizer that the checkpoint names, cannot be had" in process.stderr
+        for name in ("right", "given"):
+            assert AutoTokenizer.from_pretrained(folder / name).get_vocab() == tokenizer.get_vocab()
+            config = AutoModel.from_pretrained(folder / name).config
+            assert config.eos_token_id == tokenizer.eos_token_id and config.pad_token_id == tokenizer.pad_token_id
 
 
 class _Runs:

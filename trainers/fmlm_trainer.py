@@ -24,6 +24,7 @@ from transformers.utils import logging
 from hub.card import is_hub_name
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import flow_map, hold, interpolate, project_to_simplex, semigroup_weight
+from modeling_flm.losses import one_hot_chunks
 
 from .callbacks import as_forward, evaluating
 from .flm_trainer import FLMTrainer
@@ -236,9 +237,7 @@ class FMLMTrainer(FLMTrainer):
     def _diagonal_target(self, teacher_state, tau_s, masks: Masks, labels) -> Denoiser:
         """The denoiser of the teacher, or the data."""
         if self.teacher is None:
-            zeros = torch.zeros(1, 1, 1, device=labels.device).expand(*labels.shape, self.model.config.vocab_size)
-            # Not `one_hot`, which waits for the device to check the labels
-            return lambda piece: zeros[:, piece].scatter(-1, labels[:, piece, None].clamp(min=0), 1.0)
+            return one_hot_chunks(labels, self.model.config.vocab_size)
         return self._denoiser(self.teacher, teacher_state, tau_s, tau_s, masks)
 
     def _semigroup_target(self, state, tau_s, tau_u, tau_t, masks: Masks) -> Denoiser:
