@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # A process for each core, each with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-.PHONY: install quickstart test test-slow lint format clean
+.PHONY: install quickstart published test test-slow lint format clean
 
 install: $(INSTALLED)
 
@@ -17,6 +17,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 quickstart: $(INSTALLED)  ## train a small model and watch it write
 	$(BIN)/python examples/quickstart.py
+
+published: $(INSTALLED)  ## the released models beside their published figures; ARGS=--quick for a first look
+	$(BIN)/python examples/published.py $(ARGS)
 
 test: $(INSTALLED)  ## the fast tests
 	$(PYTEST)

@@ -505,9 +505,7 @@ def download(repo_id: str, revision: str | None = None, token: str | None = None
         except RevisionNotFoundError as error:
             raise CheckpointError(f"{repo_id} has no revision {revision!r}: pass another `--revision`.") from error
         except LocalEntryNotFoundError as error:  # before its base class, `EntryNotFoundError`
-            raise CheckpointError(
-                f"{name}: {filename} is not in the cache, and the Hub cannot be reached. {describe(error)}"
-            ) from error
+            raise CheckpointError(f"{name}: {filename} is not in the cache, and the Hub cannot be reached.") from error
         except EntryNotFoundError as error:
             raise CheckpointError(
                 f"{name} has no {filename}: it is no repository that `PyTorchModelHubMixin` wrote."

@@ -1,0 +1,178 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Take the four models that the paper's authors released, measure them as published, and print the figures side by side.
+
+    python examples/published.py                                # 1024 texts at every published number of steps, on a GPU
+    python examples/published.py --quick                        # 32 texts, at most 32 steps
+    python examples/published.py --models fmlm_lm1b --quick
+
+Each model is downloaded, converted, and evaluated with its recipe in `examples/recipes`. What is in --output_dir already is not
+done again. With several GPUs, run `accelerate launch` as the recipes say first: their results are found here.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, get_session
+from transformers import AutoConfig
+from transformers.utils import logging
+
+from hub.convert import main as convert
+
+
+EXAMPLES = Path(__file__).parent
+
+# Generative perplexity under GPT-2 large and entropy in nats, by the number of steps: arXiv 2602.16813 and its repository
+PUBLISHED = {
+    "flm_lm1b": {
+        8: (243.36, 2.41),
+        16: (198.53, 4.22),
+        32: (152.01, 4.40),
+        64: (126.51, 4.36),
+        128: (112.54, 4.34),
+        256: (104.59, 4.32),
+        512: (99.75, 4.30),
+        1024: (96.91, 4.29),
+    },
+    "fmlm_lm1b": {
+        1: (119.34, 4.16),
+        2: (110.19, 4.21),
+        4: (98.76, 4.21),
+        8: (86.32, 4.21),
+        16: (78.35, 4.21),
+        32: (69.21, 4.21),
+    },
+    "flm_owt": {
+        8: (449.15, 5.21),
+        16: (380.99, 5.66),
+        32: (240.11, 5.72),
+        64: (147.28, 5.68),
+        128: (103.30, 5.58),
+        256: (82.05, 5.48),
+        512: (70.22, 5.40),
+        1024: (62.23, 5.33),
+    },
+    "fmlm_owt": {
+        1: (168.30, 5.17),
+        2: (133.29, 5.25),
+        4: (111.31, 5.26),
+        8: (86.50, 5.36),
+        16: (63.63, 5.29),
+        32: (45.09, 5.25),
+    },
+}
+_QUICK_SAMPLES, _QUICK_STEPS = 32, 32
+
+
+def repository(name: str, owner: str) -> str:
+    """`flm_lm1b` is `FLM-B-LM1B` on the Hub."""
+    model, data = name.upper().split("_")
+    return f"{owner}/{model}-B-{data}"
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The results of a model, which is converted and evaluated where that has not been done."""
+    folder = args.output_dir / name
+    results = args.output_dir / f"evaluation_{name}{'_quick' if args.quick else ''}"
+    if not folder.is_dir():
+        print(f"{name}: converting {repository(name, args.owner)}", flush=True)
+        convert(["--checkpoint", repository(name, args.owner), "--output", str(folder)])
+    if not (folder / "tokenizer_config.json").is_file():
+        raise SystemExit(
+            f"error: {folder} has no tokenizer: put the one of the model there, by its `save_pretrained`."
+        )
+    if not (results / "results.json").is_file():
+        command = [sys.executable, EXAMPLES / "evaluate_gen_ppl.py", EXAMPLES / "recipes" / f"evaluation_{name}.yaml"]
+        flags = ["--model", folder, "--output_dir", results, "--scorer", args.scorer]
+        if args.quick:
+            steps = [num_steps for num_steps in PUBLISHED[name] if num_steps <= _QUICK_STEPS]
+            flags += ["--num_samples", _QUICK_SAMPLES, "--num_steps", *steps]
+        process = subprocess.run([*map(str, command), *map(str, flags)])
+        if process.returncode != 0:
+            raise SystemExit(f"error: the evaluation of {name} failed, see above.")
+    return json.loads((results / "results.json").read_text(encoding="utf-8"))
+
+
+def compare(name: str, evaluation: dict[str, Any]) -> str:
+    """A table of ours beside the published figures, in Markdown."""
+    sampling, size = evaluation["sampling"], evaluation["num_samples"]
+    lines = [
+        f"### {name}, gamma {sampling.get('gamma', 0.0)}, {size} texts under {evaluation['scorer']}",
+        "",
+        "| steps | gen. ppl, published | ours (95 %) | deviation | entropy, published | ours | deviation |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in evaluation["results"]:
+        perplexity, entropy = PUBLISHED[name][row["num_steps"]]
+        low, high = row["gen_ppl_interval"]
+        cells = [
+            *(row["num_steps"], perplexity, f"{row['gen_ppl']:.2f} ({low:.2f} - {high:.2f})"),
+            f"{row['gen_ppl'] / perplexity - 1:+.1%}",
+            *(entropy, f"{row['entropy']:.2f}", f"{row['entropy'] - entropy:+.2f}"),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED))
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{_QUICK_SAMPLES} texts at up to {_QUICK_STEPS} steps, for a first look"
+    )
+    parser.add_argument("--owner", default="david3684", help="whose repositories on the Hub")
+    parser.add_argument("--scorer", default="gpt2-large", help="the language model that scores the texts")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/published"))
+    return parser
+
+
+def is_hub_reachable() -> bool:
+    """Asks once, where downloads would try for half a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # whose class depends on the HTTP library of huggingface_hub
+        return False
+    return True
+
+
+def main(args: argparse.Namespace):
+    if not constants.HF_HUB_OFFLINE and not is_hub_reachable():
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for the evaluation, a process of its own
+    try:
+        AutoConfig.from_pretrained(args.scorer)
+    except OSError:
+        where = (
+            "the Hub cannot be reached, and it is not in the cache" if constants.HF_HUB_OFFLINE else "it is not there"
+        )
+        raise SystemExit(f"error: {args.scorer}, which scores the texts, cannot be loaded: {where}.") from None
+    tables = []
+    for name in args.models:
+        tables.append(compare(name, measure(name, args)))
+        print(f"\n{tables[-1]}\n", flush=True)
+    (args.output_dir / "published.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+    if args.quick:
+        print(f"A first look: {_QUICK_SAMPLES} texts say little, and the published figures are of 1024.")
+    print(f"Texts, tables and plots: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    main(make_parser().parse_args())
