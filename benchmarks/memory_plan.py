@@ -13,7 +13,7 @@
 # limitations under the License.
 """
 Counts what training takes on each GPU, from the models themselves: parameters, and the activations that a block saves for
-the backward pass, without and with gradient checkpointing. Nothing is allocated: the tensors are fake.
+the backward pass, without and with activation checkpointing. Nothing is allocated: the tensors are fake.
 
     python benchmarks/memory_plan.py --gpu_memory 80
 
@@ -47,7 +47,7 @@ class Counts:
     saved_per_token: int
     """Bytes that a block saves for each token."""
     checkpointed_per_token: int
-    """Bytes of its input, which is all that it saves with gradient checkpointing."""
+    """Bytes of its input, which is all that it saves with activation checkpointing."""
     num_blocks: int
 
     def activations_per_token(self, checkpointing: bool) -> int:
@@ -138,7 +138,7 @@ def main():
                     # What is gathered of a block, and of embedding and head, with its gradient and its copy in bfloat16
                     others = model.parameters - model.num_blocks * model.block_parameters
                     gathered = 10 * (model.block_parameters + others) if engine == "FSDP2" else 2 * model.parameters
-                    free = args.gpu_memory * GIB * 0.92 - held - gathered - 16 * CHUNK_ELEMENTS["default"]
+                    free = args.gpu_memory * GIB * 0.92 - held - gathered - 20 * CHUNK_ELEMENTS["default"]
                     texts = [
                         max(0, int(free // (model.activations_per_token(checkpointing) * args.length)))
                         for checkpointing in (False, True)

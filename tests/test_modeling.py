@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_flm, sampling
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel
 
-from modeling_flm import FLMConfig, FLMModel
+from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel
+from modeling_flm.guidance_flm import Autoguidance
 from modeling_flm.modeling_flm import FLMLayer
 
 
@@ -158,6 +160,89 @@ class TestConfig:
         config = FLMConfig(vocab_size=100, attn_logit_softcapping=None, eos_token_id=2)
         config.save_pretrained(tmp_path)
         assert AutoConfig.from_pretrained(tmp_path).to_dict() == {**config.to_dict(), "_name_or_path": str(tmp_path)}
+
+
+class TestFinalLogitSoftcapping:
+    """A cap of 0.5, where it counts, against outputs of the head that are capped here."""
+
+    times = torch.tensor([0.1, 0.5, 0.7]), torch.tensor([0.1, 0.9, 1.0])
+
+    @staticmethod
+    def capped(model, hidden_states):
+        return 0.5 * torch.tanh(model.lm_head(hidden_states) / 0.5)
+
+    def build(self, model_class):
+        flm = build_flm(final_logit_softcapping=0.5)
+        if model_class is FLMModel:
+            return flm
+        model = model_class.from_flm(flm).eval()
+        if model_class is FMLMTwoNetworkModel:
+            torch.nn.init.normal_(model.correction.lm_head.weight)
+        return model
+
+    def expected(self, model, state):
+        hidden_states = model.encode(state, *self.times)
+        if not isinstance(model, FMLMTwoNetworkModel):
+            return self.capped(model, hidden_states).softmax(-1)
+        s, t = (model.time.tau_to_t(tau)[:, None, None] for tau in self.times)
+        flow, correction = hidden_states.chunk(2, dim=-1)
+        raw = model.correction.lm_head(correction)  # which no cap touches
+        assert raw.abs().max() > 1
+        return self.capped(model.flow, flow).softmax(-1) + 0.5 * (t - s) * (1 - s) * raw
+
+    @pytest.mark.parametrize("model_class", [FLMModel, FMLMModel, FMLMTwoNetworkModel])
+    def test_denoise_and_forward(self, model_class, path):
+        model = self.build(model_class)
+        assert model.config.final_logit_softcapping == 0.5
+        state = torch.randn(3, 12, model.state_embedding.shape[1])
+        expected = self.expected(model, state)
+        delta = torch.cat(list(model.denoise(state, *self.times)), dim=1)
+        torch.testing.assert_close(delta, expected)
+        output = model(inputs_embeds=state, timesteps=self.times[0], target_timesteps=self.times[1])
+        torch.testing.assert_close(model.delta(output.logits), expected)
+        with torch.no_grad():  # in place
+            torch.testing.assert_close(torch.cat(list(model.denoise(state, *self.times)), dim=1), expected)
+
+    @pytest.mark.parametrize("model_class", [FLMModel, FMLMModel, FMLMTwoNetworkModel])
+    def test_guidance(self, model_class):
+        model, worse = self.build(model_class), build_flm(final_logit_softcapping=0.5, num_hidden_layers=1)
+        both = Autoguidance(model, worse, 2.0)
+        state = torch.randn(3, 12, both.state_embedding.shape[1])
+        own, other = state.tensor_split([model.state_embedding.shape[1]], dim=-1)
+        strong = self.expected(model, own)
+        weak = self.capped(worse, worse.encode(other, self.times[0])).softmax(-1)
+        delta = torch.cat(list(both.denoise(state, *self.times)), dim=1)
+        torch.testing.assert_close(delta, strong + 2.0 * (strong - weak))
+
+    @pytest.mark.parametrize("model_class", [FLMModel, FMLMModel])
+    def test_reward(self, model_class):
+        model, seen = self.build(model_class), []
+
+        def reward(soft_tokens):
+            seen.append(soft_tokens.detach())
+            return soft_tokens[..., 0].sum(dim=-1)
+
+        state = torch.randn(3, 12, 32)
+        model.generate(prior_state=state, num_steps=1, reward=reward, reward_scale=1.0)
+        hidden_states = model.encode(state, torch.zeros(3), torch.ones(3))
+        torch.testing.assert_close(seen[0], self.capped(model, hidden_states).softmax(-1))
+
+    def test_derivative_in_time(self):
+        model = self.build(FMLMModel).double()
+        torch.nn.init.normal_(model.target_time_embedding.linear_2.weight)
+        state = torch.randn(3, 12, 32, dtype=torch.float64)
+        start, end = (tau.double() for tau in self.times)
+        delta = lambda tau: model.delta(model.predict(model.encode(state, start, tau), start, tau))  # noqa: E731
+        with torch.no_grad():  # as targets are made
+            _, change = torch.func.jvp(delta, (end,), (torch.ones_like(end),))
+            # Times are in float32 within the network: a wide difference.
+            difference = (delta(end + 1e-3) - delta(end - 1e-3)) / 2e-3
+        torch.testing.assert_close(change, difference, rtol=2e-2, atol=2e-2 * change.abs().max().item())
+
+    @pytest.mark.parametrize("value", [0, -1.0])
+    def test_values_that_make_no_sense(self, value):
+        with pytest.raises(StrictDataclassError, match="`final_logit_softcapping` must be positive, or `None` for no"):
+            FLMConfig(final_logit_softcapping=value)
 
 
 class TestSaving:
@@ -309,7 +394,7 @@ class TestPrecisionAndSpeed:
         assert torch.equal(inputs[0], inputs[1])
         assert (output.logits - exact.logits).abs().max() < 0.03 * exact.logits.abs().max()
 
-    def test_gradient_checkpointing_changes_no_gradient(self, flm, batch):
+    def test_activation_checkpointing_changes_no_gradient(self, flm, batch):
         def gradients():
             flm.zero_grad()
             arguments = {"noise": noise, "t": flm.time.tau_to_t(batch["timesteps"]), "labels": batch["input_ids"]}
