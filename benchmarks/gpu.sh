@@ -13,6 +13,7 @@ python -m pytest -q -m gpu tests | tee "$out/tests.txt"
 measure train_compiled train --lengths 1024 --batch_sizes 16 --compile
 measure train_eager train --lengths 1024 --batch_sizes 16
 measure generate_compiled generate gpt2 --lengths 1024 --batch_sizes 8 --num_steps 1 8 64 --compile
+measure sample sample --lengths 1024 --batch_sizes 1 8 32 --num_steps 1 32 --attn_implementations eager
 measure head head --lengths 1024 --batch_sizes 32
 measure distill distill --lengths 1024 --batch_sizes 8
 measure attention train --lengths 1024 --batch_sizes 16 --attn_implementations sdpa flex_attention --compile

@@ -362,14 +362,15 @@ class Benchmark:
         ones = torch.ones(batch_size, length, device=self.device)
         flat, flat_labels = hidden_states.flatten(0, 1), labels.flatten()
 
-        def library():
+        def library(softcap: float | None):
             def function(outputs, piece):
-                return softmax_cross_entropy(outputs, labels[:, piece])
+                return softmax_cross_entropy(outputs, labels[:, piece], softcap)
 
             return head_loss(function, ones, hidden_states, weight, bias)[0] / labels.numel()
 
         losses = {
-            "library": library,
+            "library": partial(library, None),
+            "library, capped logits": partial(library, FLMConfig().final_logit_softcapping),
             "all logits": lambda: F.cross_entropy(F.linear(flat, weight, bias).float(), flat_labels),
         }
         if hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -396,7 +397,7 @@ class Benchmark:
             with self.autocast():
                 return flat @ weight.T, gradient @ weight, gradient.T @ flat
 
-        expected = run("all logits")
+        expected = run("all logits")  # which are small, so that the cap hardly changes the loss
         for name in losses:
             if abs(run(name) - expected) > 1e-2 * expected:
                 raise RuntimeError(f"{name} gives {run(name)}, and all logits {expected}.")
