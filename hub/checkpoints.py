@@ -521,13 +521,16 @@ def download(repo_id: str, revision: str | None = None, token: str | None = None
     return HubCheckpoint(*paths, name)
 
 
-def open_checkpoint(source: str | Path, revision: str | None = None, token: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path | Checkpoint, revision: str | None = None, token: str | None = None
+) -> Checkpoint:
     """
     A checkpoint from wherever it is.
 
     Args:
-        source (`str` or `Path`):
-            A file of Lightning, a folder with `config.json` and `model.safetensors`, or the name of a Hub repository.
+        source (`str`, `Path` or [`Checkpoint`]):
+            A file of Lightning, a folder with `config.json` and `model.safetensors`, or the name of a Hub repository. What is
+            open already is returned.
         revision (`str`, *optional*): A branch, a tag or a commit of the repository.
         token (`str`, *optional*): A token with the right to read the repository.
 
@@ -537,6 +540,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None, token: str 
     Raises:
         `CheckpointError`: if there is no such thing, or it is damaged.
     """
+    if isinstance(source, Checkpoint):
+        return source
     path = Path(source)
     if path.is_dir():
         for filename in (CONFIG_NAME, SAFE_WEIGHTS_NAME):

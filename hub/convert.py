@@ -174,8 +174,8 @@ def _build(
 
 
 def convert(
-    checkpoint: str | Path,
-    correction: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint,
+    correction: str | Path | Checkpoint | None = None,
     raw_weights: bool = False,
     num_heads: int | None = None,
     length: int | None = None,
@@ -187,10 +187,10 @@ def convert(
     Builds the model of a published checkpoint.
 
     Args:
-        checkpoint (`str` or `Path`):
+        checkpoint (`str`, `Path` or [`~checkpoints.Checkpoint`]):
             An FLM, or a flow map that is one network: a file of PyTorch Lightning, a folder with the `config.json` and
             `model.safetensors` of `PyTorchModelHubMixin`, or the name of a Hub repository.
-        correction (`str` or `Path`, *optional*):
+        correction (`str`, `Path` or [`~checkpoints.Checkpoint`], *optional*):
             Likewise the correction network of the first distillation stage, of which `checkpoint` is the flow.
         raw_weights (`bool`, *optional*, defaults to `False`):
             Whether to take the weights of the training and not their moving average.
@@ -214,22 +214,12 @@ def convert(
     """
     main = open_checkpoint(checkpoint, revision, token)
     other = None if correction is None else open_checkpoint(correction, token=token)
-    return _convert(main, other, raw_weights, num_heads, length, final_logit_softcapping)
-
-
-def _convert(
-    main: Checkpoint,
-    other: Checkpoint | None,
-    raw_weights: bool,
-    num_heads: int | None,
-    length: int | None,
-    softcap: float | str | None,
-) -> PreTrainedModel:
-    for checkpoint in (main, other):
-        if checkpoint is not None:
-            _refuse_other_models(checkpoint)
+    for opened in (main, other):
+        if opened is not None:
+            _refuse_other_models(opened)
     weights = main.weights(raw_weights)
     settings = _sizes(main, num_heads, length)
+    softcap = final_logit_softcapping
     settings["final_logit_softcapping"] = _softcap(main) if softcap == "auto" else softcap
     is_flow_map = any(name.startswith("target_time_embedding.") for name in weights)
     if other is None:
@@ -343,9 +333,15 @@ def main(arguments: list[str] | None = None):
             parser.error(f"--tokenizer: {error}")
     try:
         checkpoint = open_checkpoint(args.checkpoint, args.revision, args.token)
-        correction = None if args.correction is None else open_checkpoint(args.correction, token=args.token)
-        sizes = (args.num_heads, args.length, args.final_logit_softcapping)
-        model = _convert(checkpoint, correction, args.raw_weights, *sizes)
+        model = convert(
+            checkpoint,
+            args.correction,
+            raw_weights=args.raw_weights,
+            num_heads=args.num_heads,
+            length=args.length,
+            final_logit_softcapping=args.final_logit_softcapping,
+            token=args.token,
+        )
     except CheckpointError as error:
         raise SystemExit(f"error: {error}") from None
     if tokenizer is None:
