@@ -416,6 +416,7 @@ class TestPrecisionAndSpeed:
         torch.testing.assert_close(gradients(), expected)
         assert len(calls) == 2, "the block was not computed again in the backward pass"
 
+    @pytest.mark.slow
     def test_compiles_without_graph_breaks(self, batch):
         model = build_flm(dropout=0.0)
         compiled = torch.compile(model, fullgraph=True)

@@ -48,6 +48,7 @@ def run(tmp_path: Path, *arguments, **environment) -> subprocess.CompletedProces
     return subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_two_models_beside_their_published_figures(hub, tmp_path):
     scorer = oracle.FIXTURES / "scorer_tiny"
     arguments = ["--models", "flm_owt", "fmlm_lm1b", "--scorer", scorer]

@@ -199,7 +199,13 @@ torch.save(results, "results.pt")
 """
 
 
-@pytest.mark.parametrize("kind, source", ALL_SOURCES)
+@pytest.mark.parametrize(
+    "kind, source",
+    [
+        pytest.param(kind, source, marks=pytest.mark.slow if source.endswith(".ckpt") else ())
+        for kind, source in ALL_SOURCES
+    ],
+)
 def test_remote_code_in_another_process(kind, source, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # where the tokenizer would be
     main(["--checkpoint", str(FOLDER / source), "--output", str(tmp_path / "model")])
