@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModel
 
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, FLMGenerationOutput
-from .guidance_flm import ClassifierReward, LanguageModelReward
 from .modeling_flm import FLMModel, FLMOutput, FMLMModel, FMLMTwoNetworkModel
 from .pipeline_flm import FLMPipeline
+from .rewards import ClassifierReward, LanguageModelReward
 from .time_reparameterization import ReparameterizedTime
 
 

@@ -33,8 +33,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
-from .flow import JointNoise, flow_map, gamma_coefficients, hold
+from .flow import flow_map, gamma_coefficients, hold
 from .guidance_flm import Autoguidance, Reward, reward_gradient
+from .joint_noise import JointNoise
 
 
 logger = logging.get_logger(__name__)

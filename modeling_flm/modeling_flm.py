@@ -23,14 +23,24 @@ from torch import nn
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
+from .backbone_flm import (
+    FLMAttention,
+    FLMLayer,
+    FLMLayerNorm,
+    FLMLossWeighting,
+    FLMModulation,
+    FLMPromptMark,
+    FLMTimeEmbedding,
+    modulate,
+    rotary_embedding,
+)
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
-from .flow import JointNoise, hold, interpolate
+from .flow import hold, interpolate
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, raise_recompile_limit
+from .joint_noise import JointNoise
 from .losses import (
     DIVERGENCES,
     LossFunction,
@@ -79,79 +89,6 @@ class FLMOutput(ModelOutput):
     token_losses: torch.FloatTensor | None = None
 
 
-class FLMLayerNorm(nn.Module):
-    """Layer normalization without bias, computed and returned in float32."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(hidden_states.float(), self.weight.shape, self.weight.float(), None, self.eps)
-
-
-class FLMTimeEmbedding(nn.Module):
-    """Embeds times in [0, 1], of shape `(batch_size,)`, into `(batch_size, conditioning_size)`."""
-
-    def __init__(self, config: FLMConfig):
-        super().__init__()
-        self.num_frequencies = config.timestep_embedding_size // 2
-        self.linear_1 = nn.Linear(config.timestep_embedding_size, config.conditioning_size)
-        self.linear_2 = nn.Linear(config.conditioning_size, config.conditioning_size)
-
-    def forward(self, times: torch.Tensor) -> torch.Tensor:
-        exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=times.device)
-        frequencies = torch.exp(-math.log(10000) / self.num_frequencies * exponents)
-        angles = times.float()[:, None] * frequencies
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.linear_2(F.silu(self.linear_1(sinusoids.to(self.linear_1.weight.dtype))))
-
-
-class FLMLossWeighting(nn.Module):
-    """The learned logarithm of the weight of the loss, of shape `(batch_size,)`, at times of this shape."""
-
-    def __init__(self, config: FMLMConfig):
-        super().__init__()
-        self.time_embedding = FLMTimeEmbedding(config)
-        self.linear_1 = nn.Linear(config.conditioning_size, 128)
-        self.linear_2 = nn.Linear(128, 1)
-
-    def forward(self, times: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(F.gelu(self.linear_1(self.time_embedding(times)))).squeeze(-1)
-
-
-class FLMPromptMark(nn.Module):
-    """Adds a learned vector to the states of known positions; starts at zero."""
-
-    def __init__(self, config: FLMConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(config.hidden_size))
-
-    def forward(self, state: torch.Tensor, known_mask: torch.Tensor | None) -> torch.Tensor:
-        if known_mask is None:
-            if not self.training:
-                return state
-            known_mask = state.new_zeros(state.shape[:2])  # for a gradient of zero, which DDP waits for
-        return state + known_mask[..., None] * self.weight
-
-
-class FLMModulation(nn.Linear):
-    """Turns the conditioning into `num_chunks` modulations of shape `(batch_size, 1, hidden_size)`; starts at zero."""
-
-    def __init__(self, config: FLMConfig, num_chunks: int):
-        super().__init__(config.conditioning_size, num_chunks * config.hidden_size)
-        self.num_chunks = num_chunks
-
-    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super().forward(conditioning.to(self.weight.dtype))[:, None].chunk(self.num_chunks, dim=-1)
-
-
-def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`normed * (1 + scale) + shift`, in the float32 of `normed`."""
-    return torch.addcmul(shift.to(normed.dtype), normed, 1 + scale.to(normed.dtype))
-
-
 class FLMHead(nn.Linear):
     """The output projection, with float32 outputs also under autocast; starts at zero, the uniform distribution."""
 
@@ -166,141 +103,6 @@ class FLMHead(nn.Linear):
             return head_loss(loss_function, loss_weights, hidden_states, self.weight, self.bias)
         # Contiguous, as a stretch of positions is not: it becomes one product of matrices, and not one for each sequence.
         return super().forward(hidden_states.to(self.weight.dtype).contiguous()).float()
-
-
-def rotary_embedding(
-    length: int, head_dim: int, theta: float, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Cosines and sines of the rotary position embedding, each of shape `(length, head_dim)`. Computed in every forward
-    pass: it costs nothing beside a block, and a buffer would be lost in `from_pretrained`.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / theta**exponents
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def apply_rotary_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates `x` of shape `(batch_size, num_heads, sequence_length, head_dim)` in non-interleaved halves."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    output_attentions: bool | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of `query`, `key` and `value` of shape `(batch_size, num_heads, sequence_length, head_dim)`."""
-    batch_size, num_heads, length, _ = query.shape
-    rows = chunks(1, batch_size, num_heads * length**2, query.device)
-    if not (torch.is_grad_enabled() or output_attentions or module.config.output_attentions) and len(rows) > 1:
-        # Nothing keeps the weights: a few sequences at a time, the memory for them does not grow with the batch.
-        tensors = [query, key, value] + (
-            [] if attention_mask is None else [attention_mask.expand(batch_size, -1, -1, -1)]
-        )
-        outputs = []
-        for piece in rows:
-            part = [tensor[piece] for tensor in tensors] + [None] * (attention_mask is None)
-            outputs.append(eager_attention_forward(module, *part, scaling, softcap)[0])
-        return torch.cat(outputs), None
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if softcap is not None:
-        weights = softcap * torch.tanh(weights / softcap)
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-class FLMAttention(nn.Module):
-    """Bidirectional multi-head attention with rotary positions and softcapped logits."""
-
-    def __init__(self, config: FLMConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch_size, length, hidden_size = hidden_states.shape
-        qkv = self.qkv_proj(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
-        query, key, value = (x.transpose(1, 2) for x in qkv.unbind(dim=2))
-        # Float32 tables promote: go back to the dtype of the value, which every attention function expects.
-        query = apply_rotary_embedding(query, *position_embeddings).to(value.dtype)
-        key = apply_rotary_embedding(key, *position_embeddings).to(value.dtype)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.scaling,
-            softcap=self.config.attn_logit_softcapping,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(batch_size, length, hidden_size)), weights
-
-
-class FLMMLP(nn.Module):
-    def __init__(self, config: FLMConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner = self.up_proj(hidden_states)
-        if torch.is_grad_enabled():
-            return self.down_proj(F.gelu(inner, approximate="tanh"))
-        # In place: this is what takes the most memory in sampling.
-        return self.down_proj(torch.ops.aten.gelu_(inner, approximate="tanh"))
-
-
-class FLMLayer(GradientCheckpointingLayer):
-    """A block of the diffusion transformer (DiT): attention and MLP, modulated and gated by the time (adaLN-Zero)."""
-
-    def __init__(self, config: FLMConfig):
-        super().__init__()
-        self.norm1 = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = FLMAttention(config)
-        self.norm2 = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = FLMMLP(config)
-        self.modulation = FLMModulation(config, num_chunks=6)
-        self.dropout = nn.Dropout(config.dropout)
-        self.compiled = None  # see `compile_regions`
-
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, **kwargs) -> torch.Tensor:
-        return (self.compiled or FLMLayer.compute)(self, hidden_states, conditioning, **kwargs)
-
-    def compute(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, **kwargs) -> torch.Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning)
-        dtype = hidden_states.dtype
-        normed = modulate(self.norm1(hidden_states), shift1, scale1).to(dtype)
-        attention, _ = self.self_attn(normed, **kwargs)
-        hidden_states = torch.addcmul(hidden_states, gate1, self.dropout(attention))
-        normed = modulate(self.norm2(hidden_states), shift2, scale2).to(dtype)
-        return torch.addcmul(hidden_states, gate2, self.dropout(self.mlp(normed)))
 
 
 class FLMPreTrainedModel(PreTrainedModel):
@@ -583,10 +385,10 @@ class FLMPreTrainedModel(PreTrainedModel):
                 with a `prompt_mark`. Their `labels` should be -100.
             noise (`torch.FloatTensor` of shape `(batch_size, sequence_length, noise_size)`, *optional*):
                 Standard normal variables. For one network by itself `noise_size` is `min(vocab_size, hidden_size)`, see
-                [`~flow.noise_size`]. Needs `input_ids` and `t`.
+                [`~joint_noise.noise_size`]. Needs `input_ids` and `t`.
             t (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
                 The interpolant time of each sequence, `model.time.tau_to_t(timesteps)`. Needs `noise`.
-            joint_noise ([`~flow.JointNoise`], *optional*):
+            joint_noise ([`~joint_noise.JointNoise`], *optional*):
                 That of this model's embeddings, which come first, and of other networks that see the same noise. Made of
                 this model's unless given.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):

@@ -7,8 +7,8 @@ import torch
 from hub_server import LoopbackHub
 from transformers import CompileConfig
 
-from modeling_flm import FLMConfig, FLMModel, losses, modeling_flm
-from modeling_flm.flow import JointNoise
+from modeling_flm import FLMConfig, FLMModel, backbone_flm, losses, modeling_flm
+from modeling_flm.joint_noise import JointNoise
 
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
@@ -65,6 +65,7 @@ def path(request, monkeypatch) -> str | int:
 
         monkeypatch.setattr(losses, "chunks", chunks)
         monkeypatch.setattr(modeling_flm, "chunks", chunks)
+        monkeypatch.setattr(backbone_flm, "chunks", chunks)
     return request.param
 
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from conftest import build_flm, noise_factors
 
-from modeling_flm.flow import flow_map, interpolate, noise_size, semigroup_weight
+from modeling_flm.flow import flow_map, interpolate, semigroup_weight
+from modeling_flm.joint_noise import noise_size
 
 
 def relative_error(value, expected):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel, losses
-from modeling_flm.flow import JointNoise
+from modeling_flm.joint_noise import JointNoise
 from modeling_flm.losses import chunks, head_loss, softcap_logits, softmax_cross_entropy, softmax_divergence
 from trainers import PRESETS, FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
 

@@ -13,8 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel
+from modeling_flm.backbone_flm import FLMLayer
 from modeling_flm.guidance_flm import Autoguidance
-from modeling_flm.modeling_flm import FLMLayer
 
 
 @pytest.fixture
@@ -335,7 +335,7 @@ class TestAttention:
         hidden = torch.randn(3, 12, 32)
         attention = hard.layers[0].self_attn
         query = key = value = torch.randn(3, 4, 12, 8)
-        from modeling_flm.modeling_flm import eager_attention_forward
+        from modeling_flm.backbone_flm import eager_attention_forward
 
         _, weights = eager_attention_forward(attention, query, key, value, None, scaling=10.0, softcap=0.01)
         logits = (query @ key.transpose(2, 3) * 10.0).double()

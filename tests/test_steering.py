@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from modeling_flm import ClassifierReward, FLMGenerationConfig, FMLMModel, FMLMTwoNetworkModel, LanguageModelReward
-from modeling_flm.flow import JointNoise
+from modeling_flm.joint_noise import JointNoise
 from trainers import generate_samples
 
 

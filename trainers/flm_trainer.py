@@ -45,7 +45,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 from hub.card import TRAINING_NAME
 from hub.publish import PublishError, assemble, publish
 from modeling_flm import FLMModel
-from modeling_flm.flow import JointNoise, noise_size
+from modeling_flm.joint_noise import JointNoise, noise_size
 from modeling_flm.time_reparameterization import ReparameterizedTime
 
 from .callbacks import EMACallback, GenPPLCallback, SampleCallback
