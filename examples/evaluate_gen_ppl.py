@@ -76,6 +76,8 @@ _PUBLISHED = {
     "pad_after_eos": (False, "counts all tokens of the model"),
     "scorer_dtype": ("float32", "scores in float32"),
 }
+# What may be said of the sampling where figures stand beside the published ones.
+_AS_PUBLISHED = {"protocol", "gamma", "dtype", "revision", *_PUBLISHED}
 _PUBLISHED_SCORER, _PUBLISHED_NUM_SAMPLES = "gpt2-large", 1024
 
 
@@ -148,7 +150,7 @@ def check_arguments(args: EvaluationArguments):
     """Raises a `SystemExit` for what cannot be used, and fills in what follows from other arguments."""
     if args.timesteps is not None:
         if args.num_steps is not None:
-            raise SystemExit("--timesteps sets the number of steps: leave out --num_steps")
+            raise SystemExit("--timesteps sets the number of steps: leave out --num_steps, also that of a YAML file")
         args.num_steps = [len(args.timesteps) - 1]
     with explained():
         FLMGenerationConfig(**{name: getattr(args, name) for name in (*_GENERATION, "timesteps")})
@@ -228,10 +230,11 @@ def describe_evaluation(evaluation: dict[str, Any]) -> str:
     line = ", ".join(parts) + "."
     if evaluation["sampling"].get("protocol") == "published":
         measured = (evaluation["num_samples"], Path(evaluation["scorer"]).name)  # it may be a folder, or have an owner
-        if measured != (_PUBLISHED_NUM_SAMPLES, _PUBLISHED_SCORER):
+        others = evaluation["sampling"].keys() - _AS_PUBLISHED
+        if measured != (_PUBLISHED_NUM_SAMPLES, _PUBLISHED_SCORER) or others:
             line += (
                 f" Not comparable with the published figures: those are of {_PUBLISHED_NUM_SAMPLES} texts, scored by "
-                f"{_PUBLISHED_SCORER}."
+                f"{_PUBLISHED_SCORER}{', without ' + ', '.join(sorted(others)) if others else ''}."
             )
     return line
 

@@ -18,8 +18,9 @@ Take the four models that the paper's authors released, measure them as publishe
     python examples/published.py --quick                        # 32 texts, at most 32 steps
     python examples/published.py --models fmlm_lm1b --quick
 
-Each model is downloaded, converted, and evaluated with its recipe in `examples/recipes`. What is in --output_dir already is not
-done again. With several GPUs, run `accelerate launch` as the recipes say first: their results are found here.
+Each model is downloaded, converted to outputs/NAME, and evaluated with its recipe in `examples/recipes`, to
+outputs/evaluation_NAME. What is there already is not done again. With several GPUs, run the recipes by `accelerate launch`
+first: they write to the same places.
 """
 
 import argparse
@@ -96,7 +97,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         convert(["--checkpoint", repository(name, args.owner), "--output", str(folder)])
     if not (folder / "tokenizer_config.json").is_file():
         raise SystemExit(
-            f"error: {folder} has no tokenizer: put the one of the model there, by its `save_pretrained`."
+            f"error: {folder} has no tokenizer. Delete it, and run `python -m hub.convert --checkpoint "
+            f"{repository(name, args.owner)} --tokenizer NAME --output {folder}` with its name."
         )
     if not (results / "results.json").is_file():
         command = [sys.executable, EXAMPLES / "evaluate_gen_ppl.py", EXAMPLES / "recipes" / f"evaluation_{name}.yaml"]
@@ -120,6 +122,8 @@ def compare(name: str, evaluation: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in evaluation["results"]:
+        if row["num_steps"] not in PUBLISHED[name]:
+            continue
         perplexity, entropy = PUBLISHED[name][row["num_steps"]]
         low, high = row["gen_ppl_interval"]
         cells = [
@@ -133,13 +137,21 @@ def compare(name: str, evaluation: dict[str, Any]) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED))
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=list(PUBLISHED),
+        default=list(PUBLISHED),
+        help="which of the four, by default all",
+    )
     parser.add_argument(
         "--quick", action="store_true", help=f"{_QUICK_SAMPLES} texts at up to {_QUICK_STEPS} steps, for a first look"
     )
     parser.add_argument("--owner", default="david3684", help="whose repositories on the Hub")
     parser.add_argument("--scorer", default="gpt2-large", help="the language model that scores the texts")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/published"))
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs"), help="where the models and their results are"
+    )
     return parser
 
 

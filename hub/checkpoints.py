@@ -117,8 +117,21 @@ class _Tensor:
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
 
+# No class, no module and no storage of a checkpoint has a longer name. Names that are put together from strings which a
+# pickle has once could take any memory.
+_MAX_NAME = 200
+
+_MAX_DIMENSIONS = 8
+
+
 def _is_sizes(value: Any) -> bool:
-    return type(value) is tuple and all(type(size) is int and 0 <= size < 2**48 for size in value)
+    if type(value) is not tuple or len(value) > _MAX_DIMENSIONS:
+        return False
+    return all(type(size) is int and 0 <= size < 2**48 for size in value)
+
+
+def _is_name(value: Any) -> bool:
+    return type(value) is str and len(value) <= _MAX_NAME
 
 
 def _reduce(function: Any, arguments: Any) -> Any:
@@ -131,7 +144,7 @@ def _reduce(function: Any, arguments: Any) -> Any:
     if name == "torch._utils._rebuild_tensor_v2" and type(arguments) is tuple and len(arguments) >= 4:
         storage, offset, shape, stride = arguments[:4]
         sizes_are_sizes = _is_sizes((offset,)) and _is_sizes(shape) and _is_sizes(stride)
-        if isinstance(storage, _Storage) and sizes_are_sizes and len(shape) == len(stride) <= 8:
+        if isinstance(storage, _Storage) and sizes_are_sizes and len(shape) == len(stride):
             return _Tensor(storage, offset, shape, stride)
     return _Object(name)
 
@@ -141,7 +154,7 @@ def _persistent(identifier: Any, root: str) -> Any:
     if type(identifier) is tuple and len(identifier) == 5:
         _, kind, key, _, size = identifier
         dtype = _STORAGES.get(kind.name.removeprefix("torch.")) if isinstance(kind, _Object) else None
-        if dtype is not None and type(key) is str and _is_sizes((size,)):
+        if dtype is not None and _is_name(key) and _is_sizes((size,)):
             return _Storage(f"{root}/data/{key}", dtype, size)
     return _Object("storage")
 
@@ -208,10 +221,10 @@ def _interpret(data: bytes, root: str) -> Any:
             items = pop_to_mark()
             set_items(stack[-1], items)
         elif name == "GLOBAL":
-            stack.append(_Object(argument.replace(" ", ".", 1)))
+            stack.append(_Object(argument.replace(" ", ".", 1) if _is_name(argument) else ""))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
-            stack.append(_Object(f"{module}.{attribute}" if type(module) is type(attribute) is str else ""))
+            stack.append(_Object(f"{module}.{attribute}" if _is_name(module) and _is_name(attribute) else ""))
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
             stack.append(_reduce(function, arguments))
@@ -403,6 +416,7 @@ class _Entry:
 
     key: str
     shape: tuple[int, ...]
+    dtype: str
 
 
 class HubCheckpoint(Checkpoint):
@@ -430,7 +444,8 @@ class HubCheckpoint(Checkpoint):
             )
         try:
             with safe_open(self.path, framework="pt") as file:
-                self.entries = {key: _Entry(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()}
+                slices = {key: file.get_slice(key) for key in file.keys()}
+                self.entries = {key: _Entry(key, tuple(x.get_shape()), x.get_dtype()) for key, x in slices.items()}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{name}: {SAFE_WEIGHTS_NAME} is truncated or damaged: {describe(error)}") from error
 
@@ -464,10 +479,15 @@ class HubCheckpoint(Checkpoint):
         pass  # safetensors opens no file that declares more than it has
 
     def load(self, tensor: _Entry) -> torch.Tensor:
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"it has numbers of type {tensor.dtype}, not one of {', '.join(_DTYPES)}")
         # Opened anew for each, and copied: pages of an open file count as memory, too.
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(tensor.key).to(torch.float32, copy=True)
 
+
+# What safetensors calls the types that published weights may have: others would be quantized
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 # Of a configuration that is not read if it is larger
 _MAX_SETTINGS = 2**22
@@ -542,22 +562,26 @@ def open_checkpoint(
     """
     if isinstance(source, Checkpoint):
         return source
+    source = str(source).rstrip("/") or str(source)  # as shells complete names
     path = Path(source)
+    is_repository = (
+        not path.exists() and source.count("/") == 1 and path.suffix not in _SUFFIXES and is_hub_name(source)
+    )
+    if revision is not None and not is_repository:
+        raise CheckpointError(f"`--revision` is of a Hub repository, such as owner/name, and {source} is none.")
     if path.is_dir():
         for filename in (CONFIG_NAME, SAFE_WEIGHTS_NAME):
             if not (path / filename).is_file():
+                files = sorted(file.name for file in path.glob("*.ckpt"))
+                hint = f" To convert {files[0]}, name the file." if files else ""
                 raise CheckpointError(
-                    f"{source} has no {filename}: it is no folder that `PyTorchModelHubMixin` wrote."
+                    f"{source} has no {filename}: it is no folder that `PyTorchModelHubMixin` wrote.{hint}"
                 )
-        return HubCheckpoint(path / CONFIG_NAME, path / SAFE_WEIGHTS_NAME, str(source))
+        return HubCheckpoint(path / CONFIG_NAME, path / SAFE_WEIGHTS_NAME, source)
     if path.suffix == ".safetensors" and path.is_file():
         raise CheckpointError(f"{source}: pass the folder, whose {CONFIG_NAME} has the settings.")
-    # A repository has an owner, and no name that is that of a file.
-    if not path.exists() and str(source).count("/") == 1 and path.suffix not in _SUFFIXES and is_hub_name(str(source)):
-        return download(str(source), revision, token)
-    if revision is not None:
-        raise CheckpointError(f"`--revision` is of a Hub repository, such as owner/name, and {source} is none.")
-    return LightningCheckpoint(source)
+    return download(source, revision, token) if is_repository else LightningCheckpoint(source)
 
 
+# What tells a file that is not there from a repository
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")

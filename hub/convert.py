@@ -23,8 +23,10 @@ What a checkpoint is follows from its tensors. Nothing that is in it runs: see `
 
 import argparse
 import math
+import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +75,17 @@ def _refuse_other_models(checkpoint: Checkpoint):
         reason = "it is class-conditional (`cond_map`)"
     elif checkpoint.setting("model", "use_pos_emb") is True or any("pos_emb" in name for name in names):
         reason = "it has learned positions (`use_pos_emb`)"
+    elif checkpoint.setting("algo", "causal_attention") is True:
+        reason = "its attention is causal (`algo.causal_attention`)"
+    elif checkpoint.setting("algo", "double_temb") is True and not _is_flow_map(names):
+        # The published network leaves them out of what it saves where its name is an old one.
+        reason = "it is a flow map (`algo.double_temb`) without the tensors of its second time embedding"
     if reason is not None:
         raise CheckpointError(f"{checkpoint.name} cannot be converted: {reason}.")
+
+
+def _is_flow_map(names: Iterable[str]) -> bool:
+    return any(name.startswith("target_time_embedding.") for name in names)
 
 
 def _softcap(checkpoint: Checkpoint) -> float | None:
@@ -98,7 +109,8 @@ def _gamma(checkpoint: Checkpoint) -> float | None:
     gamma = checkpoint.setting("sampling", "gamma")
     if gamma is None or (type(gamma) in (int, float) and 0 <= gamma <= 1):
         return gamma
-    raise CheckpointError(f"{checkpoint.name} has a `sampling.gamma` that is no number in [0, 1].")
+    logger.warning(f"{checkpoint.name} has a `sampling.gamma` that is no number in [0, 1], and is left out.")
+    return None
 
 
 def _sizes(checkpoint: Checkpoint, num_heads: int | None, length: int | None) -> dict[str, Any]:
@@ -122,6 +134,13 @@ def _sizes(checkpoint: Checkpoint, num_heads: int | None, length: int | None) ->
         if type(settings[name]) is not int or not 0 < settings[name] < 2**24:
             raise CheckpointError(
                 f"{checkpoint.name} does not say its `{name}`: pass a positive number as `--{flag}`."
+            )
+    stated = {"hidden_size": "hidden_size", "num_hidden_layers": "n_blocks", "conditioning_size": "cond_dim"}
+    for name, key in stated.items():
+        value = checkpoint.setting("model", key)
+        if type(value) is int and value != settings[name]:
+            raise CheckpointError(
+                f"{checkpoint.name} says `model.{key}: {value}`, but its tensors are of {settings[name]}: some are missing."
             )
     dropout = checkpoint.setting("model", "dropout")
     if type(dropout) in (int, float) and 0 <= dropout < 1:
@@ -221,7 +240,7 @@ def convert(
     settings = _sizes(main, num_heads, length)
     softcap = final_logit_softcapping
     settings["final_logit_softcapping"] = _softcap(main) if softcap == "auto" else softcap
-    is_flow_map = any(name.startswith("target_time_embedding.") for name in weights)
+    is_flow_map = _is_flow_map(weights)
     if other is None:
         if is_flow_map and main.algorithm == _CORRECTION_ALGORITHM:
             raise CheckpointError(
@@ -235,7 +254,7 @@ def convert(
         if is_flow_map:
             raise CheckpointError(f"{main.name} is a flow map: with `--correction`, `--checkpoint` must be an FLM.")
         corrections = other.weights(raw_weights)
-        if not any(name.startswith("target_time_embedding.") for name in corrections):
+        if not _is_flow_map(corrections):
             raise CheckpointError(f"{other.name} is not a flow map: `--correction` must be one of the first stage.")
         if other.algorithm not in (None, _CORRECTION_ALGORITHM):
             raise CheckpointError(
@@ -254,13 +273,14 @@ def convert(
     return model
 
 
-def _published_tokenizer(checkpoint: Checkpoint, vocab_size: int) -> PreTrainedTokenizerBase | None:
+def _published_tokenizer(checkpoint: Checkpoint, vocab_size: int, token: str | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer that the model was trained with, if the checkpoint names one that can be had."""
     name = checkpoint.setting("data", "tokenizer_name_or_path")
     if not is_hub_name(name):
+        logger.warning(f"{checkpoint.name} names no tokenizer that the Hub could have: pass one as `--tokenizer`.")
         return None
     try:
-        tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+        tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(name, trust_remote_code=False, token=token))
     except Exception:  # of the network, of a name that is no tokenizer's
         logger.warning(
             f"{name}, the tokenizer that the checkpoint names, cannot be had: pass another as `--tokenizer`."
@@ -322,17 +342,20 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--length", type=_positive, help="length of the texts, where the checkpoint does not say")
     args = parser.parse_args(arguments)
     output = Path(args.output)
-    if output.exists():
+    if os.path.lexists(output):
         parser.error(f"--output: {output} exists already; name another folder")
 
     tokenizer = None
     if args.tokenizer is not None:
         try:
-            tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(args.tokenizer))
-        except (OSError, ValueError) as error:
-            parser.error(f"--tokenizer: {error}")
+            tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(args.tokenizer, token=args.token))
+        except Exception as error:  # of files, of the network, of names
+            parser.error(f"--tokenizer: {args.tokenizer} cannot be loaded. {describe(error)}")
     try:
         checkpoint = open_checkpoint(args.checkpoint, args.revision, args.token)
+        embedding = checkpoint.tensors.get("embed_tokens.weight")
+        if tokenizer is not None and embedding is not None and embedding.shape[:1] != (len(tokenizer),):
+            parser.error(f"--tokenizer: it has {len(tokenizer)} tokens, but the model has {embedding.shape[0]}")
         model = convert(
             checkpoint,
             args.correction,
@@ -345,10 +368,8 @@ def main(arguments: list[str] | None = None):
     except CheckpointError as error:
         raise SystemExit(f"error: {error}") from None
     if tokenizer is None:
-        tokenizer = _published_tokenizer(checkpoint, model.config.vocab_size)
+        tokenizer = _published_tokenizer(checkpoint, model.config.vocab_size, args.token)
     if tokenizer is not None:
-        if len(tokenizer) != model.config.vocab_size:
-            parser.error(f"--tokenizer: it has {len(tokenizer)} tokens, but the model has {model.config.vocab_size}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(model.config, name, getattr(tokenizer, name))
             setattr(model.generation_config, name, getattr(tokenizer, name))
@@ -364,7 +385,9 @@ def main(arguments: list[str] | None = None):
             tokenizer.save_pretrained(folder)
         Path(folder).chmod(0o755)
         Path(folder).rename(output)
-    print(f"{type(model).__name__} with {model.num_parameters():,} parameters: {output}")
+    softcap = model.config.final_logit_softcapping
+    told = f"logits {'without a cap' if softcap is None else f'capped at {softcap}'}"
+    print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {told}: {output}")
 
 
 if __name__ == "__main__":

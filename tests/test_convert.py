@@ -214,10 +214,10 @@ class TestHubFolders:
         tokens = reloaded.generate(num_samples=4, num_steps=4, generator=generator())
         assert torch.equal(tokens, model.generate(num_samples=4, num_steps=4, gamma=gamma, generator=generator()))
 
-    @pytest.mark.parametrize("gamma", [-0.1, 2, "much", [1]])
-    def test_gamma_that_makes_no_sense(self, gamma, tmp_path):
-        with pytest.raises(CheckpointError, match="`sampling.gamma` that is no number in"):
-            convert(released_folder(tmp_path, settings={"sampling": {"gamma": gamma}}))
+    @pytest.mark.parametrize("gamma", [-0.1, 2, "much", [1], True])
+    def test_gamma_that_makes_no_sense_is_left_out(self, gamma, tmp_path):
+        model = convert(released_folder(tmp_path, settings={"sampling": {"gamma": gamma}}))
+        assert model.generation_config.gamma is None
 
     def test_nothing_but_the_vocabulary_in_the_settings(self, tmp_path):
         folder = released_folder(tmp_path)
@@ -272,6 +272,15 @@ class TestHubFolders:
             ("flm_hub", {}, {"cond_map.embedding_table.weight": torch.zeros(3, 16)}, "class-conditional"),
             ("flm_hub", {"model": {"use_pos_emb": True}}, {}, "`use_pos_emb`"),
             ("flm_hub", {}, {"pos_embed.weight": torch.zeros(12, 32)}, "`use_pos_emb`"),
+            ("flm_hub", {"algo": {"causal_attention": True}}, {}, "its attention is causal"),
+            ("flm_hub", {"algo": {"double_temb": True}}, {}, "without the tensors of its second time embedding"),
+            (
+                "flm_hub",
+                {"model": {"n_blocks": 3}},
+                {},
+                "`model.n_blocks: 3`, but its tensors are of 2: some are missing",
+            ),
+            ("flm_hub", {"model": {"hidden_size": 64}}, {}, "`model.hidden_size: 64`, but its tensors are of 32"),
             ("flm_hub", {"algo": {"name": "mdlm"}}, {}, "a model of 'mdlm'"),
             ("flm_hub", {"algo": {"name": "duo_base"}}, {}, "a model of 'duo_base'"),
             ("fmlm_hub", {"algo": {"name": "fmlm_plus"}}, {}, r"it is an FMLM\+"),
@@ -305,6 +314,57 @@ class TestHubFolders:
         model = convert(folder)
         assert model.dtype == torch.float32
         assert torch.equal(model.embed_tokens.weight, weights["vocab_embed.embedding"].bfloat16().float())
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+    def test_types_of_numbers_that_are_no_weights(self, dtype, tmp_path):
+        name = "output_layer.linear.weight"
+        weight = load_file(RELEASED / "flm_hub" / "model.safetensors")[name].to(dtype)
+        with pytest.raises(CheckpointError, match="lm_head.weight cannot be read: ValueError: it has numbers of type"):
+            convert(released_folder(tmp_path, **{name: weight}))
+
+    def test_paths(self, tmp_path, capsys):
+        folder = released_folder(tmp_path)
+        assert convert(f"{folder}/").config.vocab_size == 53
+        with pytest.raises(CheckpointError, match="`--revision` is of a Hub repository"):
+            convert(folder, revision="main")
+        shutil.copy(RELEASED / "flm.ckpt", folder / "flm.ckpt")
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match="has no model.safetensors.*To convert flm.ckpt, name the file"):
+            convert(folder)
+        (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+        with pytest.raises(SystemExit):
+            main(["--checkpoint", str(FLM), "--output", str(tmp_path / "dangling")])
+        assert "exists already" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("content", ["{}", "[]", "garbage"])
+    def test_tokenizer_that_is_damaged(self, content, tmp_path, capsys):
+        train_tokenizer(["a b c"], "word", vocab_size=100).save_pretrained(tmp_path / "t")
+        (tmp_path / "t" / "tokenizer.json").write_text(content)
+        flags = ["--checkpoint", str(FLM), "--tokenizer", str(tmp_path / "t"), "--output", str(tmp_path / "out")]
+        with pytest.raises(SystemExit):
+            main(flags)
+        assert "--tokenizer: " in capsys.readouterr().err.splitlines()[-1]
+
+    def test_says_what_it_took_for_the_cap(self, tmp_path, capsys):
+        for name, source, told in (("a", FLM, "without a cap"), ("b", RELEASED / "flm.ckpt", "capped at 30.0")):
+            main(
+                [
+                    "--checkpoint",
+                    str(source),
+                    "--output",
+                    str(tmp_path / name),
+                    "--tokenizer",
+                    str(self.words(tmp_path, name)),
+                ]
+            )
+            assert f"logits {told}" in capsys.readouterr().out
+
+    @staticmethod
+    def words(tmp_path, name):
+        size = {"a": 63, "b": 49}[name]
+        tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(size))], "word", vocab_size=100)
+        tokenizer.save_pretrained(tmp_path / f"words_{name}")
+        return tmp_path / f"words_{name}"
 
     @pytest.mark.parametrize("filename", ["config.json", "model.safetensors"])
     def test_missing_file(self, filename, tmp_path):
@@ -628,6 +688,20 @@ class TestHostileFiles:
         "no mark": b"t.",
         "no end": b"}",
         "old opcode": b"(ios\nsystem\n.",
+        # A long string, once, in 20,000 names; and a long tuple, once, for 20,000 shapes
+        "long names": b"X" + struct.pack("<I", 10**6) + b"a" * 10**6 + b"q\x00" + b"h\x00h\x00\x93" * 20_000 + b".",
+        "long storage keys": b"X"
+        + struct.pack("<I", 10**6)
+        + b"a" * 10**6
+        + b"q\x000(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+        + b"h\x00X\x03\x00\x00\x00cpuK\x01tq\x01"
+        + b"h\x01Q" * 20_000
+        + b".",
+        "long shapes": b"ctorch._utils\n_rebuild_tensor_v2\nq\x00("
+        + b"K\x01" * 20_000
+        + b"tq\x01(K\x00K\x00h\x01h\x01tq\x02"
+        + b"h\x00h\x02R" * 20_000
+        + b".",
     }
 
     @pytest.mark.parametrize("name", BOMBS)

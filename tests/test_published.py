@@ -54,7 +54,7 @@ def test_two_models_beside_their_published_figures(hub, tmp_path):
     arguments = ["--models", "flm_owt", "fmlm_lm1b", "--scorer", scorer]
     process = run(tmp_path, *arguments, HF_ENDPOINT=hub.url)
     assert process.returncode == 0, process.stderr
-    output = tmp_path / "outputs" / "published"
+    output = tmp_path / "outputs"
     tables = (output / "published.md").read_text()
     assert "32 texts say little" in process.stdout
     rows = 0
