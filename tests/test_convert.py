@@ -693,7 +693,7 @@ class TestHostileFiles:
         "long storage keys": b"X"
         + struct.pack("<I", 10**6)
         + b"a" * 10**6
-        + b"q\x000(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+        + b"q\x00(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
         + b"h\x00X\x03\x00\x00\x00cpuK\x01tq\x01"
         + b"h\x01Q" * 20_000
         + b".",
