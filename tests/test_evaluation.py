@@ -680,3 +680,12 @@ def test_distilled_model_ranks_above_its_teacher_at_one_step(tmp_path, monkeypat
     assert figures["fmlm", 1]["gen_ppl_interval"][1] < figures["flm", 1]["gen_ppl_interval"][0]
     assert ppl["flm", "data"] == ppl["fmlm", "data"] == min(ppl.values())
     assert min(row["entropy"] for row in figures.values()) > 2.5  # nobody repeats himself
+
+
+def test_protocol_published_names_what_else_is_not_as_published():
+    evaluation = {"num_samples": 1024, "scorer": "gpt2-large", "sampling": {"protocol": "published", "gamma": 0.8}}
+    assert "Not comparable" not in evaluate_gen_ppl.describe_evaluation(evaluation)
+    evaluation["sampling"] |= {"temperature": 0.5, "top_p": 0.9}
+    assert evaluate_gen_ppl.describe_evaluation(evaluation).endswith(
+        "scored by gpt2-large, without temperature, top_p."
+    )
