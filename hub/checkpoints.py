@@ -26,6 +26,7 @@ import pickletools
 import zipfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -375,7 +376,7 @@ class LightningCheckpoint(Checkpoint):
             node = node.get(key) if type(node) is dict else None
         return _content_of(node)
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, _Tensor]:
         tensors = self.content["state_dict"].items()
         return self._rename({name: tensor for name, tensor in tensors if isinstance(tensor, _Tensor)})
@@ -466,7 +467,7 @@ class HubCheckpoint(Checkpoint):
             node = node.get(key) if type(node) is dict else None
         return node
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, _Entry]:
         return self._rename(self.entries)
 

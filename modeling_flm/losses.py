@@ -70,6 +70,11 @@ def _softcap_with_slope(logits: torch.Tensor, softcap: float | None) -> tuple[to
     return logits.mul_(softcap), slope
 
 
+def _chain(gradients: torch.Tensor, slope: torch.Tensor | None) -> torch.Tensor:
+    """Gradients in the outputs of the head, from those in the capped logits, in place."""
+    return gradients if slope is None else gradients.mul_(slope)
+
+
 def _shift(logits: torch.Tensor) -> torch.Tensor:
     """
     Subtracts the largest logit of each token. In place, as all that follows: on a CPU getting new memory for a chunk takes
@@ -106,7 +111,7 @@ def softmax_divergence(
         losses = difference.square().sum(dim=-1)
         difference -= (delta * difference).sum(dim=-1, keepdim=True)
         gradients = delta.mul_(difference).mul_(2)
-        return losses, (gradients if slope is None else gradients.mul_(slope)).to(dtype)
+        return losses, _chain(gradients, slope).to(dtype)
     mass = target.sum(dim=-1, keepdim=True)
     chosen = (target * _shift(logits)).sum(dim=-1, keepdim=True)
     exponentials = logits.exp_()
@@ -115,7 +120,7 @@ def softmax_divergence(
     if kind == "kl":
         losses = losses + torch.xlogy(target, target).sum(dim=-1)
     gradients = exponentials.mul_(mass / sums).sub_(target)
-    return losses, (gradients if slope is None else gradients.mul_(slope)).to(dtype)
+    return losses, _chain(gradients, slope).to(dtype)
 
 
 def softmax_cross_entropy(
@@ -132,7 +137,7 @@ def softmax_cross_entropy(
     sums = exponentials.sum(dim=-1, keepdim=True)
     losses = sums.log() - chosen
     gradients = exponentials.div_(sums).scatter_add_(-1, labels, -torch.ones_like(losses))
-    return losses.squeeze(-1), (gradients if slope is None else gradients.mul_(slope)).to(dtype)
+    return losses.squeeze(-1), _chain(gradients, slope).to(dtype)
 
 
 def one_hot_chunks(labels: torch.Tensor, vocab_size: int) -> Callable[[slice], torch.Tensor]:
