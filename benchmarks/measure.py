@@ -78,14 +78,17 @@ class Ceilings:
     def __init__(self, device: torch.device, repeats: int = 3):
         size = 8192 if device.type == "cuda" else 2048
         dtypes = [torch.float32, torch.float64, torch.bfloat16]
-        pairs = {dtype: torch.randn(2, size, size, device=device).to(dtype) for dtype in dtypes}
+        sizes = dict.fromkeys(dtypes, size)
+        if device.type != "cuda":
+            sizes[torch.bfloat16] = 256  # CPUs without instructions for it take minutes for more
+        pairs = {dtype: torch.randn(2, size, size, device=device).to(dtype) for dtype, size in sizes.items()}
         source = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
         target = torch.empty_like(source)
         functions = {str(dtype): lambda pair=pair: pair[0] @ pair[1] for dtype, pair in pairs.items()}
         functions["copy"] = lambda: target.copy_(source)
         seconds(functions, 1, device)  # warms up
         times = seconds(functions, repeats, device)
-        self.flops = {dtype: 2 * size**3 / times[str(dtype)] for dtype in dtypes}
+        self.flops = {dtype: 2 * size**3 / times[str(dtype)] for dtype, size in sizes.items()}
         self.bandwidth = 2 * source.nbytes / times["copy"]
 
     def __str__(self) -> str:

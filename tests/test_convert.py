@@ -404,12 +404,13 @@ class TestHubFolders:
     @pytest.mark.slow
     def test_memory(self, tmp_path):
         """A model of the released size takes at most half of its file beyond the file itself."""
-        folder = released_folder(tmp_path, settings={"model": {"n_heads": 12, "length": 1024}, "vocab_size": 50258})
+        sizes = {"n_blocks": 12, "hidden_size": 768, "cond_dim": 128, "n_heads": 12, "length": 1024}
+        folder = released_folder(tmp_path, settings={"model": sizes, "vocab_size": 50258})
         small, weights = load_file(folder / "model.safetensors"), {}
-        sizes = {53: 50258, 32: 768, 16: 128, 128: 3072, 96: 2304, 192: 4608, 64: 1536, 256: 256, 8: 32}
+        shapes = {53: 50258, 32: 768, 16: 128, 128: 3072, 96: 2304, 192: 4608, 64: 1536, 256: 256, 8: 32}
         for name, tensor in small.items():
             for block in range(12) if ".0." in name and "blocks" in name else [0]:
-                weights[name.replace("blocks.0.", f"blocks.{block}.")] = torch.ones([sizes[n] for n in tensor.shape])
+                weights[name.replace("blocks.0.", f"blocks.{block}.")] = torch.ones([shapes[n] for n in tensor.shape])
         save_file(weights, folder / "model.safetensors")
         size = (folder / "model.safetensors").stat().st_size
         assert size > 6.7e8
