@@ -23,7 +23,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTok
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
-from trainers import FLMTrainer, FLMTrainingArguments, generate_samples, load_gen_ppl, train_tokenizer
+from trainers import (
+    FLMTrainer,
+    FLMTrainingArguments,
+    FMLMTrainer,
+    FMLMTrainingArguments,
+    generate_samples,
+    load_gen_ppl,
+    train_tokenizer,
+)
 from trainers.noise import example_seed
 
 
@@ -638,48 +646,66 @@ def test_samples_do_not_depend_on_who_makes_them(flm):
 
 @pytest.mark.slow
 def test_distilled_model_ranks_above_its_teacher_at_one_step(tmp_path, monkeypatch):
-    """Models of the quickstart, trained for a while, under a small GPT-2 that has learned the same grammar."""
-    import grammar
-    import quickstart
+    """
+    In texts of one theme, whose words no other theme has, an FLM's single step chooses every word by itself: even a short
+    training tells the two models apart, on any machine.
+    """
+    length = 12
+    rng = random.Random(0)
+    themes = [["anna", "fox", "runs", "home"], ["rain", "falls", "on", "stones"], ["old", "ships", "sail", "south"]]
 
-    flags = ["--max_steps", "450", "--distillation_steps", "400", "--num_samples", "20", "--hidden_size", "96"]
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", *flags, "--output_dir", str(tmp_path / "q")])
-    quickstart.main()
-    tokenizer, dataset, length = quickstart.load_stories(seed=1)
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=96, n_layer=3, n_head=4)
+    def sample_text() -> str:
+        return " ".join(rng.choices(rng.choice(themes), k=length))
+
+    texts = [sample_text() for _ in range(8000)]
+    tokenizer = train_tokenizer(texts, "word", vocab_size=100)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokens = torch.tensor(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    dataset = Dataset.from_dict({"input_ids": tokens.tolist()})
+
+    sizes = {"hidden_size": 64, "conditioning_size": 32, "max_position_embeddings": length, "dropout": 0.0}
+    settings = {"max_steps": 400, "per_device_train_batch_size": 64, "learning_rate": 3e-3, "ema_decay": 0.98}
+    settings |= {"save_strategy": "no", "use_cpu": True}
+    common = {"train_dataset": dataset, "processing_class": tokenizer}
+    trainer = FLMTrainer(
+        build_flm(vocab_size=len(tokenizer), attn_logit_softcapping=None, **sizes),
+        FLMTrainingArguments(str(tmp_path / "training"), **settings),
+        **common,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "flm"))
+    teacher = AutoModel.from_pretrained(tmp_path / "flm")
+    trainer = FMLMTrainer(
+        FMLMModel.from_flm(teacher),
+        FMLMTrainingArguments.from_preset("single_stage", output_dir=str(tmp_path / "training"), **settings),
+        teacher=teacher,
+        **common,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "fmlm"))
+
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=length, n_embd=64, n_layer=2, n_head=4)
     scorer = GPT2LMHeadModel(config).train()
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=2e-3)
-    tokens = torch.tensor(dataset[:]["input_ids"])
-    for batch in tokens[torch.randperm(len(tokens))[: 400 * 32]].split(32):
-        loss = scorer(batch, labels=batch).loss
-        loss.backward()
+    for batch in tokens.split(32):
+        scorer(batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     scorer.save_pretrained(tmp_path / "scorer")
     tokenizer.save_pretrained(tmp_path / "scorer")
 
-    rng = random.Random(2)
-    (tmp_path / "data.txt").write_text("\n".join(grammar.sample_story(rng) for _ in range(200)))
+    (tmp_path / "data.txt").write_text("\n".join(sample_text() for _ in range(200)))
     figures = {}
     for name in ("flm", "fmlm"):
-        flags = [
-            "--num_steps",
-            1,
-            4,
-            "--num_samples",
-            200,
-            "--scorer",
-            tmp_path / "scorer",
-            "--output_dir",
-            tmp_path / name,
-        ]
-        evaluate(monkeypatch, "--model", tmp_path / "q" / name, *flags, "--reference_file", tmp_path / "data.txt")
+        flags = ["--num_steps", 1, 4, "--num_samples", 200, "--scorer", tmp_path / "scorer"]
+        flags += ["--output_dir", tmp_path / name, "--reference_file", tmp_path / "data.txt"]
+        evaluate(monkeypatch, "--model", tmp_path / name, *flags)
         rows = json.loads((tmp_path / name / "results.json").read_text())["results"]
         figures |= {(name, row.get("num_steps", "data")): row for row in rows}
     ppl = {key: row["gen_ppl"] for key, row in figures.items()}
     assert figures["fmlm", 1]["gen_ppl_interval"][1] < figures["flm", 1]["gen_ppl_interval"][0]
     assert ppl["flm", "data"] == ppl["fmlm", "data"] == min(ppl.values())
-    assert min(row["entropy"] for row in figures.values()) > 2.5  # nobody repeats himself
+    assert min(row["entropy"] for row in figures.values()) > 1.0  # nobody repeats himself
 
 
 def test_protocol_published_names_what_else_is_not_as_published():
