@@ -43,7 +43,7 @@ def flow_map(x: torch.Tensor, towards: torch.Tensor, s: torch.Tensor, t: torch.T
 
 def noised(model: PreTrainedModel, input_ids: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One-hot tokens, and what they are at the times `tau` of the interpolant."""
-    t = like(model.time.tau_to_t(tau))
+    t = like(model.time_map.tau_to_t(tau))
     clean = F.one_hot(input_ids, model.config.vocab_size).float()
     return clean, torch.randn_like(clean).lerp_(clean, t)
 
@@ -66,7 +66,7 @@ def distillation_loss(
 ) -> torch.Tensor:
     """The loss of a preset, of a batch whose first half is on the diagonal where the preset has one."""
     clean, x = noised(model, input_ids, tau_s)
-    time = model.time.tau_to_t
+    time = model.time_map.tau_to_t
     with torch.no_grad(), evaluating(model):
         half = 0 if preset in ("two_network", "second_stage") else len(x) // 2
         tau_t = torch.cat([tau_s[:half], tau_t[half:]])
@@ -101,7 +101,7 @@ def generate(
     model: PreTrainedModel, num_samples: int, length: int, num_steps: int, delta: Callable[..., torch.Tensor] = delta
 ) -> torch.Tensor:
     tau = torch.linspace(0, 1, num_steps + 1, device=model.device)[:, None].expand(-1, num_samples)
-    t = model.time.tau_to_t(tau)
+    t = model.time_map.tau_to_t(tau)
     x = torch.randn(num_samples, length, model.config.vocab_size, device=model.device)
     for step in range(num_steps):
         towards = delta(model, x, tau[step], tau[step + 1])

@@ -283,8 +283,8 @@ class Benchmark:
         def forward():
             """The transformer with its head, whose logits are dropped a chunk at a time."""
             hidden_states = encode(state, tau)
-            for piece in model.chunks(state):
-                model.predict(hidden_states[:, piece], tau)
+            for chunk in model.chunks(state):
+                model.predict(hidden_states[:, chunk], tau)
 
         @torch.no_grad()
         def blocks():
@@ -363,8 +363,8 @@ class Benchmark:
         flat, flat_labels = hidden_states.flatten(0, 1), labels.flatten()
 
         def library(softcap: float | None):
-            def function(outputs, piece):
-                return softmax_cross_entropy(outputs, labels[:, piece], softcap)
+            def function(outputs, chunk):
+                return softmax_cross_entropy(outputs, labels[:, chunk], softcap)
 
             return head_loss(function, ones, hidden_states, weight, bias)[0] / labels.numel()
 

@@ -138,8 +138,8 @@ def eager_attention_forward(
             [] if attention_mask is None else [attention_mask.expand(batch_size, -1, -1, -1)]
         )
         outputs = []
-        for piece in rows:
-            part = [tensor[piece] for tensor in tensors] + [None] * (attention_mask is None)
+        for chunk in rows:
+            part = [tensor[chunk] for tensor in tensors] + [None] * (attention_mask is None)
             outputs.append(eager_attention_forward(module, *part, scaling, softcap)[0])
         return torch.cat(outputs), None
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling

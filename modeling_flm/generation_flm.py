@@ -432,11 +432,11 @@ class FLMGenerationMixin:
             tau = torch.linspace(0, 1, config.num_steps + 1, device=state.device)
         else:
             tau = torch.tensor(config.timesteps, dtype=torch.float32, device=state.device)
-        t = self.time.tau_to_t(tau)
+        t = self.time_map.tau_to_t(tau)
         arrival, tau_arrival, excess = t, tau, torch.zeros_like(t)
         if config.gamma > 0:
             arrival, excess, fresh = gamma_coefficients(t, config.gamma)
-            tau_arrival = self.time.t_to_tau(arrival)
+            tau_arrival = self.time_map.t_to_tau(arrival)
         # One time per sequence, for every step.
         times = torch.stack([tau[:-1], tau_arrival[1:], t[:-1], arrival[1:], excess[1:]], dim=1)
         times = times[..., None].expand(-1, -1, state.shape[0]).contiguous()

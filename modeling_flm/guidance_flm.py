@@ -60,9 +60,9 @@ class Autoguidance:
         strong, weak = self.model, self.guidance_model
         hidden_states = strong.encode(own, *inputs)
         worse_states = weak.encode(other.to(self.guidance_device), *moved)
-        for piece in strong.chunks(own):
-            delta = strong.delta(strong.predict(hidden_states[:, piece], tau_s, tau_t, logits_processor))
-            worse = weak.delta(weak.predict(worse_states[:, piece], *moved[:2], logits_processor))
+        for chunk in strong.chunks(own):
+            delta = strong.delta(strong.predict(hidden_states[:, chunk], tau_s, tau_t, logits_processor))
+            worse = weak.delta(weak.predict(worse_states[:, chunk], *moved[:2], logits_processor))
             yield delta + self.scale * (delta - worse.to(delta.device))
 
 

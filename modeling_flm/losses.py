@@ -27,7 +27,7 @@ DIVERGENCES = ("cross_entropy", "kl", "squared_error")
 
 def chunks(batch_size: int, length: int, vocab_size: int, device: torch.device) -> list[slice]:
     """
-    Stretches of the positions of a batch, such that probabilities over the vocabulary can be held for one of them.
+    Chunks of the positions of a batch, such that probabilities over the vocabulary can be held for one of them.
 
     Args:
         batch_size (`int`): The number of sequences.
@@ -36,7 +36,7 @@ def chunks(batch_size: int, length: int, vocab_size: int, device: torch.device) 
         device (`torch.device`): Where the probabilities are to be.
 
     Returns:
-        `list[slice]`: the stretches, which follow each other.
+        `list[slice]`: the chunks, which follow each other.
     """
     budget = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["default"])
     size = max(1, budget // (batch_size * vocab_size))
@@ -163,7 +163,7 @@ LossFunction = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]
 
 class _HeadLoss(torch.autograd.Function):
     """
-    `sum(loss_weights * losses)` and `losses` of the outputs of a head. Gradients are made together with the losses of a
+    `sum(token_weights * losses)` and `losses` of the outputs of a head. Gradients are made together with the losses of a
     chunk, so that nothing with `vocab_size` columns outlives it.
     """
 
@@ -172,7 +172,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx,
         function: LossFunction,
         with_gradient: bool,
-        loss_weights: torch.Tensor,
+        token_weights: torch.Tensor,
         hidden_states: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor,
@@ -188,15 +188,15 @@ class _HeadLoss(torch.autograd.Function):
         bias_gradient = torch.zeros_like(bias) if of_bias else None
         workspace = None  # of all chunks, the first of which is the largest
         with torch.autocast(device, enabled=False):
-            for piece in chunks(*hidden_states.shape[:2], weight.shape[0], hidden_states.device):
-                inputs = hidden_states[:, piece].to(dtype).contiguous()  # for one product of matrices
+            for chunk in chunks(*hidden_states.shape[:2], weight.shape[0], hidden_states.device):
+                inputs = hidden_states[:, chunk].to(dtype).contiguous()  # for one product of matrices
                 flat = inputs.flatten(0, 1)
                 workspace = flat.new_empty(len(flat), len(weight)) if workspace is None else workspace
                 outputs = torch.addmm(low_bias, flat, low_weight.T, out=workspace[: len(flat)])
-                piece_losses, gradient = function(outputs.view(*inputs.shape[:2], -1), piece)
-                losses.append(piece_losses)
+                chunk_losses, gradient = function(outputs.view(*inputs.shape[:2], -1), chunk)
+                losses.append(chunk_losses)
                 # The weights multiply what is small, the inputs and their gradients.
-                gradient, weights = gradient.flatten(0, 1), loss_weights[:, piece, None]
+                gradient, weights = gradient.flatten(0, 1), token_weights[:, chunk, None]
                 if of_hidden:
                     hidden_gradients.append((gradient @ low_weight).view(inputs.shape) * weights)
                 if of_weight:
@@ -211,7 +211,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden_gradient = torch.cat(hidden_gradients, dim=1).to(hidden_states.dtype) if of_hidden else None
         ctx.save_for_backward(losses, hidden_gradient, weight_gradient, bias_gradient)
         ctx.mark_non_differentiable(losses)
-        return (loss_weights * losses).sum(), losses
+        return (token_weights * losses).sum(), losses
 
     @staticmethod
     def backward(ctx, scale: torch.Tensor, _):
@@ -225,7 +225,7 @@ class _HeadLoss(torch.autograd.Function):
 
 def head_loss(
     function: LossFunction,
-    loss_weights: torch.Tensor,
+    token_weights: torch.Tensor,
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -239,7 +239,7 @@ def head_loss(
         function (`Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]`):
             Takes the outputs of the head, of shape `(batch_size, num_positions, vocab_size)`, and where they stand in the
             sequences; returns what [`softmax_divergence`] does.
-        loss_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What each loss counts. Differentiable.
+        token_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What each loss counts. Differentiable.
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The input of the head.
         weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`): The weight of the head.
         bias (`torch.Tensor` of shape `(vocab_size,)`): Its bias.
@@ -248,5 +248,5 @@ def head_loss(
         `tuple[torch.Tensor, torch.Tensor]`: the sum, a scalar, and the losses, of shape
         `(batch_size, sequence_length)`, without gradient.
     """
-    loss_weights, hidden_states = loss_weights.to(weight.device), hidden_states.to(weight.device)
-    return _HeadLoss.apply(function, torch.is_grad_enabled(), loss_weights, hidden_states, weight, bias)
+    token_weights, hidden_states = token_weights.to(weight.device), hidden_states.to(weight.device)
+    return _HeadLoss.apply(function, torch.is_grad_enabled(), token_weights, hidden_states, weight, bias)

@@ -77,7 +77,7 @@ class FLMOutput(ModelOutput):
         log_weight (`torch.FloatTensor` of shape `(batch_size,)`, *optional*, returned with `config.learned_loss_weighting`):
             The learned logarithm of the weight of the loss at the time of each sequence.
         token_losses (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*, returned when `labels` is provided):
-            The divergence at each token, times `loss_weights`; without gradient, and 0 where labels are -100.
+            The divergence at each token, times `token_weights`; without gradient, and 0 where labels are -100.
     """
 
     loss: torch.FloatTensor | None = None
@@ -96,12 +96,12 @@ class FLMHead(nn.Linear):
         self,
         hidden_states: torch.Tensor,
         loss_function: LossFunction | None = None,
-        loss_weights: torch.Tensor | None = None,
+        token_weights: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The outputs, or with a `loss_function` what [`~losses.head_loss`] makes of them."""
         if loss_function is not None:
-            return head_loss(loss_function, loss_weights, hidden_states, self.weight, self.bias)
-        # Contiguous, as a stretch of positions is not: it becomes one product of matrices, and not one for each sequence.
+            return head_loss(loss_function, token_weights, hidden_states, self.weight, self.bias)
+        # Contiguous, as a chunk of positions is not: it becomes one product of matrices, and not one for each sequence.
         return super().forward(hidden_states.to(self.weight.dtype).contiguous()).float()
 
 
@@ -192,7 +192,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         logits_processor: LogitsProcessorList | None = None,
     ) -> torch.Tensor:
         """
-        The head: what `forward` returns as logits, for any stretch of positions of what `encode` returned.
+        The head: what `forward` returns as logits, for any chunk of positions of what `encode` returned.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`, in float32.
@@ -208,7 +208,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         self,
         divergence: str,
         target: torch.Tensor | Callable[[slice], torch.Tensor],
-        loss_weights: torch.Tensor,
+        token_weights: torch.Tensor,
         hidden_states: torch.Tensor,
         timesteps: torch.Tensor,
         target_timesteps: torch.Tensor | None = None,
@@ -219,9 +219,9 @@ class FLMPreTrainedModel(PreTrainedModel):
         Args:
             divergence (`str`): `"cross_entropy"`, `"kl"` or `"squared_error"`, see [`~losses.softmax_divergence`].
             target (`torch.LongTensor` of shape `(batch_size, sequence_length)`, or `Callable`):
-                Clean tokens; or a function from a stretch of positions to the distributions there, of shape
+                Clean tokens; or a function from a chunk of positions to the distributions there, of shape
                 `(batch_size, num_positions, vocab_size)`.
-            loss_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What the loss of each token counts.
+            token_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What the loss of each token counts.
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): From `encode`.
             timesteps (`torch.Tensor` of shape `(batch_size,)`): As for `encode`.
             target_timesteps (`torch.Tensor` of shape `(batch_size,)`, *optional*): As for `encode`.
@@ -315,7 +315,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         logits_processor: LogitsProcessorList | None = None,
     ) -> Iterator[torch.Tensor]:
         r"""
-        The two-time denoiser \\(\delta_{s,t}\\), given one stretch of positions after the other, so that a caller need
+        The two-time denoiser \\(\delta_{s,t}\\), given one chunk of positions after the other, so that a caller need
         not hold it whole.
 
         Args:
@@ -326,7 +326,7 @@ class FLMPreTrainedModel(PreTrainedModel):
             known_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Where tokens are given, whose states are clean.
             logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
-                Changes the logits. It is called once per stretch, with scores of shape `(num_tokens, vocab_size)` and
+                Changes the logits. It is called once per chunk, with scores of shape `(num_tokens, vocab_size)` and
                 an empty prefix.
 
         Yields:
@@ -334,11 +334,11 @@ class FLMPreTrainedModel(PreTrainedModel):
             tokens, except for [`FMLMTwoNetworkModel`], whose correction may leave the simplex.
         """
         hidden_states = self.encode(state, tau_s, tau_t, attention_mask, known_mask)
-        for piece in self.chunks(state):
-            yield self.delta(self.predict(hidden_states[:, piece], tau_s, tau_t, logits_processor))
+        for chunk in self.chunks(state):
+            yield self.delta(self.predict(hidden_states[:, chunk], tau_s, tau_t, logits_processor))
 
     def chunks(self, state: torch.Tensor) -> list[slice]:
-        """Stretches of positions of which the probabilities can be held, see [`~losses.chunks`]."""
+        """Chunks of positions of which the probabilities can be held, see [`~losses.chunks`]."""
         return chunks(*state.shape[:2], self.config.vocab_size, state.device)
 
     def loss_weight(self, timesteps: torch.Tensor) -> torch.Tensor | None:
@@ -360,7 +360,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         labels: torch.LongTensor | None = None,
         targets: Callable[[slice], torch.FloatTensor] | None = None,
         divergence: str = "cross_entropy",
-        loss_weights: torch.FloatTensor | None = None,
+        token_weights: torch.FloatTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
         **kwargs,
@@ -387,20 +387,20 @@ class FLMPreTrainedModel(PreTrainedModel):
                 Standard normal variables. For one network by itself `noise_size` is `min(vocab_size, hidden_size)`, see
                 [`~joint_noise.noise_size`]. Needs `input_ids` and `t`.
             t (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
-                The interpolant time of each sequence, `model.time.tau_to_t(timesteps)`. Needs `noise`.
+                The interpolant time of each sequence, `model.time_map.tau_to_t(timesteps)`. Needs `noise`.
             joint_noise ([`~joint_noise.JointNoise`], *optional*):
                 That of this model's embeddings, which come first, and of other networks that see the same noise. Made of
                 this model's unless given.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Clean tokens to compute the loss against; positions with -100 do not count.
             targets (`Callable`, *optional*):
-                Distributions to compute the loss against in the place of the tokens: a function from a stretch of
+                Distributions to compute the loss against in the place of the tokens: a function from a chunk of
                 positions to a `torch.FloatTensor` of shape `(batch_size, num_positions, vocab_size)`. Needs `labels`, for
                 the positions that count. In training, a model with `learned_loss_weighting` weights the loss.
             divergence (`str`, *optional*, defaults to `"cross_entropy"`):
                 Between `targets`, or `labels` without them, and the model: `"cross_entropy"`, `"kl"` or
                 `"squared_error"`, which for `targets` of an [`FMLMTwoNetworkModel`] is the only one.
-            loss_weights (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
+            token_weights (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
                 What the loss of each sequence is multiplied by.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 What to divide the summed loss by, where a batch is one of several. The number of labels unless given.
@@ -421,7 +421,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         >>> input_ids = torch.randint(100, (2, 16))
         >>> tau = torch.rand(2)
         >>> noise = torch.randn(2, 16, 64)
-        >>> output = model(input_ids, tau, noise=noise, t=model.time.tau_to_t(tau), labels=input_ids)
+        >>> output = model(input_ids, tau, noise=noise, t=model.time_map.tau_to_t(tau), labels=input_ids)
         >>> output.logits.shape
         torch.Size([2, 16, 100])
         ```
@@ -451,7 +451,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         loss, token_losses, logits = None, None, None
         if labels is not None:
             mask = (labels != -100).to(hidden_states.device, torch.float32)
-            weights = mask if loss_weights is None else mask * loss_weights[:, None]
+            weights = mask if token_weights is None else mask * token_weights[:, None]
             is_weighting = targets is not None and log_weight is not None and self.training
             total, token_losses = self.loss(
                 divergence,
@@ -490,7 +490,7 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
 
     def __init__(self, config: FLMConfig):
         super().__init__(config)
-        self.time = ReparameterizedTime(config.vocab_size)
+        self.time_map = ReparameterizedTime(config.vocab_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.time_embedding = FLMTimeEmbedding(config)
         self.layers = nn.ModuleList([FLMLayer(config) for _ in range(config.num_hidden_layers)])
@@ -537,18 +537,18 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
     softmax_divergence = staticmethod(softmax_divergence)
     softmax_cross_entropy = staticmethod(softmax_cross_entropy)
 
-    def loss(self, divergence, target, loss_weights, hidden_states, timesteps, target_timesteps=None):
+    def loss(self, divergence, target, token_weights, hidden_states, timesteps, target_timesteps=None):
         softcap = self.config.final_logit_softcapping
         if not callable(target) and divergence == "squared_error":
             target = one_hot_chunks(target.to(hidden_states.device), self.config.vocab_size)
 
-        def function(outputs, piece):
+        def function(outputs, chunk):
             if callable(target):
-                return self.softmax_divergence(divergence, outputs, target(piece), softcap)
+                return self.softmax_divergence(divergence, outputs, target(chunk), softcap)
             # For a single token the Kullback-Leibler divergence is the cross-entropy.
-            return self.softmax_cross_entropy(outputs, target[:, piece].to(outputs.device), softcap)
+            return self.softmax_cross_entropy(outputs, target[:, chunk].to(outputs.device), softcap)
 
-        return self.lm_head(hidden_states, function, loss_weights)
+        return self.lm_head(hidden_states, function, token_weights)
 
     def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
         logits = softcap_logits(self.lm_head(hidden_states), self.config.final_logit_softcapping)
@@ -627,7 +627,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 
     def __init__(self, config: FMLMTwoNetworkConfig):
         super().__init__(config)
-        self.time = ReparameterizedTime(config.vocab_size)
+        self.time_map = ReparameterizedTime(config.vocab_size)
         self.flow = FLMModel(config).requires_grad_(False)
         self.correction = FMLMModel(config)
         self.generation_config.num_steps = 1
@@ -681,10 +681,10 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         return logits.softmax(dim=-1) + scale * correction.masked_fill(logits == -torch.inf, 0.0)
 
     def _correction_scale(self, timesteps: torch.Tensor, target_timesteps: torch.Tensor) -> torch.Tensor:
-        s, t = self.time.tau_to_t(timesteps), self.time.tau_to_t(target_timesteps)
+        s, t = self.time_map.tau_to_t(timesteps), self.time_map.tau_to_t(target_timesteps)
         return (0.5 * (t - s) * (1 - s))[:, None, None]
 
-    def loss(self, divergence, target, loss_weights, hidden_states, timesteps, target_timesteps=None):
+    def loss(self, divergence, target, token_weights, hidden_states, timesteps, target_timesteps=None):
         if not callable(target) and divergence == "squared_error":
             target = one_hot_chunks(target.to(hidden_states.device), self.config.vocab_size)
         if callable(target) and divergence != "squared_error":
@@ -696,15 +696,15 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
             raise ValueError("The flow of a two-network model is frozen, and its `requires_grad` must stay `False`.")
         scales = self._correction_scale(timesteps, target_timesteps)
 
-        def function(outputs, piece):
+        def function(outputs, chunk):
             scale = scales.to(outputs.device)
-            flow = self.flow.predict(flow_states[:, piece], timesteps).softmax(dim=-1).to(outputs.device)
+            flow = self.flow.predict(flow_states[:, chunk], timesteps).softmax(dim=-1).to(outputs.device)
             delta = flow + scale * outputs.float()
             if callable(target):
-                difference = delta - target(piece)
+                difference = delta - target(chunk)
                 losses, gradient = difference.square().sum(dim=-1), 2 * difference
             else:
-                labels = target[:, piece].to(outputs.device)
+                labels = target[:, chunk].to(outputs.device)
                 labels = labels.masked_fill(labels == -100, 0).unsqueeze(-1)
                 chosen = delta.gather(-1, labels)
                 tiny = torch.finfo(chosen.dtype).tiny  # as the correction may leave the simplex
@@ -712,7 +712,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
                 gradient = torch.zeros_like(delta).scatter(-1, labels, torch.where(chosen > tiny, -1 / chosen, 0.0))
             return losses, (scale * gradient).to(outputs.dtype)
 
-        return self.correction.lm_head(correction_states, function, loss_weights)
+        return self.correction.lm_head(correction_states, function, token_weights)
 
     @staticmethod
     def delta(logits):

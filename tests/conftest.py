@@ -57,7 +57,7 @@ def server(monkeypatch, tmp_path):
 
 @pytest.fixture(params=["whole", 1, 7, pytest.param("compiled", marks=pytest.mark.slow)])
 def path(request, monkeypatch) -> str | int:
-    """Ways to compute the same: all positions at once, stretches of 1 or 7 of them, and compiled."""
+    """Ways to compute the same: all positions at once, chunks of 1 or 7 of them, and compiled."""
     if isinstance(request.param, int):
 
         def chunks(batch_size, length, vocab_size, device):

@@ -33,7 +33,7 @@ class TestDense:
         return noise
 
     def test_flm(self, flm, noise):
-        t = flm.time.tau_to_t(self.tau_s)[:, None, None]
+        t = flm.time_map.tau_to_t(self.tau_s)[:, None, None]
         state = ((1 - t) * noise) @ flm.state_embedding + t * flm.embed_tokens(self.input_ids)
         expected = flm(inputs_embeds=state, timesteps=self.tau_s, labels=self.input_ids).loss
         torch.testing.assert_close(dense.flm_loss(flm, self.input_ids, self.tau_s), expected)
@@ -52,7 +52,7 @@ class TestDense:
             "input_ids": self.input_ids,
             "labels": self.input_ids,
             "noise": noise,
-            "t": trainer.time.tau_to_t(self.tau_s),
+            "t": trainer.time_map.tau_to_t(self.tau_s),
             "timesteps": self.tau_s,
             "target_timesteps": tau_t,
             "intermediate_timesteps": (self.tau_s + tau_t) / 2,

@@ -62,7 +62,7 @@ torch.save(model(**batch).logits.detach(), "logits.pt")
             t = values["flm.t"]
         else:
             times = {"timesteps": values["stage2.tau_s"], "target_timesteps": values["stage2.tau_t"]}
-            t = model.time.tau_to_t(values["stage2.tau_s"])
+            t = model.time_map.tau_to_t(values["stage2.tau_s"])
         t, one_hot = t[:, None, None], torch.nn.functional.one_hot(values["input_ids"], 67).float()
         batch = {"inputs_embeds": ((1 - t) * values["noise"] + t * one_hot) @ model.state_embedding, **times}
         torch.save({key: value.detach() for key, value in batch.items()}, tmp_path / "batch.pt")

@@ -115,7 +115,7 @@ def test_embedding_space_sampler_equals_the_dense_sampler(vocab_size, num_steps)
     # The paper's sampler: one-hot states, dense updates, Euler steps of dx/dt = (D_t(x) - x) / (1 - t).
     x = prior
     tau = torch.linspace(0, 1, num_steps + 1)
-    t = model.time.tau_to_t(tau)
+    t = model.time_map.tau_to_t(tau)
     embedding = model.embed_tokens.weight.detach()
     drafts = []
     for step in range(num_steps):

@@ -44,7 +44,7 @@ def build_batch(trainer, input_ids, noise, tau_s, tau_t, tau_u=None, **rows):
         "input_ids": input_ids,
         "labels": input_ids,
         "noise": noise,
-        "t": trainer.time.tau_to_t(tau_s),
+        "t": trainer.time_map.tau_to_t(tau_s),
         "timesteps": tau_s,
         "target_timesteps": tau_t,
         "intermediate_timesteps": (tau_s + tau_t) / 2 if tau_u is None else tau_u,
@@ -117,7 +117,7 @@ class TestModels:
         with torch.no_grad():
             torch.testing.assert_close(compiled(**batch).logits, expected.logits, rtol=1e-4, atol=1e-4)
         noise = torch.randn(3, 12, 53 if model_class is FMLMTwoNetworkModel else 32)
-        noised = {"noise": noise, "t": model.time.tau_to_t(batch["timesteps"])}
+        noised = {"noise": noise, "t": model.time_map.tau_to_t(batch["timesteps"])}
         torch.manual_seed(0)
         model.train()
         model(**batch, **noised).logits.square().sum().backward()
@@ -259,7 +259,7 @@ class TestPublishedValues:
         rows = values["jvp_rows"].tolist()
         tau_s, tau_t = values["two_time.tau_s"], values["two_time.tau_t"]
         for name, tau in (("s", tau_s), ("t", tau_t)):
-            factor = trainer.time.dtau_dt(trainer.time.tau_to_t(tau[rows]))
+            factor = trainer.time_map.dtau_dt(trainer.time_map.tau_to_t(tau[rows]))
             torch.testing.assert_close(factor, values[f"dtau_dt_at_{name}"], rtol=1e-4, atol=0)
         batch = self.batch(trainer, tau_s, tau_t, off_diagonal=rows)
         state, teacher_state = (state[rows] for state in trainer._states(batch))
@@ -302,7 +302,7 @@ class ExactFlowMap(FMLMModel):
 
     def encode(self, state, tau_s, tau_t=None, attention_mask=None, known_mask=None):
         # At 0.99 the text is certain, and the velocity still finite.
-        s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t).clamp(max=0.99)
+        s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t).clamp(max=0.99)
         if torch.equal(s, t):
             return self.denoiser(state, s, known_mask).to(state.dtype)
         velocity = lambda x, time: (self.denoiser(x, time, known_mask) - x) / (1 - time)[:, None, None]  # noqa: E731
@@ -583,7 +583,7 @@ class TestTraining:
         assert student.dtype == state.dtype == torch.float32
         embedding = teacher.embed_tokens.weight.detach().float()
         factor = noise_factors(trainer.model.embed_tokens.weight.detach(), embedding)[1].double()
-        t, clean = trainer.time.tau_to_t(tau).double()[:, None, None], embedding.double()[input_ids]
+        t, clean = trainer.time_map.tau_to_t(tau).double()[:, None, None], embedding.double()[input_ids]
         expected = torch.where(known[..., None], clean, (1 - t) * (noise.double() @ factor) + t * clean)
         for row, expected_row in zip(state, expected):
             assert relative_error(row, expected_row) < 1e-6
@@ -729,7 +729,7 @@ class TestCorrelations:
         # The trained flow map composes: one jump arrives where two do.
         state = torch.randn(500, 2, 4) @ student.state_embedding
         zero, half, one = torch.zeros(500), torch.full((500,), 0.5), torch.ones(500)
-        u = student.time.tau_to_t(half)
+        u = student.time_map.tau_to_t(half)
         with torch.no_grad():
             (direct,) = student.denoise(state, zero, one)
             (first_leg,) = student.denoise(state, zero, half)

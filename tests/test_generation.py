@@ -51,7 +51,7 @@ def test_seeds_reproduce_and_batches_do_not_matter(flm):
     assert torch.equal(flm.generate(num_samples=2, num_steps=3), first)
 
 
-def test_long_sequences_are_denoised_in_stretches(flm, monkeypatch):
+def test_long_sequences_are_denoised_in_chunks(flm, monkeypatch):
     expected = flm.generate(num_samples=4, num_steps=3, generator=seed())
     widths = []
     head = flm.lm_head.forward

@@ -104,7 +104,7 @@ def test_head_loss_takes_the_memory_of_a_chunk():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     loss, _ = head_loss(
-        lambda outputs, piece: softmax_cross_entropy(outputs, labels[:, piece]),
+        lambda outputs, chunk: softmax_cross_entropy(outputs, labels[:, chunk]),
         torch.ones(16, 1024, device="cuda"), hidden_states, head.weight, head.bias,
     )  # fmt: skip
     loss.backward()

@@ -44,11 +44,11 @@ def test_is_that_of_all_logits(softcap, kind, num_positions, monkeypatch):
         "squared_error": lambda: (log_delta.exp() - target).square().sum(-1),
     }[kind]()
 
-    def function(outputs, piece):
+    def function(outputs, chunk):
         assert outputs.shape[1] <= num_positions
         if kind == "labels":
-            return softmax_cross_entropy(outputs, target[:, piece], softcap)
-        return softmax_divergence(kind, outputs, target[:, piece], softcap)
+            return softmax_cross_entropy(outputs, target[:, chunk], softcap)
+        return softmax_divergence(kind, outputs, target[:, chunk], softcap)
 
     total, each = head_loss(function, weights, hidden_states, head.weight, head.bias)
     torch.testing.assert_close(each, expected)
@@ -73,9 +73,9 @@ def test_products_are_in_the_precision_of_autocast():
     labels = torch.randint(VOCAB_SIZE, (3, 20))
     seen = []
 
-    def function(outputs, piece):
+    def function(outputs, chunk):
         seen.append(outputs.dtype)
-        return softmax_cross_entropy(outputs, labels[:, piece])
+        return softmax_cross_entropy(outputs, labels[:, chunk])
 
     def run():
         total, each = head_loss(function, torch.ones(3, 20), hidden_states, head.weight, head.bias)
@@ -131,10 +131,10 @@ def test_chunks_cover_all_positions_within_the_budget(monkeypatch):
     monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 1000)
     for batch_size, length, vocab_size in ((1, 10, 100), (3, 17, 50), (5, 4, 2000), (2, 1000, 2)):
         pieces = chunks(batch_size, length, vocab_size, torch.device("cpu"))
-        assert [n for piece in pieces for n in range(piece.start, piece.stop)] == list(range(length))
-        widths = [piece.stop - piece.start for piece in pieces]
+        assert [n for chunk in pieces for n in range(chunk.start, chunk.stop)] == list(range(length))
+        widths = [chunk.stop - chunk.start for chunk in pieces]
         assert max(widths) == 1 or max(widths) * batch_size * vocab_size <= 1000
-        assert len(pieces) <= math.ceil(length / max(1, 1000 // (batch_size * vocab_size)))
+        assert len(chunks) <= math.ceil(length / max(1, 1000 // (batch_size * vocab_size)))
 
 
 def test_two_networks_against_labels(monkeypatch):
@@ -164,9 +164,9 @@ def test_logits_are_there_unless_in_training_or_skipped(flm):
     assert flm(**batch, labels=batch["input_ids"]).logits is None
     assert flm(**batch, labels=batch["input_ids"], skip_logits=False).logits is not None
     with pytest.raises(ValueError, match="`targets` needs `labels`"):
-        flm(**batch, targets=lambda piece: None)
+        flm(**batch, targets=lambda chunk: None)
     with pytest.raises(ValueError, match="`divergence` must be one of cross_entropy, kl, squared_error, got 'l2'"):
-        flm(**batch, labels=batch["input_ids"], targets=lambda piece: None, divergence="l2")
+        flm(**batch, labels=batch["input_ids"], targets=lambda chunk: None, divergence="l2")
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         flm(**batch, labels=torch.full((3, 12), -1))
 
@@ -221,7 +221,7 @@ def test_a_step_holds_a_chunk_of_probabilities_and_waits_for_nothing(preset, tmp
     trainer = build_trainer(tmp_path, preset)
     batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     trainer.model.train()
-    trainer.time.tau_to_t(torch.zeros(1))  # makes the table, once
+    trainer.time_map.tau_to_t(torch.zeros(1))  # makes the table, once
     with Watch() as watch:
         trainer.training_step(trainer.model, batches[0], count)
     # Eight texts of one position; all twelve of them would be too many, and so would the embeddings of four networks.
@@ -277,7 +277,7 @@ def test_small_gradients_survive_float16():
     target = torch.randn(2, 4, 50_000).softmax(-1)
 
     def gradient():
-        function = lambda outputs, piece: softmax_divergence("squared_error", outputs, target[:, piece])  # noqa: E731
+        function = lambda outputs, chunk: softmax_divergence("squared_error", outputs, target[:, chunk])  # noqa: E731
         total, _ = head_loss(function, torch.ones(2, 4), hidden_states, head.weight, head.bias)
         return torch.autograd.grad(total, head.bias)[0]
 

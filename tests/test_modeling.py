@@ -32,7 +32,7 @@ class TestPublishedValues:
         if path == "compiled":
             model.compile_regions()
         tau, input_ids = values["flm.tau"], values["input_ids"]
-        t = model.time.tau_to_t(tau)
+        t = model.time_map.tau_to_t(tau)
         torch.testing.assert_close(t, values["flm.t"], rtol=0, atol=5e-4)
         t = values["flm.t"][:, None, None]
         one_hot = F.one_hot(input_ids, model.config.vocab_size).float()
@@ -54,7 +54,7 @@ class TestPublishedValues:
 
 class TestForward:
     def test_noises_clean_tokens(self, flm, batch):
-        noise, t = torch.randn(3, 12, 32), flm.time.tau_to_t(batch["timesteps"])
+        noise, t = torch.randn(3, 12, 32), flm.time_map.tau_to_t(batch["timesteps"])
         # V > d: noise enters through a square root of EᵀE
         embedding = flm.state_embedding.detach().double()
         root = torch.linalg.cholesky(embedding.T @ embedding).T
@@ -184,7 +184,7 @@ class TestFinalLogitSoftcapping:
         hidden_states = model.encode(state, *self.times)
         if not isinstance(model, FMLMTwoNetworkModel):
             return self.capped(model, hidden_states).softmax(-1)
-        s, t = (model.time.tau_to_t(tau)[:, None, None] for tau in self.times)
+        s, t = (model.time_map.tau_to_t(tau)[:, None, None] for tau in self.times)
         flow, correction = hidden_states.chunk(2, dim=-1)
         raw = model.correction.lm_head(correction)  # which no cap touches
         assert raw.abs().max() > 1
@@ -382,7 +382,7 @@ class TestPrecisionAndSpeed:
         assert state.dtype == torch.float32
 
     def test_autocast_keeps_state_and_head_in_float32(self, flm, batch):
-        arguments = {"noise": torch.randn(3, 12, 32), "t": flm.time.tau_to_t(batch["timesteps"])}
+        arguments = {"noise": torch.randn(3, 12, 32), "t": flm.time_map.tau_to_t(batch["timesteps"])}
         inputs, weights = [], []
         flm.layers[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         flm.layers[0].mlp.register_forward_hook(lambda module, args, output: weights.append(output))
@@ -397,7 +397,7 @@ class TestPrecisionAndSpeed:
     def test_activation_checkpointing_changes_no_gradient(self, flm, batch):
         def gradients():
             flm.zero_grad()
-            arguments = {"noise": noise, "t": flm.time.tau_to_t(batch["timesteps"]), "labels": batch["input_ids"]}
+            arguments = {"noise": noise, "t": flm.time_map.tau_to_t(batch["timesteps"]), "labels": batch["input_ids"]}
             flm(**batch, **arguments).loss.backward()
             return {name: parameter.grad.clone() for name, parameter in flm.named_parameters()}
 
@@ -420,7 +420,7 @@ class TestPrecisionAndSpeed:
     def test_compiles_without_graph_breaks(self, batch):
         model = build_flm(dropout=0.0)
         compiled = torch.compile(model, fullgraph=True)
-        arguments = {"noise": torch.randn(3, 12, 32), "t": model.time.tau_to_t(batch["timesteps"])}
+        arguments = {"noise": torch.randn(3, 12, 32), "t": model.time_map.tau_to_t(batch["timesteps"])}
         with torch.no_grad():
             torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-4)
         expected = model(**batch, **arguments, labels=batch["input_ids"]).loss

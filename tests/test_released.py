@@ -93,7 +93,7 @@ class TestForward:
         torch.testing.assert_close(output.loss, VALUES["flm.loss_per_token"].mean(), rtol=1e-3, atol=1e-3)
 
     def test_times(self):
-        time = build("fmlm").time
+        time = build("fmlm").time_map
         for tau, t in (
             ("flm.tau", "flm.t"),
             ("fmlm.tau_s", "fmlm.s"),
@@ -163,7 +163,7 @@ class TestDistillation:
             "input_ids": input_ids,
             "labels": input_ids,
             "noise": VALUES["noise"],  # V is below the joint width of the networks: noise is one-hot noise
-            "t": trainer.time.tau_to_t(tau_s),
+            "t": trainer.time_map.tau_to_t(tau_s),
             "timesteps": tau_s,
             "target_timesteps": VALUES["psd.tau_t"],
             "intermediate_timesteps": VALUES["psd.tau_u"],

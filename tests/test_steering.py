@@ -57,7 +57,7 @@ def dense_delta(model, x, tau_s, tau_t, **masks):
 def dense_sample(model, x, num_steps, choose):
     """The sampler with one-hot states, where `choose` makes the two-time denoiser."""
     tau = torch.linspace(0, 1, num_steps + 1)
-    t = model.time.tau_to_t(tau)
+    t = model.time_map.tau_to_t(tau)
     for step in range(num_steps):
         delta = choose(x, tau[step].expand(len(x)), tau[step + 1].expand(len(x)))
         if step < num_steps - 1:
@@ -88,7 +88,7 @@ class ExactFlow(ExactFlowMap):
     """The denoiser of these texts, as an FLM has it."""
 
     def encode(self, state, tau_s, tau_t=None, attention_mask=None, known_mask=None):
-        return self.denoiser(state, self.time.tau_to_t(tau_s), known_mask).to(state.dtype)
+        return self.denoiser(state, self.time_map.tau_to_t(tau_s), known_mask).to(state.dtype)
 
 
 class TestAutoguidance:
@@ -148,7 +148,7 @@ class TestReward:
         reward = lambda delta: (delta * weights).sum(dim=(1, 2)).sin()  # noqa: E731
         x, scale = prior, 3.0
         tau = torch.linspace(0, 1, 4)
-        t = model.time.tau_to_t(tau)
+        t = model.time_map.tau_to_t(tau)
         for step in range(3):
             x = x.detach().requires_grad_()
             tau_s, tau_t = tau[step].expand(5), tau[step + 1].expand(5)
@@ -288,7 +288,7 @@ class TestTimes:
         assert torch.equal(model.generate(prior_state=prior, timesteps=[0, 0.25, 0.5, 0.75, 1]), even)
         output = model.generate(prior_state=prior, timesteps=[0, 0.7, 1], return_dict_in_generate=True)
         assert output.num_forward_passes == 2
-        t = model.time.tau_to_t(torch.tensor([0.0, 0.7, 1.0]))
+        t = model.time_map.tau_to_t(torch.tensor([0.0, 0.7, 1.0]))
         zero, middle, one = (torch.full((4,), tau) for tau in (0.0, 0.7, 1.0))
         with torch.no_grad():
             x = (1 - t[1]) * prior + t[1] * dense_delta(model, prior, zero, middle)

@@ -11,7 +11,7 @@ from modeling_flm import ReparameterizedTime
 
 
 def hit_probability(t: float, vocab_size: int) -> float:
-    """P(t) by Gauss-Legendre quadrature on pieces, independent of the table's trapezoid rule."""
+    """P(t) by Gauss-Legendre quadrature on chunks, independent of the table's trapezoid rule."""
     nodes, weights = np.polynomial.legendre.leggauss(20)
     edges = np.linspace(-10, 10, 201)
     middle, half = (edges[1:] + edges[:-1]) / 2, (edges[1:] - edges[:-1]) / 2

@@ -28,7 +28,7 @@ from trainers import (
     load_gen_ppl,
     train_tokenizer,
 )
-from trainers.noise import draw_known_masks, draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
+from trainers.noise import draw_known_masks, draw_noise, example_seed, low_discrepancy_uniforms, stratified_uniforms
 
 
 SCORER = str(oracle.FIXTURES / "scorer_tiny")
@@ -52,14 +52,14 @@ class TestNoise:
         assert abs(times[:, 0].mean() - 0.5) < 5 * (1 / 12 / 5000) ** 0.5  # so is each position over all strata
 
     def test_evaluation_times_spread_evenly_over_any_stretch(self):
-        times = evenly_spread_uniforms(0, 1000, 1)[:, 0]
-        assert torch.equal(evenly_spread_uniforms(400, 100, 1)[:, 0], times[400:500])
+        times = low_discrepancy_uniforms(0, 1000, 1)[:, 0]
+        assert torch.equal(low_discrepancy_uniforms(400, 100, 1)[:, 0], times[400:500])
         for stretch in (times[:50], times[313:363], times):
             gaps = stretch.sort().values.diff()
             assert gaps.max() < 3 / len(stretch)
 
     def test_evaluation_points_fill_the_square(self):
-        points = evenly_spread_uniforms(0, 400, 2)
+        points = low_discrepancy_uniforms(0, 400, 2)
         cells = (points * 10).floor().long()
         counts = torch.bincount(cells[:, 0] * 10 + cells[:, 1], minlength=100)
         assert counts.min() >= 2 and counts.max() <= 6  # 4 on average
@@ -119,7 +119,7 @@ class TestPrompts:
         for batch in batches[:2]:
             clean = model.embed_tokens(batch["input_ids"])
             (factor,) = noise_factors(model.embed_tokens.weight)
-            state = interpolate(batch["noise"] @ factor, clean, model.time.tau_to_t(batch["timesteps"]))
+            state = interpolate(batch["noise"] @ factor, clean, model.time_map.tau_to_t(batch["timesteps"]))
             known = batch["known_mask"]
             state = torch.where(known[..., None], clean + model.prompt_mark.weight, state)
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
@@ -172,7 +172,7 @@ class TestLoss:
         total, count = 0.0, 0
         for batch in batches[:3]:
             (factor,) = noise_factors(reference.embed_tokens.weight)
-            t = reference.time.tau_to_t(batch["timesteps"])
+            t = reference.time_map.tau_to_t(batch["timesteps"])
             state = interpolate(batch["noise"] @ factor, reference.embed_tokens(batch["input_ids"]), t)
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
             logits = reference(inputs_embeds=state, timesteps=batch["timesteps"], attention_mask=mask).logits

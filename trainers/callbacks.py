@@ -109,7 +109,7 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
             network.train(was_training)
 
 
-def as_forward(model: PreTrainedModel, function: Callable[[], Any]) -> Any:
+def through_forward(model: PreTrainedModel, function: Callable[[], Any]) -> Any:
     """Calls `function`, which uses methods of `model` other than `forward`, such that FSDP gathers the weights for it."""
     if not isinstance(model, FSDPModule):
         return function()
@@ -121,7 +121,7 @@ def as_forward(model: PreTrainedModel, function: Callable[[], Any]) -> Any:
 def _from_average(model: PreTrainedModel, ema: EMACallback | None, function: Callable[[], Any]) -> Any:
     """What `function` returns while `model` is in evaluation mode, and has the averaged weights if there are any."""
     with evaluating(model), nullcontext() if ema is None else ema.applied(model):
-        return as_forward(model, function)
+        return through_forward(model, function)
 
 
 class SampleCallback(TrainerCallback):

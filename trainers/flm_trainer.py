@@ -51,7 +51,7 @@ from modeling_flm.time_reparameterization import ReparameterizedTime
 from .callbacks import EMACallback, GenPPLCallback, SampleCallback
 from .data import DataCollatorForFLM
 from .flm_config import FLMTrainingArguments
-from .noise import draw_known_masks, draw_noise, evenly_spread_uniforms, example_seed, stratified_uniforms
+from .noise import draw_known_masks, draw_noise, example_seed, low_discrepancy_uniforms, stratified_uniforms
 
 
 logger = logging.get_logger(__name__)
@@ -193,7 +193,7 @@ class FLMTrainer(Trainer):
             # Weights are gathered as they are, and blocks run under autocast as without FSDP: its own mixed precision would
             # round the times.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-        self.time = ReparameterizedTime(model.config.vocab_size)
+        self.time_map = ReparameterizedTime(model.config.vocab_size)
         self._joint_noise = None
         # Regions in the place of the wrapped model: targets and samples do not go through its `forward`.
         plugin = TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
@@ -330,7 +330,7 @@ class FLMTrainer(Trainer):
         input_ids = inputs["input_ids"]
         length, size = input_ids.shape[1], self._noise_size()
         inputs["noise"] = draw_noise(seeds, self._longest(input_ids), size, device=input_ids.device)[:, :length]
-        inputs["t"] = self.time.tau_to_t(inputs["timesteps"])
+        inputs["t"] = self.time_map.tau_to_t(inputs["timesteps"])
         return inputs
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -361,7 +361,7 @@ class FLMTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         positions = self._positions(inputs, self._eval_step, self.args.eval_batch_size)
         self._eval_step += 1
-        uniforms = evenly_spread_uniforms(positions.start, len(positions), self.num_uniforms)
+        uniforms = low_discrepancy_uniforms(positions.start, len(positions), self.num_uniforms)
         self._set_times(inputs, uniforms, positions, (self.args.seed, _EVAL))
         dataset = self.callback_handler.eval_dataloader.dataset
         if has_length(dataset):

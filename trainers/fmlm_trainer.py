@@ -26,7 +26,7 @@ from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import flow_map, hold, interpolate, project_to_simplex, semigroup_weight
 from modeling_flm.losses import one_hot_chunks
 
-from .callbacks import as_forward, evaluating
+from .callbacks import evaluating, through_forward
 from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
 
@@ -40,7 +40,7 @@ _MIN_DIFFERENCE = 1e-3
 # Which positions there are, and of which the token is given
 Masks = tuple[torch.Tensor | None, torch.Tensor | None]
 
-# A two-time denoiser or target, one stretch of positions of shape `(num_rows, num_positions, vocab_size)` at a time
+# A two-time denoiser or target, one chunk of positions of shape `(num_rows, num_positions, vocab_size)` at a time
 Denoiser = Callable[[slice], torch.Tensor]
 
 
@@ -202,7 +202,7 @@ class FMLMTrainer(FLMTrainer):
         # Blocks run in the precision of the training; states and their updates stay in float32.
         with self.accelerator.autocast():
             hidden_states = network.encode(state, tau_s, tau_t, *masks)
-        return lambda piece: self._delta(network, hidden_states[:, piece], tau_s, tau_t)
+        return lambda chunk: self._delta(network, hidden_states[:, chunk], tau_s, tau_t)
 
     def _delta(self, network: PreTrainedModel, hidden_states: torch.Tensor, tau_s, tau_t) -> torch.Tensor:
         with self.accelerator.autocast():
@@ -223,16 +223,16 @@ class FMLMTrainer(FLMTrainer):
                 lambda state, tau_s, tau_t: network.encode(state, tau_s, tau_t, *masks), primals, tangents
             )
 
-        def derivative(piece: slice) -> torch.Tensor:
-            here, along = (hidden_states[:, piece], *times), (change[:, piece], *tangents[1:])
+        def derivative(chunk: slice) -> torch.Tensor:
+            here, along = (hidden_states[:, chunk], *times), (change[:, chunk], *tangents[1:])
             return torch.func.jvp(lambda *arguments: self._delta(network, *arguments), here, along)[1]
 
-        return lambda piece: self._delta(network, hidden_states[:, piece], *times), derivative
+        return lambda chunk: self._delta(network, hidden_states[:, chunk], *times), derivative
 
     def _expectation(self, denoiser: Denoiser, network: PreTrainedModel, state: torch.Tensor) -> torch.Tensor:
         """The expected embedding of the clean tokens, which the state of `network` moves towards."""
         embedding = network.state_embedding.to(state)
-        return torch.cat([denoiser(piece) @ embedding for piece in network.chunks(state)], dim=1)
+        return torch.cat([denoiser(chunk) @ embedding for chunk in network.chunks(state)], dim=1)
 
     def _diagonal_target(self, teacher_state, tau_s, masks: Masks, labels) -> Denoiser:
         """The denoiser of the teacher, or the data."""
@@ -243,39 +243,39 @@ class FMLMTrainer(FLMTrainer):
     def _semigroup_target(self, state, tau_s, tau_u, tau_t, masks: Masks) -> Denoiser:
         r"""\\(\lambda\,\delta_{s,u}(x) + (1 - \lambda)\,\delta_{u,t}(X_{s,u}(x))\\)"""
         network = self._target_network()
-        s, u, t = (self.time.tau_to_t(tau) for tau in (tau_s, tau_u, tau_t))
+        s, u, t = (self.time_map.tau_to_t(tau) for tau in (tau_s, tau_u, tau_t))
         first = self._denoiser(network, state, tau_s, tau_u, masks)
         intermediate = flow_map(state, self._expectation(first, network, state), s, u)
         intermediate = hold(intermediate, state, masks[1])  # what is given stays as it is
         second = self._denoiser(network, intermediate, tau_u, tau_t, masks)
         weight = semigroup_weight(s, u, t)[:, None, None]
-        return lambda piece: torch.lerp(second(piece), first(piece), weight)
+        return lambda chunk: torch.lerp(second(chunk), first(chunk), weight)
 
     def _lagrangian_target(self, state, teacher_state, tau_s, tau_t, masks: Masks) -> Denoiser:
         r"""\\(D_t(X_{s,t}(x)) - \frac{(1-t)(t-s)}{1-s}\,\partial_t \delta_{s,t}(x)\\), projected to the simplex"""
         network = self._target_network()
-        s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
-        tangents = (torch.zeros_like(state), torch.zeros_like(tau_s), self.time.dtau_dt(t))
+        s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t)
+        tangents = (torch.zeros_like(state), torch.zeros_like(tau_s), self.time_map.dtau_dt(t))
         delta, derivative = self._denoiser_and_derivative(network, (state, tau_s, tau_t), tangents, masks)
         flow, flow_state = (network, state) if self.teacher is None else (self.teacher, teacher_state)
         arrived = flow_map(flow_state, self._expectation(delta, flow, flow_state), s, t)
         arrived = hold(arrived, flow_state, masks[1])
         denoised = self._denoiser(flow, arrived, tau_t, tau_t, masks)
         factor = ((1 - t) * (t - s) / (1 - s))[:, None, None]
-        return lambda piece: project_to_simplex(denoised(piece) - factor * derivative(piece))
+        return lambda chunk: project_to_simplex(denoised(chunk) - factor * derivative(chunk))
 
     def _eulerian_target(self, state, teacher_state, tau_s, tau_t, masks: Masks) -> Denoiser:
         r"""\\(D_s(x) + \frac{t-s}{1-t}\left((1-s)\,\partial_s \delta_{s,t}(x) + (D_s(x) - x) \cdot \nabla_x \delta_{s,t}(x)\right)\\)"""
         network = self._target_network()
-        s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
+        s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t)
         flow, flow_state = (network, state) if self.teacher is None else (self.teacher, teacher_state)
         denoised = self._denoiser(flow, flow_state, tau_s, tau_s, masks)
         change = self._expectation(denoised, network, state) - state
         change = hold(change, torch.zeros_like(change), masks[1])
-        tangents = (change, (1 - s) * self.time.dtau_dt(s), torch.zeros_like(tau_t))
+        tangents = (change, (1 - s) * self.time_map.dtau_dt(s), torch.zeros_like(tau_t))
         _, derivative = self._denoiser_and_derivative(network, (state, tau_s, tau_t), tangents, masks)
         factor = ((t - s) / (1 - t))[:, None, None]
-        return lambda piece: denoised(piece) + factor * derivative(piece)
+        return lambda chunk: denoised(chunk) + factor * derivative(chunk)
 
     @torch.no_grad()
     def compute_targets(self, inputs: dict[str, Any]) -> tuple[Denoiser, torch.Tensor]:
@@ -288,7 +288,7 @@ class FMLMTrainer(FLMTrainer):
                 `intermediate_timesteps`, `rows` and, where there is padding or a prompt, `attention_mask` and `known_mask`.
 
         Returns:
-            `tuple[Callable[[slice], torch.Tensor], torch.Tensor]`: a function from a stretch of positions to the targets
+            `tuple[Callable[[slice], torch.Tensor], torch.Tensor]`: a function from a chunk of positions to the targets
             there, of shape `(batch_size, num_positions, vocab_size)`, and a weight for each example, of shape
             `(batch_size,)`.
         """
@@ -314,10 +314,10 @@ class FMLMTrainer(FLMTrainer):
             else:
                 target = self._denoiser(self.teacher, from_teacher, tau_s, tau_t, masks)
                 # The squared distance of the states that the two maps arrive at
-                s, t = self.time.tau_to_t(tau_s), self.time.tau_to_t(tau_t)
+                s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t)
                 weights[rows] = ((t - s) / (1 - s)).square()
             groups.append((rows, target))
-        return lambda piece: self._assemble(groups, len(weights), piece), weights
+        return lambda chunk: self._assemble(groups, len(weights), chunk), weights
 
     @staticmethod
     def _groups(inputs: dict[str, Any]) -> list[tuple[torch.Tensor, bool]]:
@@ -329,10 +329,10 @@ class FMLMTrainer(FLMTrainer):
         return [(torch.tensor(rows).to(device, non_blocking=True), kind) for rows, kind in groups if rows]
 
     @staticmethod
-    def _assemble(groups: list[tuple[torch.Tensor, Denoiser]], batch_size: int, piece: slice) -> torch.Tensor:
+    def _assemble(groups: list[tuple[torch.Tensor, Denoiser]], batch_size: int, chunk: slice) -> torch.Tensor:
         targets = None
         for rows, target in groups:
-            values = target(piece)
+            values = target(chunk)
             targets = values.new_empty(batch_size, *values.shape[1:]) if targets is None else targets
             targets[rows] = values
         return targets
@@ -341,11 +341,11 @@ class FMLMTrainer(FLMTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         with evaluating(*self._networks()):
-            targets, weights = as_forward(self.model, lambda: self.compute_targets(inputs))
+            targets, weights = through_forward(self.model, lambda: self.compute_targets(inputs))
         names = ("input_ids", "labels", "timesteps", "target_timesteps", "noise", "t")
         names += ("attention_mask", "known_mask", "skip_logits")
         batch = {name: inputs[name] for name in names if name in inputs}
-        batch |= {"targets": targets, "divergence": self.args.divergence, "loss_weights": weights}
+        batch |= {"targets": targets, "divergence": self.args.divergence, "token_weights": weights}
         batch["joint_noise"] = self._get_joint_noise()
         loss, output = super().compute_loss(model, batch, True, num_items_in_batch)
         mask = inputs["labels"] != -100

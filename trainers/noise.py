@@ -49,7 +49,7 @@ def stratified_uniforms(num_points: int, num_dimensions: int, *key: int) -> torc
     return torch.from_numpy(np.stack(columns, axis=1) / num_points).float().clamp(max=_BELOW_ONE)
 
 
-def evenly_spread_uniforms(first: int, num_points: int, num_dimensions: int) -> torch.FloatTensor:
+def low_discrepancy_uniforms(first: int, num_points: int, num_dimensions: int) -> torch.FloatTensor:
     """
     Points `first` to `first + num_points - 1` of a fixed sequence that fills [0, 1)^d evenly whichever stretch of it is
     taken: that of Kronecker with powers of the generalized golden ratio.
