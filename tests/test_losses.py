@@ -134,7 +134,7 @@ def test_chunks_cover_all_positions_within_the_budget(monkeypatch):
         assert [n for chunk in pieces for n in range(chunk.start, chunk.stop)] == list(range(length))
         widths = [chunk.stop - chunk.start for chunk in pieces]
         assert max(widths) == 1 or max(widths) * batch_size * vocab_size <= 1000
-        assert len(chunks) <= math.ceil(length / max(1, 1000 // (batch_size * vocab_size)))
+        assert len(pieces) <= math.ceil(length / max(1, 1000 // (batch_size * vocab_size)))
 
 
 def test_two_networks_against_labels(monkeypatch):
