@@ -34,7 +34,7 @@ def delta(model: PreTrainedModel, x: torch.Tensor, tau_s: torch.Tensor, tau_t: t
     """The two-time denoiser of one-hot states `x`, whole."""
     with torch.autocast(x.device.type, enabled=False):
         state = x @ model.state_embedding.float()
-    return model.delta(model.predict(model.encode(state, tau_s, tau_t), tau_s, tau_t))
+    return model.predict(model.encode(state, tau_s, tau_t), tau_s, tau_t)
 
 
 def flow_map(x: torch.Tensor, towards: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def flm_loss(model: PreTrainedModel, input_ids: torch.Tensor, tau: torch.Tensor)
     _, x = noised(model, input_ids, tau)
     with torch.autocast(x.device.type, enabled=False):
         state = x @ model.state_embedding
-    logits = model.predict(model.encode(state, tau), tau)
+    logits = model.logits(model.encode(state, tau))
     return F.cross_entropy(logits.flatten(0, 1), input_ids.flatten())
 
 
@@ -92,7 +92,7 @@ def distillation_loss(
         return losses.mean()
     with torch.autocast(x.device.type, enabled=False):
         state = x @ model.state_embedding
-    logits = model.predict(model.encode(state, tau_s, tau_t), tau_s, tau_t)
+    logits = model.logits(model.encode(state, tau_s, tau_t))
     return -(target * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 

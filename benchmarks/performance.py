@@ -59,7 +59,7 @@ import measure  # noqa: E402
 from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel  # noqa: E402
 from modeling_flm.losses import head_loss, softmax_cross_entropy  # noqa: E402
 from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments  # noqa: E402
-from trainers.noise import stratified_uniforms  # noqa: E402
+from trainers.batches import stratified_uniforms  # noqa: E402
 
 
 GIB = 2**30
@@ -284,7 +284,7 @@ class Benchmark:
             """The transformer with its head, whose logits are dropped a chunk at a time."""
             hidden_states = encode(state, tau)
             for chunk in model.chunks(state):
-                model.predict(hidden_states[:, chunk], tau)
+                model.logits(hidden_states[:, chunk])
 
         @torch.no_grad()
         def blocks():

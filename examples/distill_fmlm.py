@@ -59,11 +59,11 @@ def get_student(
     arguments: DistillationArguments, teacher: PreTrainedModel, options: dict, prompt_fraction: float
 ) -> PreTrainedModel:
     """A flow map for the preset: loaded, new, or with the weights of the teacher."""
-    mark = {"prompt_mark": True} if prompt_fraction > 0 else {}
+    told = {"per_token_timesteps": True} if prompt_fraction > 0 else {}
     if arguments.student is not None:
-        return AutoModel.from_pretrained(arguments.student, dtype=torch.float32, **options, **mark)
+        return AutoModel.from_pretrained(arguments.student, dtype=torch.float32, **options, **told)
     overrides = {"dropout": arguments.dropout, "learned_loss_weighting": arguments.learned_loss_weighting}
-    overrides = {name: value for name, value in overrides.items() if value is not None} | mark
+    overrides = {name: value for name, value in overrides.items() if value is not None} | told
     # What the second stage imitates has the FLM in it.
     flow = teacher.flow if isinstance(teacher, FMLMTwoNetworkModel) else teacher
     model_class = FMLMTwoNetworkModel if arguments.preset == "two_network" else FMLMModel

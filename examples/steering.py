@@ -84,7 +84,7 @@ def train_flm(
     def make_trainer() -> FLMTrainer:
         settings = training_settings(args, name, max_steps)
         return FLMTrainer(
-            new_flm(args, tokenizer, grammar.NUM_WORDS, prompt_mark=prompt_fraction > 0),
+            new_flm(args, tokenizer, grammar.NUM_WORDS, per_token_timesteps=prompt_fraction > 0),
             FLMTrainingArguments(**settings, prompt_fraction=prompt_fraction),
             train_dataset=dataset,
             processing_class=tokenizer,
@@ -168,7 +168,7 @@ class Measurements:
         is_half = torch.rand(input_ids.shape, generator=generator).argsort(dim=1) < grammar.NUM_WORDS // 2
         given = {
             "prefix": {"input_ids": input_ids[:, :PREFIX_LENGTH]},
-            "half": {"input_ids": input_ids, "infill_mask": is_half},
+            "half": {"input_ids": input_ids, "prompt_mask": ~is_half},
         }
         for kind, options in given.items():
             for model in ("flm", "flm_prompts", "fmlm_prompts"):

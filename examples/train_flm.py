@@ -78,7 +78,7 @@ def get_model(
 ) -> FLMModel:
     """The model that the arguments name, or a new one for the tokenizer."""
     options = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
-    mark = {"prompt_mark": True} if prompt_fraction > 0 else {}
+    told = {"per_token_timesteps": True} if prompt_fraction > 0 else {}
     if arguments.model_name_or_path is not None:
         if arguments.config_overrides is not None:
             raise SystemExit("--config_overrides is for a new model, and does not go with --model_name_or_path.")
@@ -87,7 +87,7 @@ def get_model(
             trust_remote_code=arguments.trust_remote_code,
             dtype=torch.float32,
             **options,
-            **mark,
+            **told,
         )
     overrides = yaml.safe_load("{" + (arguments.config_overrides or "").replace("=", ": ") + "}")
     if unknown := sorted(name for name in overrides if not hasattr(FLMConfig(), name)):
@@ -100,7 +100,7 @@ def get_model(
     }
     if block_size is not None:
         settings["max_position_embeddings"] = block_size
-    return AutoModel.from_config(AutoConfig.for_model("flm", **{**settings, **mark, **overrides}), **options)
+    return AutoModel.from_config(AutoConfig.for_model("flm", **{**settings, **told, **overrides}), **options)
 
 
 def main():

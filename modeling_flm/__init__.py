@@ -20,6 +20,14 @@ from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, FLMGenerati
 from .modeling_flm import FLMModel, FLMOutput, FMLMModel, FMLMTwoNetworkModel
 from .pipeline_flm import FLMPipeline
 from .rewards import ClassifierReward, LanguageModelReward
+from .sampling_flm import (
+    BridgeSampler,
+    BridgeSamplerConfig,
+    FlowMapSampler,
+    FlowMapSamplerConfig,
+    StochasticFlowMapSampler,
+    StochasticFlowMapSamplerConfig,
+)
 from .time_reparameterization import ReparameterizedTime
 
 
@@ -34,6 +42,8 @@ for _config, _model in ((FLMConfig, FLMModel), (FMLMConfig, FMLMModel), (FMLMTwo
     _model.register_for_auto_class("AutoModel")
 
 __all__ = [
+    "BridgeSampler",
+    "BridgeSamplerConfig",
     "ClassifierReward",
     "FLMConfig",
     "FLMGenerationConfig",
@@ -46,6 +56,10 @@ __all__ = [
     "FMLMModel",
     "FMLMTwoNetworkConfig",
     "FMLMTwoNetworkModel",
+    "FlowMapSampler",
+    "FlowMapSamplerConfig",
     "LanguageModelReward",
     "ReparameterizedTime",
+    "StochasticFlowMapSampler",
+    "StochasticFlowMapSamplerConfig",
 ]

@@ -39,7 +39,7 @@ class FLMLayerNorm(nn.Module):
 
 
 class FLMTimeEmbedding(nn.Module):
-    """Embeds times in [0, 1], of shape `(batch_size,)`, into `(batch_size, conditioning_size)`."""
+    """Embeds times in [0, 1], of shape `(batch_size,)` or `(batch_size, sequence_length)`, into `(..., conditioning_size)`."""
 
     def __init__(self, config: FLMConfig):
         super().__init__()
@@ -50,13 +50,13 @@ class FLMTimeEmbedding(nn.Module):
     def forward(self, times: torch.Tensor) -> torch.Tensor:
         exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=times.device)
         frequencies = torch.exp(-math.log(10000) / self.num_frequencies * exponents)
-        angles = times.float()[:, None] * frequencies
+        angles = times.float()[..., None] * frequencies
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.linear_2(F.silu(self.linear_1(sinusoids.to(self.linear_1.weight.dtype))))
 
 
 class FLMLossWeighting(nn.Module):
-    """The learned logarithm of the weight of the loss, of shape `(batch_size,)`, at times of this shape."""
+    """The learned logarithm of the weight of the loss, of the shape of the times."""
 
     def __init__(self, config: FMLMConfig):
         super().__init__()
@@ -68,30 +68,18 @@ class FLMLossWeighting(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(self.time_embedding(times)))).squeeze(-1)
 
 
-class FLMPromptMark(nn.Module):
-    """Adds a learned vector to the states of known positions; starts at zero."""
-
-    def __init__(self, config: FLMConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(config.hidden_size))
-
-    def forward(self, state: torch.Tensor, known_mask: torch.Tensor | None) -> torch.Tensor:
-        if known_mask is None:
-            if not self.training:
-                return state
-            known_mask = state.new_zeros(state.shape[:2])  # for a gradient of zero, which DDP waits for
-        return state + known_mask[..., None] * self.weight
-
-
 class FLMModulation(nn.Linear):
-    """Turns the conditioning into `num_chunks` modulations of shape `(batch_size, 1, hidden_size)`; starts at zero."""
+    """
+    Turns the conditioning, of shape `(batch_size, 1 or sequence_length, conditioning_size)`, into `num_chunks` modulations of
+    shape `(batch_size, 1 or sequence_length, hidden_size)`; starts at zero.
+    """
 
     def __init__(self, config: FLMConfig, num_chunks: int):
         super().__init__(config.conditioning_size, num_chunks * config.hidden_size)
         self.num_chunks = num_chunks
 
     def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super().forward(conditioning.to(self.weight.dtype))[:, None].chunk(self.num_chunks, dim=-1)
+        return super().forward(conditioning.to(self.weight.dtype)).chunk(self.num_chunks, dim=-1)
 
 
 def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -62,9 +62,9 @@ class FLMConfig(PreTrainedConfig):
             network of an [`FMLMTwoNetworkModel`] are not logits, and stay as they are.
         layer_norm_eps (`float`, *optional*, defaults to 1e-05):
             The epsilon of the layer normalizations.
-        prompt_mark (`bool`, *optional*, defaults to `False`):
-            Whether the model has a learned vector that is added where a token is given, in a prompt or around an infill. For
-            models that are trained with `prompt_fraction`.
+        per_token_timesteps (`bool`, *optional*, defaults to `False`):
+            Whether the network is conditioned on the time of each token. Otherwise it is on the earliest of the text's, and
+            must tell from the states which tokens are known.
         rope_parameters (`dict`, *optional*):
             The rotary position embedding, `{"rope_type": "default", "rope_theta": 10000.0}` unless given.
         bos_token_id (`int`, *optional*):
@@ -99,7 +99,7 @@ class FLMConfig(PreTrainedConfig):
     attn_logit_softcapping: float | int | None = 50.0
     final_logit_softcapping: float | int | None = 30.0
     layer_norm_eps: float = 1e-5
-    prompt_mark: bool = False
+    per_token_timesteps: bool = False
     rope_parameters: dict | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

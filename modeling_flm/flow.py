@@ -18,18 +18,43 @@ A text is a (length, vocab_size) matrix `x1` of one-hot rows. Noise `x0 ~ N(0, I
 `I_t = (1 - t) x0 + t x1`. Networks see a state `x` only through `x @ E`, where `E` is their token embedding, and every
 update of the state is linear in `x`, so the whole process runs in embedding space: here a *state* is the
 (..., embedding_size) tensor `x @ E`, and no function holds a tensor with `vocab_size` columns.
+
+Times are of shape `(batch_size,)`, one for each text, or `(batch_size, sequence_length)`, one for each token. A token that is
+known has the time 1 from beginning to end: its state is clean, and with the factors below, which are all exact and finite at
+`s = t = 1`, no update moves it.
 """
 
 import torch
 
 
-def _like(times: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+def expand_times(times: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     """
-    Append axes to `times` (batch_size,) until it broadcasts against `state` (batch_size, ...). They have the precision of
-    the state, but at least float32: a low-precision state becomes one of float32 instead.
+    Appends axes to times, or factors of this shape, until they broadcast against a state.
+
+    Args:
+        times (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`): The times.
+        state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, 1 or sequence_length, 1)`, in the precision of the state, but at least float32:
+        a low-precision state becomes one of float32 instead.
     """
     dtype = torch.promote_types(state.dtype, torch.float32)
     return times.to(dtype).reshape(times.shape + (1,) * (state.dim() - times.dim()))
+
+
+def times_with_known(tau: torch.Tensor, known: torch.BoolTensor | None) -> torch.Tensor:
+    """
+    The times of texts of which some tokens are known.
+
+    Args:
+        tau (`torch.Tensor` of shape `(batch_size,)`): The time of the tokens that are not known.
+        known (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): Where tokens are known.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, sequence_length)`, or `tau` itself if nothing is known.
+    """
+    return tau if known is None else torch.where(known, 1.0, tau[:, None])
 
 
 def interpolate(noise: torch.Tensor, clean: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -39,13 +64,28 @@ def interpolate(noise: torch.Tensor, clean: torch.Tensor, t: torch.Tensor) -> to
     Args:
         noise (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state of pure noise.
         clean (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state of the data.
-        t (`torch.Tensor` of shape `(batch_size,)`): Interpolant times, 0 for noise and 1 for data.
+        t (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
+            Interpolant times, 0 for noise and 1 for data.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`: The noisy state.
     """
-    t = _like(t, clean)
+    t = expand_times(t, clean)
     return (1 - t) * noise + t * clean
+
+
+def remaining_noise(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    r"""
+    How much of the noise at one time is left at a later one, \\(\frac{1-t}{1-s}\\), and 1 where the times are equal.
+
+    Args:
+        s (`torch.Tensor` of any shape): Interpolant times to start from.
+        t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at, `s <= t <= 1`.
+
+    Returns:
+        `torch.Tensor` of the shape of `s`, in [0, 1].
+    """
+    return torch.where(t > s, (1 - t) / (1 - s).clamp(min=torch.finfo(s.dtype).tiny), 1.0)
 
 
 def flow_map(state: torch.Tensor, delta: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -58,31 +98,29 @@ def flow_map(state: torch.Tensor, delta: torch.Tensor, s: torch.Tensor, t: torch
         state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state at time `s`.
         delta (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`):
             The expected embedding of the clean tokens, `delta_{s,t} @ E`.
-        s (`torch.Tensor` of shape `(batch_size,)`): Interpolant times to start from.
-        t (`torch.Tensor` of shape `(batch_size,)`): Interpolant times to arrive at, `s <= t <= 1`.
+        s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`): Interpolant times to start from.
+        t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at, `s <= t <= 1`.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`: The state at time `t`.
     """
-    # X_{s,s} is the identity, also at s = 1 where the quotient is 0 / 0.
-    keep = torch.where(t > s, (1 - t) / (1 - s).clamp(min=torch.finfo(s.dtype).tiny), 1.0)
-    keep = _like(keep, state)
+    keep = expand_times(remaining_noise(s, t), state)
     return keep * state + (1 - keep) * delta
 
 
-def hold(state: torch.Tensor, clean: torch.Tensor, known_mask: torch.Tensor | None) -> torch.Tensor:
-    """
-    Clamps known positions to their clean state, at whatever time the others are.
+def drift(state: torch.Tensor, denoised: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    r"""
+    The direction of the probability flow, \\((1-s)\,\frac{dx}{ds} = D_s(x) - x\\), and 0 where `s = 1`.
 
     Args:
-        state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state.
-        clean (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): A state that is clean there.
-        known_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): Where tokens are known.
+        state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state at time `s`.
+        denoised (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): `D_s(x) @ E`.
+        s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`): Interpolant times.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`.
     """
-    return state if known_mask is None else torch.where(known_mask[..., None], clean, state)
+    return torch.where(expand_times(s, state) < 1, denoised - state, 0.0)
 
 
 def gamma_coefficients(t: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,21 +145,104 @@ def gamma_coefficients(t: torch.Tensor, gamma: float) -> tuple[torch.Tensor, tor
     return 1 - (1 - t) * kept, (1 - t) * (1 - kept), gamma * (1 - t)
 
 
+def bridge_coefficients(s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    r"""
+    The coefficients of the bridge between a state and a clean token: given both, the state at a time between them is
+
+    \\(x_t = a\,x_s + b\,x_1 + c\,z, \quad a = \frac{s(1-t)^2}{t(1-s)^2}, \quad b = \frac{(t-s)\,q}{t(1-s)^2}, \quad
+    c^2 = \frac{(1-t)^2(t-s)\,q}{t^2(1-s)^2}, \quad q = s + t - 2st\\)
+
+    with new noise \\(z\\) (arXiv 2605.13681). It is (1, 0, 0) where the times are equal.
+
+    Args:
+        s (`torch.Tensor` of any shape): Interpolant times to start from.
+        t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at, `s <= t <= 1`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: \\(a\\), \\(b\\) and \\(c\\), each with the shape of `s`.
+    """
+    tiny = torch.finfo(s.dtype).tiny
+    keep, moves = remaining_noise(s, t), t > s
+    q = s + t - 2 * s * t
+    a = torch.where(moves, s * keep**2 / t.clamp(min=tiny), 1.0)
+    b = torch.where(moves, (t - s) * q / (t * (1 - s) ** 2).clamp(min=tiny), 0.0)
+    c = torch.where(moves, keep * ((t - s) * q).clamp(min=0).sqrt() / t.clamp(min=tiny), 0.0)
+    return a, b, c
+
+
+def reward_coefficient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    r"""
+    How far a step moves the state along the gradient of a reward, \\(\frac{(1-s)(t-s)}{t}\\).
+
+    Args:
+        s (`torch.Tensor` of any shape): Interpolant times to start from.
+        t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at, `s < t <= 1`, or both 1.
+
+    Returns:
+        `torch.Tensor` of the shape of `s`.
+    """
+    return (1 - s) * (t - s) / t
+
+
+def correction_coefficient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    r"""
+    What the correction of a two-network flow map is multiplied by, \\(\tfrac12 (t-s)(1-s)\\).
+
+    Args:
+        s (`torch.Tensor` of any shape): Interpolant times to start from.
+        t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at.
+
+    Returns:
+        `torch.Tensor` of the shape of `s`.
+    """
+    return 0.5 * (t - s) * (1 - s)
+
+
 def semigroup_weight(s: torch.Tensor, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     r"""
     The weight of the semigroup identity of the two-time denoiser,
     \\(\delta_{s,t}(x) = \lambda\,\delta_{s,u}(x) + (1-\lambda)\,\delta_{u,t}(X_{s,u}(x))\\) with
-    \\(\lambda = \frac{(1-t)(u-s)}{(1-u)(t-s)}\\).
+    \\(\lambda = \frac{(1-t)(u-s)}{(1-u)(t-s)}\\), and 1 where nothing is left to the second part.
 
     Args:
-        s (`torch.Tensor` of shape `(batch_size,)`): Interpolant times to start from.
-        u (`torch.Tensor` of shape `(batch_size,)`): Intermediate times, `s <= u <= t` and `u < 1`.
-        t (`torch.Tensor` of shape `(batch_size,)`): Interpolant times to arrive at, `s < t <= 1`.
+        s (`torch.Tensor` of any shape): Interpolant times to start from.
+        u (`torch.Tensor` of the shape of `s`): Intermediate times, `s <= u <= t`.
+        t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at, `t <= 1`.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size,)`: λ, in [0, 1].
+        `torch.Tensor` of the shape of `s`: λ, in [0, 1].
     """
-    return (1 - t) * (u - s) / ((1 - u) * (t - s))
+    share = torch.where(t > s, (u - s) / (t - s).clamp(min=torch.finfo(s.dtype).tiny), 1.0)
+    return remaining_noise(u, t) * share
+
+
+def lagrangian_coefficient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    r"""
+    The factor \\(\frac{(1-t)(t-s)}{1-s}\\) of the derivative in \\(t\\), in the Lagrangian target.
+
+    Args:
+        s (`torch.Tensor` of any shape): Interpolant times to start from.
+        t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at, `s <= t <= 1`.
+
+    Returns:
+        `torch.Tensor` of the shape of `s`, 0 where the times are equal.
+    """
+    return remaining_noise(s, t) * (t - s)
+
+
+def eulerian_coefficient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    r"""
+    The factor \\(\frac{t-s}{1-t}\\) of the derivative along the flow, in the Eulerian target. It has a pole at
+    \\(s < t = 1\\).
+
+    Args:
+        s (`torch.Tensor` of any shape): Interpolant times to start from.
+        t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at, `s <= t`.
+
+    Returns:
+        `torch.Tensor` of the shape of `s`, 0 where the times are equal.
+    """
+    return torch.where(t > s, (t - s) / (1 - t), 0.0)
 
 
 def project_to_simplex(x: torch.Tensor) -> torch.Tensor:

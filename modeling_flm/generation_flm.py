@@ -33,9 +33,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
-from .flow import flow_map, gamma_coefficients, hold
+from .flow import expand_times, reward_coefficient, times_with_known
 from .guidance_flm import Autoguidance, Reward, reward_gradient
 from .joint_noise import JointNoise
+from .sampling_flm import FlowMapSampler, FlowMapSamplerConfig, StochasticFlowMapSamplerConfig, load_sampler_config
 
 
 logger = logging.get_logger(__name__)
@@ -66,15 +67,16 @@ class FLMGenerationConfig(GenerationConfig):
             The most texts that are generated at a time. It changes speed and memory, not the texts.
         temperature (`float`, *optional*):
             Divides the logits of every step. Below 1 texts become more likely and less diverse. Without effect where
-            only the largest logit counts, which is at the last step without guidance.
+            only the largest logit counts, which is at the last step without guidance, unless tokens are drawn.
         top_k (`int`, *optional*):
             Keeps the `top_k` most likely tokens of each position at every step.
         top_p (`float`, *optional*):
             Keeps the smallest set of tokens of each position whose probabilities reach `top_p`.
-        gamma (`float`, *optional*, defaults to 0.0):
-            The share of the noise, in [0, 1], that is drawn anew at every step but the last (stochastic flow map
-            sampling, see [`~flow.gamma_coefficients`]). 0 follows the flow. Meant for flow maps: an FLM, which cannot jump,
-            needs it to be small.
+        gamma (`float`, *optional*):
+            Short for `sampler_config=StochasticFlowMapSamplerConfig(gamma)`: the share of the noise, in [0, 1], that is drawn
+            anew at every step but the last. 0 follows the flow, which is the default.
+        sampler_config ([`FlowMapSamplerConfig`], [`StochasticFlowMapSamplerConfig`] or [`BridgeSamplerConfig`], *optional*):
+            What a step takes from the model, and how it moves the state. Follows the flow by default.
         guidance_scale (`float`, *optional*):
             How far to go beyond the model, away from the `guidance_model` (autoguidance). 0 turns it off.
         reward_scale (`float`, *optional*):
@@ -105,6 +107,7 @@ class FLMGenerationConfig(GenerationConfig):
         self.top_p: float | None = kwargs.pop("top_p", None)
         self.timesteps: list[float] | None = kwargs.pop("timesteps", None)
         self.gamma: float | None = kwargs.pop("gamma", None)
+        self.sampler_config: FlowMapSamplerConfig | None = kwargs.pop("sampler_config", None)
         self.guidance_scale: float | None = kwargs.pop("guidance_scale", None)
         self.reward_scale: float | None = kwargs.pop("reward_scale", None)
         self.pad_after_eos: bool | None = kwargs.pop("pad_after_eos", None)
@@ -140,8 +143,10 @@ class FLMGenerationConfig(GenerationConfig):
             raise ValueError(f"`temperature` must be a number above 0, got {self.temperature!r}.")
         if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
             raise ValueError(f"`top_p` must be a number above 0 and at most 1, got {self.top_p!r}.")
-        if self.gamma is not None and not (isinstance(self.gamma, (int, float)) and 0 <= self.gamma <= 1):
-            raise ValueError(f"`gamma` must be a number in [0, 1], got {self.gamma!r}.")
+        if self.gamma is not None:
+            StochasticFlowMapSamplerConfig(self.gamma)
+        if self.sampler_config is not None:
+            self.sampler_config = load_sampler_config(self.sampler_config)
         for name in ("guidance_scale", "reward_scale"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
@@ -160,7 +165,6 @@ class FLMGenerationConfig(GenerationConfig):
             "num_samples": 1,
             "num_steps": 64,
             "batch_size": 64,
-            "gamma": 0.0,
             "pad_after_eos": False,
             "output_drafts": False,
             "return_dict_in_generate": False,
@@ -196,26 +200,33 @@ class FLMGenerationOutput(ModelOutput):
 
 
 @dataclass
-class _Given:
-    """What is given of a batch of texts: tokens where `known_mask`, and which positions there are."""
+class _Known:
+    """What is known of a batch of texts: tokens where `mask`, and which positions there are."""
 
-    tokens: torch.LongTensor  # (num_samples, length), with padding where nothing is given
-    known_mask: torch.BoolTensor | None = None
+    tokens: torch.LongTensor  # (num_samples, length), with padding where nothing is known
+    mask: torch.BoolTensor | None = None
     attention_mask: torch.BoolTensor | None = None
 
-    def __getitem__(self, rows: slice) -> "_Given":
-        masks = (None if mask is None else mask[rows] for mask in (self.known_mask, self.attention_mask))
-        return _Given(self.tokens[rows], *masks)
+    def __getitem__(self, rows: slice) -> "_Known":
+        masks = (None if mask is None else mask[rows] for mask in (self.mask, self.attention_mask))
+        return _Known(self.tokens[rows], *masks)
 
     @property
     def is_fixed(self) -> torch.BoolTensor | None:
         """Where there is nothing to generate."""
         if self.attention_mask is None:
-            return self.known_mask
-        return ~self.attention_mask if self.known_mask is None else self.known_mask | ~self.attention_mask
+            return self.mask
+        return ~self.attention_mask if self.mask is None else self.mask | ~self.attention_mask
+
+    def start(self, state: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """A state of noise with the clean state of what is known in its place."""
+        if self.mask is None:
+            return state
+        clean = embedding[self.tokens.masked_fill(~self.mask, 0)]
+        return torch.where(self.mask[..., None], clean, state)
 
     def complete(self, tokens: torch.LongTensor) -> torch.LongTensor:
-        """Generated tokens with what is given in its place."""
+        """Generated tokens with what is known in its place."""
         return tokens if self.is_fixed is None else torch.where(self.is_fixed, self.tokens, tokens)
 
     def complete_soft(self, probabilities: torch.Tensor) -> torch.Tensor:
@@ -223,17 +234,18 @@ class _Given:
         if self.is_fixed is None:
             return probabilities
         certain = torch.zeros_like(probabilities)
-        if self.known_mask is not None:
-            tokens = self.tokens.masked_fill(~self.known_mask, 0)[..., None]
-            certain = certain.scatter(-1, tokens, self.known_mask[..., None].to(certain.dtype))
+        if self.mask is not None:
+            tokens = self.tokens.masked_fill(~self.mask, 0)[..., None]
+            certain = certain.scatter(-1, tokens, self.mask[..., None].to(certain.dtype))
         return torch.where(self.is_fixed[..., None], certain, probabilities)
 
 
 @dataclass
-class _Sampler:
+class _Run:
     """What is common to all batches of a call of `generate`."""
 
     config: FLMGenerationConfig
+    sampler: FlowMapSampler
     denoiser: "PreTrainedModel | Autoguidance"
     embedding: torch.Tensor
     factor: torch.Tensor | None  # of the noise, where any is drawn
@@ -245,7 +257,7 @@ class _Sampler:
 
 
 class FLMGenerationMixin:
-    """Gives a model with `state_embedding`, `time` and `denoise` its `generate()`."""
+    """Gives a model with `state_embedding`, `posterior` and `time_map` its `generate()`."""
 
     output_modalities = ("text",)
 
@@ -262,7 +274,7 @@ class FLMGenerationMixin:
         num_steps: int | None = None,
         generation_config: FLMGenerationConfig | None = None,
         attention_mask: torch.Tensor | None = None,
-        infill_mask: torch.Tensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         logits_processor: LogitsProcessorList | None = None,
         prior_state: torch.Tensor | None = None,
@@ -274,16 +286,24 @@ class FLMGenerationMixin:
         **kwargs,
     ) -> torch.LongTensor | FLMGenerationOutput:
         r"""
-        Generates texts from noise. On a grid of reparameterized times from 0 to 1, by default a uniform one, the state is moved
-        by the flow map \\(x \leftarrow X_{s,t}(x)\\) of the model; at the last step, where \\(t = 1\\) and
-        \\(X_{s,1} = \delta_{s,1}\\), the most likely tokens are the text.
+        Generates texts from noise. On a grid of reparameterized times \\(\tau\\) from 0 to 1, by default a uniform one:
 
-        What is given of a text (a prompt, or what surrounds an infill) is clean at every step, and returned unchanged. Any
-        model can do that; one that was trained for it (`prompt_fraction`) needs fewer steps.
+        1. Known tokens have the time 1, all others that of the grid. The state starts as noise, and clean where tokens are
+           known.
+        2. With a `reward`, the state is moved towards it.
+        3. The model says what the text may be: the two-time denoiser \\(\delta\\), from the time of the state to the next one,
+           or to where the sampler says.
+        4. The sampler takes an estimate of the text from it: its mean, or tokens that it draws.
+        5. The sampler moves the state to the next time, where it needs to with new noise. At the time 1 nothing moves.
+        6. At the last step, the tokens that the sampler reads from \\(\delta\\) are the text: the most likely ones, or those
+           that it draws.
+
+        Known tokens (a prompt, or what surrounds an infill) are returned unchanged. Any model can complete them; one that was
+        trained for it (`prompt_fraction`) needs fewer steps.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(num_prompts, prompt_length)`, *optional*):
-                What is given of the texts: how they begin, or with an `infill_mask` tokens of any positions.
+                What is known of the texts: how they begin, or with a `prompt_mask` tokens of any positions.
             num_samples (`int`, *optional*):
                 The number of texts, a multiple of the number of prompts if there are some: all of the first prompt come
                 first. One for each prompt unless given.
@@ -293,11 +313,11 @@ class FLMGenerationMixin:
                 Parameters to use in the place of `model.generation_config`. Those that are `None` are taken from there.
             attention_mask (`torch.Tensor` of shape `(num_prompts, prompt_length)`, *optional*):
                 With `input_ids` that texts begin with, 0 for padding on either side. Otherwise, of shape
-                `(num_samples, length)` or that of the `infill_mask`, 1 for the positions that there are, for models that were
+                `(num_samples, length)` or that of the `prompt_mask`, 1 for the positions that there are, for models that were
                 trained with padding: the others get `pad_token_id`.
-            infill_mask (`torch.Tensor` of shape `(num_prompts, prompt_length)`, *optional*):
-                1 where a token is to be generated, 0 where it is given in `input_ids`. Then `length` is that of `input_ids`
-                unless given.
+            prompt_mask (`torch.Tensor` of shape `(num_prompts, prompt_length)`, *optional*):
+                1 where a token of `input_ids` is known, 0 where it is to be generated. By default all are known. With it,
+                `length` is by default that of `input_ids`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 The source of the noise, or one for each text. A CPU generator gives the same noise on every device. The
                 global generator of the model's device unless given.
@@ -349,7 +369,7 @@ class FLMGenerationMixin:
             kwargs["num_samples"] = num_samples
         if num_steps is not None:
             kwargs["num_steps"] = num_steps
-        masks = self._check_given(input_ids, attention_mask, infill_mask)
+        masks = self._check_known(input_ids, attention_mask, prompt_mask)
         explicit = self._explicit(generation_config, kwargs)
         self._set_sizes(kwargs, explicit, input_ids, masks, prior_state)
         config = self._prepare_generation_config(generation_config, kwargs, explicit)
@@ -369,10 +389,16 @@ class FLMGenerationMixin:
         embedding = denoiser.state_embedding.float()
         if prior_state is not None:
             self._check_prior_state(prior_state, embedding, kwargs)
+        sampler = self._get_sampler(config, explicit)
         reward = self._check_reward(reward, config, explicit)
-        needs_noise = prior_state is None or config.gamma > 0 or reward is not None
-        sampler = _Sampler(
+        if reward is not None and not sampler.takes_rewards:
+            raise ValueError(
+                f"`reward` does not go with `{type(sampler).__name__}`, whose steps draw tokens: leave out `sampler_config`."
+            )
+        needs_noise = prior_state is None or sampler.draws_noise or reward is not None
+        run = _Run(
             config=config,
+            sampler=sampler,
             denoiser=denoiser,
             embedding=embedding,
             factor=self._get_noise_factor(embedding) if needs_noise else None,
@@ -382,7 +408,7 @@ class FLMGenerationMixin:
             callback=callback,
             compile_config=compile_config,
         )
-        given = self._prepare_given(input_ids, *masks, config, embedding.device)
+        known = self._prepare_known(input_ids, *masks, config, embedding.device)
 
         sequences, drafts = [], []
         progress = logging.tqdm(
@@ -395,18 +421,18 @@ class FLMGenerationMixin:
                 rows = slice(start, min(start + config.batch_size, config.num_samples))
                 # States are in float32 whatever precision the caller runs the model in.
                 with torch.autocast(embedding.device.type, enabled=False):
-                    state, fresh_generators = self._draw_states(sampler, generators[rows], prior_state is None)
+                    state, fresh_generators = self._draw_states(run, generators[rows], prior_state is None)
                     if prior_state is not None:
                         state = prior_state[rows].to(embedding)
                         state = state @ embedding if state.shape[-1] == embedding.shape[0] else state
-                tokens, batch_drafts = self._sample(sampler, state, given[rows], fresh_generators)
+                tokens, batch_drafts = self._sample(run, state, known[rows], fresh_generators)
                 sequences.append(tokens)
                 drafts.append(batch_drafts)
                 progress.update(rows.stop - rows.start)
 
         sequences = torch.cat(sequences)
         if config.pad_after_eos:
-            sequences = self._pad_after_eos(sequences, given, config)
+            sequences = self._pad_after_eos(sequences, known, config)
         if streamer is not None:
             streamer.put(sequences.cpu())
             streamer.end()
@@ -419,118 +445,126 @@ class FLMGenerationMixin:
         )
 
     def _sample(
-        self, sampler: _Sampler, state: torch.Tensor, given: _Given, fresh_generators: list[torch.Generator] | None
+        self, run: _Run, state: torch.Tensor, known: _Known, fresh_generators: list[torch.Generator] | None
     ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
-        """Moves a batch of states from noise to text. `fresh_generators` draw the noise on the way."""
-        config, compile_config, embedding = sampler.config, sampler.compile_config, sampler.embedding
-        put_draft = getattr(sampler.streamer, "put_draft", None)
-        wants_drafts = config.output_drafts or put_draft is not None or sampler.callback is not None
+        """
+        The loop: moves a batch of states from noise to text, in the steps that the docstring of `generate` numbers.
+        `fresh_generators` draw what is random on the way.
+        """
+        config, sampler, compile_config, embedding = run.config, run.sampler, run.compile_config, run.embedding
+        put_draft = getattr(run.streamer, "put_draft", None)
+        wants_drafts = config.output_drafts or put_draft is not None or run.callback is not None
         advance = self._step if compile_config is None else self._get_compiled_step(compile_config)
-        masks = (given.attention_mask, given.known_mask)
-        clean = None if given.known_mask is None else embedding[given.tokens.masked_fill(~given.known_mask, 0)]
         if config.timesteps is None:
             tau = torch.linspace(0, 1, config.num_steps + 1, device=state.device)
         else:
             tau = torch.tensor(config.timesteps, dtype=torch.float32, device=state.device)
         t = self.time_map.tau_to_t(tau)
-        arrival, tau_arrival, excess = t, tau, torch.zeros_like(t)
-        if config.gamma > 0:
-            arrival, excess, fresh = gamma_coefficients(t, config.gamma)
-            tau_arrival = self.time_map.t_to_tau(arrival)
-        # One time per sequence, for every step.
-        times = torch.stack([tau[:-1], tau_arrival[1:], t[:-1], arrival[1:], excess[1:]], dim=1)
-        times = times[..., None].expand(-1, -1, state.shape[0]).contiguous()
+        tau_asked = self._tau_asked(sampler, tau, t)
 
+        # 1. Known tokens have the time 1, and a clean state
+        state = known.start(state, embedding)
         drafts = []
         for step in range(config.num_steps):
             is_last = step == config.num_steps - 1
-            state = hold(state, clean, given.known_mask)
-            if sampler.reward is not None:
-                state = self._steer_by_reward(sampler, state, given, times[step], t[step + 1], step == 0)
+            times = self._times(known, len(state), tau[step], tau_asked[step], t[step], t[step + 1])
+            # 2. Towards the reward
+            if run.reward is not None:
+                state = self._steer_by_reward(run, state, known, times, is_first=step == 0)
+            # 3. to 6.
+            uniforms = self._draw_uniforms(state, fresh_generators) if sampler.draws_tokens else None
+            noise = None
+            if sampler.draws_noise and not is_last:
+                noise = self._draw_noise(state.shape[1], run.factor, fresh_generators)
             if compile_config is not None:
                 torch.compiler.cudagraph_mark_step_begin()
             state, tokens = advance(
-                sampler.denoiser,
+                run.denoiser,
+                sampler,
                 state,
-                times[step],
+                times,
                 embedding,
-                masks,
-                sampler.logits_processor,
-                with_state=not is_last,
+                known.attention_mask,
+                run.logits_processor,
+                uniforms,
+                noise,
+                is_last=is_last,
                 with_tokens=is_last or wants_drafts,
             )
             if compile_config is not None:  # a CUDA graph writes to the same place every time
                 state, tokens = (None if x is None else x.clone() for x in (state, tokens))
-            if config.gamma > 0 and not is_last:
-                noise = self._draw_noise(state.shape[1], sampler.factor, fresh_generators)
-                state = state + fresh[step + 1] * noise
-            tokens = None if tokens is None else given.complete(tokens)
+            tokens = None if tokens is None else known.complete(tokens)
             if put_draft is not None and not is_last:
                 put_draft(tokens.cpu())
             if config.output_drafts:
                 drafts.append(tokens)
-            if sampler.callback is not None:
-                sampler.callback(step + 1, config.num_steps, tokens)
+            if run.callback is not None:
+                run.callback(step + 1, config.num_steps, tokens)
         return tokens, torch.stack(drafts, dim=1) if drafts else None
+
+    def _tau_asked(self, sampler: FlowMapSampler, tau: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The reparameterized times that the model is asked to go to, for a grid of times; those of the grid stay exact."""
+        asked = sampler.target_time(t[:-1], t[1:])
+        on_grid = torch.where(asked == t[1:], tau[1:], tau[:-1])
+        is_on_grid = (asked == t[1:]) | (asked == t[:-1])
+        return torch.where(is_on_grid, on_grid, self.time_map.t_to_tau(asked))
+
+    @staticmethod
+    def _times(known: _Known, batch_size: int, *grid: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Times of the grid for every text, or where something is known, for every token."""
+        return tuple(times_with_known(time.repeat(batch_size), known.mask) for time in grid)
 
     @staticmethod
     def _step(
         denoiser: "PreTrainedModel | Autoguidance",
+        sampler: FlowMapSampler,
         state: torch.Tensor,
-        times: torch.Tensor,
+        times: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
         embedding: torch.Tensor,
-        masks: tuple[torch.Tensor | None, torch.Tensor | None],
+        attention_mask: torch.Tensor | None,
         logits_processor: LogitsProcessorList,
-        with_state: bool,
+        uniforms: torch.Tensor | None,
+        noise: torch.Tensor | None,
+        is_last: bool,
         with_tokens: bool,
     ) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
-        """One step of the sampler: the next states, and the most likely tokens, where they are wanted."""
-        tau_s, tau_t, s, t, excess = times
-        tokens, expected = [], []
-        for delta in denoiser.denoise(state, tau_s, tau_t, *masks, logits_processor):
-            if with_tokens:
-                tokens.append(delta.argmax(dim=-1))
-            if with_state:
-                with torch.autocast(delta.device.type, enabled=False):
-                    expected.append(delta @ embedding.to(delta.device))
-        tokens = torch.cat(tokens, dim=1).to(state.device) if with_tokens else None
-        if not with_state:
-            return None, tokens
-        delta = torch.cat(expected, dim=1).to(state.device)
-        return flow_map(state, delta, s, t) - excess[:, None, None] * delta, tokens
+        """Steps 3 to 6: the next state, or the text if `is_last`; with tokens where they are wanted."""
+        tau_s, tau_asked, s, t = times
+        # 3. What the text may be
+        posterior = denoiser.posterior(state, tau_s, tau_asked, attention_mask, logits_processor)
+        # 6. The text
+        if is_last:
+            return None, posterior.read(sampler.read_tokens(uniforms))[0]
+        # 4. An estimate of the text
+        estimate, tokens = sampler.estimate(posterior, embedding, uniforms, with_tokens)
+        # 5. The state at the next time
+        return sampler.move(state, estimate, s, t, noise), tokens
 
     def _steer_by_reward(
-        self,
-        sampler: _Sampler,
-        state: torch.Tensor,
-        given: _Given,
-        times: torch.Tensor,
-        t: torch.Tensor,
-        is_first: bool,
+        self, run: _Run, state: torch.Tensor, known: _Known, times: tuple[torch.Tensor, ...], is_first: bool
     ) -> torch.Tensor:
         r"""
         The state moved towards the reward, \\(x \leftarrow x + \eta\,\frac{(1-s)(t-s)}{t}\,\nabla_x r(\delta)\\).
 
         In many short steps this is the flow of the texts that are more likely by the factor \\(e^{\eta\,r}\\), to first order
-        in \\(\eta\\): it differs by \\(\eta\,\frac{1-s}{s}\,\nabla_x r(D_s(x))\\). From noise, of which \\(D_0\\) does not depend,
-        the reward is that of \\(\delta_{0,1}\\): the mean of the noise with the density \\(e^{\eta\,r}\\) relative to the normal
-        one moves by \\(\eta\,\nabla_x r\\), as far as the reward is linear in the noise.
+        in \\(\eta\\): it differs by \\(\eta\,\frac{1-s}{s}\,\nabla_x r(D_s(x))\\). At the start \\(D_0\\) does not depend on
+        the noise, and the reward is that of \\(\delta_{0,1}\\): the mean of the noise with the density \\(e^{\eta\,r}\\)
+        relative to the normal one moves by \\(\eta\,\nabla_x r\\), as far as the reward is linear in the noise.
         """
-        tau_s, _, s, _, _ = times
+        tau_s, _, s, t = times
         size = sum(module.embedding_dim for module in self.embeddings)  # the rest is the state of a guidance model
         tau_end = torch.ones_like(tau_s) if is_first else tau_s
-        masks = (given.attention_mask, given.known_mask)
 
         def look_ahead(state: torch.Tensor) -> torch.Tensor:
-            parts = self.denoise(state[..., :size], tau_s, tau_end, *masks, sampler.logits_processor)
-            return given.complete_soft(torch.cat([part.to(state.device) for part in parts], dim=1))
+            state = state[..., :size]
+            posterior = self.posterior(state, tau_s, tau_end, known.attention_mask, run.logits_processor)
+            return known.complete_soft(posterior.dense())
 
-        gradient = reward_gradient(sampler.reward, look_ahead, state)
+        gradient = reward_gradient(run.reward, look_ahead, state)
         # In one-hot space the gradient is `gradient @ E.T`: this is how the state moves with it.
         with torch.autocast(state.device.type, enabled=False):
-            direction = (gradient @ sampler.factor.T) @ sampler.factor
-        moved = state + (sampler.config.reward_scale * (1 - s) * (t - s) / t)[:, None, None] * direction
-        return hold(moved, state, given.known_mask)
+            direction = (gradient @ run.factor.T) @ run.factor
+        return state + expand_times(run.config.reward_scale * reward_coefficient(s, t), state) * direction
 
     def _get_compiled_step(self, compile_config: CompileConfig) -> Callable:
         if self._compiled_step is None or self._compiled_step[0] != compile_config:
@@ -538,6 +572,20 @@ class FLMGenerationMixin:
             compiled = torch.compile(self._step, **compile_config.to_dict())
             self._compiled_step = (copy.copy(compile_config), compiled)
         return self._compiled_step[1]
+
+    @staticmethod
+    def _get_sampler(config: FLMGenerationConfig, explicit: dict[str, Any]) -> FlowMapSampler:
+        """The sampler that was asked for last: of this call, or the model's own; `gamma` is short for one."""
+        if explicit.get("sampler_config") is not None:
+            if explicit.get("gamma"):
+                raise ValueError(
+                    f"`gamma={config.gamma}` does not go with a `sampler_config`: leave it out, or pass "
+                    f"`StochasticFlowMapSamplerConfig(gamma={config.gamma})`."
+                )
+            return config.sampler_config.build()
+        if explicit.get("gamma") is not None or config.sampler_config is None:
+            return StochasticFlowMapSamplerConfig(config.gamma or 0.0).build()
+        return config.sampler_config.build()
 
     def _get_denoiser(
         self, guidance_model: PreTrainedModel | None, config: FLMGenerationConfig, explicit: dict[str, Any]
@@ -587,18 +635,18 @@ class FLMGenerationMixin:
         return self._noise_factor[1].to(embedding.device)
 
     def _draw_states(
-        self, sampler: _Sampler, generators: list[torch.Generator | None], from_noise: bool
+        self, run: _Run, generators: list[torch.Generator | None], from_noise: bool
     ) -> tuple[torch.Tensor | None, list[torch.Generator] | None]:
         """
-        States of pure noise, and generators for what noise is drawn later, text by text so that how they are batched does
-        not change them.
+        States of pure noise, and generators for what is drawn later, text by text so that how they are batched does not
+        change them.
         """
         states, fresh_generators = [], []
         for generator in generators:
             if from_noise:
-                states.append(self._draw_noise(sampler.config.length, sampler.factor, [generator]))
-            if sampler.config.gamma > 0:
-                device = sampler.embedding.device if generator is None else generator.device
+                states.append(self._draw_noise(run.config.length, run.factor, [generator]))
+            if run.sampler.draws_noise:
+                device = run.embedding.device if generator is None else generator.device
                 seed = torch.randint(2**62, (), generator=generator, device=device)
                 fresh_generators.append(torch.Generator(device).manual_seed(int(seed)))
         return torch.cat(states) if states else None, fresh_generators
@@ -612,11 +660,17 @@ class FLMGenerationMixin:
             noise.append(torch.randn(length, factor.shape[0], generator=generator, device=device))
         return torch.stack(noise).to(factor.device) @ factor
 
-    # What is given of the texts
+    @staticmethod
+    def _draw_uniforms(state: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        """A uniform variable for each token."""
+        uniforms = [torch.rand(state.shape[1], generator=each, device=each.device) for each in generators]
+        return torch.stack(uniforms).to(state.device)
+
+    # What is known of the texts
 
     @staticmethod
-    def _check_given(
-        input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, infill_mask: torch.Tensor | None
+    def _check_known(
+        input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, prompt_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The masks as Booleans. Raises a `ValueError` where these arguments do not go together."""
         if input_ids is not None and (
@@ -628,9 +682,9 @@ class FLMGenerationMixin:
                 f"`input_ids` must be an integer tensor of shape (num_prompts, prompt_length), got {got}. (The number of texts "
                 "is `num_samples`.)"
             )
-        if infill_mask is not None and input_ids is None:
-            raise ValueError("`infill_mask` says which of the `input_ids` to generate anew: pass those as well.")
-        for name, mask in (("attention_mask", attention_mask), ("infill_mask", infill_mask)):
+        if prompt_mask is not None and input_ids is None:
+            raise ValueError("`prompt_mask` says which of the `input_ids` are known: pass those as well.")
+        for name, mask in (("attention_mask", attention_mask), ("prompt_mask", prompt_mask)):
             if mask is None:
                 continue
             if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
@@ -639,7 +693,7 @@ class FLMGenerationMixin:
                 raise ValueError(
                     f"`{name}` of shape {tuple(mask.shape)} does not go with `input_ids` of shape {tuple(input_ids.shape)}."
                 )
-        return tuple(None if mask is None else mask.bool() for mask in (attention_mask, infill_mask))
+        return tuple(None if mask is None else mask.bool() for mask in (attention_mask, prompt_mask))
 
     @staticmethod
     def _explicit(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -656,11 +710,11 @@ class FLMGenerationMixin:
         prior_state: torch.Tensor | None,
     ):
         """Puts `num_samples` and `length` into `kwargs` where other arguments say them."""
-        attention_mask, infill_mask = masks
+        attention_mask, prompt_mask = masks
         sizes = {name: explicit[name] for name in ("num_samples", "length") if name in explicit}
         if prior_state is not None and prior_state.dim() == 3:
             sizes = {"num_samples": prior_state.shape[0], "length": prior_state.shape[1]} | sizes
-        whole = infill_mask if infill_mask is not None else attention_mask if input_ids is None else None
+        whole = prompt_mask if prompt_mask is not None else attention_mask if input_ids is None else None
         if whole is not None:  # it has all positions of a text
             length = sizes.setdefault("length", whole.shape[1])
             if attention_mask is not None and length != whole.shape[1]:
@@ -678,33 +732,33 @@ class FLMGenerationMixin:
                 )
         kwargs.update(sizes)
 
-    def _prepare_given(
+    def _prepare_known(
         self,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        infill_mask: torch.Tensor | None,
+        prompt_mask: torch.Tensor | None,
         config: FLMGenerationConfig,
         device: torch.device,
-    ) -> _Given:
-        """What is given, for every text and all of its positions."""
+    ) -> _Known:
+        """What is known, for every text and all of its positions."""
         tokens = torch.full((config.num_samples, config.length), self._pad_token(config, 0), device=device)
         if input_ids is None and attention_mask is None:
-            return _Given(tokens)
+            return _Known(tokens)
         rows = torch.arange(config.num_samples, device=device)
         rows = rows // (config.num_samples // len(attention_mask if input_ids is None else input_ids))
         exists = None if attention_mask is None else attention_mask.to(device)
         if input_ids is None:
-            return _Given(tokens, None, exists[rows])
+            return _Known(tokens, None, exists[rows])
         ids = input_ids.to(device, torch.long)
-        known = torch.ones_like(ids, dtype=torch.bool) if infill_mask is None else ~infill_mask.to(device)
+        known = torch.ones_like(ids, dtype=torch.bool) if prompt_mask is None else prompt_mask.to(device)
         if exists is not None:
             known = known & exists
-        if infill_mask is None:  # padding may be on either side
+        if prompt_mask is None:  # padding may be on either side
             begins = known.long().diff(dim=1, prepend=ids.new_zeros(len(ids), 1)) == 1
             if (begins.sum(dim=1) > 1).any():
                 raise ValueError(
-                    "`attention_mask` must be 0 on the sides of a prompt only. To generate what is between tokens, pass an "
-                    "`infill_mask`."
+                    "`attention_mask` must be 0 on the sides of a prompt only. To generate what is between tokens, pass a "
+                    "`prompt_mask`."
                 )
             self._warn_of_ends(ids, known, config)
             order = known.long().argsort(dim=1, descending=True, stable=True)
@@ -720,7 +774,7 @@ class FLMGenerationMixin:
         tokens[:, :size] = torch.where(known, ids, tokens[0, 0])[rows]
         is_known = torch.zeros_like(tokens, dtype=torch.bool)
         is_known[:, :size] = known[rows]
-        return _Given(tokens, is_known, None if exists is None else exists[rows])
+        return _Known(tokens, is_known, None if exists is None else exists[rows])
 
     @staticmethod
     def _warn_of_ends(ids: torch.LongTensor, known: torch.BoolTensor, config: FLMGenerationConfig):
@@ -731,7 +785,7 @@ class FLMGenerationMixin:
         eos = torch.tensor(config.eos_token_id, device=ids.device)
         if (torch.isin(ids.gather(1, last), eos) & (last > 0)).any():
             logger.warning_once(
-                "`input_ids` end with an end-of-sequence token, which is given as it is. If it is not meant, tokenize with "
+                "`input_ids` end with an end-of-sequence token, which is kept as it is. If it is not meant, tokenize with "
                 "`add_special_tokens=False`."
             )
 
@@ -743,19 +797,19 @@ class FLMGenerationMixin:
         return next((token for token in candidates if token is not None), None)
 
     def _pad_after_eos(
-        self, sequences: torch.LongTensor, given: _Given, config: FLMGenerationConfig
+        self, sequences: torch.LongTensor, known: _Known, config: FLMGenerationConfig
     ) -> torch.LongTensor:
-        """Texts up to the first end-of-sequence token, and padding. What is given stays, and does not end a text."""
+        """Texts up to the first end-of-sequence token, and padding. Known tokens stay, and do not end a text."""
         if config.eos_token_id is None:
             raise ValueError("`pad_after_eos` needs an `eos_token_id`.")
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         is_end = torch.isin(sequences, torch.tensor(eos, device=sequences.device))
         if config.bos_token_id in eos:
             is_end[:, 0] = False
-        if given.is_fixed is not None:
-            is_end &= ~given.is_fixed
+        if known.is_fixed is not None:
+            is_end &= ~known.is_fixed
         is_after = is_end.cumsum(dim=1) - is_end.long() > 0
-        return given.complete(sequences.masked_fill(is_after, self._pad_token(config)))
+        return known.complete(sequences.masked_fill(is_after, self._pad_token(config)))
 
     @staticmethod
     def _check_prior_state(prior_state: torch.Tensor, embedding: torch.Tensor, kwargs: dict[str, Any]):

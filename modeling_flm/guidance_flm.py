@@ -13,10 +13,12 @@
 # limitations under the License.
 """Guidance of generation: another two-time denoiser (autoguidance), or another state (rewards)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
+
+from .posterior_flm import Posterior
 
 
 class Autoguidance:
@@ -44,26 +46,20 @@ class Autoguidance:
         self.state_embedding = embedding if self.shares_state else torch.cat([embedding, other], dim=1)
         self.size = embedding.shape[1]
 
-    def denoise(
+    def posterior(
         self,
         state: torch.Tensor,
         tau_s: torch.Tensor,
         tau_t: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        known_mask: torch.Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
-    ) -> Iterator[torch.Tensor]:
-        """As [`~FLMPreTrainedModel.denoise`]; what comes may leave the simplex."""
+    ) -> Posterior:
+        """As [`~FLMPreTrainedModel.posterior`]; what it says may leave the simplex."""
         own, other = (state, state) if self.shares_state else state.tensor_split([self.size], dim=-1)
-        inputs = (tau_s, tau_t, attention_mask, known_mask)
-        moved = [None if x is None else x.to(self.guidance_device) for x in inputs]
-        strong, weak = self.model, self.guidance_model
-        hidden_states = strong.encode(own, *inputs)
-        worse_states = weak.encode(other.to(self.guidance_device), *moved)
-        for chunk in strong.chunks(own):
-            delta = strong.delta(strong.predict(hidden_states[:, chunk], tau_s, tau_t, logits_processor))
-            worse = weak.delta(weak.predict(worse_states[:, chunk], *moved[:2], logits_processor))
-            yield delta + self.scale * (delta - worse.to(delta.device))
+        inputs = [None if x is None else x.to(self.guidance_device) for x in (other, tau_s, tau_t, attention_mask)]
+        strong = self.model.posterior(own, tau_s, tau_t, attention_mask, logits_processor)
+        weak = self.guidance_model.posterior(*inputs, logits_processor)
+        return strong.combine(weak, lambda delta, worse, chunk: delta + self.scale * (delta - worse))
 
 
 # Soft tokens, of shape `(batch_size, length, vocab_size)` -> rewards of shape `(batch_size,)`

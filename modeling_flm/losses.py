@@ -140,22 +140,6 @@ def softmax_cross_entropy(
     return losses.squeeze(-1), _chain(gradients, slope).to(dtype)
 
 
-def one_hot_chunks(labels: torch.Tensor, vocab_size: int) -> Callable[[slice], torch.Tensor]:
-    """
-    Clean tokens as distributions, a chunk of positions at a time.
-
-    Args:
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The tokens; -100 counts as 0.
-        vocab_size (`int`): The size of the vocabulary.
-
-    Returns:
-        `Callable[[slice], torch.Tensor]`: from positions to one-hot rows, of shape `(batch_size, num_positions, vocab_size)`.
-    """
-    zeros = torch.zeros(1, 1, 1, device=labels.device).expand(*labels.shape, vocab_size)
-    # Not `one_hot`, which waits for the device to check the labels
-    return lambda chunk: zeros[:, chunk].scatter(-1, labels[:, chunk, None].clamp(min=0), 1.0)
-
-
 # Outputs of the head, which may be overwritten, and where they stand in the sequences -> losses, and their gradients in the
 # outputs
 LossFunction = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]

@@ -14,7 +14,6 @@
 """Flow-based language models."""
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,25 +31,16 @@ from .backbone_flm import (
     FLMLayerNorm,
     FLMLossWeighting,
     FLMModulation,
-    FLMPromptMark,
     FLMTimeEmbedding,
     modulate,
     rotary_embedding,
 )
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
-from .flow import hold, interpolate
+from .flow import correction_coefficient, expand_times, interpolate
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, raise_recompile_limit
 from .joint_noise import JointNoise
-from .losses import (
-    DIVERGENCES,
-    LossFunction,
-    chunks,
-    head_loss,
-    one_hot_chunks,
-    softcap_logits,
-    softmax_cross_entropy,
-    softmax_divergence,
-)
+from .losses import LossFunction, chunks, head_loss, softcap_logits, softmax_cross_entropy, softmax_divergence
+from .posterior_flm import Posterior, times_of
 from .time_reparameterization import ReparameterizedTime
 
 
@@ -61,12 +51,12 @@ class FLMOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
-            The mean over the tokens of the divergence, by default the cross-entropy of the denoiser to the clean tokens in
-            nats.
-        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*, returned unless `skip_logits`):
+            The mean over the tokens of the cross-entropy of the denoiser to the clean tokens, in nats.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*, returned by models that are a softmax):
             The unnormalized log-probabilities of the clean tokens, after the cap of `config.final_logit_softcapping`:
-            `softmax(logits)` is the denoiser `D_t` or the two-time denoiser. For [`FMLMTwoNetworkModel`], the two-time
-            denoiser itself.
+            `softmax(logits)` is the denoiser `D_t` or the two-time denoiser.
+        probabilities (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*, returned by [`FMLMTwoNetworkModel`]):
+            The two-time denoiser, which may leave the simplex.
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             The input of the head, after the final modulated normalization. For [`FMLMTwoNetworkModel`] those of both
             heads, concatenated.
@@ -74,18 +64,16 @@ class FLMOutput(ModelOutput):
             The states of shape `(batch_size, sequence_length, hidden_size)` that enter each block, and the last one.
         attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
             The attention weights of shape `(batch_size, num_heads, sequence_length, sequence_length)` of each block.
-        log_weight (`torch.FloatTensor` of shape `(batch_size,)`, *optional*, returned with `config.learned_loss_weighting`):
-            The learned logarithm of the weight of the loss at the time of each sequence.
         token_losses (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*, returned when `labels` is provided):
-            The divergence at each token, times `token_weights`; without gradient, and 0 where labels are -100.
+            The cross-entropy at each token; without gradient, and 0 where labels are -100.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    probabilities: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-    log_weight: torch.FloatTensor | None = None
     token_losses: torch.FloatTensor | None = None
 
 
@@ -107,8 +95,10 @@ class FLMHead(nn.Linear):
 
 class FLMPreTrainedModel(PreTrainedModel):
     """
-    What flow-based language models have in common: weight initialization, what the backbone supports, states, and a
-    `forward` and a `denoise` in terms of three methods of the concrete model, `embeddings`, `encode` and `predict`.
+    What flow-based language models have in common: weight initialization, what the backbone supports, states, and `forward`
+    and `posterior` in terms of what a concrete model defines: `embeddings`, `encode`, `predict` and `loss`.
+
+    The sampler, trainers and guidance use `state_embedding`, `posterior`, `time_map` and `config`.
     """
 
     config: FLMConfig
@@ -149,8 +139,6 @@ class FLMPreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         elif isinstance(module, FLMLayerNorm):
             init.ones_(module.weight)
-        elif isinstance(module, FLMPromptMark):
-            init.zeros_(module.weight)
 
     # What a concrete model defines
 
@@ -162,10 +150,9 @@ class FLMPreTrainedModel(PreTrainedModel):
     def encode(
         self,
         state: torch.Tensor,
-        timesteps: torch.Tensor,
-        target_timesteps: torch.Tensor | None = None,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        known_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
@@ -173,11 +160,10 @@ class FLMPreTrainedModel(PreTrainedModel):
 
         Args:
             state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): Noised states.
-            timesteps (`torch.Tensor` of shape `(batch_size,)`): The times `tau` of the states.
-            target_timesteps (`torch.Tensor` of shape `(batch_size,)`, *optional*): The times to go to, for flow maps.
+            tau_s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
+                The reparameterized times of the states; 1 where tokens are known.
+            tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): The times to go to, for flow maps.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real positions.
-            known_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Where tokens are given, whose states are clean.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`: the input of the head, in float32.
@@ -187,49 +173,53 @@ class FLMPreTrainedModel(PreTrainedModel):
     def predict(
         self,
         hidden_states: torch.Tensor,
-        timesteps: torch.Tensor,
-        target_timesteps: torch.Tensor | None = None,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
     ) -> torch.Tensor:
-        """
-        The head: what `forward` returns as logits, for any chunk of positions of what `encode` returned.
+        r"""
+        The head: the two-time denoiser \\(\delta_{s,t}\\), for what `encode` returned or a chunk of its positions.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_positions, embedding_size)`): The input of the head.
+            tau_s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_positions)`): As for `encode`.
+            tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): As for `encode`.
+            logits_processor ([`~transformers.LogitsProcessorList`], *optional*): Changes the logits, see `posterior`.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`, in float32.
         """
         raise NotImplementedError
 
-    @staticmethod
-    def delta(logits: torch.Tensor) -> torch.Tensor:
-        r"""The two-time denoiser \\(\delta_{s,t}\\), from what `predict` returned."""
-        return logits.softmax(dim=-1)
-
     def loss(
         self,
         divergence: str,
-        target: torch.Tensor | Callable[[slice], torch.Tensor],
+        target: torch.LongTensor | Posterior,
         token_weights: torch.Tensor,
         hidden_states: torch.Tensor,
-        timesteps: torch.Tensor,
-        target_timesteps: torch.Tensor | None = None,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The loss of the two-time denoiser, which is never held whole.
 
         Args:
             divergence (`str`): `"cross_entropy"`, `"kl"` or `"squared_error"`, see [`~losses.softmax_divergence`].
-            target (`torch.LongTensor` of shape `(batch_size, sequence_length)`, or `Callable`):
-                Clean tokens; or a function from a chunk of positions to the distributions there, of shape
-                `(batch_size, num_positions, vocab_size)`.
+            target (`torch.LongTensor` of shape `(batch_size, sequence_length)`, or [`~posterior_flm.Posterior`]):
+                Clean tokens, or distributions.
             token_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What the loss of each token counts.
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): From `encode`.
-            timesteps (`torch.Tensor` of shape `(batch_size,)`): As for `encode`.
-            target_timesteps (`torch.Tensor` of shape `(batch_size,)`, *optional*): As for `encode`.
+            tau_s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`): As for `encode`.
+            tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): As for `encode`.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: the weighted sum, and the losses without weights and gradient.
         """
         raise NotImplementedError
+
+    def log_loss_weight(self, tau_s: torch.Tensor) -> torch.Tensor | None:
+        """The learned logarithm of the weight of the loss, of the shape of the times, for models that have one."""
+        return None
 
     # What follows from it
 
@@ -279,71 +269,102 @@ class FLMPreTrainedModel(PreTrainedModel):
                 module.softmax_divergence = torch.compile(softmax_divergence, **options)
                 module.softmax_cross_entropy = torch.compile(softmax_cross_entropy, **options)
 
-    def _make_state(
+    def make_state(
         self,
-        input_ids: torch.Tensor,
-        noise: torch.Tensor | None,
-        t: torch.Tensor | None,
-        joint_noise: JointNoise | None,
-        known_mask: torch.Tensor | None,
+        input_ids: torch.LongTensor,
+        tau: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        joint_noise: JointNoise | None = None,
+        first: int = 0,
     ) -> torch.Tensor:
         """
-        The state of clean tokens, noised if there is noise and where they are not known, in float32 also under autocast, and
-        differentiable.
+        The state of clean tokens, or of noised ones; in float32 also under autocast, and differentiable in the embeddings.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Clean tokens.
+            tau (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, *optional*):
+                The reparameterized times; at 1 a token is clean.
+            noise (`torch.Tensor` of shape `(batch_size, sequence_length, noise_size)`, *optional*):
+                Standard normal variables. For one network by itself `noise_size` is `min(vocab_size, hidden_size)`, see
+                [`~joint_noise.noise_size`].
+            joint_noise ([`~joint_noise.JointNoise`], *optional*):
+                The noise of this model's embeddings and of other networks' that see the same. By default that of this
+                model's.
+            first (`int`, *optional*, defaults to 0):
+                The number of the first of this model's embeddings among those of `joint_noise`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`, to pass as `inputs_embeds`.
         """
-        embedded = [embedding(input_ids).float() for embedding in self.embeddings]
+        if (noise is None) != (tau is None):
+            raise ValueError("`noise` and `tau` go together: pass both to noise the tokens, or none.")
+        embedded = [embedding(input_ids) for embedding in self.embeddings]
         device = embedded[0].device
-        clean = torch.cat([part.to(device) for part in embedded], dim=-1)
+        dtype = torch.promote_types(embedded[0].dtype, torch.float32)
+        clean = torch.cat([part.to(device, dtype) for part in embedded], dim=-1)
         if noise is None:
             return clean
-        weights = [self.embed_vocabulary(embedding).to(device, torch.float32) for embedding in self.embeddings]
+        weights = [self.embed_vocabulary(embedding).to(device, dtype) for embedding in self.embeddings]
         joint_noise = JointNoise(*weights) if joint_noise is None else joint_noise
         expected = (*input_ids.shape, joint_noise.size)
         if noise.shape != expected:
             raise ValueError(f"`noise` must have shape {expected}, got {tuple(noise.shape)}.")
         with torch.autocast(clean.device.type, enabled=False):
-            factor = torch.cat([joint_noise.factor(index, weight) for index, weight in enumerate(weights)], dim=1)
-            return hold(interpolate(noise.to(factor.dtype) @ factor, clean, t), clean, known_mask)
+            factors = [joint_noise.factor(first + index, weight) for index, weight in enumerate(weights)]
+            noise = noise.to(torch.promote_types(noise.dtype, dtype))
+            return interpolate(noise @ torch.cat(factors, dim=1).to(noise), clean, self.time_map.tau_to_t(tau))
 
-    def denoise(
+    def posterior(
         self,
         state: torch.Tensor,
         tau_s: torch.Tensor,
-        tau_t: torch.Tensor,
+        tau_t: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        known_mask: torch.Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
-    ) -> Iterator[torch.Tensor]:
+    ) -> Posterior:
         r"""
-        The two-time denoiser \\(\delta_{s,t}\\), given one chunk of positions after the other, so that a caller need
-        not hold it whole.
+        The two-time denoiser \\(\delta_{s,t}\\), read a chunk of positions at a time.
 
         Args:
             state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The states at time `s`.
-            tau_s (`torch.Tensor` of shape `(batch_size,)`): The times of the states, reparameterized.
-            tau_t (`torch.Tensor` of shape `(batch_size,)`): The times to go to, reparameterized.
+            tau_s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
+                The reparameterized times of the states; 1 where tokens are known.
+            tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): The times to go to, for flow maps.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real positions.
-            known_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Where tokens are given, whose states are clean.
             logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
                 Changes the logits. It is called once per chunk, with scores of shape `(num_tokens, vocab_size)` and
                 an empty prefix.
 
-        Yields:
-            `torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`, in float32: probabilities of the clean
-            tokens, except for [`FMLMTwoNetworkModel`], whose correction may leave the simplex.
+        Returns:
+            [`~posterior_flm.Posterior`]: probabilities of the clean tokens, in float32, which for an [`FMLMTwoNetworkModel`]
+            may leave the simplex.
         """
-        hidden_states = self.encode(state, tau_s, tau_t, attention_mask, known_mask)
-        for chunk in self.chunks(state):
-            yield self.delta(self.predict(hidden_states[:, chunk], tau_s, tau_t, logits_processor))
+        hidden_states = self.encode(state, tau_s, tau_t, attention_mask)
+
+        def probabilities(chunk: slice) -> torch.Tensor:
+            times = (None if tau is None else times_of(tau, chunk) for tau in (tau_s, tau_t))
+            return self.predict(hidden_states[:, chunk], *times, logits_processor)
+
+        return Posterior(probabilities, self.chunks(state), state.device)
 
     def chunks(self, state: torch.Tensor) -> list[slice]:
-        """Chunks of positions of which the probabilities can be held, see [`~losses.chunks`]."""
+        """Chunks of positions for which probabilities can be held, see [`~losses.chunks`]."""
         return chunks(*state.shape[:2], self.config.vocab_size, state.device)
 
-    def loss_weight(self, timesteps: torch.Tensor) -> torch.Tensor | None:
-        """The learned log-weight of the loss, for models that have one."""
-        return None
+    def _as_target(
+        self, divergence: str, target: torch.LongTensor | Posterior, hidden_states: torch.Tensor
+    ) -> torch.LongTensor | Posterior:
+        """Tokens stay tokens where only how likely they are counts: for one token "kl" is the cross-entropy."""
+        if not isinstance(target, torch.Tensor) or divergence != "squared_error":
+            return target
+        tokens = target.to(hidden_states.device)
+        return Posterior.of_tokens(tokens, self.config.vocab_size, self.chunks(hidden_states))
+
+    def head_outputs(
+        self, hidden_states: torch.Tensor, tau_s: torch.Tensor, tau_t: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """What `forward` returns of the head, by name."""
+        return {"probabilities": self.predict(hidden_states, tau_s, tau_t)}
 
     @capture_outputs
     def forward(
@@ -351,62 +372,32 @@ class FLMPreTrainedModel(PreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         timesteps: torch.FloatTensor | None = None,
         target_timesteps: torch.FloatTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        known_mask: torch.BoolTensor | None = None,
-        noise: torch.FloatTensor | None = None,
-        t: torch.FloatTensor | None = None,
-        joint_noise: JointNoise | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        targets: Callable[[slice], torch.FloatTensor] | None = None,
-        divergence: str = "cross_entropy",
-        token_weights: torch.FloatTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        skip_logits: bool | None = None,
         **kwargs,
     ) -> FLMOutput:
         r"""
-        Denoises. The state is given as `inputs_embeds`, or made from clean tokens `input_ids`: noised if `noise` and `t`
-        are given (as in training), and left clean otherwise.
+        Denoises states, which are given as `inputs_embeds`, or clean tokens.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Clean tokens.
-            timesteps (`torch.FloatTensor` of shape `(batch_size,)`):
-                The reparameterized time `tau` in [0, 1] of each sequence: 0 is noise, 1 is text.
-            target_timesteps (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
+                Clean tokens. To noise them, see [`~FLMPreTrainedModel.make_state`].
+            timesteps (`torch.FloatTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
+                The reparameterized time `tau` in [0, 1] of each text, or of each token: 0 is noise, 1 is text. Known tokens
+                have the time 1.
+            target_timesteps (`torch.FloatTensor` of the shape of `timesteps`, *optional*):
                 The reparameterized time to go to, at least `timesteps`. Flow maps need it, an FLM ignores it.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
-                States `x @ E`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 for positions that are attended to, 0 for padding.
-            known_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Where tokens are given (a prompt, or what surrounds an infill): they are not noised, and marked for models
-                with a `prompt_mark`. Their `labels` should be -100.
-            noise (`torch.FloatTensor` of shape `(batch_size, sequence_length, noise_size)`, *optional*):
-                Standard normal variables. For one network by itself `noise_size` is `min(vocab_size, hidden_size)`, see
-                [`~joint_noise.noise_size`]. Needs `input_ids` and `t`.
-            t (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
-                The interpolant time of each sequence, `model.time_map.tau_to_t(timesteps)`. Needs `noise`.
-            joint_noise ([`~joint_noise.JointNoise`], *optional*):
-                That of this model's embeddings, which come first, and of other networks that see the same noise. Made of
-                this model's unless given.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
+                States `x @ E`.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Clean tokens to compute the loss against; positions with -100 do not count.
-            targets (`Callable`, *optional*):
-                Distributions to compute the loss against in the place of the tokens: a function from a chunk of
-                positions to a `torch.FloatTensor` of shape `(batch_size, num_positions, vocab_size)`. Needs `labels`, for
-                the positions that count. In training, a model with `learned_loss_weighting` weights the loss.
-            divergence (`str`, *optional*, defaults to `"cross_entropy"`):
-                Between `targets`, or `labels` without them, and the model: `"cross_entropy"`, `"kl"` or
-                `"squared_error"`, which for `targets` of an [`FMLMTwoNetworkModel`] is the only one.
-            token_weights (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
-                What the loss of each sequence is multiplied by.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                What to divide the summed loss by, where a batch is one of several. The number of labels unless given.
-            skip_logits (`bool`, *optional*):
-                Whether to leave out the logits, which are as many as tokens times vocabulary and which the loss does not
-                need. In training with `labels` they are left out unless told otherwise.
+                Clean tokens to compute the cross-entropy to; positions with -100 do not count. In training mode with
+                `labels`, the logits are left out, which are as many as tokens times vocabulary.
+            kwargs:
+                `num_items_in_batch`, what to divide the summed loss by where a batch is one of several; and what the attention
+                function takes.
 
         Returns:
             [`FLMOutput`]
@@ -420,61 +411,44 @@ class FLMPreTrainedModel(PreTrainedModel):
         >>> model = FLMModel(FLMConfig(vocab_size=100, hidden_size=64, num_attention_heads=4, num_hidden_layers=2))
         >>> input_ids = torch.randint(100, (2, 16))
         >>> tau = torch.rand(2)
-        >>> noise = torch.randn(2, 16, 64)
-        >>> output = model(input_ids, tau, noise=noise, t=model.time_map.tau_to_t(tau), labels=input_ids)
+        >>> state = model.make_state(input_ids, tau, noise=torch.randn(2, 16, 64))
+        >>> output = model(inputs_embeds=state, timesteps=tau, labels=input_ids)
         >>> output.logits.shape
         torch.Size([2, 16, 100])
         ```
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either `input_ids` (clean tokens) or `inputs_embeds` (states), and not both.")
-        batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        shape = tuple((input_ids if inputs_embeds is None else inputs_embeds).shape[:2])
         if timesteps is None:
-            raise ValueError("Pass `timesteps`, the reparameterized time tau in [0, 1] of each sequence.")
+            raise ValueError(
+                "Pass `timesteps`, the reparameterized time tau in [0, 1] of each text, or of each token."
+            )
         for name, times in (("timesteps", timesteps), ("target_timesteps", target_timesteps)):
-            if times is not None and times.shape != (batch_size,):
+            if times is not None and tuple(times.shape) not in (shape[:1], shape):
                 raise ValueError(
-                    f"`{name}` must have shape ({batch_size},), one time per sequence, got {tuple(times.shape)}."
+                    f"`{name}` must have shape {shape[:1]}, one time per text, or {shape}, one per token, got "
+                    f"{tuple(times.shape)}."
                 )
-        if (noise is None) != (t is None) or (noise is not None and input_ids is None):
-            raise ValueError("`noise` and `t` go together, and with `input_ids`: they noise the clean tokens.")
-        if targets is not None and labels is None:
-            raise ValueError("`targets` needs `labels`, which are -100 where there is nothing to learn.")
-        if divergence not in DIVERGENCES:
-            raise ValueError(f"`divergence` must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
-
-        known_mask = None if known_mask is None else known_mask.bool()
-        if inputs_embeds is None:
-            inputs_embeds = self._make_state(input_ids, noise, t, joint_noise, known_mask)
-        hidden_states = self.encode(inputs_embeds, timesteps, target_timesteps, attention_mask, known_mask, **kwargs)
-        log_weight = self.loss_weight(timesteps)
-        loss, token_losses, logits = None, None, None
+        if target_timesteps is not None and target_timesteps.shape != timesteps.shape:
+            raise ValueError(
+                f"`target_timesteps` must have the shape of `timesteps`, {tuple(timesteps.shape)}, got "
+                f"{tuple(target_timesteps.shape)}."
+            )
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        state = self.make_state(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.encode(state, timesteps, target_timesteps, attention_mask, **kwargs)
+        output = FLMOutput(last_hidden_state=hidden_states)
         if labels is not None:
             mask = (labels != -100).to(hidden_states.device, torch.float32)
-            weights = mask if token_weights is None else mask * token_weights[:, None]
-            is_weighting = targets is not None and log_weight is not None and self.training
-            total, token_losses = self.loss(
-                divergence,
-                labels if targets is None else targets,
-                torch.exp(-log_weight)[:, None] * weights if is_weighting else weights,
-                hidden_states,
-                timesteps,
-                target_timesteps,
-            )
-            token_losses = token_losses.to(weights.device) * weights
-            if is_weighting:
-                total = total + (mask * log_weight[:, None]).sum()
+            total, losses = self.loss("cross_entropy", labels, mask, hidden_states, timesteps, target_timesteps)
             count = mask.sum() if num_items_in_batch is None else num_items_in_batch
-            loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
-        if not (self.training and labels is not None if skip_logits is None else skip_logits):
-            logits = self.predict(hidden_states, timesteps, target_timesteps)
-        return FLMOutput(
-            loss=loss,
-            logits=logits,
-            last_hidden_state=hidden_states,
-            log_weight=log_weight,
-            token_losses=token_losses,
-        )
+            output.loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+            output.token_losses = losses.to(mask.device) * mask
+        if labels is None or not self.training:
+            for name, value in self.head_outputs(hidden_states, timesteps, target_timesteps).items():
+                output[name] = value
+        return output
 
 
 class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
@@ -497,22 +471,24 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
         self.norm = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.modulation = FLMModulation(config, num_chunks=2)
         self.lm_head = FLMHead(config.hidden_size, config.vocab_size)
-        self.prompt_mark = FLMPromptMark(config) if config.prompt_mark else None
         self.post_init()
 
     @property
     def embeddings(self) -> list[nn.Embedding]:
         return [self.embed_tokens]
 
-    def embed_times(self, timesteps: torch.Tensor, target_timesteps: torch.Tensor | None) -> torch.Tensor:
-        """The time embedding, of shape `(batch_size, conditioning_size)`. An Euler step does not depend on its length."""
-        return self.time_embedding(timesteps)
+    def conditioning_times(self, tau: torch.Tensor) -> torch.Tensor:
+        """The times that the network is told: that of each token, or the earliest of each text."""
+        return tau if tau.dim() == 1 or self.config.per_token_timesteps else tau.amin(dim=1)
 
-    def encode(self, state, timesteps, target_timesteps=None, attention_mask=None, known_mask=None, **kwargs):
+    def embed_times(self, tau_s: torch.Tensor, tau_t: torch.Tensor | None) -> torch.Tensor:
+        """The time embedding, of shape `(..., conditioning_size)`. An Euler step does not depend on its length."""
+        return self.time_embedding(self.conditioning_times(tau_s))
+
+    def encode(self, state, tau_s, tau_t=None, attention_mask=None, **kwargs):
         config = self.config
-        conditioning = F.silu(self.embed_times(timesteps, target_timesteps))
-        if self.prompt_mark is not None:
-            state = self.prompt_mark(state, known_mask)
+        conditioning = F.silu(self.embed_times(tau_s, tau_t))
+        conditioning = conditioning[:, None] if conditioning.dim() == 2 else conditioning
         hidden_states = state.to(self.embed_tokens.weight.dtype)
         attention_mask = create_bidirectional_mask(
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
@@ -537,26 +513,31 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
     softmax_divergence = staticmethod(softmax_divergence)
     softmax_cross_entropy = staticmethod(softmax_cross_entropy)
 
-    def loss(self, divergence, target, token_weights, hidden_states, timesteps, target_timesteps=None):
+    def loss(self, divergence, target, token_weights, hidden_states, tau_s, tau_t=None):
         softcap = self.config.final_logit_softcapping
-        if not callable(target) and divergence == "squared_error":
-            target = one_hot_chunks(target.to(hidden_states.device), self.config.vocab_size)
+        target = self._as_target(divergence, target, hidden_states)
 
         def function(outputs, chunk):
-            if callable(target):
-                return self.softmax_divergence(divergence, outputs, target(chunk), softcap)
-            # For a single token the Kullback-Leibler divergence is the cross-entropy.
-            return self.softmax_cross_entropy(outputs, target[:, chunk].to(outputs.device), softcap)
+            if isinstance(target, torch.Tensor):
+                return self.softmax_cross_entropy(outputs, target[:, chunk].to(outputs.device), softcap)
+            return self.softmax_divergence(divergence, outputs, target.probabilities(chunk), softcap)
 
         return self.lm_head(hidden_states, function, token_weights)
 
-    def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
+    def logits(self, hidden_states: torch.Tensor, logits_processor: LogitsProcessorList | None = None) -> torch.Tensor:
+        """The capped and processed logits of what `encode` returned, or of a chunk of its positions, in float32."""
         logits = softcap_logits(self.lm_head(hidden_states), self.config.final_logit_softcapping)
         if logits_processor:
             scores = logits.flatten(0, 1)
             prefix = torch.empty((scores.shape[0], 0), dtype=torch.long, device=scores.device)
             logits = logits_processor(prefix, scores).view_as(logits)
         return logits
+
+    def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
+        return self.logits(hidden_states, logits_processor).softmax(dim=-1)
+
+    def head_outputs(self, hidden_states, tau_s, tau_t):
+        return {"logits": self.logits(hidden_states)}
 
 
 class FMLMModel(FLMModel):
@@ -594,20 +575,21 @@ class FMLMModel(FLMModel):
         """
         model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
         missing, unexpected = model.load_state_dict(teacher.state_dict(), strict=False)
-        new = ("target_time_embedding.", "loss_weighting.", "prompt_mark.")
+        new = ("target_time_embedding.", "loss_weighting.")
         if unexpected or any(not name.startswith(new) for name in missing):
             raise ValueError(f"`config_overrides` must leave the teacher's sizes as they are, got {config_overrides}.")
         nn.init.zeros_(model.target_time_embedding.linear_2.weight)
         nn.init.zeros_(model.target_time_embedding.linear_2.bias)
         return model.to(teacher.device)
 
-    def embed_times(self, timesteps, target_timesteps):
-        if target_timesteps is None:
-            raise ValueError("Pass `target_timesteps`, the reparameterized time that each sequence is to go to.")
-        return self.time_embedding(timesteps) + self.target_time_embedding(target_timesteps)
+    def embed_times(self, tau_s, tau_t):
+        if tau_t is None:
+            raise ValueError("Pass `target_timesteps`, the reparameterized time that each text is to go to.")
+        target_times = self.conditioning_times(tau_t)
+        return self.time_embedding(self.conditioning_times(tau_s)) + self.target_time_embedding(target_times)
 
-    def loss_weight(self, timesteps):
-        return None if self.loss_weighting is None else self.loss_weighting(timesteps)
+    def log_loss_weight(self, tau_s):
+        return None if self.loss_weighting is None else self.loss_weighting(self.conditioning_times(tau_s))
 
 
 class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
@@ -652,7 +634,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         nn.init.zeros_(correction.lm_head.weight)
         nn.init.zeros_(correction.lm_head.bias)
         model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
-        model.flow.load_state_dict(teacher.state_dict(), strict=False)  # a new `prompt_mark` is zero
+        model.flow.load_state_dict(teacher.state_dict())
         model.correction.load_state_dict(correction.state_dict())
         return model.to(teacher.device)
 
@@ -665,43 +647,40 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     def embeddings(self) -> list[nn.Embedding]:
         return [self.flow.embed_tokens, self.correction.embed_tokens]
 
-    def encode(self, state, timesteps, target_timesteps=None, attention_mask=None, known_mask=None, **kwargs):
+    def encode(self, state, tau_s, tau_t=None, attention_mask=None, **kwargs):
         flow_state, correction_state = state.chunk(2, dim=-1)
-        masks = (attention_mask, known_mask)
-        flow = self.flow.encode(flow_state, timesteps, None, *masks, **kwargs)
-        correction = self.correction.encode(correction_state, timesteps, target_timesteps, *masks, **kwargs)
+        flow = self.flow.encode(flow_state, tau_s, None, attention_mask, **kwargs)
+        correction = self.correction.encode(correction_state, tau_s, tau_t, attention_mask, **kwargs)
         return torch.cat([flow, correction.to(flow.device)], dim=-1)
 
-    def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
+    def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
         flow_states, correction_states = hidden_states.chunk(2, dim=-1)
-        logits = self.flow.predict(flow_states, timesteps, logits_processor=logits_processor)
+        logits = self.flow.logits(flow_states, logits_processor)
         correction = self.correction.lm_head(correction_states).to(logits.device)  # not logits: no softcap
-        scale = self._correction_scale(timesteps, target_timesteps).to(logits.device)
+        scale = self._correction_scale(tau_s, tau_t, logits)
         # What a processor ruled out stays so.
         return logits.softmax(dim=-1) + scale * correction.masked_fill(logits == -torch.inf, 0.0)
 
-    def _correction_scale(self, timesteps: torch.Tensor, target_timesteps: torch.Tensor) -> torch.Tensor:
-        s, t = self.time_map.tau_to_t(timesteps), self.time_map.tau_to_t(target_timesteps)
-        return (0.5 * (t - s) * (1 - s))[:, None, None]
+    def _correction_scale(self, tau_s: torch.Tensor, tau_t: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t)
+        return expand_times(correction_coefficient(s, t), outputs).to(outputs.device)
 
-    def loss(self, divergence, target, token_weights, hidden_states, timesteps, target_timesteps=None):
-        if not callable(target) and divergence == "squared_error":
-            target = one_hot_chunks(target.to(hidden_states.device), self.config.vocab_size)
-        if callable(target) and divergence != "squared_error":
+    def loss(self, divergence, target, token_weights, hidden_states, tau_s, tau_t=None):
+        if not isinstance(target, torch.Tensor) and divergence != "squared_error":
             raise ValueError(
                 f"`divergence` must be 'squared_error' for a model that is not a softmax, got {divergence!r}."
             )
+        target = self._as_target(divergence, target, hidden_states)
         flow_states, correction_states = hidden_states.chunk(2, dim=-1)
         if torch.is_grad_enabled() and self.flow.embed_tokens.weight.requires_grad:
             raise ValueError("The flow of a two-network model is frozen, and its `requires_grad` must stay `False`.")
-        scales = self._correction_scale(timesteps, target_timesteps)
 
         def function(outputs, chunk):
-            scale = scales.to(outputs.device)
-            flow = self.flow.predict(flow_states[:, chunk], timesteps).softmax(dim=-1).to(outputs.device)
+            scale = self._correction_scale(times_of(tau_s, chunk), times_of(tau_t, chunk), outputs)
+            flow = self.flow.predict(flow_states[:, chunk], tau_s).to(outputs.device)
             delta = flow + scale * outputs.float()
-            if callable(target):
-                difference = delta - target(chunk)
+            if not isinstance(target, torch.Tensor):
+                difference = delta - target.probabilities(chunk)
                 losses, gradient = difference.square().sum(dim=-1), 2 * difference
             else:
                 labels = target[:, chunk].to(outputs.device)
@@ -714,12 +693,8 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 
         return self.correction.lm_head(correction_states, function, token_weights)
 
-    @staticmethod
-    def delta(logits):
-        return logits
-
-    def loss_weight(self, timesteps):
-        return self.correction.loss_weight(timesteps)
+    def log_loss_weight(self, tau_s):
+        return self.correction.log_loss_weight(tau_s)
 
 
 def flow_map_config(config_class: type[FMLMConfig], teacher: FLMModel, overrides: dict) -> FMLMConfig:

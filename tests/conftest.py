@@ -75,6 +75,11 @@ def sampling(path: str | int) -> dict[str, CompileConfig]:
     return {"compile_config": config} if path == "compiled" else {}
 
 
+def two_time_denoiser(output) -> torch.Tensor:
+    """The probabilities that `forward` returned, or what it returned the logarithms of."""
+    return output.logits.softmax(-1) if output.probabilities is None else output.probabilities
+
+
 def noise_factors(*embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The factors of the joint noise for all of its networks, differentiable in their embeddings."""
     noise = JointNoise(*embeddings)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import dense  # noqa: E402
 import measure  # noqa: E402
 import memory_plan  # noqa: E402
+from test_fmlm import build_batch, compute_loss  # noqa: E402
 from test_losses import build_trainer  # noqa: E402
 
 
@@ -48,27 +49,13 @@ class TestDense:
         has_diagonal = preset in ("single_stage", "self_distillation")
         diagonal = [0, 1, 2] if has_diagonal else []
         tau_t = torch.where(torch.arange(6) < len(diagonal), self.tau_s, self.tau_t)
-        batch = {
-            "input_ids": self.input_ids,
-            "labels": self.input_ids,
-            "noise": noise,
-            "t": trainer.time_map.tau_to_t(self.tau_s),
-            "timesteps": self.tau_s,
-            "target_timesteps": tau_t,
-            "intermediate_timesteps": (self.tau_s + tau_t) / 2,
-            "rows": {"diagonal": diagonal, "off_diagonal": list(range(len(diagonal), 6))},
-        }
-        if trainer._noise_size() != 53:  # then the noise of the library is another: take the states of the dense one
+        kinds = {"diagonal": diagonal, "off_diagonal": list(range(len(diagonal), 6))}
+        batch = build_batch(self.input_ids, noise, self.tau_s, tau_t, **kinds)
+        if trainer._get_joint_noise().size != 53:  # then the noise of the library is another: take the dense states
             state = dense.noised(model, self.input_ids, self.tau_s)[1]
-            states = [state @ network.state_embedding for network in trainer._networks()]
-            trainer._states = lambda inputs: states
-            forward = type(model).forward
-
-            def with_state(input_ids=None, noise=None, t=None, joint_noise=None, **kwargs):
-                return forward(model, inputs_embeds=states[0], **kwargs)
-
-            model.forward = with_state
-        expected = trainer.compute_loss(model, batch)
+            for network in trainer._networks():
+                network.make_state = lambda *args, network=network: state @ network.state_embedding
+        expected, _ = compute_loss(trainer, batch)
         loss = dense.distillation_loss(preset, model, teacher, self.input_ids, self.tau_s, self.tau_t)
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
 

@@ -32,7 +32,7 @@ from trainers import (
     load_gen_ppl,
     train_tokenizer,
 )
-from trainers.noise import example_seed
+from trainers.batches import example_seed
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -7,16 +7,24 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from conftest import build_flm, noise_factors, sampling
+from conftest import build_flm, noise_factors, sampling, two_time_denoiser
 from datasets import Dataset
 from train_tiny import build, launch, logged
 from transformers import AutoModel
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkConfig, FMLMTwoNetworkModel
-from modeling_flm.flow import flow_map, interpolate, project_to_simplex
+from modeling_flm.flow import flow_map, interpolate, project_to_simplex, times_with_known
 from modeling_flm.losses import softmax_divergence
-from trainers import PRESETS, FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+from trainers import (
+    PRESETS,
+    FLMTrainer,
+    FLMTrainingArguments,
+    FMLMTrainer,
+    FMLMTrainingArguments,
+    fmlm_trainer,
+    objectives,
+)
+from trainers.batches import FlowBatch
 
 
 def relative_error(value, expected):
@@ -28,9 +36,6 @@ def build_trainer(path, model, teacher=None, dataset=None, **options) -> FMLMTra
     return FMLMTrainer(model, args, teacher=teacher, train_dataset=dataset, eval_dataset=dataset)
 
 
-WHOLE = slice(None)
-
-
 def divergence(kind, target, delta):
     """Written out from a whole two-time denoiser."""
     if kind == "squared_error":
@@ -39,17 +44,31 @@ def divergence(kind, target, delta):
     return entropy - (target * delta.log()).sum(-1)
 
 
-def build_batch(trainer, input_ids, noise, tau_s, tau_t, tau_u=None, **rows):
-    return {
-        "input_ids": input_ids,
-        "labels": input_ids,
-        "noise": noise,
-        "t": trainer.time_map.tau_to_t(tau_s),
-        "timesteps": tau_s,
-        "target_timesteps": tau_t,
-        "intermediate_timesteps": (tau_s + tau_t) / 2 if tau_u is None else tau_u,
-        "rows": rows or {"off_diagonal": list(range(len(input_ids)))},
-    }
+def build_batch(input_ids, noise, tau_s, tau_t, tau_u=None, known=None, **kinds) -> FlowBatch:
+    tau_u = (tau_s + tau_t) / 2 if tau_u is None else tau_u
+    tau_s, tau_t, tau_u = (times_with_known(tau, known) for tau in (tau_s, tau_t, tau_u))
+    labels = input_ids if known is None else input_ids.masked_fill(known, -100)
+    kinds = kinds or {"off_diagonal": list(range(len(input_ids)))}
+    return FlowBatch(input_ids, labels, tau_s, tau_t, tau_u, noise=noise, kinds=kinds)
+
+
+def compute_targets(trainer, batch: FlowBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The targets and their weights, dense."""
+    with torch.no_grad():
+        target, weights = trainer.compute_targets(batch, trainer._get_joint_noise())
+        return target.dense(), weights
+
+
+def states(trainer, batch: FlowBatch) -> list[torch.Tensor]:
+    """What the networks see."""
+    with torch.no_grad():
+        return [trainer._state(network, batch, trainer._get_joint_noise()) for network in trainer._networks()]
+
+
+def compute_loss(trainer, batch: FlowBatch):
+    """The loss of a batch that has its noise, and the outputs."""
+    trainer._add_noise = lambda batch: batch
+    return trainer.compute_loss(trainer.model, {"examples": batch}, return_outputs=True)
 
 
 class TestModels:
@@ -58,7 +77,7 @@ class TestModels:
         model = model_class.from_flm(flm).eval()
         tau_s, tau_t = torch.tensor([0.1, 0.5, 0.7]), torch.tensor([0.1, 0.9, 1.0])
         input_ids = torch.randint(53, (3, 12))
-        delta = model.delta(model(input_ids, tau_s, tau_t).logits)
+        delta = two_time_denoiser(model(input_ids, tau_s, tau_t))
         assert torch.equal(delta, flm(input_ids, tau_s).logits.softmax(-1))
         prior = torch.randn(3, 12, 53)
         expected = flm.generate(prior_state=prior, num_steps=3)
@@ -107,7 +126,9 @@ class TestModels:
         reloaded = AutoModel.from_pretrained(tmp_path)
         assert type(reloaded) is model_class and type(reloaded.config) is config_class
         output, expected = reloaded(**batch), model(**batch)
-        assert torch.equal(output.logits, expected.logits) and torch.equal(output.log_weight, expected.log_weight)
+        assert torch.equal(two_time_denoiser(output), two_time_denoiser(expected))
+        log_weights = [each.log_loss_weight(batch["timesteps"]) for each in (reloaded, model)]
+        assert torch.equal(*log_weights) and log_weights[0].shape == (3,)
         assert reloaded.generation_config.num_steps == 1
         if model_class is FMLMTwoNetworkModel:
             reloaded.train()
@@ -115,17 +136,22 @@ class TestModels:
             assert all(p.requires_grad for p in reloaded.correction.parameters()) and reloaded.correction.training
         compiled = torch.compile(model, fullgraph=True)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(**batch).logits, expected.logits, rtol=1e-4, atol=1e-4)
+            output = compiled(**batch)
+            torch.testing.assert_close(two_time_denoiser(output), two_time_denoiser(expected), rtol=1e-4, atol=1e-4)
         noise = torch.randn(3, 12, 53 if model_class is FMLMTwoNetworkModel else 32)
-        noised = {"noise": noise, "t": model.time_map.tau_to_t(batch["timesteps"])}
-        torch.manual_seed(0)
+        input_ids = batch.pop("input_ids")
+
+        def run():
+            torch.manual_seed(0)
+            state = model.make_state(input_ids, batch["timesteps"], noise)
+            two_time_denoiser(model(inputs_embeds=state, **batch)).square().sum().backward()
+
         model.train()
-        model(**batch, **noised).logits.square().sum().backward()
+        run()
         gradient = model.embeddings[-1].weight.grad.clone()
         model.zero_grad()
         model.activation_checkpointing_enable()
-        torch.manual_seed(0)
-        model(**batch, **noised).logits.square().sum().backward()
+        run()
         torch.testing.assert_close(model.embeddings[-1].weight.grad, gradient)
 
     @pytest.mark.parametrize("model_class", [FMLMModel, FMLMTwoNetworkModel])
@@ -137,11 +163,11 @@ class TestModels:
         batch = (torch.randint(53, (3, 12)), torch.tensor([0.1, 0.5, 0.7]), torch.tensor([0.1, 0.9, 1.0]))
         expected = teacher(*batch[:2]).logits
         tolerance = 0.03 * expected.abs().max().item()
-        delta = model.delta(model(*batch).logits)
+        delta = two_time_denoiser(model(*batch))
         torch.testing.assert_close(delta.log(), expected.log_softmax(-1), rtol=0, atol=tolerance)
         model.save_pretrained(tmp_path / "model")
         low = model_class.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
-        torch.testing.assert_close(low.delta(low(*batch).logits).log(), delta.log(), rtol=0, atol=tolerance)
+        torch.testing.assert_close(two_time_denoiser(low(*batch)).log(), delta.log(), rtol=0, atol=tolerance)
         assert low.generate(num_samples=2).shape == (2, 12)
 
     def test_loss_against_labels_is_a_cross_entropy(self, flm):
@@ -178,46 +204,48 @@ class TestPublishedValues:
                 trainer._compile_regions(network)
         return trainer
 
-    def batch(self, trainer, tau_s, tau_t, tau_u=None, **rows):
+    def batch(self, tau_s, tau_t, tau_u=None, **kinds):
         # V is below the joint width of two networks: projected noise is one-hot noise.
-        return build_batch(trainer, self.values["input_ids"], self.values["noise"], tau_s, tau_t, tau_u, **rows)
+        return build_batch(self.values["input_ids"], self.values["noise"], tau_s, tau_t, tau_u, **kinds)
 
     def forward(self, trainer, batch):
-        names = ("input_ids", "timesteps", "target_timesteps", "noise", "t")
-        return trainer.model(**{name: batch[name] for name in names}, joint_noise=trainer._get_joint_noise())
+        return trainer.model(
+            inputs_embeds=states(trainer, batch)[0], timesteps=batch.tau_s, target_timesteps=batch.tau_t
+        )
 
     def test_two_networks(self, tmp_path, path):
         values, model = self.values, oracle.two_network_fmlm()
         trainer = self.trainer(tmp_path, path, model, divergence="squared_error", diagonal_fraction=0.0)
-        batch = self.batch(trainer, values["stage1.tau_s"], values["stage1.tau_t"], off_diagonal=[0, 2], boundary=[1])
+        batch = self.batch(values["stage1.tau_s"], values["stage1.tau_t"], off_diagonal=[0, 2], boundary=[1])
         output = self.forward(trainer, batch)
-        torch.testing.assert_close(output.log_weight, values["stage1.log_weight"], rtol=1e-4, atol=1e-5)
+        log_weight = model.log_loss_weight(batch.tau_s).detach()
+        torch.testing.assert_close(log_weight, values["stage1.log_weight"], rtol=1e-4, atol=1e-5)
         hidden_states = output.last_hidden_state.chunk(2, dim=-1)[1]
         assert relative_error(model.correction.lm_head(hidden_states), values["stage1.correction"]) < 1e-4
-        target, weight = trainer.compute_targets(batch)
+        target, weight = compute_targets(trainer, batch)
         assert torch.equal(weight, torch.ones(3))
-        losses = divergence("squared_error", target(WHOLE), output.logits)
-        losses = torch.exp(-output.log_weight)[:, None] * losses + output.log_weight[:, None]
+        losses = divergence("squared_error", target, output.probabilities)
+        losses = torch.exp(-log_weight)[:, None] * losses + log_weight[:, None]
         assert relative_error(losses, values["stage1.loss_per_token"]) < 3e-3
         # Evaluation is by the loss itself, which the learned weight cannot lower.
-        weight = output.log_weight[:, None]
+        weight = log_weight[:, None]
         model.train()
-        assert trainer.compute_loss(model, batch).item() == pytest.approx(losses.mean().item(), rel=1e-4)
+        assert compute_loss(trainer, batch)[0].item() == pytest.approx(losses.mean().item(), rel=1e-4)
         model.eval()
         unweighted = ((losses - weight) * weight.exp()).mean().item()
-        assert trainer.compute_loss(model, batch).item() == pytest.approx(unweighted, rel=1e-4)
+        assert compute_loss(trainer, batch)[0].item() == pytest.approx(unweighted, rel=1e-4)
 
     def test_second_stage(self, tmp_path, path):
         values, model = self.values, oracle.fmlm()
         options = {"target": "teacher", "divergence": "squared_error", "diagonal_fraction": 0.0}
         trainer = self.trainer(tmp_path, path, model, teacher=oracle.two_network_fmlm(), **options)
-        batch = self.batch(trainer, values["stage2.tau_s"], values["stage2.tau_t"])
+        batch = self.batch(values["stage2.tau_s"], values["stage2.tau_t"])
         logits = self.forward(trainer, batch).logits
         assert relative_error(logits, values["stage2.logits"]) < 1e-4
-        target, weight = trainer.compute_targets(batch)
-        losses = weight[:, None] * divergence("squared_error", target(WHOLE), logits.softmax(-1))
+        target, weight = compute_targets(trainer, batch)
+        losses = weight[:, None] * divergence("squared_error", target, logits.softmax(-1))
         assert relative_error(losses, values["stage2.loss_per_token"]) < 3e-3
-        loss, output = trainer.compute_loss(model, batch, return_outputs=True)
+        loss, output = compute_loss(trainer, batch)
         assert relative_error(output.token_losses, values["stage2.loss_per_token"]) < 3e-3
         assert loss.item() == pytest.approx(values["stage2.loss_per_token"].mean().item(), rel=3e-3)
 
@@ -231,22 +259,21 @@ class TestPublishedValues:
         values = self.values
         trainer = self.trainer(tmp_path, path, oracle.fmlm(), teacher=oracle.flm())
         tau_s, tau_u, tau_t = (values[f"two_time.tau_{name}"] for name in "sut")
-        batch = self.batch(trainer, tau_s, tau_t, tau_u)
+        batch = self.batch(tau_s, tau_t, tau_u)
         log_delta = self.forward(trainer, batch).logits.log_softmax(-1)
         assert relative_error(log_delta, values["two_time.log_delta_st"]) < 1e-4
-        target, weight = trainer.compute_targets(batch)
-        target = target(WHOLE)
+        target, weight = compute_targets(trainer, batch)
         assert relative_error(target, values["semigroup.target"]) < 1e-4
         assert torch.equal(weight, torch.ones(3))
         for kind in ("cross_entropy", "kl", "squared_error"):
             losses = divergence(kind, target, log_delta.exp())
             assert relative_error(losses, values[f"semigroup.{kind}_per_token"]) < 3e-3
             trainer.args.divergence = kind
-            losses = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)[1].token_losses
+            losses = compute_loss(trainer, batch)[1].token_losses
             assert relative_error(losses, values[f"semigroup.{kind}_per_token"]) < 3e-3
 
-        batch = self.batch(trainer, tau_s, tau_s, diagonal=[0, 1, 2])
-        target = trainer.compute_targets(batch)[0](WHOLE)
+        batch = self.batch(tau_s, tau_s, diagonal=[0, 1, 2])
+        target = compute_targets(trainer, batch)[0]
         assert relative_error(target, values["diagonal.target"]) < 1e-4
         log_delta = self.forward(trainer, batch).logits.log_softmax(-1)
         losses = divergence("cross_entropy", target, log_delta.exp())
@@ -259,13 +286,11 @@ class TestPublishedValues:
         rows = values["jvp_rows"].tolist()
         tau_s, tau_t = values["two_time.tau_s"], values["two_time.tau_t"]
         for name, tau in (("s", tau_s), ("t", tau_t)):
-            factor = trainer.time_map.dtau_dt(trainer.time_map.tau_to_t(tau[rows]))
+            time_map = trainer.model.time_map
+            factor = time_map.dtau_dt(time_map.tau_to_t(tau[rows]))
             torch.testing.assert_close(factor, values[f"dtau_dt_at_{name}"], rtol=1e-4, atol=0)
-        batch = self.batch(trainer, tau_s, tau_t, off_diagonal=rows)
-        state, teacher_state = (state[rows] for state in trainer._states(batch))
-        with torch.no_grad():
-            make_target = getattr(trainer, f"_{target}_target")
-            value = make_target(state, teacher_state, tau_s[rows], tau_t[rows], (None, None))(WHOLE)
+        batch = self.batch(tau_s, tau_t, off_diagonal=rows)
+        value = compute_targets(trainer, batch)[0][rows]
         expected = values[f"{target}.target"]
         assert relative_error(value, project_to_simplex(expected) if target == "lagrangian" else expected) < 1e-4
 
@@ -284,31 +309,32 @@ class ExactFlowMap(FMLMModel):
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.num_steps = num_steps
 
-    def denoiser(self, x, t, known_mask):
-        # log p(text | x) = log p(text) + t <x, text> / (1 - t)^2 + const, of which known tokens leave those with them
+    def denoiser(self, x, t):
+        # log p(text | x) = log p(text) + sum of t <x, text> / (1 - t)^2 + const; known tokens leave only texts with them
         products = torch.einsum("blv,klv->bkl", x.double(), self.texts)
-        noisy = (t / (1 - t) ** 2)[:, None, None] * products
-        if known_mask is not None:
-            noisy = torch.where(known_mask[:, None], (products - 1) * 1e9, noisy)
+        t = (t[:, None] if t.dim() == 1 else t)[:, None].double()
+        noisy = torch.where(t < 1, t / (1 - t).clamp(min=1e-30) ** 2 * products, (products - 1) * 1e9)
         logits = self.weights.log() + noisy.sum(-1)
         return torch.einsum("bk,klv->blv", logits.softmax(-1), self.texts)
 
-    def predict(self, hidden_states, timesteps, target_timesteps=None, logits_processor=None):
+    def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
         return hidden_states
 
-    @staticmethod
-    def delta(logits):
-        return logits
-
-    def encode(self, state, tau_s, tau_t=None, attention_mask=None, known_mask=None):
-        # At 0.99 the text is certain, and the velocity still finite.
-        s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t).clamp(max=0.99)
+    def encode(self, state, tau_s, tau_t=None, attention_mask=None):
+        s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t)
         if torch.equal(s, t):
-            return self.denoiser(state, s, known_mask).to(state.dtype)
-        velocity = lambda x, time: (self.denoiser(x, time, known_mask) - x) / (1 - time)[:, None, None]  # noqa: E731
+            return self.denoiser(state, s).to(state.dtype)
+        # At 0.99 the text is certain, and the velocity still finite.
+        t = torch.where(s < 1, t.clamp(max=0.99), t)
+        axes = (slice(None),) * s.dim() + (None,) * (3 - s.dim())
+
+        def velocity(x, time):  # known tokens do not move
+            rest = (1 - time)[axes]
+            return torch.where(rest > 0, (self.denoiser(x, time) - x) / rest, 0.0)
+
         x, num_steps = state, self.num_steps
         step = (t - s) / num_steps
-        half = step[:, None, None] / 2
+        half = step[axes] / 2
         for n in range(num_steps):  # Runge-Kutta of order 4
             time = s + n * step
             k1 = velocity(x, time)
@@ -316,8 +342,8 @@ class ExactFlowMap(FMLMModel):
             k3 = velocity(x + half * k2, time + step / 2)
             k4 = velocity(x + 2 * half * k3, time + step)
             x = x + half / 3 * (k1 + 2 * k2 + 2 * k3 + k4)
-        keep = ((1 - t) / (1 - s))[:, None, None]
-        return ((x - keep * state) / (1 - keep)).to(state.dtype)
+        keep = ((1 - t) / (1 - s))[axes]
+        return torch.where(s[axes] < 1, (x - keep * state) / (1 - keep), x).to(state.dtype)
 
 
 class TestExactSolution:
@@ -333,19 +359,19 @@ class TestExactSolution:
         input_ids = torch.tensor([[0, 0], [1, 1], [0, 0], [1, 1]])
         noise = torch.randn(4, 2, 2, dtype=torch.float64)
         tau_u = self.tau_s + 0.3 * (self.tau_t - self.tau_s)
-        batch = build_batch(trainer, input_ids, noise, self.tau_s, self.tau_t, tau_u)
-        value = trainer.compute_targets(batch)[0](WHOLE)
-        state = trainer._states(batch)[0]
-        (delta,) = model.denoise(state, self.tau_s, self.tau_t)
+        batch = build_batch(input_ids, noise, self.tau_s, self.tau_t, tau_u)
+        value = compute_targets(trainer, batch)[0]
+        state = states(trainer, batch)[0]
+        delta = model.posterior(state, self.tau_s, self.tau_t).dense()
         assert value.dtype == torch.float64
         # Semigroup: exact. The derivatives go through the table of the time map, which is exact to 1e-5.
         torch.testing.assert_close(value, delta, rtol=0, atol=1e-8 if target == "semigroup" else 2e-5)
         # which is no accident of a constant map
-        (denoised,) = model.denoise(state, self.tau_s, self.tau_s)
+        denoised = model.posterior(state, self.tau_s, self.tau_s).dense()
         assert (delta - denoised).abs().max() > 1e-2
 
     @pytest.mark.parametrize("target", ["semigroup", "lagrangian", "eulerian"])
-    def test_is_a_fixed_point_where_a_part_is_given(self, target, tmp_path):
+    def test_is_a_fixed_point_with_known_tokens(self, target, tmp_path):
         texts = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
         flow_maps = [ExactFlowMap(texts, (0.25, 0.05, 0.1, 0.15, 0.02, 0.2, 0.13, 0.1)) for _ in range(2)]
         options = {"target": target, "divergence": "squared_error", "boundary_probability": 0.0}
@@ -354,21 +380,21 @@ class TestExactSolution:
         known = torch.tensor([[False, True, False], [True, False, False], [False, False, False], [False, False, True]])
         tau_u = self.tau_s + 0.3 * (self.tau_t - self.tau_s)
         noise = torch.randn(4, 3, 2, dtype=torch.float64)
-        batch = {**build_batch(trainer, input_ids, noise, self.tau_s, self.tau_t, tau_u), "known_mask": known}
-        value = trainer.compute_targets(batch)[0](WHOLE)
-        state = trainer._states(batch)[0]
+        batch = build_batch(input_ids, noise, self.tau_s, self.tau_t, tau_u, known)
+        value = compute_targets(trainer, batch)[0]
+        state = states(trainer, batch)[0]
         assert torch.equal(state[known], torch.eye(2, dtype=torch.float64)[input_ids[known]])
-        (delta,) = flow_maps[0].denoise(state, self.tau_s, self.tau_t, known_mask=known)
+        delta = flow_maps[0].posterior(state, batch.tau_s, batch.tau_t).dense()
         tolerance = 1e-8 if target == "semigroup" else 2e-5
         torch.testing.assert_close(value[~known], delta[~known], rtol=0, atol=tolerance)
-        (others,) = flow_maps[0].denoise(state, self.tau_s, self.tau_t)
+        others = flow_maps[0].posterior(state, self.tau_s, self.tau_t).dense()
         assert (delta - others)[[0, 1, 3]][~known[[0, 1, 3]]].abs().max() > 1e-2
 
     def test_samples_have_the_distribution_of_the_data(self):
         model = ExactFlowMap()
         x = torch.randn(4000, 2, 2, dtype=torch.float64)
         zero, late = torch.zeros(4000, dtype=torch.float64), torch.full((4000,), 0.9999, dtype=torch.float64)
-        (delta,) = model.denoise(x, zero, late)
+        delta = model.posterior(x, zero, late).dense()
         tokens = delta.argmax(-1)
         assert (tokens[:, 0] == tokens[:, 1]).all()
         share = (tokens[:, 0] == 0).double().mean().item()
@@ -396,17 +422,16 @@ def test_projection_to_the_simplex_is_the_nearest_point():
 class TestTimes:
     def draw(self, tmp_path, flm, num=4000, **options):
         trainer = build_trainer(tmp_path, FMLMModel.from_flm(flm), teacher=flm, **options)
-        from trainers.noise import stratified_uniforms
+        from trainers.batches import stratified_uniforms
 
         return trainer._draw_times(stratified_uniforms(num, 4, 0), range(num))
 
     def test_kinds(self, tmp_path, flm):
-        times = self.draw(tmp_path, flm, diagonal_fraction=0.25, boundary_probability=0.1)
-        rows = times["rows"]
+        times, rows = self.draw(tmp_path, flm, diagonal_fraction=0.25, boundary_probability=0.1)
         assert len(rows["diagonal"]) == 1000 and rows["diagonal"][:3] == [3, 7, 11]
         assert abs(len(rows["boundary"]) - 300) < 5 * math.sqrt(300)
         assert sorted(sum(rows.values(), [])) == list(range(4000))
-        s, u, t = (times[f"{name}timesteps"] for name in ("", "intermediate_", "target_"))
+        s, u, t = (times[f"tau_{name}"] for name in "sut")
         assert torch.equal(s[rows["diagonal"]], t[rows["diagonal"]])
         assert (s[rows["boundary"]] == 0).all() and (t[rows["boundary"]] == 1).all()
         off = rows["off_diagonal"]
@@ -415,12 +440,12 @@ class TestTimes:
 
     def test_distributions(self, tmp_path, flm):
         options = {"diagonal_fraction": 0.0, "boundary_probability": 0.0}
-        times = self.draw(tmp_path, flm, **options)
-        s, t = times["timesteps"].double(), times["target_timesteps"].double()
+        times, _ = self.draw(tmp_path, flm, **options)
+        s, t = times["tau_s"].double(), times["tau_t"].double()
         # d ~ U(0, 1), s ~ U(0, 1 - d): means 1/2 and 1/4
         assert abs((t - s).mean() - 0.5) < 0.01 and abs(s.mean() - 0.25) < 0.01
-        times = self.draw(tmp_path, flm, time_sampling="uniform_pair", intermediate_time="random", **options)
-        s, u, t = (times[f"{name}timesteps"].double() for name in ("", "intermediate_", "target_"))
+        times, _ = self.draw(tmp_path, flm, time_sampling="uniform_pair", intermediate_time="random", **options)
+        s, u, t = (times[f"tau_{name}"].double() for name in "sut")
         assert abs(s.mean() - 1 / 3) < 0.01 and abs(t.mean() - 2 / 3) < 0.01
         fraction = (u - s) / (t - s)
         assert abs(fraction.mean() - 0.5) < 0.01 and abs(fraction.var() - 1 / 12) < 0.01
@@ -498,7 +523,7 @@ class TestTraining:
         trainer.train()
         assert trainer.evaluate()["eval_loss"] < before
 
-    def test_targets_come_from_the_chosen_network(self, tmp_path):
+    def test_targets_come_from_the_chosen_network(self, tmp_path, monkeypatch):
         # V is above the joint width, so that the noise has another size with the average among the networks.
         for choice, expected in (("student", {"student"}), ("ema", {"average"})):
             flm = build_flm(vocab_size=200, hidden_size=16)
@@ -507,34 +532,32 @@ class TestTraining:
             dataset = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 40})
             trainer = build_trainer(tmp_path, FMLMModel.from_flm(flm, dropout=0.5), flm, dataset, **options)
             used, was_training = {"train": set(), "evaluate": set()}, set()
-            semigroup_target = trainer._semigroup_target
 
-            def spy(*args, trainer=trainer, used=used, was_training=was_training, original=semigroup_target):
-                network = trainer._target_network()
+            def spy(network, *args, trainer=trainer, used=used, was_training=was_training):
                 mode = "evaluate" if trainer.ema.is_applied else "train"
                 used[mode].add("student" if network is trainer.model else "average")
                 was_training.add(network.training)
-                return original(*args)
+                return objectives.semigroup_target(network, *args)
 
-            trainer._semigroup_target = spy
+            monkeypatch.setattr(fmlm_trainer, "semigroup_target", spy)
             trainer.train()
             assert used == {"train": expected, "evaluate": {"student"}}
             assert was_training == {False}, "targets were made with dropout"
 
-    def test_mixed_precision_keeps_states_in_float32(self, tmp_path):
+    def test_mixed_precision_keeps_states_in_float32(self, tmp_path, monkeypatch):
         seen, trainers = {}, {}
         for name in ("bf16", "float32"):
             options = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "bf16": name == "bf16"}
             each = trainers[name] = distillation(tmp_path, **options)
-            denoiser = each._denoiser
 
-            def spy(network, state, *args, name=name, original=denoiser):
-                value = original(network, state, *args)
-                seen.setdefault(name, []).append((state, value(WHOLE)))
+            def spy(network, state, *args, name=name, denoiser=objectives.denoiser):
+                value = denoiser(network, state, *args)
+                seen.setdefault(name, []).append((state, value.dense()))
                 return value
 
-            each._denoiser = spy
-            each.train()
+            with monkeypatch.context() as patch:
+                patch.setattr(fmlm_trainer, "denoiser", spy)
+                each.train()
         (state, delta), (expected_state, expected_delta) = seen["bf16"][0], seen["float32"][0]
         assert torch.equal(state, expected_state)
         assert not torch.equal(delta, expected_delta)  # the blocks did run in bfloat16
@@ -578,12 +601,12 @@ class TestTraining:
         trainer = build_trainer(tmp_path, FMLMModel.from_flm(build_flm(vocab_size=200)), teacher=teacher)
         input_ids, known = torch.randint(200, (64, 12)), torch.rand(64, 12) < 0.2
         noise, tau = torch.randn(64, 12, 64), torch.linspace(0, 1, 64)
-        batch = build_batch(trainer, input_ids, noise, tau, torch.ones(64)) | {"known_mask": known}
-        student, state = trainer._states(batch)
+        batch = build_batch(input_ids, noise, tau, torch.ones(64), known=known)
+        student, state = states(trainer, batch)
         assert student.dtype == state.dtype == torch.float32
         embedding = teacher.embed_tokens.weight.detach().float()
         factor = noise_factors(trainer.model.embed_tokens.weight.detach(), embedding)[1].double()
-        t, clean = trainer.time_map.tau_to_t(tau).double()[:, None, None], embedding.double()[input_ids]
+        t, clean = teacher.time_map.tau_to_t(tau).double()[:, None, None], embedding.double()[input_ids]
         expected = torch.where(known[..., None], clean, (1 - t) * (noise.double() @ factor) + t * clean)
         for row, expected_row in zip(state, expected):
             assert relative_error(row, expected_row) < 1e-6
@@ -628,18 +651,6 @@ class TestTraining:
         for name, tensor in first.items():
             torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
 
-    def test_a_teacher_without_prompts_is_noticed(self, tmp_path, flm, caplog):
-        flm.save_pretrained(tmp_path)
-        transformers.logging.enable_propagation()
-        for marked in (False, True):
-            teacher = FLMModel.from_pretrained(tmp_path, prompt_mark=True)
-            if marked:
-                torch.nn.init.normal_(teacher.prompt_mark.weight)
-            caplog.clear()
-            build_trainer(tmp_path, FMLMModel.from_flm(teacher), teacher=teacher, prompt_fraction=0.5)
-            assert ("`teacher` was not trained with `prompt_fraction`" in caplog.text) == (not marked)
-        transformers.logging.disable_propagation()
-
     def test_student_and_teacher_see_the_same_noise(self, tmp_path, flm):
         # At initialization their embeddings coincide, and so must their states.
         trainer = build_trainer(
@@ -647,8 +658,8 @@ class TestTraining:
         )
         trainer.teacher.load_state_dict(trainer.model.state_dict(), strict=False)
         noise = torch.randn(3, 12, 64)
-        batch = build_batch(trainer, torch.randint(200, (3, 12)), noise, torch.rand(3) * 0.5, torch.ones(3))
-        student, teacher = trainer._states(batch)
+        batch = build_batch(torch.randint(200, (3, 12)), noise, torch.rand(3) * 0.5, torch.ones(3))
+        student, teacher = states(trainer, batch)
         torch.testing.assert_close(student, teacher, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize(
@@ -731,11 +742,10 @@ class TestCorrelations:
         zero, half, one = torch.zeros(500), torch.full((500,), 0.5), torch.ones(500)
         u = student.time_map.tau_to_t(half)
         with torch.no_grad():
-            (direct,) = student.denoise(state, zero, one)
-            (first_leg,) = student.denoise(state, zero, half)
-            arrived = flow_map(state, first_leg @ student.state_embedding, zero, u)
-            (second_leg,) = student.denoise(arrived, half, one)
-        assert (direct.argmax(-1) == second_leg.argmax(-1)).double().mean() > 0.95
+            direct = student.posterior(state, zero, one).argmax()
+            arrived = flow_map(state, student.posterior(state, zero, half).mean(student.state_embedding), zero, u)
+            second_leg = student.posterior(arrived, half, one).argmax()
+        assert (direct == second_leg).double().mean() > 0.95
 
 
 def test_flow_of_a_low_precision_state_keeps_its_times():

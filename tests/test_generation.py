@@ -178,8 +178,8 @@ def test_prior_state_sets_the_length(flm):
 
 def test_states_stay_in_float32_under_autocast(flm):
     states = []
-    denoise = flm.denoise
-    flm.denoise = lambda state, *args, **kwargs: states.append(state) or denoise(state, *args, **kwargs)
+    posterior = flm.posterior
+    flm.posterior = lambda state, *args, **kwargs: states.append(state) or posterior(state, *args, **kwargs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         flm.generate(num_steps=3, generator=seed())
     flm.generate(num_steps=3, generator=seed())

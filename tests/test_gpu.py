@@ -7,7 +7,7 @@ from test_losses import build_trainer
 from train_tiny import build
 from transformers import CompileConfig
 
-from modeling_flm import FMLMModel
+from modeling_flm import BridgeSampler, FlowMapSampler, FMLMModel, StochasticFlowMapSampler
 from modeling_flm.losses import head_loss, softmax_cross_entropy
 
 
@@ -35,15 +35,15 @@ def test_a_cpu_generator_gives_the_same_noise():
 
 def test_steered_texts_are_those_of_the_cpu():
     model, weak = build_flm(), build_flm(hidden_size=16)
-    input_ids, infill_mask = torch.randint(53, (8, 12)), torch.rand(8, 12) < 0.5
-    options = {"infill_mask": infill_mask, "gamma": 0.3, "guidance_scale": 2.0, "num_steps": 4}
+    input_ids, prompt_mask = torch.randint(53, (8, 12)), torch.rand(8, 12) < 0.5
+    options = {"prompt_mask": prompt_mask, "gamma": 0.3, "guidance_scale": 2.0, "num_steps": 4}
     options |= {"reward": lambda delta: delta[..., 3].sum(dim=-1), "reward_scale": 1.0}
     texts = [
         network.generate(input_ids, guidance_model=weak, generator=torch.Generator().manual_seed(0), **options).cpu()
         for network in (model, model.cuda())  # the guide stays where it is
     ]
     assert (texts[0] == texts[1]).float().mean() > 0.99
-    assert torch.equal(texts[1][~infill_mask], input_ids[~infill_mask])
+    assert torch.equal(texts[1][prompt_mask], input_ids[prompt_mask])
 
 
 def test_trains(tmp_path):
@@ -73,12 +73,14 @@ def test_no_training_step_waits(preset, bf16, tmp_path, request):
         trainer.training_step(model, batch, count)
 
 
-def test_no_step_of_the_sampler_waits(request):
+@pytest.mark.parametrize("sampler", [FlowMapSampler(), StochasticFlowMapSampler(0.5), BridgeSampler()])
+def test_no_step_of_the_sampler_waits(sampler, request):
     model = build_flm(attn_logit_softcapping=None).cuda()
     state = torch.randn(4, 12, 32, device="cuda")
-    tau = torch.rand(4, device="cuda")
-    times, options = torch.stack([tau] * 4), {"with_state": True, "with_tokens": True}
-    step = lambda: model._step(model, state, times, model.state_embedding, (None, None), [], **options)  # noqa: E731
+    times = (torch.full((4,), tau, device="cuda") for tau in (0.2, 0.6, 0.2, 0.6))
+    drawn = {"uniforms": torch.rand(4, 12, device="cuda"), "noise": torch.randn_like(state)}
+    inputs = (model, sampler, state, tuple(times), model.state_embedding.float(), None, [])
+    step = lambda: model._step(*inputs, **drawn, is_last=False, with_tokens=True)  # noqa: E731
     with torch.no_grad():
         step()
         request.getfixturevalue("waiting_is_an_error")

@@ -12,8 +12,8 @@ IDS, EXISTS = VALUES["input_ids"], VALUES["attention_mask"]
 INPUTS = {
     "prefix": {"input_ids": IDS[:, :5]},
     "padded_prefix": {"input_ids": IDS[:, :5], "attention_mask": VALUES["prefix_mask"]},
-    "infill": {"input_ids": IDS, "infill_mask": VALUES["infill_mask"]},
-    "padded_infill": {"input_ids": IDS, "infill_mask": VALUES["infill_mask"], "attention_mask": EXISTS},
+    "infill": {"input_ids": IDS, "prompt_mask": ~VALUES["infill_mask"]},
+    "padded_infill": {"input_ids": IDS, "prompt_mask": ~VALUES["infill_mask"], "attention_mask": EXISTS},
     "lengths": {"attention_mask": EXISTS},
 }
 

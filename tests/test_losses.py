@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm
+from conftest import build_flm, two_time_denoiser
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -104,7 +104,7 @@ def test_softcap_is_in_place_without_gradients_only():
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "kl", "squared_error"])
 @pytest.mark.parametrize("model_class", [FLMModel, FMLMModel, FMLMTwoNetworkModel])
-def test_divergence_of_forward_counts_for_labels(model_class, kind, monkeypatch):
+def test_divergence_to_labels(model_class, kind, monkeypatch):
     set_chunk(monkeypatch, 5, 3, 53)
     flm = build_flm(final_logit_softcapping=1.0, dropout=0.0)
     model = flm if model_class is FLMModel else model_class.from_flm(flm)
@@ -114,7 +114,7 @@ def test_divergence_of_forward_counts_for_labels(model_class, kind, monkeypatch)
     input_ids, tau = torch.randint(53, (3, 12)), torch.tensor([0.1, 0.5, 0.7])
     times = {"timesteps": tau} | ({} if model_class is FLMModel else {"target_timesteps": torch.ones(3)})
     labels = input_ids.masked_fill(torch.rand(3, 12) < 0.2, -100)
-    delta = model.delta(model(input_ids, **times).logits)
+    delta = two_time_denoiser(model(input_ids, **times))
     if kind == "squared_error":
         losses = (delta - F.one_hot(input_ids, 53)).square().sum(-1)
     else:
@@ -122,7 +122,9 @@ def test_divergence_of_forward_counts_for_labels(model_class, kind, monkeypatch)
     expected = losses[labels != -100].mean()
     parameter = model.correction.lm_head.bias if model_class is FMLMTwoNetworkModel else model.lm_head.bias
     (reference,) = torch.autograd.grad(expected, parameter)
-    loss = model(input_ids, **times, labels=labels, divergence=kind).loss
+    mask, taus = (labels != -100).float(), times.values()
+    hidden_states = model.encode(model.make_state(input_ids), *taus)
+    loss = model.loss(kind, labels, mask, hidden_states, *taus)[0] / mask.sum()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(loss, parameter)[0], reference, rtol=1e-3, atol=1e-5)
 
@@ -142,31 +144,25 @@ def test_two_networks_against_labels(monkeypatch):
     model = FMLMTwoNetworkModel.from_flm(flm, dropout=0.0).train()
     torch.nn.init.normal_(model.correction.lm_head.weight)
     batch = (torch.randint(53, (3, 12)), torch.tensor([0.1, 0.5, 0.7]), torch.tensor([0.1, 0.9, 1.0]))
-    delta = model(*batch).logits
+    delta = model(*batch).probabilities
     expected = -delta.clamp(min=torch.finfo(torch.float32).tiny).gather(-1, batch[0][..., None]).log().mean()
     expected.backward()
     gradient = model.correction.lm_head.weight.grad.clone()
     model.zero_grad()
     set_chunk(monkeypatch, 5, 3, 53)
     output = model(*batch, labels=batch[0])
-    assert output.logits is None
+    assert output.logits is None and output.probabilities is None
     output.loss.backward()
     torch.testing.assert_close(output.loss, expected)
     torch.testing.assert_close(model.correction.lm_head.weight.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_logits_are_there_unless_in_training_or_skipped(flm):
+def test_logits_are_there_unless_in_training(flm):
     batch = {"input_ids": torch.randint(53, (3, 12)), "timesteps": torch.rand(3)}
     assert flm(**batch, labels=batch["input_ids"]).logits is not None
-    assert flm(**batch, labels=batch["input_ids"], skip_logits=True).logits is None
     flm.train()
     assert flm(**batch).logits is not None
     assert flm(**batch, labels=batch["input_ids"]).logits is None
-    assert flm(**batch, labels=batch["input_ids"], skip_logits=False).logits is not None
-    with pytest.raises(ValueError, match="`targets` needs `labels`"):
-        flm(**batch, targets=lambda chunk: None)
-    with pytest.raises(ValueError, match="`divergence` must be one of cross_entropy, kl, squared_error, got 'l2'"):
-        flm(**batch, labels=batch["input_ids"], targets=lambda chunk: None, divergence="l2")
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         flm(**batch, labels=torch.full((3, 12), -1))
 
@@ -221,7 +217,7 @@ def test_a_step_holds_a_chunk_of_probabilities_and_waits_for_nothing(preset, tmp
     trainer = build_trainer(tmp_path, preset)
     batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     trainer.model.train()
-    trainer.time_map.tau_to_t(torch.zeros(1))  # makes the table, once
+    trainer.model.time_map.tau_to_t(torch.zeros(1))  # makes the table, once
     with Watch() as watch:
         trainer.training_step(trainer.model, batches[0], count)
     # Eight texts of one position; all twelve of them would be too many, and so would the embeddings of four networks.

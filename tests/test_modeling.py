@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm, sampling
+from conftest import build_flm, sampling, two_time_denoiser
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel
 
@@ -54,14 +54,22 @@ class TestPublishedValues:
 
 class TestForward:
     def test_noises_clean_tokens(self, flm, batch):
-        noise, t = torch.randn(3, 12, 32), flm.time_map.tau_to_t(batch["timesteps"])
+        tau = batch["timesteps"]
+        noise, t = torch.randn(3, 12, 32), flm.time_map.tau_to_t(tau)
         # V > d: noise enters through a square root of EᵀE
         embedding = flm.state_embedding.detach().double()
         root = torch.linalg.cholesky(embedding.T @ embedding).T
         clean = embedding[batch["input_ids"]]
         state = (1 - t[:, None, None]) * (noise.double() @ root) + t[:, None, None] * clean
-        expected = flm(inputs_embeds=state.float(), timesteps=batch["timesteps"]).logits
-        torch.testing.assert_close(flm(**batch, noise=noise, t=t).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(flm.make_state(batch["input_ids"], tau, noise), state.float(), rtol=1e-4, atol=1e-5)
+        # A token at the time 1 is clean.
+        known = torch.rand(3, 12) < 0.5
+        times = torch.where(known, 1.0, tau[:, None])
+        expected = torch.where(known[..., None], clean, state).float()
+        torch.testing.assert_close(flm.make_state(batch["input_ids"], times, noise), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(
+            flm.make_state(batch["input_ids"], times, noise)[known], flm.make_state(batch["input_ids"])[known]
+        )
 
     def test_clean_tokens_without_noise(self, flm, batch):
         expected = flm(inputs_embeds=flm.embed_tokens(batch["input_ids"]), timesteps=batch["timesteps"])
@@ -74,8 +82,7 @@ class TestForward:
         losses = -output.logits.log_softmax(-1).gather(-1, batch["input_ids"][..., None])[..., 0]
         kept = torch.cat([losses[0, :3], losses[1], losses[2]])
         torch.testing.assert_close(output.loss, kept.mean())
-        output = flm(**batch, labels=labels, num_items_in_batch=100)
-        torch.testing.assert_close(output.loss, kept.sum() / 100)
+        torch.testing.assert_close(flm(**batch, labels=labels, num_items_in_batch=100).loss, kept.sum() / 100)
         assert flm(**batch, labels=torch.full_like(labels, -100)).loss == 0
 
     def test_padding_changes_nothing(self, flm, batch):
@@ -114,24 +121,28 @@ class TestForward:
             ({"input_ids": torch.ones(3, 4).long(), "inputs_embeds": torch.randn(3, 4, 32)}, "either `input_ids`"),
             ({"input_ids": torch.ones(3, 4).long()}, "Pass `timesteps`"),
             (
-                {"input_ids": torch.ones(3, 4).long(), "timesteps": torch.rand(3, 4)},
-                r"`timesteps` must have shape \(3,\)",
+                {"input_ids": torch.ones(3, 4).long(), "timesteps": torch.rand(3, 5)},
+                r"`timesteps` must have shape \(3,\), one time per text, or \(3, 4\), one per token, got \(3, 5\)",
             ),
-            ({"input_ids": torch.ones(3, 4).long(), "timesteps": torch.rand(3), "t": torch.rand(3)}, "go together"),
             (
                 {
                     "input_ids": torch.ones(3, 4).long(),
                     "timesteps": torch.rand(3),
-                    "t": torch.rand(3),
-                    "noise": torch.randn(3, 4, 53),
+                    "target_timesteps": torch.rand(3, 4),
                 },
-                r"`noise` must have shape \(3, 4, 32\)",
+                "`target_timesteps` must have the shape of `timesteps`",
             ),
         ],
     )
     def test_bad_arguments(self, flm, arguments, message):
         with pytest.raises(ValueError, match=message):
             flm(**arguments)
+
+    def test_bad_noise(self, flm, batch):
+        with pytest.raises(ValueError, match="`noise` and `tau` go together"):
+            flm.make_state(batch["input_ids"], batch["timesteps"])
+        with pytest.raises(ValueError, match=r"`noise` must have shape \(3, 12, 32\)"):
+            flm.make_state(batch["input_ids"], batch["timesteps"], torch.randn(3, 12, 53))
 
 
 class TestConfig:
@@ -191,17 +202,16 @@ class TestFinalLogitSoftcapping:
         return self.capped(model.flow, flow).softmax(-1) + 0.5 * (t - s) * (1 - s) * raw
 
     @pytest.mark.parametrize("model_class", [FLMModel, FMLMModel, FMLMTwoNetworkModel])
-    def test_denoise_and_forward(self, model_class, path):
+    def test_posterior_and_forward(self, model_class, path):
         model = self.build(model_class)
         assert model.config.final_logit_softcapping == 0.5
         state = torch.randn(3, 12, model.state_embedding.shape[1])
         expected = self.expected(model, state)
-        delta = torch.cat(list(model.denoise(state, *self.times)), dim=1)
-        torch.testing.assert_close(delta, expected)
+        torch.testing.assert_close(model.posterior(state, *self.times).dense(), expected)
         output = model(inputs_embeds=state, timesteps=self.times[0], target_timesteps=self.times[1])
-        torch.testing.assert_close(model.delta(output.logits), expected)
+        torch.testing.assert_close(two_time_denoiser(output), expected)
         with torch.no_grad():  # in place
-            torch.testing.assert_close(torch.cat(list(model.denoise(state, *self.times)), dim=1), expected)
+            torch.testing.assert_close(model.posterior(state, *self.times).dense(), expected)
 
     @pytest.mark.parametrize("model_class", [FLMModel, FMLMModel, FMLMTwoNetworkModel])
     def test_guidance(self, model_class):
@@ -211,7 +221,7 @@ class TestFinalLogitSoftcapping:
         own, other = state.tensor_split([model.state_embedding.shape[1]], dim=-1)
         strong = self.expected(model, own)
         weak = self.capped(worse, worse.encode(other, self.times[0])).softmax(-1)
-        delta = torch.cat(list(both.denoise(state, *self.times)), dim=1)
+        delta = both.posterior(state, *self.times).dense()
         torch.testing.assert_close(delta, strong + 2.0 * (strong - weak))
 
     @pytest.mark.parametrize("model_class", [FLMModel, FMLMModel])
@@ -232,7 +242,7 @@ class TestFinalLogitSoftcapping:
         torch.nn.init.normal_(model.target_time_embedding.linear_2.weight)
         state = torch.randn(3, 12, 32, dtype=torch.float64)
         start, end = (tau.double() for tau in self.times)
-        delta = lambda tau: model.delta(model.predict(model.encode(state, start, tau), start, tau))  # noqa: E731
+        delta = lambda tau: model.predict(model.encode(state, start, tau), start, tau)  # noqa: E731
         with torch.no_grad():  # as targets are made
             _, change = torch.func.jvp(delta, (end,), (torch.ones_like(end),))
             # Times are in float32 within the network: a wide difference.
@@ -378,27 +388,27 @@ class TestPrecisionAndSpeed:
         expected = flm(**batch).logits
         assert (output.logits - expected).abs().max() < 0.03 * expected.abs().max()
         assert model.generate(num_samples=2, num_steps=3).shape == (2, 12)
-        state = model._make_state(batch["input_ids"], torch.randn(3, 12, 32), torch.rand(3), None, None)
+        state = model.make_state(batch["input_ids"], torch.rand(3), torch.randn(3, 12, 32))
         assert state.dtype == torch.float32
 
     def test_autocast_keeps_state_and_head_in_float32(self, flm, batch):
-        arguments = {"noise": torch.randn(3, 12, 32), "t": flm.time_map.tau_to_t(batch["timesteps"])}
+        noise, tau = torch.randn(3, 12, 32), batch["timesteps"]
         inputs, weights = [], []
         flm.layers[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         flm.layers[0].mlp.register_forward_hook(lambda module, args, output: weights.append(output))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = flm(**batch, **arguments)
+            output = flm(inputs_embeds=flm.make_state(batch["input_ids"], tau, noise), timesteps=tau)
         assert weights[0].dtype == torch.bfloat16
         assert output.logits.dtype == torch.float32
-        exact = flm(**batch, **arguments)
+        exact = flm(inputs_embeds=flm.make_state(batch["input_ids"], tau, noise), timesteps=tau)
         assert torch.equal(inputs[0], inputs[1])
         assert (output.logits - exact.logits).abs().max() < 0.03 * exact.logits.abs().max()
 
     def test_activation_checkpointing_changes_no_gradient(self, flm, batch):
         def gradients():
             flm.zero_grad()
-            arguments = {"noise": noise, "t": flm.time_map.tau_to_t(batch["timesteps"]), "labels": batch["input_ids"]}
-            flm(**batch, **arguments).loss.backward()
+            input_ids, tau = batch.values()
+            flm(inputs_embeds=flm.make_state(input_ids, tau, noise), timesteps=tau, labels=input_ids).loss.backward()
             return {name: parameter.grad.clone() for name, parameter in flm.named_parameters()}
 
         flm.config.dropout = 0.0
@@ -420,14 +430,18 @@ class TestPrecisionAndSpeed:
     def test_compiles_without_graph_breaks(self, batch):
         model = build_flm(dropout=0.0)
         compiled = torch.compile(model, fullgraph=True)
-        arguments = {"noise": torch.randn(3, 12, 32), "t": model.time_map.tau_to_t(batch["timesteps"])}
+        input_ids, tau = batch.values()
+        arguments = {
+            "inputs_embeds": model.make_state(input_ids, tau, torch.randn(3, 12, 32)).detach(),
+            "timesteps": tau,
+        }
         with torch.no_grad():
             torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-4)
-        expected = model(**batch, **arguments, labels=batch["input_ids"]).loss
+        expected = model(**arguments, labels=input_ids).loss
         expected.backward()
-        gradient = model.embed_tokens.weight.grad.clone()
+        gradient = model.layers[0].mlp.down_proj.weight.grad.clone()
         model.zero_grad()
-        loss = compiled(**batch, **arguments, labels=batch["input_ids"]).loss
+        loss = compiled(**arguments, labels=input_ids).loss
         loss.backward()
         torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(model.embed_tokens.weight.grad, gradient, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(model.layers[0].mlp.down_proj.weight.grad, gradient, rtol=1e-3, atol=1e-5)

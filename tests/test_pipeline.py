@@ -86,8 +86,8 @@ def test_flow_maps_take_one_step(model_class, flm, tokenizer):
 
 def test_batch_size_bounds_how_many_texts_are_made_at_a_time(flm, tokenizer):
     sizes = []
-    denoise = flm.denoise
-    flm.denoise = lambda state, *args, **kwargs: sizes.append(len(state)) or denoise(state, *args, **kwargs)
+    posterior = flm.posterior
+    flm.posterior = lambda state, *args, **kwargs: sizes.append(len(state)) or posterior(state, *args, **kwargs)
     pipe = FLMPipeline(model=flm, tokenizer=tokenizer, batch_size=2)
     rows = pipe(num_samples=5, num_steps=1, generator=generator())
     assert sizes == [2, 2, 1]

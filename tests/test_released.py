@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import sampling
 from safetensors.torch import load_file
+from test_fmlm import build_batch, compute_loss, compute_targets, states
 from transformers import AutoModel
 
 from hub.convert import convert, main
@@ -159,28 +160,20 @@ class TestDistillation:
             for network in trainer._networks():
                 trainer._compile_regions(network)
         input_ids, tau_s = VALUES["input_ids"], VALUES["psd.tau_s"]
-        batch = {
-            "input_ids": input_ids,
-            "labels": input_ids,
-            "noise": VALUES["noise"],  # V is below the joint width of the networks: noise is one-hot noise
-            "t": trainer.time_map.tau_to_t(tau_s),
-            "timesteps": tau_s,
-            "target_timesteps": VALUES["psd.tau_t"],
-            "intermediate_timesteps": VALUES["psd.tau_u"],
-            "rows": {"diagonal": [0], "off_diagonal": [1], "boundary": [2]},
-        }
-        target, weights = trainer.compute_targets(batch)
-        target = target(slice(None))
+        # V is below the joint width of the networks: noise is one-hot noise
+        kinds = {"diagonal": [0], "off_diagonal": [1], "boundary": [2]}
+        batch = build_batch(input_ids, VALUES["noise"], tau_s, VALUES["psd.tau_t"], VALUES["psd.tau_u"], **kinds)
+        target, weights = compute_targets(trainer, batch)
         assert torch.equal(weights, torch.ones(3))
         torch.testing.assert_close(target[:1], VALUES["psd.diagonal_target"], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(target[1:], VALUES["psd.offdiagonal_target"], rtol=1e-4, atol=1e-4)
-        loss, output = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+        loss, output = compute_loss(trainer, batch)
         torch.testing.assert_close(output.token_losses, VALUES["psd.loss_per_token"], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(loss, VALUES["psd.loss_per_token"].mean(), rtol=1e-3, atol=1e-3)
         with torch.no_grad():
-            names = ("input_ids", "timesteps", "target_timesteps", "noise", "t")
-            inputs = {name: batch[name] for name in names}
-            log_delta = trainer.model(**inputs, joint_noise=trainer._get_joint_noise()).logits.log_softmax(-1)
+            state = states(trainer, batch)[0]
+            logits = trainer.model(None, batch.tau_s, batch.tau_t, inputs_embeds=state).logits
+            log_delta = logits.log_softmax(-1)
         torch.testing.assert_close(log_delta, VALUES["psd.log_probs"], rtol=1e-3, atol=1e-3)
 
 

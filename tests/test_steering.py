@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload
-from conftest import build_flm, sampling
+from conftest import build_flm, sampling, two_time_denoiser
 from test_fmlm import ExactFlowMap
 from torch import nn
 from train_tiny import launcher
@@ -24,7 +24,14 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
-from modeling_flm import ClassifierReward, FLMGenerationConfig, FMLMModel, FMLMTwoNetworkModel, LanguageModelReward
+from modeling_flm import (
+    BridgeSamplerConfig,
+    ClassifierReward,
+    FLMGenerationConfig,
+    FMLMModel,
+    FMLMTwoNetworkModel,
+    LanguageModelReward,
+)
 from modeling_flm.joint_noise import JointNoise
 from trainers import generate_samples
 
@@ -49,8 +56,7 @@ def build(kind: str, **options):
 def dense_delta(model, x, tau_s, tau_t, **masks):
     """The two-time denoiser of a one-hot state."""
     state = x @ model.state_embedding
-    output = model(inputs_embeds=state, timesteps=tau_s, target_timesteps=tau_t, **masks)
-    return model.delta(output.logits)
+    return two_time_denoiser(model(inputs_embeds=state, timesteps=tau_s, target_timesteps=tau_t, **masks))
 
 
 @torch.no_grad()
@@ -70,9 +76,9 @@ def continue_prompts(indices: list[int]) -> torch.LongTensor:
     """The texts with these numbers, each with a prompt and a mask of its own."""
     torch.manual_seed(0)
     model, weak = build("fmlm"), build("flm", hidden_size=16)
-    input_ids, infill_mask = torch.randint(53, (7, 12)), torch.rand(7, 12) < 0.5
+    input_ids, prompt_mask = torch.randint(53, (7, 12)), torch.rand(7, 12) < 0.5
     return generate_samples(
-        model, indices, seed=3, input_ids=input_ids[indices], infill_mask=infill_mask[indices], num_steps=3, gamma=0.5,
+        model, indices, seed=3, input_ids=input_ids[indices], prompt_mask=prompt_mask[indices], num_steps=3, gamma=0.5,
         guidance_model=weak, guidance_scale=2.0,
     )  # fmt: skip
 
@@ -87,8 +93,8 @@ def assert_shares(tokens, weights):
 class ExactFlow(ExactFlowMap):
     """The denoiser of these texts, as an FLM has it."""
 
-    def encode(self, state, tau_s, tau_t=None, attention_mask=None, known_mask=None):
-        return self.denoiser(state, self.time_map.tau_to_t(tau_s), known_mask).to(state.dtype)
+    def encode(self, state, tau_s, tau_t=None, attention_mask=None):
+        return self.denoiser(state, self.time_map.tau_to_t(tau_s)).to(state.dtype)
 
 
 class TestAutoguidance:
@@ -305,27 +311,41 @@ class TestTimes:
 
 class TestPrompts:
     @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
-    @pytest.mark.parametrize("prompt_mark", [False, True])
-    def test_equals_the_dense_sampler_with_known_positions_clean(self, kind, prompt_mark):
-        model = build(kind, prompt_mark=prompt_mark)
+    @pytest.mark.parametrize("per_token_timesteps", [False, True])
+    def test_equals_the_dense_sampler_with_known_positions_clean(self, kind, per_token_timesteps):
+        """Known tokens are clamped here after every step; a network without times per token is told the time of the others."""
+        model = build(kind, per_token_timesteps=per_token_timesteps)
         prior, input_ids = torch.randn(5, 12, 53), torch.randint(53, (5, 12))
-        infill_mask = torch.rand(5, 12) < 0.5
+        prompt_mask = torch.rand(5, 12) < 0.5
         clean = nn.functional.one_hot(input_ids, 53).float()
-        hold = lambda x: torch.where(infill_mask[..., None], x, clean)  # noqa: E731
 
         def choose(x, tau_s, tau_t):
-            return dense_delta(model, hold(x), tau_s, tau_t, known_mask=~infill_mask)
+            x = torch.where(prompt_mask[..., None], clean, x)
+            times = (
+                torch.where(prompt_mask, 1.0, tau[:, None]) if per_token_timesteps else tau for tau in (tau_s, tau_t)
+            )
+            return dense_delta(model, x, *times)
 
         for num_steps in (1, 4):
-            expected = torch.where(infill_mask, dense_sample(model, prior, num_steps, choose), input_ids)
-            tokens = model.generate(input_ids, infill_mask=infill_mask, prior_state=prior, num_steps=num_steps)
+            expected = torch.where(prompt_mask, input_ids, dense_sample(model, prior, num_steps, choose))
+            tokens = model.generate(input_ids, prompt_mask=prompt_mask, prior_state=prior, num_steps=num_steps)
             assert torch.equal(tokens, expected)
-        if prompt_mark:  # it is seen
-            known = torch.zeros(5, 12, dtype=torch.bool)
-            tau = torch.full((5,), 0.3)
-            assert not torch.equal(
-                dense_delta(model, prior, tau, tau), dense_delta(model, prior, tau, tau, known_mask=~known)
-            )
+
+    def test_network_is_told_the_time_of_each_token_or_the_earliest(self):
+        x = torch.randn(5, 12, 53)
+        times = torch.rand(5, 12), torch.ones(5, 12)
+        for kind in ("flm", "fmlm", "two_network"):
+            plain, told = build(kind), build(kind, per_token_timesteps=True)
+            told.load_state_dict(plain.state_dict())
+            earliest = times[0].amin(dim=1)
+            with torch.no_grad():
+                first, second = dense_delta(plain, x, *times), dense_delta(plain, x, earliest, torch.ones(5))
+                if kind != "two_network":  # whose correction has a factor for each token
+                    assert torch.equal(first, second)
+                assert not torch.equal(dense_delta(told, x, *times), first)
+                same = torch.full((5, 12), 0.3), torch.full((5, 12), 0.7)
+                of_texts = dense_delta(told, x, same[0][:, 0], same[1][:, 0])
+                torch.testing.assert_close(dense_delta(told, x, *same), of_texts)
 
     @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
     def test_come_back_unchanged_whatever_else(self, kind):
@@ -339,18 +359,19 @@ class TestPrompts:
             guided,
             rewarded,
             {"gamma": 1.0},
+            {"sampler_config": BridgeSamplerConfig(), "num_steps": 3, **guided},
             {**guided, **rewarded, "gamma": 0.5, "num_steps": 2},
         ):
             input_ids = torch.randint(53, (3, 12))
-            infill_mask = torch.rand(3, 12) < rng.random()
+            prompt_mask = torch.rand(3, 12) < rng.random()
             output = model.generate(
-                input_ids, infill_mask=infill_mask, num_samples=6, batch_size=4, output_drafts=True,
+                input_ids, prompt_mask=prompt_mask, num_samples=6, batch_size=4, output_drafts=True,
                 return_dict_in_generate=True, **{"num_steps": 1, **options},
             )  # fmt: skip
             for row in range(6):
-                given = ~infill_mask[row // 2]
-                assert torch.equal(output.sequences[row][given], input_ids[row // 2][given])
-                assert (output.drafts[row][:, given] == input_ids[row // 2][given]).all()
+                known = prompt_mask[row // 2]
+                assert torch.equal(output.sequences[row][known], input_ids[row // 2][known])
+                assert (output.drafts[row][:, known] == input_ids[row // 2][known]).all()
 
     @pytest.mark.slow
     def test_processes_make_what_one_does(self, tmp_path):
@@ -382,11 +403,11 @@ class TestPrompts:
     def test_sizes(self):
         model = build("flm")
         input_ids = torch.randint(53, (2, 4))
-        infill_mask = torch.tensor([[0, 1, 1, 0]] * 2)
+        prompt_mask = torch.tensor([[1, 0, 0, 1]] * 2)
         assert model.generate(input_ids, num_steps=1).shape == (2, 12)
         assert model.generate(input_ids, num_steps=1, num_samples=6, length=7).shape == (6, 7)
-        assert model.generate(input_ids, num_steps=1, infill_mask=infill_mask).shape == (2, 4)
-        tokens = model.generate(input_ids, num_steps=1, infill_mask=infill_mask, length=6)
+        assert model.generate(input_ids, num_steps=1, prompt_mask=prompt_mask).shape == (2, 4)
+        tokens = model.generate(input_ids, num_steps=1, prompt_mask=prompt_mask, length=6)
         assert tokens.shape == (2, 6) and torch.equal(tokens[:, [0, 3]], input_ids[:, [0, 3]])
         config = FLMGenerationConfig(num_steps=1, length=7)
         assert model.generate(input_ids, generation_config=config).shape == (2, 7)
@@ -398,10 +419,10 @@ class TestPrompts:
             model.generate(num_samples=2, num_steps=1, generator=seed()),
         )
 
-    def test_offloaded_models_are_marked_too(self):
-        model, weak = build("flm", prompt_mark=True), build("flm", hidden_size=16)
+    def test_offloaded_models_complete_prompts_too(self):
+        model, weak = build("flm", per_token_timesteps=True), build("flm", hidden_size=16)
         options = {
-            "infill_mask": torch.rand(2, 12) < 0.5,
+            "prompt_mask": torch.rand(2, 12) < 0.5,
             "guidance_model": weak,
             "guidance_scale": 2.0,
             "num_steps": 2,
@@ -410,7 +431,7 @@ class TestPrompts:
         expected = model.generate(input_ids, generator=seed(), **options)
         for network in (model, weak):
             cpu_offload(network)
-        assert model.prompt_mark.weight.device.type == "meta"
+        assert model.embed_tokens.weight.device.type == "meta"
         assert torch.equal(model.generate(input_ids, generator=seed(), **options), expected)
 
     def test_tokenizers_of_bert(self, caplog):
@@ -432,12 +453,12 @@ class TestPrompts:
         weights = (0.25, 0.05, 0.1, 0.15, 0.02, 0.2, 0.13, 0.1)
         model = ExactFlowMap(texts, weights, num_steps=100)
         for given in ({0: 1}, {2: 0}, {1: 1, 2: 0}):
-            input_ids, infill_mask = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool)
+            input_ids, prompt_mask = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.bool)
             for position, token in given.items():
-                input_ids[0, position], infill_mask[0, position] = token, False
+                input_ids[0, position], prompt_mask[0, position] = token, True
             tokens = model.generate(
                 input_ids,
-                infill_mask=infill_mask,
+                prompt_mask=prompt_mask,
                 num_samples=1500,
                 batch_size=1500,
                 num_steps=num_steps,
@@ -459,11 +480,11 @@ class TestLengths:
             assert torch.equal(tokens[row, :length], expected[0])
             assert (tokens[row, length:] == 7).all()
         # Infills of texts of different lengths
-        input_ids, infill_mask = torch.randint(53, (3, 12)), torch.rand(3, 12) < 0.5
+        input_ids, prompt_mask = torch.randint(53, (3, 12)), torch.rand(3, 12) < 0.5
         options = {"prior_state": prior, "num_steps": 3, "pad_token_id": 7}
-        tokens = model.generate(input_ids, infill_mask=infill_mask, attention_mask=attention_mask, **options)
+        tokens = model.generate(input_ids, prompt_mask=prompt_mask, attention_mask=attention_mask, **options)
         part = model.generate(
-            input_ids[1:2, :5], infill_mask=infill_mask[1:2, :5], prior_state=prior[1:2, :5], num_steps=3
+            input_ids[1:2, :5], prompt_mask=prompt_mask[1:2, :5], prior_state=prior[1:2, :5], num_steps=3
         )
         assert torch.equal(tokens[1], torch.cat([part[0], torch.full((7,), 7)]))
 
@@ -490,11 +511,12 @@ class TestLengths:
 
 @pytest.mark.slow
 def test_compiled_steps_are_the_same():
-    model, weak = build("fmlm", prompt_mark=True), build("flm", hidden_size=16)
+    model, weak = build("fmlm", per_token_timesteps=True), build("flm", hidden_size=16)
     input_ids = torch.randint(53, (3, 4))
     for options in (
         {"guidance_model": weak, "guidance_scale": 2.0},
         {"gamma": 0.5},
+        {"sampler_config": BridgeSamplerConfig(), "temperature": 0.5},
         {"reward": lambda delta: delta[..., 3].sum(dim=1), "reward_scale": 10.0},
     ):
         plain, compiled = (
@@ -536,8 +558,8 @@ def test_states_of_equal_embeddings_are_one():
         ({"input_ids": torch.ones(1, 13, dtype=int)}, "`input_ids` has 13 tokens, but texts have 12"),
         ({"input_ids": torch.ones(2, 3, dtype=int), "num_samples": 3}, "`num_samples=3` is not a multiple of the 2 rows of `input_ids`"),
         ({"input_ids": torch.ones(2, 3, dtype=int), "attention_mask": torch.ones(2, 4)}, "`attention_mask` of shape .2, 4. does not go"),
-        ({"input_ids": torch.ones(2, 3, dtype=int), "infill_mask": torch.ones(3)}, "`infill_mask` must be a tensor with two"),
-        ({"infill_mask": torch.ones(2, 4)}, "`infill_mask` says which of the `input_ids`"),
+        ({"input_ids": torch.ones(2, 3, dtype=int), "prompt_mask": torch.ones(3)}, "`prompt_mask` must be a tensor with two"),
+        ({"prompt_mask": torch.ones(2, 4)}, "`prompt_mask` says which of the `input_ids`"),
         ({"attention_mask": torch.ones(2, 4), "length": 5}, "`attention_mask` has 4 positions"),
         ({"attention_mask": torch.ones(2, 4), "num_samples": 3}, "not a multiple of the 2 rows of `attention_mask`"),
         ({"input_ids": torch.ones(2, 3, dtype=int), "prior_state": torch.randn(3, 12, 53)}, "not a multiple of the 2 rows"),
@@ -562,9 +584,15 @@ def test_states_of_equal_embeddings_are_one():
         ({"reward": build_flm(), "reward_scale": 1.0}, "`reward` must be a function of soft tokens.*got `FLMModel`"),
         (
             {"input_ids": torch.ones(1, 3, dtype=int), "attention_mask": torch.tensor([[1, 0, 1]])},
-            "`attention_mask` must be 0 on the sides of a prompt only.*`infill_mask`",
+            "`attention_mask` must be 0 on the sides of a prompt only.*`prompt_mask`",
         ),
         ({"gamma": 1.5}, "`gamma` must be a number in .0, 1."),
+        ({"gamma": 0.5, "sampler_config": BridgeSamplerConfig()}, "`gamma=0.5` does not go with a `sampler_config`"),
+        ({"sampler_config": "bridge"}, "`sampler_config` must be one of FlowMapSamplerConfig, .*got 'bridge'"),
+        (
+            {"sampler_config": BridgeSamplerConfig(), "reward": lambda delta: delta.sum((1, 2)), "reward_scale": 1.0},
+            "`reward` does not go with `BridgeSampler`",
+        ),
         ({"timesteps": [0, 0.5]}, "`timesteps` must increase from 0 to 1"),
         ({"timesteps": [0, 0.5, 0.5, 1]}, "`timesteps` must increase from 0 to 1"),
         ({"timesteps": 4}, "`timesteps` must be a list of numbers"),

@@ -28,7 +28,7 @@ from trainers import (
     load_gen_ppl,
     train_tokenizer,
 )
-from trainers.noise import draw_known_masks, draw_noise, example_seed, low_discrepancy_uniforms, stratified_uniforms
+from trainers.batches import draw_known_masks, draw_noise, example_seed, low_discrepancy_uniforms, stratified_uniforms
 
 
 SCORER = str(oracle.FIXTURES / "scorer_tiny")
@@ -51,12 +51,12 @@ class TestNoise:
         assert abs(inside.mean() - 0.5) < 5 * (1 / 12 / inside.numel()) ** 0.5
         assert abs(times[:, 0].mean() - 0.5) < 5 * (1 / 12 / 5000) ** 0.5  # so is each position over all strata
 
-    def test_evaluation_times_spread_evenly_over_any_stretch(self):
+    def test_evaluation_times_spread_evenly_over_any_part(self):
         times = low_discrepancy_uniforms(0, 1000, 1)[:, 0]
         assert torch.equal(low_discrepancy_uniforms(400, 100, 1)[:, 0], times[400:500])
-        for stretch in (times[:50], times[313:363], times):
-            gaps = stretch.sort().values.diff()
-            assert gaps.max() < 3 / len(stretch)
+        for part in (times[:50], times[313:363], times):
+            gaps = part.sort().values.diff()
+            assert gaps.max() < 3 / len(part)
 
     def test_evaluation_points_fill_the_square(self):
         points = low_discrepancy_uniforms(0, 400, 2)
@@ -105,28 +105,26 @@ class TestPrompts:
     def test_loss_is_that_of_the_rest_given_the_prompt(self, tmp_path):
         trainer = build(tmp_path, max_steps=3, gradient_accumulation_steps=2, save_strategy="no", prompt_fraction=0.8)
         model = trainer.model
-        torch.nn.init.normal_(model.prompt_mark.weight)
         initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         batches, add_noise = [], trainer._add_noise
-        trainer._add_noise = lambda inputs: batches.append(add_noise(dict(inputs))) or add_noise(inputs)
+        trainer._add_noise = lambda batch: batches.append(add_noise(batch)) or batches[-1]
         trainer.train()
-        assert not torch.equal(
-            model.prompt_mark.weight, initial["prompt_mark.weight"]
-        )  # it learns, once head and gates are not zero
         model.load_state_dict(initial)
         model.eval()
         total, count = 0.0, 0
         for batch in batches[:2]:
-            clean = model.embed_tokens(batch["input_ids"])
+            clean = model.embed_tokens(batch.input_ids)
             (factor,) = noise_factors(model.embed_tokens.weight)
-            state = interpolate(batch["noise"] @ factor, clean, model.time_map.tau_to_t(batch["timesteps"]))
-            known = batch["known_mask"]
-            state = torch.where(known[..., None], clean + model.prompt_mark.weight, state)
-            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-            logits = model(inputs_embeds=state, timesteps=batch["timesteps"], attention_mask=mask).logits
-            losses = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"], reduction="none")
+            known = batch.tau_s == 1
+            tau = batch.tau_s.amin(dim=1)
+            assert torch.equal(batch.tau_s, torch.where(known, 1.0, tau[:, None])) and (tau < 1).all()
+            t = model.time_map.tau_to_t(tau)[:, None, None]
+            state = torch.where(known[..., None], clean, (1 - t) * (batch.noise @ factor) + t * clean)
+            mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+            logits = model(inputs_embeds=state, timesteps=batch.tau_s, attention_mask=mask).logits
+            losses = F.cross_entropy(logits.transpose(1, 2), batch.input_ids, reduction="none")
             is_learned = (mask * ~known).bool()
-            assert torch.equal(is_learned, batch["labels"] != -100)
+            assert torch.equal(is_learned, batch.labels != -100) and known.any()
             total, count = total + losses[is_learned].sum().item(), count + is_learned.sum().item()
         assert logged(trainer, "loss")[0] == pytest.approx(total / count, rel=1e-4)
         losses = []
@@ -135,20 +133,15 @@ class TestPrompts:
             losses.append(trainer.evaluate()["eval_loss"])
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
-    def test_a_model_gets_its_mark_later(self, tmp_path):
+    def test_times_per_token_come_with_the_weights_of_a_model_without_them(self, tmp_path):
         flm = build_flm()
         flm.save_pretrained(tmp_path)
-        model = FLMModel.from_pretrained(tmp_path, prompt_mark=True)
-        assert not model.prompt_mark.weight.any()
-        batch = {"input_ids": torch.randint(53, (2, 12)), "timesteps": torch.rand(2)}
-        known_mask = torch.rand(2, 12) < 0.5
-        assert torch.equal(model(**batch, known_mask=known_mask).logits, flm(**batch).logits)
-        student = FMLMModel.from_flm(flm, prompt_mark=True)
-        torch.nn.init.ones_(student.prompt_mark.weight)
+        model = FLMModel.from_pretrained(tmp_path, per_token_timesteps=True)
+        input_ids, tau = torch.randint(53, (2, 12)), torch.rand(2)
+        assert torch.equal(model(input_ids, tau).logits, flm(input_ids, tau).logits)
+        student = FMLMModel.from_flm(flm, per_token_timesteps=True)
         student.save_pretrained(tmp_path)
-        assert AutoModel.from_pretrained(tmp_path).prompt_mark.weight.all()
-        with pytest.raises(ValueError, match="`prompt_fraction` needs a model that can tell what is given"):
-            FLMTrainer(flm, FLMTrainingArguments(tmp_path, prompt_fraction=0.5))
+        assert AutoModel.from_pretrained(tmp_path).config.per_token_timesteps
         with pytest.raises(ValueError, match="`prompt_fraction` must be in .0, 1., got 1.5"):
             FLMTrainingArguments(tmp_path, prompt_fraction=1.5)
 
@@ -163,7 +156,7 @@ class TestLoss:
         trainer.seen.clear()
         batches = []
         add_noise = trainer._add_noise
-        trainer._add_noise = lambda inputs: batches.append(add_noise(dict(inputs))) or add_noise(inputs)
+        trainer._add_noise = lambda batch: batches.append(add_noise(batch)) or batches[-1]
         trainer.train()
         reference = build_flm(**{name: getattr(model.config, name) for name in model.config.to_dict() if name in (
             "vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "conditioning_size",
@@ -172,11 +165,11 @@ class TestLoss:
         total, count = 0.0, 0
         for batch in batches[:3]:
             (factor,) = noise_factors(reference.embed_tokens.weight)
-            t = reference.time_map.tau_to_t(batch["timesteps"])
-            state = interpolate(batch["noise"] @ factor, reference.embed_tokens(batch["input_ids"]), t)
-            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-            logits = reference(inputs_embeds=state, timesteps=batch["timesteps"], attention_mask=mask).logits
-            losses = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"], reduction="none")
+            t = reference.time_map.tau_to_t(batch.tau_s)
+            state = interpolate(batch.noise @ factor, reference.embed_tokens(batch.input_ids), t)
+            mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+            logits = reference(inputs_embeds=state, timesteps=batch.tau_s, attention_mask=mask).logits
+            losses = F.cross_entropy(logits.transpose(1, 2), batch.input_ids, reduction="none")
             total, count = total + (losses * mask).sum().item(), count + mask.sum().item()
         assert count < 3 * 8 * 10  # there was padding
         assert logged(trainer, "loss")[0] == pytest.approx(total / count, rel=1e-4)

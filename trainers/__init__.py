@@ -13,7 +13,7 @@
 # limitations under the License.
 """Trainers of flow-based language models."""
 
-from .callbacks import EMACallback, GenPPLCallback, SampleCallback
+from .callbacks import GenPPLCallback, SampleCallback
 from .data import (
     PREPROCESSING,
     DataCollatorForFLM,
@@ -25,6 +25,7 @@ from .data import (
     pack_tokens,
     train_tokenizer,
 )
+from .ema import EMACallback
 from .evaluation import generate_samples, load_gen_ppl
 from .flm_config import FLMTrainingArguments
 from .flm_trainer import FLMTrainer

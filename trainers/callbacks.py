@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Callbacks of the trainers: the moving average of the weights, and samples during training."""
+"""Callbacks of the trainers: samples during training, and their generative perplexity."""
 
 import json
 import math
@@ -23,77 +23,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel, TrainerCallback
 
+from .distributed import is_sharded, through_forward
+from .ema import EMACallback
 from .evaluation import generate_samples, load_gen_ppl
-
-
-class EMACallback(TrainerCallback):
-    """
-    Keeps an exponential moving average of the weights. After `n` optimizer steps the decay is
-    `min(decay, (1 + n) / (10 + n))`, so that the start is forgotten quickly.
-
-    Args:
-        decay (`float`): The largest decay.
-    """
-
-    def __init__(self, decay: float):
-        self.decay = decay
-        self.averaged: AveragedModel | None = None
-        self.is_applied = False
-
-    @property
-    def num_updates(self) -> int:
-        """How many optimizer steps the average has seen."""
-        # `AveragedModel` counts the initial copy as well.
-        return int(self.averaged.n_averaged) - 1
-
-    def start(self, model: PreTrainedModel, num_updates: int = 0):
-        """Takes the weights of `model` for the average after `num_updates` steps."""
-        module = model
-        if isinstance(model, FSDPModule):  # which cannot be copied; of its weights every process averages its shard
-            module = nn.ParameterList(nn.Parameter(p.detach().clone(), p.requires_grad) for p in model.parameters())
-        self.averaged = AveragedModel(module, multi_avg_fn=self._average).requires_grad_(False)
-        self.averaged.n_averaged.fill_(num_updates + 1)
-
-    @torch.no_grad()
-    def _average(self, averages: list[torch.Tensor], parameters: list[torch.Tensor], num_averaged: torch.Tensor):
-        step = self.num_updates + 1
-        torch._foreach_lerp_(averages, parameters, 1 - min(self.decay, (1 + step) / (10 + step)))
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.averaged is None:
-            self.start(model)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.averaged.update_parameters(model)
-
-    @torch.no_grad()
-    def _swap(self, model: PreTrainedModel):
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # what it has gathered would hide the change
-        # In place, so that wrappers and compiled graphs that hold the parameters see the change.
-        for parameter, average in zip(model.parameters(), self.averaged.module.parameters(), strict=True):
-            value = parameter.clone()
-            parameter.copy_(average)
-            average.copy_(value)
-
-    @contextmanager
-    def applied(self, model: PreTrainedModel) -> Iterator[None]:
-        """Within this context `model` has the averaged weights."""
-        if self.averaged is None or self.is_applied:
-            yield
-            return
-        self._swap(model)
-        self.is_applied = True
-        try:
-            yield
-        finally:
-            self.is_applied = False
-            self._swap(model)
 
 
 @contextmanager
@@ -109,19 +43,10 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
             network.train(was_training)
 
 
-def through_forward(model: PreTrainedModel, function: Callable[[], Any]) -> Any:
-    """Calls `function`, which uses methods of `model` other than `forward`, such that FSDP gathers the weights for it."""
-    if not isinstance(model, FSDPModule):
-        return function()
-    model.call_function = function
-    register_fsdp_forward_method(model, "call_function")
-    return model.call_function()
-
-
 def _from_average(model: PreTrainedModel, ema: EMACallback | None, function: Callable[[], Any]) -> Any:
     """What `function` returns while `model` is in evaluation mode, and has the averaged weights if there are any."""
     with evaluating(model), nullcontext() if ema is None else ema.applied(model):
-        return through_forward(model, function)
+        return through_forward(model, model, function)
 
 
 class SampleCallback(TrainerCallback):
@@ -141,7 +66,7 @@ class SampleCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % args.sample_steps != 0:
             return
-        if not state.is_world_process_zero and not isinstance(model, FSDPModule):  # which needs everybody
+        if not state.is_world_process_zero and not is_sharded(model):  # which needs everybody
             return
         tokens = _from_average(model, self.ema, lambda: self._generate(args, model))
         if not state.is_world_process_zero:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import hub
 
-from .noise import example_seed
+from .batches import example_seed
 
 
 # Streams of random numbers that must not meet, beside those of the trainers.

@@ -24,12 +24,10 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import (
     AutoModel,
     PreTrainedModel,
@@ -44,14 +42,34 @@ from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 
 from hub.card import TRAINING_NAME
 from hub.publish import PublishError, assemble, publish
-from modeling_flm import FLMModel
+from modeling_flm import FLMModel, FLMOutput
+from modeling_flm.flow import times_with_known
 from modeling_flm.joint_noise import JointNoise, noise_size
-from modeling_flm.time_reparameterization import ReparameterizedTime
+from modeling_flm.posterior_flm import Posterior
 
-from .callbacks import EMACallback, GenPPLCallback, SampleCallback
+from .batches import (
+    FlowBatch,
+    draw_known_masks,
+    draw_noise,
+    example_seed,
+    low_discrepancy_uniforms,
+    stratified_uniforms,
+)
+from .callbacks import GenPPLCallback, SampleCallback, evaluating
 from .data import DataCollatorForFLM
+from .distributed import (
+    check_support,
+    is_sharded,
+    load_whole_state_dict,
+    preparing,
+    region_options,
+    restore_class_name,
+    through_forward,
+    whole_state_dict,
+)
+from .ema import EMACallback
 from .flm_config import FLMTrainingArguments
-from .noise import draw_known_masks, draw_noise, example_seed, low_discrepancy_uniforms, stratified_uniforms
+from .metrics import TokenMeans
 
 
 logger = logging.get_logger(__name__)
@@ -60,14 +78,16 @@ logger = logging.get_logger(__name__)
 # optimizer continues from.
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 
-# State dictionaries of whole weights, also where processes have shards of them.
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
 # How many of the first training texts are asked whether they begin with the BOS token.
 _NUM_BEGINNINGS = 32
 
 # Streams of random numbers that must not meet.
 _TRAIN, _EVAL = 0, 1
+
+
+def _per_token(values: torch.Tensor) -> torch.Tensor:
+    """Values of texts, or of tokens, so that they broadcast over tokens."""
+    return values[:, None] if values.dim() == 1 else values
 
 
 class FLMTrainer(Trainer):
@@ -114,6 +134,9 @@ class FLMTrainer(Trainer):
     """
 
     model_classes: tuple[type[PreTrainedModel], ...] = (FLMModel,)
+    divergence = "cross_entropy"
+    kinds: tuple[str, ...] = ()  # of examples, of which the logs have the losses
+    num_uniforms = 1  # that the times of an example are made of
 
     def __init__(
         self,
@@ -150,11 +173,9 @@ class FLMTrainer(Trainer):
                 f"`model` has weights in {model.dtype}, in which small steps of their moving average round away: load it "
                 "with `dtype=torch.float32`, and pass `bf16=True` to train in mixed precision."
             )
-        if args.prompt_fraction > 0 and not model.config.prompt_mark:
+        if args.n_gpu > 1:
             raise ValueError(
-                "`prompt_fraction` needs a model that can tell what is given: build it with `prompt_mark=True` in its "
-                "configuration, load it with `from_pretrained(..., prompt_mark=True)`, or make it with "
-                "`FMLMModel.from_flm(teacher, prompt_mark=True)`."
+                f"`{type(self).__name__}` needs a process for each device: start the script with `accelerate launch`."
             )
         if data_collator is None:
             data_collator = DataCollatorForFLM(pad_token_id=model.config.pad_token_id)
@@ -182,34 +203,21 @@ class FLMTrainer(Trainer):
             callbacks=[*own_callbacks, *(callbacks or [])],
             **kwargs,
         )
-        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
-            raise ValueError(f"`{type(self).__name__}` supports DDP and FSDP2 (`fsdp_version: 2`), and nothing else.")
-        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            raise ValueError(
-                "Models are saved whole, for others to load: set `fsdp_state_dict_type: FULL_STATE_DICT` in the configuration "
-                "of accelerate."
-            )
-        if self.is_fsdp_enabled:
-            # Weights are gathered as they are, and blocks run under autocast as without FSDP: its own mixed precision would
-            # round the times.
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-        self.time_map = ReparameterizedTime(model.config.vocab_size)
-        self._joint_noise = None
+        check_support(type(self).__name__, self.accelerator, self.is_deepspeed_enabled, self.is_fsdp_enabled)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the number of tokens in the global batch
+        self._joint_noise: JointNoise | None = None
+        self._means = self._new_means()
         # Regions in the place of the wrapped model: targets and samples do not go through its `forward`.
-        plugin = TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self._compile_options = None if plugin.backend == DynamoBackend.NO else self._regional(plugin.to_kwargs())
-        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend=DynamoBackend.NO)
+        self._compile_options = region_options(args.torch_compile_backend, args.torch_compile_mode)
         self._compile_regions(model)
-
-    @staticmethod
-    def _regional(options: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: options[name] for name in ("backend", "mode", "dynamic", "options") if options.get(name) is not None
-        }
 
     def _compile_regions(self, network: PreTrainedModel):
         if self._compile_options is not None:
             network.compile_regions(**self._compile_options)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        with preparing(self.accelerator):
+            return super()._prepare_for_training(*args, **kwargs)
 
     # The token that begins prompts
 
@@ -259,35 +267,40 @@ class FLMTrainer(Trainer):
             return None  # which can perhaps be read only once
         return [dataset[index] for index in range(min(_NUM_BEGINNINGS, len(dataset)))]
 
-    # Times and noise
-
-    num_uniforms = 1
+    # The examples
 
     def _set_signature_columns_if_needed(self):
-        # What else `forward` takes is made here, and a column of the dataset must not stand in for it.
+        # What else there is of an example is made here, and a column of the dataset must not stand in for it.
         self._signature_columns = ["input_ids", "attention_mask", "labels"]
 
-    def _draw_times(self, uniforms: torch.Tensor, positions: range) -> dict[str, Any]:
-        """The times of the examples at `positions` of a global batch, from `num_uniforms` uniform variables of each."""
-        return {"timesteps": uniforms[:, 0]}
+    def _draw_times(
+        self, uniforms: torch.Tensor, positions: range
+    ) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+        """
+        The times of the examples at `positions` of a global batch, by their names in [`FlowBatch`], from `num_uniforms` uniform
+        variables of each; and the rows of each kind of example.
+        """
+        return {"tau_s": uniforms[:, 0]}, {}
 
     def _positions(self, batch: dict[str, Any], index: int, batch_size: int) -> range:
         """Where the examples of this process's batch number `index` stand in the order in which batches are handed out."""
         first = (index * self.accelerator.num_processes + self.accelerator.process_index) * batch_size
         return range(first, first + len(batch["input_ids"]))
 
-    def _set_times(self, batch: dict[str, Any], uniforms: torch.Tensor, positions: range, key: tuple[int, ...]):
-        """Puts the times and the noise seeds of its examples into a batch, and what is given of them."""
-        for name, value in self._draw_times(uniforms, positions).items():
-            # A copy that nobody waits for
-            is_tensor = isinstance(value, torch.Tensor)
-            batch[name] = value.to(self.args.device, non_blocking=True) if is_tensor else value
-        batch["noise_seeds"] = [example_seed(*key, position) for position in positions]
+    def _draw_examples(self, batch: dict[str, Any], uniforms: torch.Tensor, positions: range, key: tuple[int, ...]):
+        """Puts a [`FlowBatch`], yet without noise, into a batch of texts, whose labels it shares."""
+        times, kinds = self._draw_times(uniforms, positions)
+        # Copies that nobody waits for
+        times = {name: tau.to(self.args.device, non_blocking=True) for name, tau in times.items()}
+        texts = self._prepare_inputs({name: batch[name] for name in self._signature_columns if name in batch})
+        seeds = [example_seed(*key, position) for position in positions]
         if self.args.prompt_fraction > 0:
-            labels = batch["labels"].to(self.args.device)
-            is_real = labels != -100
-            known = draw_known_masks(batch["noise_seeds"], is_real, self._longest(labels), self.args.prompt_fraction)
-            batch["known_mask"], batch["labels"] = known, labels.masked_fill(known, -100)
+            length = self._longest(texts["labels"])
+            known = draw_known_masks(seeds, texts["labels"] != -100, length, self.args.prompt_fraction)
+            texts["labels"] = texts["labels"].masked_fill(known, -100)
+            times = {name: times_with_known(tau, known) for name, tau in times.items()}
+        batch.update(texts)
+        batch["examples"] = FlowBatch(**texts, **times, noise_seeds=seeds, kinds=kinds)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of the next optimizer step, each with the times and the noise seeds of its examples."""
@@ -299,81 +312,151 @@ class FLMTrainer(Trainer):
         uniforms = stratified_uniforms(num_examples, self.num_uniforms, *key)
         for index, batch in enumerate(batches):
             positions = self._positions(batch, index, batch_size)
-            self._set_times(batch, uniforms[positions.start : positions.stop], positions, key)
+            self._draw_examples(batch, uniforms[positions.start : positions.stop], positions, key)
         if self.args.prompt_fraction > 0:
-            num_items_in_batch = self._get_num_items_in_batch(batches, device)  # now that some are given
+            num_items_in_batch = self._get_num_items_in_batch(batches, device)  # now that some tokens are known
         return batches, num_items_in_batch
 
     def _longest(self, input_ids: torch.Tensor) -> int:
         """The length to draw random numbers for, so that they do not depend on how far the batch happens to be padded."""
         return max(input_ids.shape[1], self.model.config.max_position_embeddings)
 
+    def _add_noise(self, batch: FlowBatch) -> FlowBatch:
+        """The batch with the noise of its seeds."""
+        longest, length = self._longest(batch.input_ids), batch.input_ids.shape[1]
+        weights = [embedding.weight for network in self._networks() for embedding in network.embeddings]
+        noise = draw_noise(batch.noise_seeds, longest, noise_size(*weights), device=batch.input_ids.device)
+        return dataclasses.replace(batch, noise=noise[:, :length])
+
+    # The objective
+
     def _networks(self) -> list[PreTrainedModel]:
         """The networks that see a batch, the model first."""
         return [self.model]
 
-    def _noise_size(self) -> int:
-        return noise_size(*(embedding.weight for network in self._networks() for embedding in network.embeddings))
-
     def _get_joint_noise(self) -> JointNoise:
-        """The noise of all networks, made once for each optimizer step (under FSDP, for each batch of an FLM)."""
-        if self._joint_noise is None:
+        """The noise of all networks, made once for each optimizer step, or for each batch where weights are sharded."""
+        if self._joint_noise is None or is_sharded(self.model):
             networks = self._networks()
             weights = [network.embed_vocabulary(embedding) for network in networks for embedding in network.embeddings]
             self._joint_noise = JointNoise(*weights)
         return self._joint_noise
 
-    def _add_noise(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Replaces the seeds in a batch by what `forward` needs to noise its tokens."""
-        inputs = self._prepare_inputs(inputs)
-        seeds = inputs.pop("noise_seeds")
-        input_ids = inputs["input_ids"]
-        length, size = input_ids.shape[1], self._noise_size()
-        inputs["noise"] = draw_noise(seeds, self._longest(input_ids), size, device=input_ids.device)[:, :length]
-        inputs["t"] = self.time_map.tau_to_t(inputs["timesteps"])
-        return inputs
+    def compute_targets(
+        self, batch: FlowBatch, joint_noise: JointNoise
+    ) -> tuple[torch.LongTensor | Posterior, torch.Tensor]:
+        r"""
+        What the model is to say of a batch, held constant.
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        return super().training_step(model, self._add_noise(inputs), num_items_in_batch)
+        Args:
+            batch ([`FlowBatch`]): The examples, with noise.
+            joint_noise ([`~modeling_flm.joint_noise.JointNoise`]): The noise of all networks.
+
+        Returns:
+            `tuple[torch.LongTensor or Posterior, torch.Tensor]`: tokens or distributions, and what the loss is multiplied by,
+            of the shape of `batch.tau_s`.
+        """
+        return batch.labels, torch.ones_like(batch.tau_s)
+
+    def objective(
+        self, batch: FlowBatch, num_items: torch.Tensor | int | None = None, with_logits: bool = False
+    ) -> FLMOutput:
+        r"""
+        The loss of a batch, for every objective of the papers: a two-time denoiser, a target and a divergence. Runs within the
+        wrapper's `forward`, so that DDP and FSDP2 see one forward pass.
+
+        Args:
+            batch ([`FlowBatch`]): The examples, with noise.
+            num_items (`torch.Tensor` or `int`, *optional*):
+                What to divide the summed loss by, where a batch is one of several. By default its number of tokens that are
+                not known.
+            with_logits (`bool`, *optional*, defaults to `False`): Whether the outputs of the head are wanted.
+
+        Returns:
+            [`FLMOutput`] with `loss` and `token_losses`.
+        """
+        model = self.model
+        # 1. All networks see the same noise, each through its own embedding
+        joint_noise = self._get_joint_noise()
+        # 2. What there is to learn: the data, or what networks without dropout say of the same noised texts
+        with torch.no_grad(), evaluating(*self._networks()):
+            target, weights = self.compute_targets(batch, joint_noise)
+        # 3. What the model sees, and makes of it
+        state = model.make_state(batch.input_ids, batch.tau_s, batch.noise, joint_noise)
+        with self.accelerator.autocast():
+            hidden_states = model.encode(state, batch.tau_s, batch.tau_t, batch.attention_mask)
+            # 4. What each token counts: nothing if it is known; otherwise its weight, and in training a learned one
+            mask = batch.mask.to(hidden_states.device, torch.float32)
+            token_weights = mask * _per_token(weights)
+            log_weight = model.log_loss_weight(batch.tau_s) if model.training else None
+            learned = 1.0 if log_weight is None else torch.exp(-_per_token(log_weight))
+            # 5. The divergence of target and model, a chunk of tokens at a time
+            total, losses = model.loss(
+                self.divergence, target, learned * token_weights, hidden_states, batch.tau_s, batch.tau_t
+            )
+            if log_weight is not None:
+                total = total + (mask * _per_token(log_weight)).sum()
+            # 6. Its mean over the tokens of the global batch
+            count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=total.device)
+            output = FLMOutput(loss=total / count.clamp(min=1), token_losses=losses.to(mask.device) * token_weights)
+            if with_logits:
+                for name, value in model.head_outputs(hidden_states, batch.tau_s, batch.tau_t).items():
+                    output[name] = value
+        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch = self._add_noise(inputs["examples"])
         # In evaluation each process averages over its own tokens, and `evaluation_loop` puts the averages together.
-        num_items_in_batch = num_items_in_batch if model.training else None
-        if not isinstance(self.model, FSDPModule):  # whose embedding is whole only within `forward`
-            inputs["joint_noise"] = self._get_joint_noise()
-        with self.accelerator.autocast():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        num_items = num_items_in_batch if model.training else None
+        with_logits = inputs.get("with_logits", False)
+        output = through_forward(model, self.model, lambda: self.objective(batch, num_items, with_logits))
+        losses = output.token_losses.detach()
+        self._means.add("loss", losses, batch.mask)
+        for kind, rows in batch.kinds.items():
+            rows = torch.tensor(rows, dtype=torch.long).to(losses.device, non_blocking=True)
+            self._means.add(kind, losses[rows], batch.mask[rows])
+        loss = output.loss
+        if num_items is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP and FSDP average over processes
+        return (loss, output) if return_outputs else loss
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+    def _new_means(self) -> TokenMeans:
+        return TokenMeans(("loss", *self.kinds), self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if self.kinds and "loss" in logs:
+            means = self._means.pop(self.accelerator)
+            logs.update({f"loss_{kind}": mean for kind, mean in means.items() if kind in self.kinds})
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """
         As [`~transformers.Trainer.evaluation_loop`], with the loss averaged over all tokens, each counted once (but for
         datasets without a length, of which several processes may see the last examples twice).
         """
-        self._eval_step, self._eval_totals = 0, (0.0, 0)
+        self._eval_step = 0
         self._joint_noise = None  # the weights are the averaged ones
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means_of_training, self._means = self._means, self._new_means()
+        with preparing(self.accelerator):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._joint_noise = None
-        losses, counts = zip(*gather_object([self._eval_totals]))
-        if sum(counts) > 0:
-            output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / sum(counts)
+        means, self._means = self._means.pop(self.accelerator), means_of_training
+        for name, mean in means.items():
+            output.metrics[f"{metric_key_prefix}_loss" + f"_{name}" * (name != "loss")] = mean
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         positions = self._positions(inputs, self._eval_step, self.args.eval_batch_size)
         self._eval_step += 1
-        uniforms = low_discrepancy_uniforms(positions.start, len(positions), self.num_uniforms)
-        self._set_times(inputs, uniforms, positions, (self.args.seed, _EVAL))
         dataset = self.callback_handler.eval_dataloader.dataset
         if has_length(dataset):
             # So that all processes have equal batches, the last ones are filled up with examples seen before.
             repeated = max(0, positions.stop - max(positions.start, len(dataset)))
             inputs["labels"][len(positions) - repeated :] = -100
-        num_tokens = int((inputs["labels"] != -100).sum())
-        inputs["skip_logits"] = prediction_loss_only
-        output = super().prediction_step(model, self._add_noise(inputs), prediction_loss_only, ignore_keys)
-        total, count = self._eval_totals
-        self._eval_totals = (total + float(output[0]) * num_tokens, count + num_tokens)
-        return output
+        uniforms = low_discrepancy_uniforms(positions.start, len(positions), self.num_uniforms)
+        self._draw_examples(inputs, uniforms, positions, (self.args.seed, _EVAL))
+        inputs["with_logits"] = not prediction_loss_only
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     # The moving average of the weights
 
@@ -396,10 +479,7 @@ class FLMTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict=None):
-        if isinstance(self.model, FSDPModule):
-            # FSDP derives a class for the model, whose code is not what others need.
-            derived, original = type(self.model), type(self.model).__bases__[-1]
-            derived.__module__, derived.__name__ = original.__module__, original.__name__
+        restore_class_name(self.model)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             path = Path(output_dir or self.args.output_dir, TRAINING_NAME)
@@ -420,7 +500,7 @@ class FLMTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.ema is None:
             return
-        state_dict = get_model_state_dict(self.model, options=_WHOLE)  # on all processes, for those that shard it
+        state_dict = whole_state_dict(self.model)  # on all processes, for those that shard it
         if self.args.should_save:
             state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
             metadata = {"format": "pt", "ema_updates": str(self.ema.num_updates)}
@@ -437,7 +517,7 @@ class FLMTrainer(Trainer):
             with safe_open(path, framework="pt") as file:
                 num_updates = int(file.metadata()["ema_updates"])
             self._start_average(resume_from_checkpoint, num_updates)
-        set_model_state_dict(self.model, load_file(path), options=_WHOLE)
+        load_whole_state_dict(self.model, load_file(path))
 
     def _load_best_model(self):
         super()._load_best_model()
@@ -448,8 +528,7 @@ class FLMTrainer(Trainer):
     def _start_average(self, checkpoint: str, num_updates: int):
         """Goes on with the average of a checkpoint that `Trainer` has loaded."""
         if self.is_fsdp_enabled:  # where accelerate has loaded the weights of the training instead
-            average = load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME)
-            set_model_state_dict(self.model, average, options=_WHOLE)
+            load_whole_state_dict(self.model, load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
         self.ema.start(self.model, num_updates)
 
     def create_model_card(self, model_name: str | None = None, **kwargs):

@@ -13,35 +13,23 @@
 # limitations under the License.
 """Trainer of flow maps: every distillation objective of the paper as a target and a divergence."""
 
-from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from transformers import AutoModel, PreTrainedModel
-from transformers.utils import logging
 
 from hub.card import is_hub_name
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
-from modeling_flm.flow import flow_map, hold, interpolate, project_to_simplex, semigroup_weight
-from modeling_flm.losses import one_hot_chunks
+from modeling_flm.flow import remaining_noise
+from modeling_flm.joint_noise import JointNoise
+from modeling_flm.posterior_flm import Posterior
 
-from .callbacks import evaluating, through_forward
+from .batches import FlowBatch
 from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
+from .objectives import assemble, denoiser, eulerian_target, lagrangian_target, semigroup_target
 
-
-logger = logging.get_logger(__name__)
 
 # A pair of different times is at least this far apart, so that quotients of differences keep their precision.
 _MIN_DIFFERENCE = 1e-3
-
-
-# Which positions there are, and of which the token is given
-Masks = tuple[torch.Tensor | None, torch.Tensor | None]
-
-# A two-time denoiser or target, one chunk of positions of shape `(num_rows, num_positions, vocab_size)` at a time
-Denoiser = Callable[[slice], torch.Tensor]
 
 
 class FMLMTrainer(FLMTrainer):
@@ -79,6 +67,7 @@ class FMLMTrainer(FLMTrainer):
     """
 
     model_classes = (FMLMModel, FMLMTwoNetworkModel)
+    kinds = ("diagonal", "off_diagonal", "boundary")
     num_uniforms = 4
 
     def __init__(
@@ -118,31 +107,24 @@ class FMLMTrainer(FLMTrainer):
                 f"`target='{args.target}'` takes forward-mode derivatives, which `{model.config._attn_implementation}` "
                 "attention does not have: load the model with `attn_implementation='eager'`."
             )
-        if args.n_gpu > 1:
-            raise ValueError(
-                "`FMLMTrainer` needs a process for each device: start the script with `accelerate launch`."
-            )
         super().__init__(model=model, args=args, **kwargs)
         if self.is_fsdp_enabled and args.target_network == "ema":
             raise ValueError(
                 "`target_network='ema'` needs the average as a network, which FSDP shards: use 'student'."
             )
         self.teacher = teacher
-        if args.prompt_fraction > 0 and teacher is not None:
-            marks = [weight for name, weight in teacher.named_parameters() if name.endswith("prompt_mark.weight")]
-            if not any(mark.any() for mark in marks):
-                logger.warning(
-                    "`teacher` was not trained with `prompt_fraction`: what it says of texts that are given in part is a guess."
-                )
         if teacher is not None:
             teacher.requires_grad_(False).eval()
             self._compile_regions(teacher)
             self._move_model_to_device(teacher, args.device)
-        self._components = defaultdict(lambda: torch.zeros(2, device=args.device))
 
-    # Times and noise
+    @property
+    def divergence(self) -> str:
+        return self.args.divergence
 
-    def _draw_times(self, uniforms: torch.Tensor, positions: range) -> dict[str, Any]:
+    # The examples
+
+    def _draw_times(self, uniforms, positions):
         """Pairs of times and, between them, the intermediate time; and what kind of pair each is."""
         args = self.args
         first, second, third, fourth = uniforms.T
@@ -165,13 +147,10 @@ class FMLMTrainer(FLMTrainer):
         fraction = third if args.intermediate_time == "random" else 0.5
         kinds = {"diagonal": is_diagonal, "boundary": is_boundary & ~is_diagonal}
         kinds["off_diagonal"] = ~(kinds["diagonal"] | kinds["boundary"])
-        return {
-            "timesteps": start,
-            "target_timesteps": end,
-            "intermediate_timesteps": start + fraction * (end - start),
-            # Lists stay on the host: no step waits for the device to learn which rows to take.
-            "rows": {kind: mask.nonzero()[:, 0].tolist() for kind, mask in kinds.items()},
-        }
+        times = {"tau_s": start, "tau_t": end, "tau_u": start + fraction * (end - start)}
+        return times, {kind: mask.nonzero()[:, 0].tolist() for kind, mask in kinds.items()}
+
+    # The objective
 
     def _networks(self) -> list[PreTrainedModel]:
         """The networks that see a batch: the student, then the teacher, then the network in the targets, if others."""
@@ -184,197 +163,52 @@ class FMLMTrainer(FLMTrainer):
             return self.model
         return self.ema.averaged.module
 
-    def _states(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
-        """The noised state of each of the networks, for the targets, in float32 whatever the networks are in."""
-        joint_noise, states, index = self._get_joint_noise(), [], 0
-        for network in self._networks():
-            factors = [joint_noise.factor(index + n) for n in range(len(network.embeddings))]
-            index += len(factors)
-            clean = torch.cat([embedding(inputs["input_ids"]) for embedding in network.embeddings], dim=-1)
-            clean = clean.to(torch.promote_types(clean.dtype, torch.float32))
-            noise = inputs["noise"] @ torch.cat(factors, dim=1).to(inputs["noise"])
-            states.append(hold(interpolate(noise, clean, inputs["t"]), clean, inputs.get("known_mask")))
-        return states
+    def _state(self, network: PreTrainedModel, batch: FlowBatch, joint_noise: JointNoise) -> torch.Tensor:
+        """The noised state of one of the networks."""
+        before = self._networks()[: self._networks().index(network)]
+        first = sum(len(other.embeddings) for other in before)
+        return network.make_state(batch.input_ids, batch.tau_s, batch.noise, joint_noise, first)
 
-    # Targets
-
-    def _denoiser(self, network: PreTrainedModel, state: torch.Tensor, tau_s, tau_t, masks: Masks) -> Denoiser:
-        # Blocks run in the precision of the training; states and their updates stay in float32.
-        with self.accelerator.autocast():
-            hidden_states = network.encode(state, tau_s, tau_t, *masks)
-        return lambda chunk: self._delta(network, hidden_states[:, chunk], tau_s, tau_t)
-
-    def _delta(self, network: PreTrainedModel, hidden_states: torch.Tensor, tau_s, tau_t) -> torch.Tensor:
-        with self.accelerator.autocast():
-            return network.delta(network.predict(hidden_states, tau_s, tau_t))
-
-    def _denoiser_and_derivative(
-        self,
-        network: PreTrainedModel,
-        primals: tuple[torch.Tensor, ...],
-        tangents: tuple[torch.Tensor, ...],
-        masks: Masks,
-    ) -> tuple[Denoiser, Denoiser]:
-        """A two-time denoiser at `primals`, which are (state, tau_s, tau_t), and its derivative along `tangents`."""
-        times = primals[1:]
-        # Forward-mode derivatives do not go through what is compiled.
-        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-            hidden_states, change = torch.func.jvp(
-                lambda state, tau_s, tau_t: network.encode(state, tau_s, tau_t, *masks), primals, tangents
-            )
-
-        def derivative(chunk: slice) -> torch.Tensor:
-            here, along = (hidden_states[:, chunk], *times), (change[:, chunk], *tangents[1:])
-            return torch.func.jvp(lambda *arguments: self._delta(network, *arguments), here, along)[1]
-
-        return lambda chunk: self._delta(network, hidden_states[:, chunk], *times), derivative
-
-    def _expectation(self, denoiser: Denoiser, network: PreTrainedModel, state: torch.Tensor) -> torch.Tensor:
-        """The expected embedding of the clean tokens, which the state of `network` moves towards."""
-        embedding = network.state_embedding.to(state)
-        return torch.cat([denoiser(chunk) @ embedding for chunk in network.chunks(state)], dim=1)
-
-    def _diagonal_target(self, teacher_state, tau_s, masks: Masks, labels) -> Denoiser:
-        """The denoiser of the teacher, or the data."""
-        if self.teacher is None:
-            return one_hot_chunks(labels, self.model.config.vocab_size)
-        return self._denoiser(self.teacher, teacher_state, tau_s, tau_s, masks)
-
-    def _semigroup_target(self, state, tau_s, tau_u, tau_t, masks: Masks) -> Denoiser:
-        r"""\\(\lambda\,\delta_{s,u}(x) + (1 - \lambda)\,\delta_{u,t}(X_{s,u}(x))\\)"""
-        network = self._target_network()
-        s, u, t = (self.time_map.tau_to_t(tau) for tau in (tau_s, tau_u, tau_t))
-        first = self._denoiser(network, state, tau_s, tau_u, masks)
-        intermediate = flow_map(state, self._expectation(first, network, state), s, u)
-        intermediate = hold(intermediate, state, masks[1])  # what is given stays as it is
-        second = self._denoiser(network, intermediate, tau_u, tau_t, masks)
-        weight = semigroup_weight(s, u, t)[:, None, None]
-        return lambda chunk: torch.lerp(second(chunk), first(chunk), weight)
-
-    def _lagrangian_target(self, state, teacher_state, tau_s, tau_t, masks: Masks) -> Denoiser:
-        r"""\\(D_t(X_{s,t}(x)) - \frac{(1-t)(t-s)}{1-s}\,\partial_t \delta_{s,t}(x)\\), projected to the simplex"""
-        network = self._target_network()
-        s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t)
-        tangents = (torch.zeros_like(state), torch.zeros_like(tau_s), self.time_map.dtau_dt(t))
-        delta, derivative = self._denoiser_and_derivative(network, (state, tau_s, tau_t), tangents, masks)
-        flow, flow_state = (network, state) if self.teacher is None else (self.teacher, teacher_state)
-        arrived = flow_map(flow_state, self._expectation(delta, flow, flow_state), s, t)
-        arrived = hold(arrived, flow_state, masks[1])
-        denoised = self._denoiser(flow, arrived, tau_t, tau_t, masks)
-        factor = ((1 - t) * (t - s) / (1 - s))[:, None, None]
-        return lambda chunk: project_to_simplex(denoised(chunk) - factor * derivative(chunk))
-
-    def _eulerian_target(self, state, teacher_state, tau_s, tau_t, masks: Masks) -> Denoiser:
-        r"""\\(D_s(x) + \frac{t-s}{1-t}\left((1-s)\,\partial_s \delta_{s,t}(x) + (D_s(x) - x) \cdot \nabla_x \delta_{s,t}(x)\right)\\)"""
-        network = self._target_network()
-        s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t)
-        flow, flow_state = (network, state) if self.teacher is None else (self.teacher, teacher_state)
-        denoised = self._denoiser(flow, flow_state, tau_s, tau_s, masks)
-        change = self._expectation(denoised, network, state) - state
-        change = hold(change, torch.zeros_like(change), masks[1])
-        tangents = (change, (1 - s) * self.time_map.dtau_dt(s), torch.zeros_like(tau_t))
-        _, derivative = self._denoiser_and_derivative(network, (state, tau_s, tau_t), tangents, masks)
-        factor = ((t - s) / (1 - t))[:, None, None]
-        return lambda chunk: denoised(chunk) + factor * derivative(chunk)
-
-    @torch.no_grad()
-    def compute_targets(self, inputs: dict[str, Any]) -> tuple[Denoiser, torch.Tensor]:
-        r"""
-        The targets of a batch.
-
-        Args:
-            inputs (`dict[str, Any]`):
-                A batch with `input_ids`, `labels`, `noise`, `t`, `timesteps`, `target_timesteps`,
-                `intermediate_timesteps`, `rows` and, where there is padding or a prompt, `attention_mask` and `known_mask`.
-
-        Returns:
-            `tuple[Callable[[slice], torch.Tensor], torch.Tensor]`: a function from a chunk of positions to the targets
-            there, of shape `(batch_size, num_positions, vocab_size)`, and a weight for each example, of shape
-            `(batch_size,)`.
-        """
-        states = dict(zip(self._networks(), self._states(inputs)))
-        target_state, teacher_state = states[self._target_network()], states.get(self.teacher)
-        weights = torch.ones_like(inputs["timesteps"])
-        groups = []
-        for rows, is_diagonal in self._groups(inputs):
-            take = lambda x: None if x is None else x[rows]  # noqa: E731, B023
-            tau_s, tau_u, tau_t = (
-                take(inputs[name]) for name in ("timesteps", "intermediate_timesteps", "target_timesteps")
-            )
-            state, from_teacher = take(target_state), take(teacher_state)
-            masks = (take(inputs.get("attention_mask")), take(inputs.get("known_mask")))
-            if is_diagonal:
-                target = self._diagonal_target(from_teacher, tau_s, masks, take(inputs["labels"]))
-            elif self.args.target == "semigroup":
-                target = self._semigroup_target(state, tau_s, tau_u, tau_t, masks)
-            elif self.args.target == "lagrangian":
-                target = self._lagrangian_target(state, from_teacher, tau_s, tau_t, masks)
-            elif self.args.target == "eulerian":
-                target = self._eulerian_target(state, from_teacher, tau_s, tau_t, masks)
+    def compute_targets(self, batch: FlowBatch, joint_noise: JointNoise) -> tuple[Posterior, torch.Tensor]:
+        args, autocast, teacher, network = self.args, self.accelerator.autocast, self.teacher, self._target_network()
+        # 1. The states that the networks of the targets see
+        state = self._state(network, batch, joint_noise)
+        teacher_state = None if teacher is None else self._state(teacher, batch, joint_noise)
+        flow, flow_state = (network, state) if teacher is None else (teacher, teacher_state)
+        chunks = network.chunks(state)
+        weights, parts = torch.ones_like(batch.tau_s), []
+        for rows, is_diagonal in self._groups(batch):
+            part = batch[rows]
+            inputs = (network, state[rows], flow, flow_state[rows], part, autocast)
+            # 2. Where the times are equal: the denoiser of the teacher, or the data
+            if is_diagonal and teacher is None:
+                target = Posterior.of_tokens(part.labels, self.model.config.vocab_size, chunks)
+            elif is_diagonal:
+                target = denoiser(teacher, teacher_state[rows], part.tau_s, part.tau_s, part, autocast)
+            # 3. Where they differ: an identity that the exact flow map obeys, or the teacher's flow map
+            elif args.target == "semigroup":
+                target = semigroup_target(network, state[rows], part, autocast)
+            elif args.target == "lagrangian":
+                target = lagrangian_target(*inputs)
+            elif args.target == "eulerian":
+                target = eulerian_target(*inputs)
             else:
-                target = self._denoiser(self.teacher, from_teacher, tau_s, tau_t, masks)
+                target = denoiser(teacher, teacher_state[rows], part.tau_s, part.tau_t, part, autocast)
                 # The squared distance of the states that the two maps arrive at
-                s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t)
-                weights[rows] = ((t - s) / (1 - s)).square()
-            groups.append((rows, target))
-        return lambda chunk: self._assemble(groups, len(weights), chunk), weights
+                s, t = self.model.time_map.tau_to_t(part.tau_s), self.model.time_map.tau_to_t(part.tau_t)
+                weights[rows] = (1 - remaining_noise(s, t)).square()
+            parts.append((rows, target))
+        return assemble(parts, len(weights), chunks), weights
 
     @staticmethod
-    def _groups(inputs: dict[str, Any]) -> list[tuple[torch.Tensor, bool]]:
+    def _groups(batch: FlowBatch) -> list[tuple[torch.Tensor, bool]]:
         """The rows that are on the diagonal, and then those that are not."""
-        device = inputs["timesteps"].device
-        diagonal = inputs["rows"].get("diagonal", [])
-        others = [row for kind, rows in inputs["rows"].items() if kind != "diagonal" for row in rows]
+        diagonal = batch.kinds.get("diagonal", [])
+        others = [row for kind, rows in batch.kinds.items() if kind != "diagonal" for row in rows]
         groups = ((diagonal, True), (others, False))
-        return [(torch.tensor(rows).to(device, non_blocking=True), kind) for rows, kind in groups if rows]
+        return [(torch.tensor(rows).to(batch.tau_s.device, non_blocking=True), kind) for rows, kind in groups if rows]
 
-    @staticmethod
-    def _assemble(groups: list[tuple[torch.Tensor, Denoiser]], batch_size: int, chunk: slice) -> torch.Tensor:
-        targets = None
-        for rows, target in groups:
-            values = target(chunk)
-            targets = values.new_empty(batch_size, *values.shape[1:]) if targets is None else targets
-            targets[rows] = values
-        return targets
-
-    # The loss
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        with evaluating(*self._networks()):
-            targets, weights = through_forward(self.model, lambda: self.compute_targets(inputs))
-        names = ("input_ids", "labels", "timesteps", "target_timesteps", "noise", "t")
-        names += ("attention_mask", "known_mask", "skip_logits")
-        batch = {name: inputs[name] for name in names if name in inputs}
-        batch |= {"targets": targets, "divergence": self.args.divergence, "token_weights": weights}
-        batch["joint_noise"] = self._get_joint_noise()
-        loss, output = super().compute_loss(model, batch, True, num_items_in_batch)
-        mask = inputs["labels"] != -100
-        for kind, rows in inputs["rows"].items():
-            rows = torch.tensor(rows, dtype=torch.long).to(mask.device, non_blocking=True)
-            self._components[kind] += torch.stack([output.token_losses[rows].sum(), mask[rows].sum()])
-        return (loss, output) if return_outputs else loss
-
-    def _pop_components(self, prefix: str) -> dict[str, float]:
-        """The mean divergence of each kind of example since the last call, over all processes."""
-        kinds = ("diagonal", "off_diagonal", "boundary")
-        totals = self.accelerator.reduce(torch.stack([self._components[kind] for kind in kinds]), "sum").tolist()
-        self._components.clear()
-        return {f"{prefix}loss_{kind}": total / count for kind, (total, count) in zip(kinds, totals) if count > 0}
-
-    def _training_record(self) -> dict[str, Any]:
+    def _training_record(self):
         # A teacher on this machine has no name for others.
         name = None if self.teacher is None else self.teacher.name_or_path
         return {**super()._training_record(), "teacher": name if is_hub_name(name) else None}
-
-    def log(self, logs: dict[str, float], start_time: float | None = None):
-        if "loss" in logs:
-            logs.update(self._pop_components(""))
-        super().log(logs, start_time)
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        training = self._components.copy()
-        self._components.clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update(self._pop_components(f"{metric_key_prefix}_"))
-        self._components.update(training)
-        return output

@@ -34,13 +34,14 @@ class Recording:
         super().__init__(*args, **kwargs)
         assert self.is_fsdp_enabled == uses_fsdp
 
-    def _add_noise(self, inputs):
-        inputs = super()._add_noise(inputs)
+    def _add_noise(self, batch):
+        batch = super()._add_noise(batch)
         if self.model.training:
-            for row in zip(inputs["input_ids"], inputs["timesteps"], inputs["noise"]):
+            times = batch.tau_s if batch.tau_s.dim() == 1 else batch.tau_s.amin(dim=1)
+            for row in zip(batch.input_ids, times, batch.noise):
                 step = self.state.global_step
                 self.seen.append([step, row[0].tolist(), row[1].item(), row[2][0].tolist()])
-        return inputs
+        return batch
 
 
 class RecordingTrainer(Recording, FLMTrainer):
@@ -64,7 +65,7 @@ def build(
             conditioning_size=16,
             max_position_embeddings=10,
             dropout=dropout,
-            prompt_mark=options.get("prompt_fraction", 0) > 0,
+            per_token_timesteps=options.get("prompt_fraction", 0) > 0,
         )
     )
     generator = torch.Generator().manual_seed(1)

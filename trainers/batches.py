@@ -12,13 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Times, noise and prompts of training examples.
+Training examples: their times, noise and prompts.
 
 All are functions of the seed, the step and the position of an example in the global batch. So a run does not depend on
 how the global batch is spread over processes and accumulation steps, and a resumed run continues as if uninterrupted.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -29,6 +32,54 @@ _BELOW_ONE = 1 - 2**-24
 
 # The random numbers for the prompt of an example, beside those for its noise.
 _PROMPTS = 1
+
+
+@dataclass
+class FlowBatch:
+    """
+    Texts on their way from noise to data, and what is to be learned from them.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+            The clean tokens.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+            The same, and -100 where there is nothing to learn: at known tokens and at padding.
+        tau_s (`torch.FloatTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
+            The reparameterized times of the states. Known tokens have the time 1, here and below.
+        tau_t (`torch.FloatTensor` of the shape of `tau_s`, *optional*):
+            The times to go to, for flow maps.
+        tau_u (`torch.FloatTensor` of the shape of `tau_s`, *optional*):
+            Times between them, for the semigroup target.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            1 for positions that there are.
+        noise_seeds (`list[int]`):
+            A seed for the noise of each text.
+        noise (`torch.FloatTensor` of shape `(batch_size, sequence_length, noise_size)`, *optional*):
+            The noise, in which the networks' states are Gaussian, see [`~modeling_flm.joint_noise.JointNoise`].
+        kinds (`dict[str, list[int]]`):
+            For each kind of example its rows. On the host: no step waits for the device to learn them.
+    """
+
+    input_ids: torch.LongTensor
+    labels: torch.LongTensor
+    tau_s: torch.FloatTensor
+    tau_t: torch.FloatTensor | None = None
+    tau_u: torch.FloatTensor | None = None
+    attention_mask: torch.Tensor | None = None
+    noise_seeds: list[int] = field(default_factory=list)
+    noise: torch.FloatTensor | None = None
+    kinds: dict[str, list[int]] = field(default_factory=dict)
+
+    def __getitem__(self, rows: torch.LongTensor) -> FlowBatch:
+        """The tensors of some of the texts."""
+        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
+        tensors = {name: value[rows] for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors, noise_seeds=[], kinds={})
+
+    @property
+    def mask(self) -> torch.BoolTensor:
+        """Which tokens there is something to learn at, of shape `(batch_size, sequence_length)`."""
+        return self.labels != -100
 
 
 def stratified_uniforms(num_points: int, num_dimensions: int, *key: int) -> torch.FloatTensor:
@@ -51,7 +102,7 @@ def stratified_uniforms(num_points: int, num_dimensions: int, *key: int) -> torc
 
 def low_discrepancy_uniforms(first: int, num_points: int, num_dimensions: int) -> torch.FloatTensor:
     """
-    Points `first` to `first + num_points - 1` of a fixed sequence that fills [0, 1)^d evenly whichever stretch of it is
+    Points `first` to `first + num_points - 1` of a fixed sequence that fills [0, 1)^d evenly whichever part of it is
     taken: that of Kronecker with powers of the generalized golden ratio.
 
     Returns:
@@ -67,14 +118,14 @@ def low_discrepancy_uniforms(first: int, num_points: int, num_dimensions: int) -
 
 def draw_known_masks(seeds: Sequence[int], real: torch.BoolTensor, longest: int, fraction: float) -> torch.BoolTensor:
     """
-    Which tokens of each example are given, for a model to learn to write the rest: a beginning, all but a stretch, or tokens
-    at random, equally often. At least one token is given and one is not; every number of them is equally likely.
+    Which tokens of each example are known, for a model to learn to write the rest: a beginning, what is around a gap, or tokens
+    at random, equally often. At least one token is known and one is not; every number of them is equally likely.
 
     Args:
         seeds (`Sequence[int]`): One seed per example.
         real (`torch.BoolTensor` of shape `(len(seeds), length)`): Where there are tokens, and no padding.
         longest (`int`): The length of the longest example, so that how far a batch is padded changes nothing.
-        fraction (`float`): The share of the examples of which anything is given.
+        fraction (`float`): The share of the examples of which anything is known.
 
     Returns:
         `torch.BoolTensor` of the shape of `real`, and on its device.

@@ -1,0 +1,212 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Samplers: what a step of generation takes from the model, and how it moves the state. A step is a function of what the model
+says, the times and the state; the loop is [`~FLMGenerationMixin.generate`]'s.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .flow import bridge_coefficients, expand_times, flow_map, gamma_coefficients
+from .posterior_flm import Posterior, Reader, drawn, mean_embedding, most_likely
+
+
+@dataclass
+class FlowMapSamplerConfig:
+    """Configuration of a [`FlowMapSampler`], which has no parameters."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parameters, and the name of the class to load them back into."""
+        return {**asdict(self), "_cls_name": type(self).__name__}
+
+    def build(self) -> FlowMapSampler:
+        """The sampler."""
+        return FlowMapSampler()
+
+
+@dataclass
+class StochasticFlowMapSamplerConfig(FlowMapSamplerConfig):
+    """
+    Configuration of a [`StochasticFlowMapSampler`].
+
+    Args:
+        gamma (`float`, *optional*, defaults to 1.0):
+            The share of the noise, in [0, 1] and in standard deviations, that is drawn anew at every step but the last.
+    """
+
+    gamma: float = 1.0
+
+    def __post_init__(self):
+        is_number = isinstance(self.gamma, (int, float)) and not isinstance(self.gamma, bool)
+        if not is_number or not math.isfinite(self.gamma) or not 0 <= self.gamma <= 1:
+            raise ValueError(f"`gamma` must be a number in [0, 1], got {self.gamma!r}.")
+
+    def build(self) -> FlowMapSampler:
+        return StochasticFlowMapSampler(self.gamma) if self.gamma > 0 else FlowMapSampler()
+
+
+@dataclass
+class BridgeSamplerConfig(FlowMapSamplerConfig):
+    """Configuration of a [`BridgeSampler`], which has no parameters: `temperature`, `top_k` and `top_p` are those of all samplers."""
+
+    def build(self) -> FlowMapSampler:
+        return BridgeSampler()
+
+
+_CONFIGS = (FlowMapSamplerConfig, StochasticFlowMapSamplerConfig, BridgeSamplerConfig)
+
+
+def load_sampler_config(value: Any) -> FlowMapSamplerConfig:
+    """
+    A sampler's configuration from what was stored of it, or from an object of this name: code that comes with a model has
+    other classes than an installed package.
+
+    Args:
+        value (`FlowMapSamplerConfig` or `dict[str, Any]`): The configuration, or what its `to_dict` returned.
+
+    Returns:
+        [`FlowMapSamplerConfig`] or a subclass.
+    """
+    classes = {config.__name__: config for config in _CONFIGS}
+    settings = dict(value) if isinstance(value, dict) else {**vars(value)} if type(value).__name__ in classes else None
+    name = type(value).__name__ if not isinstance(value, dict) else settings.pop("_cls_name", None)
+    if settings is None or name not in classes:
+        raise ValueError(f"`sampler_config` must be one of {', '.join(classes)}, got {value!r}.")
+    return classes[name](**settings)
+
+
+class FlowMapSampler:
+    r"""
+    Follows the flow, \\(x \leftarrow X_{s,t}(x)\\); for an FLM this is an Euler step. The text is what is most likely at the
+    end. Nothing is random but the noise that a text starts from.
+    """
+
+    draws_noise = False  # new noise at every step but the last
+    draws_tokens = False  # tokens at every step
+    takes_rewards = True  # whether moving the state towards a reward goes with it
+
+    def target_time(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The interpolant time that the model is asked to go to, in a step from `s` to `t`. Times are of any shape."""
+        return t
+
+    def read_tokens(self, uniforms: torch.Tensor | None) -> Reader:
+        """How tokens are read from a posterior. `uniforms` has shape `(batch_size, sequence_length)` if tokens are drawn."""
+        return most_likely
+
+    def estimate(
+        self, posterior: Posterior, embedding: torch.Tensor, uniforms: torch.Tensor | None, with_tokens: bool
+    ) -> tuple[torch.Tensor, torch.LongTensor | None]:
+        """
+        What the text is estimated to be.
+
+        Args:
+            posterior ([`~posterior_flm.Posterior`]): What the model says.
+            embedding (`torch.Tensor` of shape `(vocab_size, embedding_size)`): The embedding of the states.
+            uniforms (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): To draw tokens by.
+            with_tokens (`bool`): Whether tokens are wanted, too.
+
+        Returns:
+            `tuple[torch.Tensor, torch.LongTensor]`: the state of the estimate, of shape
+            `(batch_size, sequence_length, embedding_size)`, and tokens, or `None`.
+        """
+        tokens = [self.read_tokens(uniforms)] if with_tokens else []
+        mean, *tokens = posterior.read(mean_embedding(embedding), *tokens)
+        return mean, tokens[0] if with_tokens else None
+
+    def move(
+        self,
+        state: torch.Tensor,
+        estimate: torch.Tensor,
+        s: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        The state at time `t`.
+
+        Args:
+            state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state at time `s`.
+            estimate (`torch.Tensor` of the shape of `state`): The state of the estimated text.
+            s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`): Interpolant times; where both are
+                1, the state stays.
+            t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at.
+            noise (`torch.Tensor` of the shape of `state`, *optional*): A new state of noise, if any is drawn.
+        """
+        return flow_map(state, estimate, s, t)
+
+
+class StochasticFlowMapSampler(FlowMapSampler):
+    r"""
+    Draws a part of the noise anew at every step: goes on to the later time \\(u\\), and back to \\(t\\) with new noise, see
+    [`~flow.gamma_coefficients`]. It is meant for flow maps: an FLM, which cannot jump, needs `gamma` to be small.
+
+    Args:
+        gamma (`float`): The share of the noise, above 0 and at most 1.
+    """
+
+    draws_noise = True
+
+    def __init__(self, gamma: float):
+        self.gamma = gamma
+
+    def target_time(self, s, t):
+        return gamma_coefficients(t, self.gamma)[0]
+
+    def move(self, state, estimate, s, t, noise):
+        later, excess, fresh = gamma_coefficients(t, self.gamma)
+        arrived = flow_map(state, estimate, s, later) - expand_times(excess, state) * estimate
+        return arrived + expand_times(fresh, state) * noise
+
+
+class BridgeSampler(FlowMapSampler):
+    r"""
+    Draws tokens of the denoiser \\(D_s = \delta_{s,s}\\), and moves the state towards them along a bridge, see
+    [`~flow.bridge_coefficients`]; at the end the tokens that were drawn last are the text. So `temperature`, `top_k` and
+    `top_p` count at every step. Exact for a single token. The tokens of one step are drawn independently of each other, so
+    that texts have the model's joint distribution only in the limit of many steps.
+    """
+
+    draws_noise = True
+    draws_tokens = True
+    takes_rewards = False
+
+    def target_time(self, s, t):
+        return s
+
+    def read_tokens(self, uniforms):
+        return drawn(uniforms)
+
+    def estimate(self, posterior, embedding, uniforms, with_tokens):
+        tokens = posterior.draw(uniforms)
+        return embedding[tokens], tokens
+
+    def move(self, state, estimate, s, t, noise):
+        a, b, c = (expand_times(factor, state) for factor in bridge_coefficients(s, t))
+        return a * state + b * estimate + c * noise
+
+
+__all__ = [
+    "BridgeSampler",
+    "BridgeSamplerConfig",
+    "FlowMapSampler",
+    "FlowMapSamplerConfig",
+    "StochasticFlowMapSampler",
+    "StochasticFlowMapSamplerConfig",
+]

@@ -1,0 +1,143 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Several processes: everything that is particular to wrappers of a model, to FSDP2 and to the state that accelerate shares
+within a process.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers import PreTrainedModel
+
+
+# State dictionaries of whole weights, also where processes have shards of them
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def through_forward(wrapper: nn.Module, model: PreTrainedModel, function: Callable[[], Any]) -> Any:
+    """
+    Calls a function, which uses any methods of the model, as if it were the model's `forward`: so DDP synchronizes gradients
+    for it, and FSDP gathers the weights.
+
+    Args:
+        wrapper (`nn.Module`): What the model is wrapped into, or the model itself.
+        model ([`~transformers.PreTrainedModel`]): The model.
+        function (`Callable[[], Any]`): The function.
+
+    Returns:
+        What the function returns.
+    """
+    before = model.__dict__.get("forward")  # accelerate's autocast, if any
+
+    def restore():
+        if before is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.forward = before
+
+    def redirected() -> Any:
+        restore()
+        return function()
+
+    model.forward = redirected
+    try:
+        return wrapper()
+    finally:
+        restore()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards the weights: all processes must take part in whatever the model does."""
+    return isinstance(model, FSDPModule)
+
+
+def check_support(name: str, accelerator: Accelerator, is_deepspeed: bool, is_fsdp: bool):
+    """Raises a `ValueError` for ways of distributing a training that the trainer called `name` does not support."""
+    if is_deepspeed or (is_fsdp and not accelerator.is_fsdp2):
+        raise ValueError(f"`{name}` supports DDP and FSDP2 (`fsdp_version: 2`), and nothing else.")
+    if is_fsdp and "FULL" not in str(accelerator.state.fsdp_plugin.state_dict_type):
+        raise ValueError(
+            "Models are saved whole, for others to load: set `fsdp_state_dict_type: FULL_STATE_DICT` in the configuration of "
+            "accelerate."
+        )
+
+
+@contextmanager
+def preparing(accelerator: Accelerator) -> Iterator[None]:
+    """
+    The state that accelerate prepares models in. Its FSDP gathers weights as they are, since blocks run under autocast, and
+    the mixed precision of FSDP would round the times. And it compiles nothing: the wrapped model's `forward` is not all that
+    a step uses, so that trainers compile regions.
+    """
+    state = accelerator.state
+    plugin, dynamo = getattr(state, "fsdp_plugin", None), state.dynamo_plugin
+    policy = None if plugin is None else plugin.mixed_precision_policy
+    state.dynamo_plugin = TorchDynamoPlugin(backend=DynamoBackend.NO)
+    if plugin is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    try:
+        yield
+    finally:
+        state.dynamo_plugin = dynamo
+        if plugin is not None:
+            plugin.mixed_precision_policy = policy
+
+
+def region_options(backend: str | None, mode: str | None) -> dict[str, Any] | None:
+    """The arguments of `torch.compile` that the training, or `accelerate launch`, asks for; `None` if neither does."""
+    plugin = TorchDynamoPlugin(backend=backend, mode=mode)
+    if plugin.backend == DynamoBackend.NO:
+        return None
+    options = plugin.to_kwargs()
+    names = ("backend", "mode", "dynamic", "options")
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights, on the CPU; all processes must ask for them where they are sharded."""
+    return get_model_state_dict(model, options=_WHOLE)
+
+
+def load_whole_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]):
+    """Loads whole weights into a model that may be sharded."""
+    set_model_state_dict(model, state_dict, options=_WHOLE)
+
+
+def copy_of_weights(model: nn.Module) -> nn.Module:
+    """What an average of the weights starts from: the model, or where it is sharded, the shards of this process alone."""
+    if not is_sharded(model):
+        return model
+    return nn.ParameterList(nn.Parameter(p.detach().clone(), p.requires_grad) for p in model.parameters())
+
+
+def forget_gathered_weights(model: nn.Module):
+    """After a change of sharded weights: what FSDP has gathered would hide it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def restore_class_name(model: PreTrainedModel):
+    """FSDP derives a class for the model, whose code is not what is to be saved with it."""
+    if is_sharded(model):
+        derived, original = type(model), type(model).__bases__[-1]
+        derived.__module__, derived.__name__ = original.__module__, original.__name__

@@ -1,0 +1,176 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The targets of a two-time denoiser, each the right side of an identity that the exact one obeys. They are posteriors, held
+constant, and a chunk of them is made when the loss reads it.
+
+Networks run within the context `autocast`, in the precision of the training; states and their updates stay in float32.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from transformers import PreTrainedModel
+
+from modeling_flm.flow import (
+    drift,
+    eulerian_coefficient,
+    expand_times,
+    flow_map,
+    lagrangian_coefficient,
+    project_to_simplex,
+    semigroup_weight,
+)
+from modeling_flm.posterior_flm import Posterior, times_of
+
+from .batches import FlowBatch
+
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+def denoiser(
+    network: PreTrainedModel,
+    state: torch.Tensor,
+    tau_s: torch.Tensor,
+    tau_t: torch.Tensor,
+    batch: FlowBatch,
+    autocast: Autocast,
+) -> Posterior:
+    r"""The two-time denoiser \\(\delta_{s,t}(x)\\) of a network at a state, of shape `(batch_size, sequence_length, embedding_size)`."""
+    with autocast():
+        return network.posterior(state, tau_s, tau_t, batch.attention_mask).within(autocast)
+
+
+def derivative(
+    network: PreTrainedModel,
+    primals: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    tangents: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    batch: FlowBatch,
+    autocast: Autocast,
+) -> tuple[Posterior, Posterior]:
+    """The two-time denoiser at `primals`, which are (state, tau_s, tau_t), and its derivative along `tangents`."""
+    mask, chunks, device = batch.attention_mask, network.chunks(primals[0]), primals[0].device
+    # Forward-mode derivatives do not go through what is compiled.
+    with autocast(), torch.compiler.set_stance("force_eager"):
+        hidden_states, change = torch.func.jvp(lambda *each: network.encode(*each, mask), primals, tangents)
+
+    def inputs(chunk: slice) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        times = ([times_of(tau, chunk) for tau in each[1:]] for each in (primals, tangents))
+        here, along = ((tensor[:, chunk], *each) for tensor, each in zip((hidden_states, change), times))
+        return here, along
+
+    values = Posterior(lambda chunk: network.predict(*inputs(chunk)[0]), chunks, device)
+    changes = Posterior(lambda chunk: torch.func.jvp(network.predict, *inputs(chunk))[1], chunks, device)
+    return values.within(autocast), changes.within(autocast)
+
+
+def mean(posterior: Posterior, network: PreTrainedModel, state: torch.Tensor) -> torch.Tensor:
+    """The expected embedding of the clean tokens, which the state of `network` moves towards."""
+    return posterior.mean(network.state_embedding.to(state))
+
+
+def semigroup_target(network: PreTrainedModel, state: torch.Tensor, batch: FlowBatch, autocast: Autocast) -> Posterior:
+    r"""
+    Two shorter maps, \\(\lambda\,\delta_{s,u}(x) + (1 - \lambda)\,\delta_{u,t}(X_{s,u}(x))\\).
+
+    Args:
+        network ([`~transformers.PreTrainedModel`]): The flow map.
+        state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): Its state at `batch.tau_s`.
+        batch ([`FlowBatch`]): The times and the mask.
+        autocast (`Callable[[], AbstractContextManager]`): The precision that networks run in.
+    """
+    s, u, t = (network.time_map.tau_to_t(tau) for tau in (batch.tau_s, batch.tau_u, batch.tau_t))
+    first = denoiser(network, state, batch.tau_s, batch.tau_u, batch, autocast)
+    arrived = flow_map(state, mean(first, network, state), s, u)
+    second = denoiser(network, arrived, batch.tau_u, batch.tau_t, batch, autocast)
+    weight = expand_times(semigroup_weight(s, u, t), state)
+
+    def lerp(start: torch.Tensor, end: torch.Tensor, chunk: slice) -> torch.Tensor:
+        return torch.lerp(start, end, weight if weight.shape[1] == 1 else weight[:, chunk])
+
+    return second.combine(first, lerp)
+
+
+def lagrangian_target(
+    network: PreTrainedModel,
+    state: torch.Tensor,
+    flow: PreTrainedModel,
+    flow_state: torch.Tensor,
+    batch: FlowBatch,
+    autocast: Autocast,
+) -> Posterior:
+    r"""
+    The derivative in the time to arrive at, \\(D_t(X_{s,t}(x)) - \frac{(1-t)(t-s)}{1-s}\,\partial_t \delta_{s,t}(x)\\), projected
+    to the simplex. `flow` is the network of \\(D\\), and `flow_state` its state; otherwise as [`semigroup_target`].
+    """
+    tau_s, tau_t, time_map = batch.tau_s, batch.tau_t, network.time_map
+    s, t = time_map.tau_to_t(tau_s), time_map.tau_to_t(tau_t)
+    tangents = (torch.zeros_like(state), torch.zeros_like(tau_s), time_map.dtau_dt(t))
+    delta, change = derivative(network, (state, tau_s, tau_t), tangents, batch, autocast)
+    arrived = flow_map(flow_state, mean(delta, flow, flow_state), s, t)
+    denoised = denoiser(flow, arrived, tau_t, tau_t, batch, autocast)
+    return denoised.combine(change, _plus(-lagrangian_coefficient(s, t), state)).map(
+        lambda target, chunk: project_to_simplex(target)
+    )
+
+
+def eulerian_target(
+    network: PreTrainedModel,
+    state: torch.Tensor,
+    flow: PreTrainedModel,
+    flow_state: torch.Tensor,
+    batch: FlowBatch,
+    autocast: Autocast,
+) -> Posterior:
+    r"""
+    The derivative along the flow,
+    \\(D_s(x) + \frac{t-s}{1-t}\left((1-s)\,\partial_s \delta_{s,t}(x) + (D_s(x) - x) \cdot \nabla_x \delta_{s,t}(x)\right)\\).
+    Arguments are as for [`lagrangian_target`].
+    """
+    tau_s, tau_t, time_map = batch.tau_s, batch.tau_t, network.time_map
+    s, t = time_map.tau_to_t(tau_s), time_map.tau_to_t(tau_t)
+    denoised = denoiser(flow, flow_state, tau_s, tau_s, batch, autocast)
+    along_flow = drift(state, mean(denoised, network, state), s)
+    tangents = (along_flow, (1 - s) * time_map.dtau_dt(s), torch.zeros_like(tau_t))
+    _, change = derivative(network, (state, tau_s, tau_t), tangents, batch, autocast)
+    return denoised.combine(change, _plus(eulerian_coefficient(s, t), state))
+
+
+def _plus(factor: torch.Tensor, state: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]:
+    """`target + factor * change`, for times of either shape."""
+    factor = expand_times(factor, state)
+    return lambda target, change, chunk: target + (factor if factor.shape[1] == 1 else factor[:, chunk]) * change
+
+
+def assemble(parts: list[tuple[torch.LongTensor, Posterior]], batch_size: int, chunks: list[slice]) -> Posterior:
+    """
+    The targets of a batch from those of its parts.
+
+    Args:
+        parts (`list[tuple[torch.LongTensor, Posterior]]`): Rows of the batch, and what is said of them.
+        batch_size (`int`): The number of rows.
+        chunks (`list[slice]`): The positions that are read at a time.
+    """
+
+    def probabilities(chunk: slice) -> torch.Tensor:
+        targets = None
+        for rows, part in parts:
+            values = part.probabilities(chunk)
+            targets = values.new_empty(batch_size, *values.shape[1:]) if targets is None else targets
+            targets[rows] = values
+        return targets
+
+    return Posterior(probabilities, chunks, parts[0][1].device)
