@@ -5,7 +5,20 @@ import torch
 import torch.nn.functional as F
 from conftest import build_flm, noise_factors
 
-from modeling_flm.flow import flow_map, interpolate, semigroup_weight
+from modeling_flm.flow import (
+    bridge_coefficients,
+    correction_coefficient,
+    drift,
+    eulerian_coefficient,
+    flow_map,
+    gamma_coefficients,
+    interpolate,
+    lagrangian_coefficient,
+    remaining_noise,
+    reward_coefficient,
+    semigroup_weight,
+    times_with_known,
+)
 from modeling_flm.joint_noise import noise_size
 
 
@@ -129,3 +142,67 @@ def test_embedding_space_sampler_equals_the_dense_sampler(vocab_size, num_steps)
     assert output.num_forward_passes == num_steps
     # The same prior given as a state
     assert torch.equal(model.generate(prior_state=prior @ embedding, num_steps=num_steps), x.argmax(-1))
+
+
+class TestFactors:
+    """Every factor in s and t: as written in the papers, and exact where a token is known."""
+
+    s, u, t = torch.rand(3, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).sort(dim=0).values
+
+    def test_factors_are_those_of_the_papers(self):
+        s, u, t = self.s, self.u, self.t
+        q = s + t - 2 * s * t
+        for value, expected in (
+            (remaining_noise(s, t), (1 - t) / (1 - s)),
+            (semigroup_weight(s, u, t), (1 - t) * (u - s) / ((1 - u) * (t - s))),
+            (lagrangian_coefficient(s, t), (1 - t) * (t - s) / (1 - s)),
+            (eulerian_coefficient(s, t), (t - s) / (1 - t)),
+            (correction_coefficient(s, t), (t - s) * (1 - s) / 2),
+            (reward_coefficient(s, t), (1 - s) * (t - s) / t),
+            (bridge_coefficients(s, t)[0], s * (1 - t) ** 2 / (t * (1 - s) ** 2)),
+            (bridge_coefficients(s, t)[1], (t - s) * q / (t * (1 - s) ** 2)),
+            (bridge_coefficients(s, t)[2] ** 2, (1 - t) ** 2 * (t - s) * q / (t**2 * (1 - s) ** 2)),
+        ):
+            torch.testing.assert_close(value, expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_factors_are_exact_at_the_time_of_a_known_token(self, dtype):
+        one = torch.ones(2, 3, dtype=dtype)
+        for value, expected in (
+            (remaining_noise(one, one), 1),
+            (semigroup_weight(one, one, one), 1),
+            (lagrangian_coefficient(one, one), 0),
+            (eulerian_coefficient(one, one), 0),
+            (correction_coefficient(one, one), 0),
+            (reward_coefficient(one, one), 0),
+            *zip(bridge_coefficients(one, one), (1, 0, 0)),
+            *zip(gamma_coefficients(one, 0.7), (1, 0, 0)),
+        ):
+            assert torch.equal(value, torch.full_like(one, expected)) and value.dtype == dtype
+
+    def test_factors_at_the_ends(self):
+        zero, half, one = torch.zeros(1), torch.full((1,), 0.5), torch.ones(1)
+        assert semigroup_weight(zero, half, one) == 0 and semigroup_weight(zero, one, one) == 1
+        assert [value.item() for value in bridge_coefficients(zero, one)] == [0, 1, 0]
+        assert [value.item() for value in bridge_coefficients(zero, half)] == [0, 0.5, 0.5]
+        assert [value.item() for value in bridge_coefficients(zero, zero)] == [1, 0, 0]
+        assert lagrangian_coefficient(zero, one) == 0
+
+    def test_states_of_known_tokens_do_not_move(self):
+        known = torch.rand(3, 5) < 0.5
+        known[:, 0] = False
+        times = [times_with_known(torch.rand(3), known) for _ in range(2)]
+        s, t = torch.minimum(*times), torch.maximum(*times)
+        noise, clean, delta = torch.randn(3, 3, 5, 4)
+        state = interpolate(noise, clean, s)
+        assert torch.equal(state[known], clean[known])
+        assert torch.equal(flow_map(state, delta, s, t)[known], clean[known])
+        assert not drift(state, delta, s)[known].any() and drift(state, delta, s)[~known].all()
+        for row in range(3):  # the others as with one time for the text
+            alone = flow_map(state, delta, times_of_row(s, known, row), times_of_row(t, known, row))
+            assert torch.equal(flow_map(state, delta, s, t)[row][~known[row]], alone[row][~known[row]])
+
+
+def times_of_row(times: torch.Tensor, known: torch.BoolTensor, row: int) -> torch.Tensor:
+    """The time of the unknown tokens of a text, for all texts."""
+    return times[row][~known[row]][:1].expand(len(times))

@@ -302,10 +302,11 @@ class ExactFlowMap(FMLMModel):
     """
 
     def __init__(self, texts=((0, 0), (1, 1)), weights=(0.7, 0.3), num_steps=400):
-        sizes = {"vocab_size": 2, "hidden_size": 2, "num_attention_heads": 1, "num_hidden_layers": 1}
+        vocab_size = 1 + max(max(text) for text in texts)
+        sizes = {"vocab_size": vocab_size, "hidden_size": vocab_size, "num_attention_heads": 1, "num_hidden_layers": 1}
         super().__init__(FMLMConfig(**sizes, max_position_embeddings=len(texts[0])))
-        self.embed_tokens.weight.data = torch.eye(2)
-        self.texts = torch.eye(2, dtype=torch.float64)[torch.tensor(texts)]
+        self.embed_tokens.weight.data = torch.eye(vocab_size)
+        self.texts = torch.eye(vocab_size, dtype=torch.float64)[torch.tensor(texts)]
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.num_steps = num_steps
 

@@ -1,0 +1,249 @@
+"""Samplers: a step without a network, and the distribution of what they write against exact ones."""
+
+import pytest
+import torch
+from conftest import build_flm
+from test_steering import ExactFlow, assert_shares, build, seed
+
+from modeling_flm import (
+    BridgeSampler,
+    BridgeSamplerConfig,
+    FLMGenerationConfig,
+    FlowMapSampler,
+    FlowMapSamplerConfig,
+    FMLMModel,
+    StochasticFlowMapSampler,
+    StochasticFlowMapSamplerConfig,
+)
+from modeling_flm.posterior_flm import Posterior
+from modeling_flm.sampling_flm import load_sampler_config
+
+
+SAMPLERS = [FlowMapSampler(), StochasticFlowMapSampler(0.6), BridgeSampler()]
+BRIDGE = {"sampler_config": BridgeSamplerConfig()}
+
+
+class TestStep:
+    state, estimate, noise = torch.randn(3, 4, 5, 6, generator=seed()).unbind()
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    @pytest.mark.parametrize("shape", [(4,), (4, 5)])
+    def test_zero_interval_is_the_identity(self, sampler, shape):
+        for time in (0.0, 0.3, 1.0):
+            times = torch.full(shape, time)
+            if time < 1 and isinstance(sampler, StochasticFlowMapSampler):
+                continue  # it draws noise anew wherever there is some
+            assert torch.equal(sampler.move(self.state, self.estimate, times, times, self.noise), self.state)
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_one_shot_lands_on_the_estimate(self, sampler):
+        zero, one = torch.zeros(4), torch.ones(4)
+        torch.testing.assert_close(sampler.move(self.state, self.estimate, zero, one, self.noise), self.estimate)
+        torch.testing.assert_close(sampler.move(self.state, self.estimate, zero + 0.9, one, self.noise), self.estimate)
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_known_tokens_stay_where_they_are(self, sampler):
+        known = torch.rand(4, 5, generator=seed()) < 0.5
+        s, t = (torch.where(known, 1.0, time) for time in (0.2, 0.7))
+        moved = sampler.move(self.state, self.estimate, s, t, self.noise)
+        assert torch.equal(moved[known], self.state[known])
+        alone = sampler.move(self.state, self.estimate, torch.full((4,), 0.2), torch.full((4,), 0.7), self.noise)
+        assert torch.equal(moved[~known], alone[~known])
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_step_has_the_noise_that_its_time_asks_for(self, sampler):
+        """From an exact estimate: the state at time t is as far from noise and text as the interpolant's."""
+        text, start, noise = torch.randn(3, 1, 400_000, 1, dtype=torch.float64, generator=seed()).unbind()
+        s, t = torch.full((1,), 0.3, dtype=torch.float64), torch.full((1,), 0.6, dtype=torch.float64)
+        state = 0.7 * start + 0.3 * text
+        moved = sampler.move(state, text, s, t, noise)
+        share = (moved * text).mean() / (text * text).mean()
+        rest = moved - 0.6 * text
+        assert abs(share - 0.6) < 5e-3 and abs(rest.std() - 0.4) < 5e-3
+
+    def test_bridge_composes(self):
+        """From s to t by way of u, and at once: equal means and variances for a given text."""
+        from modeling_flm.flow import bridge_coefficients
+
+        s, u, t = (torch.tensor([time], dtype=torch.float64) for time in (0.15, 0.4, 0.75))
+        a1, b1, c1 = bridge_coefficients(s, u)
+        a2, b2, c2 = bridge_coefficients(u, t)
+        a, b, c = bridge_coefficients(s, t)
+        torch.testing.assert_close(a1 * a2, a)
+        torch.testing.assert_close(a2 * b1 + b2, b)
+        torch.testing.assert_close((a2 * c1) ** 2 + c2**2, c**2)
+        # The law of the interpolant is kept: mean t, variance (1 - t)^2
+        torch.testing.assert_close(a * s + b, t)
+        torch.testing.assert_close((a * (1 - s)) ** 2 + c**2, (1 - t) ** 2)
+
+
+class TestPosterior:
+    probabilities = torch.rand(3, 10, 7, generator=seed()).pow(3).softmax(-1)
+
+    def posterior(self, probabilities=None, width=3) -> Posterior:
+        dense = self.probabilities if probabilities is None else probabilities
+        chunks = [slice(start, min(start + width, dense.shape[1])) for start in range(0, dense.shape[1], width)]
+        return Posterior(lambda chunk: dense[:, chunk].clone(), chunks, dense.device)
+
+    @pytest.mark.parametrize("width", [1, 3, 10])
+    def test_readings_are_those_of_the_dense_one(self, width):
+        posterior, embedding = self.posterior(width=width), torch.randn(7, 4)
+        assert torch.equal(posterior.dense(), self.probabilities)
+        assert torch.equal(posterior.argmax(), self.probabilities.argmax(-1))
+        assert torch.equal(posterior.confidence(), self.probabilities.amax(-1))
+        torch.testing.assert_close(posterior.mean(embedding), self.probabilities @ embedding)
+        uniforms = torch.rand(3, 10)
+        assert torch.equal(posterior.draw(uniforms), self.posterior(width=10).draw(uniforms))
+        doubled = posterior.map(lambda part, chunk: 2 * part)
+        torch.testing.assert_close(doubled.dense(), 2 * self.probabilities)
+        weights = torch.rand(3, 10, 1)
+        combined = posterior.combine(doubled, lambda one, two, chunk: one + weights[:, chunk] * two)
+        torch.testing.assert_close(combined.dense(), self.probabilities * (1 + 2 * weights))
+
+    def test_a_chunk_is_made_once_for_several_readings(self):
+        made = []
+        posterior = self.posterior().map(lambda part, chunk: made.append(chunk) or part)
+        posterior.read(lambda part, chunk: part.sum(-1), lambda part, chunk: part.amax(-1))
+        assert made == posterior.chunks
+
+    def test_draws_have_the_distribution(self):
+        probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).expand(1, 20_000, -1)
+        tokens = self.posterior(probabilities, 20_000).draw(torch.rand(1, 20_000, generator=seed()))
+        counts = torch.bincount(tokens.flatten(), minlength=6).double()
+        assert counts[[0, 2, 5]].sum() == 0
+        expected = 20_000 * torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+        assert ((counts[[1, 3, 4]] - expected) ** 2 / expected).sum() < 18.4  # of 2 degrees of freedom: 1e-4
+
+    def test_extreme_uniforms_draw_no_impossible_token(self):
+        probabilities = torch.tensor([0.0, 0.3, 0.7, 0.0]).expand(1, 2, -1)
+        for scale in (1.0, 0.3, 3.0):  # also where a combination does not sum to 1
+            tokens = self.posterior(scale * probabilities).draw(torch.tensor([[0.0, 1 - 2**-24]]))
+            assert tokens.tolist() == [[1, 2]]
+
+    def test_what_leaves_the_simplex_counts_as_zero(self):
+        probabilities = torch.tensor([-0.5, 0.6, -0.1, 1.0]).expand(1, 4000, -1)
+        tokens = self.posterior(probabilities).draw(torch.rand(1, 4000, generator=seed()))
+        assert set(tokens.unique().tolist()) == {1, 3}
+        assert abs((tokens == 1).double().mean() - 0.6 / 1.6) < 4 * (0.25 / 4000) ** 0.5
+
+    def test_of_tokens_is_certain(self):
+        tokens = torch.tensor([[3, -100, 0]])
+        dense = Posterior.of_tokens(tokens, 5, [slice(0, 2), slice(2, 3)]).dense()
+        assert dense.argmax(-1).tolist() == [[3, 0, 0]] and torch.equal(dense.sum(-1), torch.ones(1, 3))
+
+
+WEIGHTS = (0.4, 0.3, 0.2, 0.1)
+
+
+def chi_square(tokens: torch.Tensor) -> float:
+    counts = torch.bincount(tokens.flatten(), minlength=4).double()
+    expected = len(tokens) * torch.tensor(WEIGHTS, dtype=torch.float64)
+    return ((counts - expected) ** 2 / expected).sum().item()
+
+
+class TestDistribution:
+    options = {"num_samples": 4000, "batch_size": 4000}
+
+    @pytest.mark.parametrize("num_steps", [1, 3, 8])
+    def test_bridge_is_exact_for_a_single_token(self, num_steps):
+        model = ExactFlow([(n,) for n in range(4)], WEIGHTS)
+        tokens = model.generate(num_steps=num_steps, generator=seed(), **self.options, **BRIDGE)
+        assert chi_square(tokens) < 21.1  # of 3 degrees of freedom: 1e-4
+        if num_steps < 8:  # Euler's steps follow the flow only where they are short
+            assert chi_square(model.generate(num_steps=num_steps, generator=seed(), **self.options)) > 21.1
+
+    @pytest.mark.parametrize("num_steps", [1, 3])
+    def test_bridge_is_exact_for_the_last_unknown_token(self, num_steps):
+        texts = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
+        weights = (0.25, 0.05, 0.1, 0.15, 0.02, 0.2, 0.13, 0.1)
+        model = ExactFlow(texts, weights)
+        tokens = model.generate(
+            torch.tensor([[0, 0, 1]]), prompt_mask=torch.tensor([[1, 0, 1]]), num_steps=num_steps, generator=seed(),
+            **self.options, **BRIDGE,
+        )  # fmt: skip
+        assert_shares(tokens, {(0, 0, 1): 0.05 / 0.2, (0, 1, 1): 0.15 / 0.2})
+
+    def test_bridge_temperature_and_top_p_sharpen_what_is_drawn(self):
+        """Of a single token, in one step: the distribution of the processed logits."""
+        model = build_flm(vocab_size=8, hidden_size=16, max_position_embeddings=1)
+        logits = model(inputs_embeds=torch.zeros(1, 1, 8) @ model.state_embedding, timesteps=torch.zeros(1)).logits
+        state = torch.zeros(1, 1, 16)
+        options = {"prior_state": state.expand(4000, -1, -1), "num_steps": 1, "batch_size": 4000, "generator": seed()}
+        for temperature in (0.5, 2.0):
+            tokens = model.generate(temperature=temperature, **options, **BRIDGE)
+            expected = (logits[0, 0] / temperature).softmax(-1).tolist()
+            assert_shares(tokens, {(token,): share for token, share in enumerate(expected)})
+        tokens = model.generate(top_p=1e-6, **options, **BRIDGE)
+        assert (tokens == logits.argmax()).all()
+
+    def test_dependent_tokens_need_steps(self):
+        """
+        The texts "0 0" (70 %) and "1 1" (30 %): a single step of the bridge draws both tokens by themselves, and mixes the texts
+        in 42 % of the samples. With four times the steps it does so less than a third as often. Euler's steps mix none, but
+        in a single one all samples are the likelier text.
+        """
+        model = ExactFlow()
+        mixed, first = {}, {}
+        for name, options in (("bridge", BRIDGE), ("euler", {})):
+            for num_steps in (1, 4, 16, 64):
+                tokens = model.generate(num_steps=num_steps, generator=seed(), **self.options, **options)
+                mixed[name, num_steps] = (tokens[:, 0] != tokens[:, 1]).double().mean().item()
+                first[name, num_steps] = (tokens[:, 0] == 0).double().mean().item()
+        error = 4 * (0.21 / 4000) ** 0.5
+        assert abs(mixed["bridge", 1] - 2 * 0.7 * 0.3) < error
+        for num_steps in (4, 16, 64):
+            assert mixed["bridge", num_steps] < mixed["bridge", num_steps // 4] / 3
+            assert abs(first["bridge", num_steps] - 0.7) < error
+        assert first["euler", 1] == 1.0 and abs(first["euler", 64] - 0.7) < error
+        assert mixed["euler", 64] == 0
+
+
+class TestConfigs:
+    def test_generation_config_keeps_its_sampler(self, tmp_path):
+        for config in (FlowMapSamplerConfig(), StochasticFlowMapSamplerConfig(0.8), BridgeSamplerConfig()):
+            FLMGenerationConfig(sampler_config=config).save_pretrained(tmp_path)
+            loaded = FLMGenerationConfig.from_pretrained(tmp_path).sampler_config
+            assert type(loaded) is type(config) and loaded == config
+
+    def test_sampler_of_other_code_is_taken_by_its_name(self):
+        """Code that comes with a model has classes of its own."""
+        other = type("StochasticFlowMapSamplerConfig", (), {})()
+        other.gamma = 0.3
+        assert load_sampler_config(other) == StochasticFlowMapSamplerConfig(0.3)
+        with pytest.raises(ValueError, match="`sampler_config` must be one of FlowMapSamplerConfig"):
+            load_sampler_config({"_cls_name": "Euler"})
+        with pytest.raises(ValueError, match="`gamma` must be a number in .0, 1., got 2"):
+            StochasticFlowMapSamplerConfig(2)
+
+    def test_gamma_is_short_for_a_sampler_and_what_is_said_last_counts(self):
+        model = build("fmlm")
+        options = {"num_samples": 5, "num_steps": 3}
+        sample = lambda **more: model.generate(generator=seed(), **options, **more)  # noqa: E731
+        plain, fresh, bridge = sample(), sample(gamma=0.7), sample(**BRIDGE)
+        assert not torch.equal(plain, fresh) and not torch.equal(plain, bridge)
+        assert torch.equal(sample(sampler_config=StochasticFlowMapSamplerConfig(0.7)), fresh)
+        assert torch.equal(sample(sampler_config=StochasticFlowMapSamplerConfig(0.0)), plain)
+        model.generation_config.gamma = 0.7
+        assert torch.equal(sample(), fresh) and torch.equal(sample(**BRIDGE), bridge)
+        assert torch.equal(sample(gamma=0.0), plain)
+        model.generation_config.gamma, model.generation_config.sampler_config = None, BridgeSamplerConfig()
+        assert torch.equal(sample(), bridge) and torch.equal(sample(gamma=0.7), fresh)
+        assert torch.equal(sample(generation_config=FLMGenerationConfig(gamma=0.7)), fresh)
+
+    @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
+    def test_bridge_does_not_depend_on_batches_and_its_last_draft_is_the_text(self, kind):
+        model = build(kind)
+        options = {"num_samples": 7, "num_steps": 3, "output_drafts": True, "return_dict_in_generate": True, **BRIDGE}
+        output = model.generate(generator=seed(), **options)
+        assert torch.equal(output.drafts[:, -1], output.sequences)
+        again = model.generate(generator=seed(), batch_size=2, **options)
+        assert torch.equal(again.sequences, output.sequences) and torch.equal(again.drafts, output.drafts)
+        assert not torch.equal(output.sequences, model.generate(generator=seed(1), **options).sequences)
+
+    def test_bridge_goes_with_guidance(self):
+        model, weak = build("flm"), build("flm", hidden_size=16)
+        options = {"num_samples": 7, "num_steps": 3, **BRIDGE}
+        plain = model.generate(generator=seed(), **options)
+        guided = model.generate(generator=seed(), guidance_model=weak, guidance_scale=2.0, **options)
+        assert not torch.equal(plain, guided)
+        assert isinstance(FMLMModel.from_flm(model).generate(**options), torch.Tensor)
