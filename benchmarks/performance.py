@@ -163,7 +163,7 @@ class Benchmark:
             trainer._joint_noise = None  # as the weights have changed
             batch, key = {"input_ids": input_ids, "labels": input_ids}, (0, next(number))
             uniforms = stratified_uniforms(len(input_ids), trainer.num_uniforms, *key)
-            trainer._set_times(batch, uniforms, range(len(input_ids)), key)
+            trainer._draw_examples(batch, uniforms, range(len(input_ids)), key)
             trainer.training_step(model, batch, input_ids.numel())
 
         return self.optimizer_step(model, backward)
