@@ -36,9 +36,9 @@ class FLMTrainingArguments(TrainingArguments):
             `min(ema_decay, (1 + n) / (10 + n))` after `n` steps. Evaluation, samples, saved models and pushed models use
             the averaged weights; checkpoints hold both. `None` turns it off.
         prompt_fraction (`float`, *optional*, defaults to 0.0):
-            The share of the examples of which a part is given as it is, and the rest to be learned: beginnings, what is
-            around a stretch, and random tokens, equally often. The model, which needs a `prompt_mark` in its configuration,
-            learns to continue prompts and to fill in.
+            The share of the examples of which some tokens are known, and the rest is to be learned: beginnings, what is
+            around a gap, and random tokens, equally often. So a model learns to continue prompts and to fill in, best one
+            that is told the time of each token (`FLMConfig(per_token_timesteps=True)`).
         sample_steps (`int`, *optional*, defaults to 0):
             Write samples to `samples.jsonl` in `output_dir` every so many optimizer steps. 0 writes none.
         sample_num_samples (`int`, *optional*, defaults to 4):
@@ -77,7 +77,7 @@ class FLMTrainingArguments(TrainingArguments):
     )
     prompt_fraction: float = field(
         default=0.0,
-        metadata={"help": "The share of the examples of which a part is given, to learn to write the rest."},
+        metadata={"help": "The share of the examples of which some tokens are known, to learn to write the rest."},
     )
     sample_steps: int = field(
         default=0, metadata={"help": "Write samples to samples.jsonl every so many steps; 0 writes none."}
