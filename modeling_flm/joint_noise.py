@@ -33,7 +33,7 @@ def noise_size(*embeddings: torch.Tensor) -> int:
 
 
 # Sums over so many rows are in float32, and sums of those in float64: with more rows rounding errors grow.
-_ROWS = 2048
+_ROWS = 4096
 # Columns of the Gram matrix in a product: with fewer, less is computed on both sides of its diagonal, by slower products.
 _COLUMNS = 384
 
