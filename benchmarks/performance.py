@@ -22,9 +22,10 @@ Measures the library against the dense formulation, and against transformers' GP
 
 Suites: `train`, an optimizer step of an FLM; `distill`, one of each recipe; `generate`, sampling; `sample`, that of the library
 alone; `gpt2`, training and generating with a GPT-2; `head`, ways to compute the cross-entropy of the head; `growth`, steps with
-different vocabularies that take turns; `batch`, the largest batch that fits in `--memory` GiB. Contenders take turns in one process. Memory is what a
-call takes at most beyond what is held before it: weights and, in training, the state of the optimizer. On the CPU measuring
-it needs Linux.
+different vocabularies that take turns; `noise`, the fixed cost of the noise in a step, whatever its batch, next to the product of
+an embedding and a square matrix; `batch`, the largest batch that fits in `--memory` GiB. Contenders take turns in one process.
+Memory is what a call takes at most beyond what is held before it: weights and, in training, the state of the optimizer. On the
+CPU measuring it needs Linux.
 
 Prints tables, and writes every measurement to `--output` as JSON.
 """
@@ -57,13 +58,14 @@ import dense  # noqa: E402
 import measure  # noqa: E402
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel  # noqa: E402
+from modeling_flm.joint_noise import JointNoise  # noqa: E402
 from modeling_flm.losses import head_loss, softmax_cross_entropy  # noqa: E402
 from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments  # noqa: E402
 from trainers.batches import stratified_uniforms  # noqa: E402
 
 
 GIB = 2**30
-SUITES = ("train", "distill", "generate", "sample", "gpt2", "head", "growth", "batch")
+SUITES = ("train", "distill", "generate", "sample", "gpt2", "head", "growth", "noise", "batch")
 AXES = ("vocab_size", "length", "hidden_size", "attention", "batch_size")
 PRESETS = ("single_stage", "self_distillation", "two_network", "second_stage")
 
@@ -220,10 +222,12 @@ class Benchmark:
 
     # How
 
-    def record(self, suite: str, settings: dict, functions: dict[str, Callable], num_tokens: int, count: str | None):
+    def record(
+        self, suite: str, settings: dict, functions: dict[str, Callable], num_tokens: int | None, count: str | None
+    ):
         """
-        Measures functions that make or learn from so many tokens; `count` is the one to compare with the ceilings, by what
-        it does without being compiled.
+        Measures functions that make or learn from so many tokens, if from any; `count` is the one to compare with the
+        ceilings, by what it does without being compiled.
         """
         measure.seconds(functions, 1, self.device)  # warms up
         peaks = {name: measure.peak_memory(function, self.device) for name, function in functions.items()}
@@ -234,7 +238,7 @@ class Benchmark:
                 "contender": name,
                 **settings,
                 "seconds": times[name],
-                "tokens_per_second": num_tokens / times[name],
+                "tokens_per_second": num_tokens and num_tokens / times[name],
                 "peak_gib": peaks[name] / GIB,
             }
             if name == count:
@@ -426,6 +430,26 @@ class Benchmark:
                 steps[f"products of the head, V = {size}"] = partial(products, *(x.to(self.device) for x in tensors))
             settings = {"length": length, "hidden_size": hidden_size, "attention": attention, "batch_size": batch_size}
             self.record("growth", settings, steps, batch_size * length, None)
+
+    def noise(self, vocab_size, length, hidden_size, attention, batch_size):
+        teacher = 0.02 * torch.randn(vocab_size, hidden_size, device=self.device)
+        student = (teacher + 1e-4 * torch.randn_like(teacher)).requires_grad_()
+        square = torch.randn(hidden_size, hidden_size, device=self.device)
+        frozen_gram = JointNoise(student, teacher, frozen=(1,)).frozen_gram
+        noises = {
+            "one network": partial(JointNoise, student),
+            "student and teacher": partial(JointNoise, student, teacher, frozen=(1,), frozen_gram=frozen_gram),
+        }
+
+        def backward(noise: JointNoise):
+            factor = noise.factor(0, student)
+            torch.autograd.grad(factor, student, torch.ones_like(factor))
+
+        functions = {"plain product": lambda: teacher @ square}
+        for name, make in noises.items():
+            functions |= {f"{name}, made": make, f"{name}, backward": partial(backward, make())}
+        settings = {"vocab_size": vocab_size, "hidden_size": hidden_size}
+        self.record("noise", settings, functions, None, None)
 
     def batch(self, **settings):
         def fits(name: str, batch_size: int) -> bool:

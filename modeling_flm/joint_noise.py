@@ -13,6 +13,9 @@
 # limitations under the License.
 """One Gaussian noise for several networks, drawn in embedding space."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 
 
@@ -29,28 +32,77 @@ def noise_size(*embeddings: torch.Tensor) -> int:
     return min(embeddings[0].shape[0], sum(embedding.shape[1] for embedding in embeddings))
 
 
-# Rows of the embeddings that are in float64 at a time.
-_ROWS = 2048
+# Sums over so many rows are in float32, and sums of those in float64: with more rows rounding errors grow.
+_ROWS = 4096
+# Columns of the Gram matrix in a product: with fewer, less is computed on both sides of its diagonal, by slower products.
+_COLUMNS = 384
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices in float32, also where autocast, TF32 or bfloat16 is allowed for them."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    allowed = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, allowed):
+            backend.fp32_precision = precision
+
+
+def _near(embeddings: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Ones where columns are near those of the last embedding of their width, on a sample of rows, and else zeros."""
+    last, near = {}, []
+    for embedding in embeddings:
+        sample = embedding[:: max(1, len(embedding) // _ROWS)].to(embeddings[0].device)
+        other = last.get(embedding.shape[1])
+        # Without a branch, which would wait for the device.
+        is_near = None if other is None else (sample - other).norm(dim=0) < sample.norm(dim=0) / 4
+        near.append(None if is_near is None else is_near.to(sample))
+        last[embedding.shape[1]] = sample
+    return near
+
+
+def _basis(embeddings: Sequence[torch.Tensor], near: Sequence[torch.Tensor | None]) -> Iterator[torch.Tensor]:
+    """A', some rows at a time."""
+    for parts in zip(*(embedding.split(_ROWS) for embedding in embeddings)):
+        last, columns = {}, []
+        for part, weight in zip(parts, near):
+            part = part.to(parts[0].device)
+            columns.append(part if weight is None else part - weight * last[part.shape[1]])
+            last[part.shape[1]] = part
+        yield columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+
+def _add_near(columns: torch.Tensor, widths: list[int], near: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """What belongs to A', as what belongs to the embeddings."""
+    last, sums = {}, []
+    for width, weight, part in zip(widths, near, columns.split(widths, dim=-1)):
+        last[width] = part if weight is None else part + weight.to(part.device) * last[width]
+        sums.append(last[width])
+    return sums
 
 
 class _NoiseFactor(torch.autograd.Function):
-    r"""\\(C^{-1} A^\top E\\), whose value is known, as a function of \\(E\\)."""
+    r"""\\(C^{-1} A'^\top E\\), whose value is known, as a function of \\(E\\)."""
 
     @staticmethod
-    def forward(ctx, embedding: torch.Tensor, value: torch.Tensor, cholesky: torch.Tensor, *joint: torch.Tensor):
+    def forward(ctx, embedding: torch.Tensor, value: torch.Tensor, cholesky: torch.Tensor, near: list, *joint):
         ctx.save_for_backward(cholesky, *joint)
+        ctx.near = near
         return value.to(embedding)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         cholesky, *joint = ctx.saved_tensors
-        inner = torch.linalg.solve_triangular(cholesky.mT, gradient.to(cholesky), upper=True)
-        if len(joint) == 1:
-            product = joint[0] @ inner.to(joint[0])
-        else:  # where embeddings nearly coincide, large terms cancel
-            rows = zip(*(embedding.to(inner.device).split(_ROWS) for embedding in joint))
-            product = torch.cat([torch.cat(parts, dim=1).to(inner) @ inner for parts in rows])
-        return product.to(gradient), *(None for _ in range(2 + len(joint)))
+        inner = gradient.to(cholesky.device).to(cholesky.dtype)  # in this order, as MPS has no float64
+        inner = torch.linalg.solve_triangular(cholesky.mT, inner, upper=True)
+        with _full_precision(joint[0].device):
+            product = torch.cat([rows @ inner.to(rows) for rows in _basis(joint, ctx.near)])
+        return product.to(gradient), *(None for _ in range(3 + len(joint)))
 
 
 class JointNoise:
@@ -59,43 +111,70 @@ class JointNoise:
     \\(\varepsilon R_1, \varepsilon R_2, \dots\\), with the factors \\(R_i\\) that `factor` returns, have jointly the
     distribution of \\(x_0 E_1, x_0 E_2, \dots\\) for *one* V-dimensional \\(x_0 \sim N(0, I_V)\\).
 
-    Let \\(A = [E_1 | E_2 | \dots]\\), held constant, and \\(C C^\top = A^\top A\\). Then
-    \\(R_i = C^{-1} A^\top E_i\\): in value a block of \\(C^\top\\), and differentiable in \\(E_i\\), with a gradient that
-    is the conditional expectation of the V-dimensional one given the noisy state, hence unbiased and less noisy. Where
-    the vocabulary is not larger than the joint width, \\(R_i = E_i\\) and the noise has V dimensions.
+    Let \\(A = [E_1 | E_2 | \dots]\\), held constant, with an orthonormal basis \\(Q = A' C^{-\top}\\) of its columns. Then
+    \\(R_i = Q^\top E_i\\), differentiable in \\(E_i\\), with a gradient that is the conditional expectation of the
+    V-dimensional one given the noisy states, hence unbiased and less noisy. Where the vocabulary is not larger than the
+    joint width, \\(R_i = E_i\\) and the noise has V dimensions.
 
-    What costs time is done here, once for as long as no embedding changes.
+    Here \\(A'\\) is A with a column of \\(E_i - E_{i-1}\\) in place of one of \\(E_i\\) where both are near, and
+    \\(C C^\top = A'^\top A'\\): for one embedding \\(R = C^\top\\). What costs time is done here, once for as long as no
+    embedding changes. Products are in float32, their sums and the factorization in float64. What that loses: the variance
+    of a column of \\(A'\\) grows by \\(5 \cdot 10^{-7}\\) of it, or \\(4 \cdot 10^{-6}\\) where columns are linearly
+    dependent up to rounding, so that covariances of states are right to \\(10^{-5}\\) of the variances. States of nearly
+    coinciding embeddings differ by what they should, up to float32 rounding, but not those of parts of *one* embedding:
+    for a concatenation, pass its parts.
 
     Args:
         embeddings (`torch.Tensor` of shape `(vocab_size, embedding_size)`):
             One or several token embeddings over one vocabulary. They may coincide.
+        frozen (`Sequence[int]`, *optional*, defaults to `()`):
+            Indices of embeddings that never change. They come first, in this order.
+        frozen_gram (`torch.Tensor` of shape `(frozen_size, frozen_size)`, *optional*):
+            The attribute of this name of an earlier noise with the same `frozen` embeddings, so as not to compute it again.
     """
 
-    def __init__(self, *embeddings: torch.Tensor):
+    def __init__(self, *embeddings: torch.Tensor, frozen: Sequence[int] = (), frozen_gram: torch.Tensor | None = None):
         if len({embedding.shape[0] for embedding in embeddings}) != 1:
             shapes = ", ".join(str(tuple(embedding.shape)) for embedding in embeddings)
             raise ValueError(f"`embeddings` must share one vocabulary, got shapes {shapes}.")
         self.size = noise_size(*embeddings)
-        dtypes = (torch.promote_types(embedding.dtype, torch.float32) for embedding in embeddings)
+        dtypes = [torch.promote_types(embedding.dtype, torch.float32) for embedding in embeddings]
         self.embeddings = [embedding.detach().to(dtype) for embedding, dtype in zip(embeddings, dtypes)]
-        self.cholesky = None
+        self.cholesky, self.frozen_gram = None, frozen_gram
         if self.size == embeddings[0].shape[0]:
             return
-        # Coinciding or tiny embeddings need float64, which MPS lacks.
-        first = embeddings[0].device
+        order = [*frozen, *(index for index in range(len(embeddings)) if index not in frozen)]
+        self._joint = [self.embeddings[index] for index in order]
+        widths = [embedding.shape[1] for embedding in self._joint]
+        with torch.no_grad(), _full_precision(self._joint[0].device):
+            self._near = _near(self._joint)
+            gram = self._gram(sum(widths[: len(frozen)]))
+            # The share of a column's variance is above the rounding errors of products; the rest is for columns of zeros.
+            eps = max(1e-11, *(torch.finfo(dtype).eps for dtype in dtypes))
+            diagonal = gram.diagonal()
+            tiny = eps**3 * torch.cat(_add_near(diagonal, widths, self._near)) + torch.finfo(torch.float32).tiny
+            # Without a check, which would wait for the device: what fails both times becomes NaN.
+            self.cholesky = torch.full_like(gram, torch.nan)
+            for relative in (32 * eps, 4 * eps):
+                cholesky, failed = torch.linalg.cholesky_ex(gram + torch.diag(relative * diagonal + tiny))
+                self.cholesky = torch.where(failed == 0, cholesky, self.cholesky)
+        self.values = dict(zip(order, _add_near(self.cholesky.mT, widths, self._near)))
+
+    def _gram(self, frozen_size: int) -> torch.Tensor:
+        """The Gram matrix of the basis."""
+        # MPS has no float64: there only the products are on the device.
+        first = self._joint[0].device
         device = torch.device("cpu") if first.type == "mps" else first
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            gram = torch.zeros(self.size, self.size, dtype=torch.float64, device=device)
-            for parts in zip(*(embedding.to(device).split(_ROWS) for embedding in self.embeddings)):
-                joint = torch.cat([part.double() for part in parts], dim=1)
-                gram.addmm_(joint.T, joint)
-            # Keeps the factorization defined where embeddings coincide; its effect is below float32 rounding.
-            tiny = 1e-10 * gram.diagonal().mean() + torch.finfo(torch.float64).tiny
-            # Without a check, which would wait for the device: what fails becomes NaN.
-            self.cholesky, failed = torch.linalg.cholesky_ex(gram + torch.diag(tiny.expand(self.size)))
-            self.cholesky = torch.where(failed == 0, self.cholesky, torch.nan)
-            values = torch.linalg.solve_triangular(self.cholesky, gram, upper=False)
-        self.values = values.split([embedding.shape[1] for embedding in embeddings], dim=1)
+        gram = torch.zeros(self.size, self.size, dtype=torch.float64, device=device)
+        blocks = [*range(0, frozen_size, _COLUMNS), *range(frozen_size, self.size, _COLUMNS), self.size]
+        if self.frozen_gram is not None:
+            gram[:frozen_size, :frozen_size] = self.frozen_gram
+            blocks = [start for start in blocks if start >= frozen_size]
+        for rows in _basis(self._joint, self._near):
+            for left, right in zip(blocks, blocks[1:]):
+                gram[:right, left:right] += (rows[:, :right].mT @ rows[:, left:right]).to(device)
+        self.frozen_gram = gram[:frozen_size, :frozen_size].clone()
+        return gram.triu() + gram.triu(1).mT
 
     def factor(self, index: int, embedding: torch.Tensor | None = None) -> torch.Tensor:
         r"""
@@ -112,4 +191,4 @@ class JointNoise:
         embedding = self.embeddings[index] if embedding is None else embedding
         if self.cholesky is None:
             return embedding
-        return _NoiseFactor.apply(embedding, self.values[index], self.cholesky, *self.embeddings)
+        return _NoiseFactor.apply(embedding, self.values[index], self.cholesky, self._near, *self._joint)

@@ -134,6 +134,7 @@ def test_program(tmp_path):
         "gpt2",
         "head",
         "growth",
+        "noise",
         "batch",
     ]
     options = [
@@ -164,4 +165,5 @@ def test_program(tmp_path):
     assert contenders["gpt2: one text"] == {"one-step flow map", "GPT-2 with KV cache"}
     assert {row["num_steps"] for row in rows if row["suite"] in ("generate", "sample")} == {1, 2}
     assert contenders["sample"] == {"library"}
+    assert {"plain product", "one network, made", "student and teacher, backward"} <= contenders["noise"]
     assert (tmp_path / "plot.png").stat().st_size > 5000
