@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
-from trainers.data import add_special_tokens
+from modeling_flm.tokenization_flm import add_special_tokens
 
 from .card import is_hub_name
 from .checkpoints import Checkpoint, CheckpointError, HubCheckpoint, describe, open_checkpoint

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From texts to batches: loading, tokenizers, packing, collation."""
+"""From texts to batches: loading, packing, collation."""
 
 import re
 import sys
@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
+
+from modeling_flm.tokenization_flm import has_characters_only
 
 
 # How `datasets` reads a file, by its ending.
@@ -113,93 +114,6 @@ def _take_split(dataset: DatasetDict | IterableDatasetDict, split: str) -> Datas
     if start >= stop:
         raise ValueError(f"{split!r} has no texts: the whole split has {num_rows}.")
     return part.skip(start).take(stop - start)
-
-
-def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """
-    Trains a small tokenizer, for experiments that should not depend on a downloaded one.
-
-    Args:
-        texts (`Iterable[str]`): The texts to learn the vocabulary from.
-        kind (`str`):
-            `"char"` for characters; `"word"` for words and punctuation marks, with single spaces between them when decoded;
-            `"bpe"` for byte-level byte-pair encoding, which loses nothing; `"text8"` for the letters from a to z and the
-            space, whatever the texts.
-        vocab_size (`int`): The largest vocabulary, special tokens included. 27 for `"text8"`.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerFast`] with the special tokens `[PAD]`, `[BOS]`, `[EOS]` and `[UNK]`, but for
-        `"text8"`, which has none.
-    """
-    if kind == "text8":
-        vocab = {character: index for index, character in enumerate(" abcdefghijklmnopqrstuvwxyz")}
-        tokenizer = Tokenizer(models.WordLevel(vocab))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-        tokenizer.decoder = decoders.Fuse()
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
-    special_tokens = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"]
-    if vocab_size <= len(special_tokens):
-        raise ValueError(f"`vocab_size` must be above {len(special_tokens)}, got {vocab_size}.")
-    if kind == "bpe":
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        if vocab_size < len(special_tokens) + len(alphabet):
-            raise ValueError(
-                f"`vocab_size` must be at least {len(special_tokens) + len(alphabet)} for 'bpe', got {vocab_size}."
-            )
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
-        )
-    elif kind in ("char", "word"):
-        tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-        if kind == "char":
-            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-            tokenizer.decoder = decoders.Fuse()
-        else:
-            tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
-    else:
-        raise ValueError(f"`kind` must be 'bpe', 'char', 'word' or 'text8', got {kind!r}.")
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        bos_token="[BOS]",
-        eos_token="[EOS]",
-        unk_token="[UNK]",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _has_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return not tokenizer.all_special_tokens and all(len(token) == 1 for token in tokenizer.get_vocab())
-
-
-def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """
-    Gives a tokenizer the BOS, EOS and PAD token that it lacks, as the paper does: BERT's `[CLS]` and `[SEP]` begin and
-    end texts, and GPT-2 gets a new `[PAD]` (hence its 50258 tokens). One of single characters and nothing else, as for text8, is
-    left so.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Changed in place.
-
-    Returns:
-        The tokenizer.
-    """
-    if _has_characters_only(tokenizer):
-        return tokenizer
-    if tokenizer.bos_token is None:
-        tokenizer.bos_token = tokenizer.cls_token
-    if tokenizer.eos_token is None:
-        tokenizer.eos_token = tokenizer.sep_token
-    if tokenizer.bos_token is None or tokenizer.eos_token is None:
-        raise ValueError("`tokenizer` has no tokens to begin and end texts: set its `bos_token` and `eos_token`.")
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    return tokenizer
 
 
 def pack_tokens(
@@ -317,13 +231,13 @@ def pack_dataset(
         A dataset like `dataset` with the single column `input_ids`.
     """
     no_boundaries = tokenizer.bos_token_id is None or tokenizer.eos_token_id is None
-    if no_boundaries and not _has_characters_only(tokenizer):
+    if no_boundaries and not has_characters_only(tokenizer):
         raise ValueError(
             "`tokenizer` needs a BOS and an EOS token to pack texts: pass it through `add_special_tokens` first."
         )
     if preprocessing is not None and preprocessing not in PREPROCESSING:
         raise ValueError(f"`preprocessing` must be one of {', '.join(PREPROCESSING)}, got {preprocessing!r}.")
-    if preprocessing == "characters" and not _has_characters_only(tokenizer):
+    if preprocessing == "characters" and not has_characters_only(tokenizer):
         raise ValueError("`preprocessing='characters'` is for a `tokenizer` of single characters and nothing else.")
     if block_size < 3:
         raise ValueError(f"`block_size` must be at least 3, got {block_size}.")
