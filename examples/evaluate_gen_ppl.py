@@ -49,7 +49,8 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_update
 from script_utils import parse_arguments
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hub.card import EVALUATION_NAME, eval_results
+from hub.card import eval_results
+from hub.records import EVALUATION_NAME
 from modeling_flm import FLMGenerationConfig  # which registers the models with the auto classes, too
 from trainers import find_text_column, generate_samples, load_gen_ppl, load_texts
 

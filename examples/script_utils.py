@@ -24,10 +24,8 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from hub.records import DATA_SETTINGS_NAME
 from trainers import PREPROCESSING, FLMTrainer, FLMTrainingArguments, load_texts, pack_dataset
-
-
-DATA_SETTINGS_NAME = "data_settings.json"
 
 
 @dataclass

@@ -39,7 +39,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import evaluate_gen_ppl  # noqa: E402
 
-from hub.card import read_records  # noqa: E402
+from hub.records import read_records  # noqa: E402
 
 
 SCORER = str(oracle.FIXTURES / "scorer_tiny")

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from hub.card import is_hub_name
+from hub.records import is_hub_name
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import flow_map, hold, interpolate, project_to_simplex, semigroup_weight
 from modeling_flm.losses import one_hot_chunks
