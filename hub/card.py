@@ -13,11 +13,12 @@
 # limitations under the License.
 """The model card: a README with the metadata of the Hub, made from what is in a model's folder."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_update
 from transformers import PreTrainedModel
 
 from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, clean_sampling, public_name
@@ -156,3 +157,35 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
         for row in evaluation.get("results", [])
         for key, (metric_type, metric_name) in metrics.items()
     ]
+
+
+def add_results(model: str, evaluation: dict[str, Any], revision: str = "main"):
+    """
+    Puts the results of an evaluation where the card of a model is, or will be made.
+
+    Args:
+        model (`str`):
+            The model's folder, which gets the record, from where publishing takes it into the card; or the name of its
+            repository, whose card is changed.
+        evaluation (`dict[str, Any]`): As in [`eval_results`], and with `seeds`.
+        revision (`str`, *optional*, defaults to `"main"`): The branch of the repository.
+    """
+    folder, results = Path(model), eval_results(evaluation)
+    name = model.rstrip("/").split("/")[-1]
+    if not folder.is_dir():
+        index = ModelCardData(model_name=name, eval_results=results).to_dict()["model-index"]
+        metadata_update(model, {"model-index": index}, overwrite=True, revision=revision)
+        return
+    path = folder / EVALUATION_NAME
+    if path.is_file():  # other numbers of steps that were measured in the same way stay
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if all(old.get(key) == evaluation[key] for key in ("scorer", "num_samples", "seeds", "sampling")):
+            rows = {row["num_steps"]: row for row in [*old["results"], *evaluation["results"]]}
+            evaluation = {**evaluation, "results": [rows[num_steps] for num_steps in sorted(rows)]}
+    path.write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    if (folder / "README.md").is_file():
+        card = ModelCard.load(folder / "README.md")
+        others = card.data.eval_results or []
+        others = [old for old in others if not any(old.is_equal_except_value(new) for new in results)]
+        card.data.model_name, card.data.eval_results = card.data.model_name or name, [*others, *results]
+        card.save(folder / "README.md")

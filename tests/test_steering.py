@@ -354,7 +354,7 @@ class TestPrompts:
 
     @pytest.mark.slow
     def test_processes_make_what_one_does(self, tmp_path):
-        script = Path(__file__).parent / "scripts" / "continue_prompts.py"
+        script = Path(__file__).parent / "helpers" / "continue_prompts.py"
         subprocess.run([sys.executable, *launcher(), script, tmp_path], check=True, timeout=300)
         tokens = torch.cat([torch.load(tmp_path / f"{index}.pt") for index in (0, 1)])
         assert torch.equal(tokens, continue_prompts(list(range(7))))

@@ -32,7 +32,7 @@ from trainers.noise import draw_known_masks, draw_noise, example_seed, low_discr
 
 
 SCORER = str(oracle.FIXTURES / "scorer_tiny")
-SCRIPTS = Path(__file__).parent / "scripts"
+SCRIPTS = Path(__file__).parent / "helpers"
 
 
 class TestNoise:
