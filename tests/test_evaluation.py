@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import oracle
 import pytest
@@ -23,6 +24,7 @@ from train_tiny import launcher
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
+from hub.card import add_results
 from hub.records import read_records
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from trainers import (
@@ -311,19 +313,15 @@ class TestScript:
         for text in ((copy / "README.md").read_text(), json.dumps(card_records["sampling"])):
             assert str(worse) not in text and "worse" in text
 
-    def test_results_go_into_the_card_on_the_hub(self, tmp_path):
-        script = """
-from hub.card import add_results
-for value in (9.5, 8.5):
-    row = {"num_steps": 2, "gen_ppl": value, "entropy": 2.5}
-    add_results("tester/tiny", {"scorer": "gpt2", "num_samples": 3, "results": [row]})
-"""
-        with LoopbackHub() as server:
-            repository = server.repositories["tester/tiny"] = Repository()
-            repository.commit("main", {"README.md": File(b"---\nlicense: mit\n---\n# Mine\n")}, "By hand")
-            environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
-            subprocess.run([sys.executable, "-c", script], check=True, env=environment)
-            contents = [files["README.md"].content.decode() for files in repository.commits.values()]
+    def test_results_go_into_the_card_on_the_hub(self, server, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)  # was made at import
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        repository = server.repositories["tester/tiny"] = Repository()
+        repository.commit("main", {"README.md": File(b"---\nlicense: mit\n---\n# Mine\n")}, "By hand")
+        for value in (9.5, 8.5):
+            row = {"num_steps": 2, "gen_ppl": value, "entropy": 2.5}
+            add_results("tester/tiny", {"scorer": "gpt2", "num_samples": 3, "results": [row]})
+        contents = [files["README.md"].content.decode() for files in repository.commits.values()]
         assert len(contents) == 3
         for content, value in zip(contents[1:], (9.5, 8.5)):
             card = ModelCard(content)

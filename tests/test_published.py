@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import oracle
+import published
 import pytest
 from hub_server import File, LoopbackHub, Repository
 
@@ -14,10 +15,6 @@ from trainers import train_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-import published  # noqa: E402
-
-
 REPOSITORIES = ("FLM-B-LM1B", "FMLM-B-LM1B", "FLM-B-OWT", "FMLM-B-OWT")
 
 
