@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from conftest import build_flm
 from datasets import Dataset
-from example_scripts import run_elsewhere, run_here
+from example_scripts import run_here
 from hub_server import TOKEN, File, LoopbackHub, Repository, metadata_problems
 from huggingface_hub import EvalResult, ModelCard
-from train_tiny import launcher
+from processes import run_processes
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
@@ -219,11 +219,10 @@ class TestScript:
         with pytest.raises(SystemExit, match="has results already"):
             evaluate("--model", folder, *flags)
 
-    @pytest.mark.slow
     def test_two_processes_give_the_same_table(self, folder, tmp_path):
         evaluate("--model", folder, *OPTIONS, "--output_dir", tmp_path / "one")
         flags = [*OPTIONS, "--output_dir", tmp_path / "two"]
-        run_elsewhere("evaluate_gen_ppl", "--model", folder, *flags, launcher=launcher())
+        run_processes(run_here, "evaluate_gen_ppl", "--model", folder, *flags)
         results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
         for result in results:
             assert all(row.pop("seconds_per_text") > 0 for row in result["results"])

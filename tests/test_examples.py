@@ -15,7 +15,7 @@ import yaml
 from conftest import build_flm
 from datasets import Dataset
 from example_scripts import run_elsewhere, run_here
-from train_tiny import launcher
+from processes import launcher
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_flm import FLMModel
