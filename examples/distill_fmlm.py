@@ -25,11 +25,11 @@ can also stand in a YAML file, given as the first argument; flags after it take 
 from dataclasses import dataclass, field
 
 import torch
-from script_utils import DataArguments, load_datasets, pack_datasets, parse_arguments, read_data_settings, run
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, set_seed
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from trainers import PRESETS, FMLMTrainer, FMLMTrainingArguments, add_special_tokens
+from trainers.scripts import DataArguments, ScriptParser, load_datasets, pack_datasets, read_data_settings, run
 
 
 @dataclass
@@ -71,13 +71,14 @@ def get_student(
     return FMLMModel(student.config) if arguments.preset == "self_distillation" else student
 
 
-def main():
-    arguments, data_args, training_args = parse_arguments(
-        DistillationArguments,
-        DataArguments,
-        FMLMTrainingArguments,
+def make_parser() -> ScriptParser:
+    return ScriptParser(
+        [DistillationArguments, DataArguments, FMLMTrainingArguments],
         find_defaults=lambda chosen: {**read_data_settings(chosen.teacher, chosen), **PRESETS[chosen.preset]},
     )
+
+
+def main(arguments: DistillationArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):
     set_seed(training_args.seed)
     options = {"trust_remote_code": arguments.trust_remote_code}
     if arguments.attn_implementation is not None:
@@ -101,4 +102,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*make_parser().parse_args_and_config())

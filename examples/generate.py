@@ -38,7 +38,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from modeling_flm.pipeline_flm import encode_prompts  # which registers the models with the auto classes, too
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the name of a model of the Hub, or its folder")
     parser.add_argument("--revision", default="main", help="the branch, tag or commit of the model to take")
@@ -64,7 +64,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep_special_tokens", action="store_true", help="show where texts begin and end")
     parser.add_argument("--live", action="store_true", help="show a single text forming, in the terminal")
     parser.add_argument("--output", type=Path, help="a .jsonl or .parquet file to write instead of stdout")
-    args = parser.parse_args()
+    return parser
+
+
+def check_arguments(args: argparse.Namespace):
+    """Ends the script for arguments that cannot be used."""
+    parser = make_parser()
     if args.output is not None and args.output.suffix not in (".jsonl", ".parquet"):
         parser.error(f"--output: {args.output} must end in .jsonl or .parquet")
     if args.output is not None and args.output.exists():
@@ -74,7 +79,6 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("num_samples", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    return args
 
 
 def generate(
@@ -106,8 +110,8 @@ def generate(
             yield {"text": text, "tokens": tokens, "num_steps": output.num_forward_passes, "seed": args.seed}
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
+    check_arguments(args)
     options = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     model = AutoModel.from_pretrained(args.model, dtype=args.dtype, revision=args.revision, **options)
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
@@ -141,6 +145,6 @@ def main():
 
 if __name__ == "__main__":
     try:
-        main()
+        main(make_parser().parse_args())
     except (OSError, ValueError) as error:  # of names that do not exist, and parameters that cannot be used
         raise SystemExit(f"error: {error}") from error

@@ -18,10 +18,10 @@ library, one JSON object with a `text` per line.
     python examples/python_corpus.py corpus.jsonl
 """
 
+import argparse
 import ast
 import inspect
 import json
-import sys
 import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -35,7 +35,13 @@ def docstrings(path: Path):
             yield ast.get_docstring(node) or ""
 
 
-def main(output: str):
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="the .jsonl file to write")
+    return parser
+
+
+def main(args: argparse.Namespace):
     library = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in library.rglob("*.py") if not {"site-packages", "test", "tests"} & set(path.parts))
     texts = [inspect.cleandoc(text) for text in topics.values()]
@@ -45,13 +51,11 @@ def main(output: str):
         except SyntaxError:  # files for the tests of 2to3 are not today's Python
             continue
     texts = list(dict.fromkeys(texts))
-    with open(output, "w", encoding="utf-8") as file:
+    with args.output.open("w", encoding="utf-8") as file:
         for text in texts:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    print(f"{output}: {len(texts):,} texts, {sum(map(len, texts)):,} characters")
+    print(f"{args.output}: {len(texts):,} texts, {sum(map(len, texts)):,} characters")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
-    main(sys.argv[1])
+    main(make_parser().parse_args())

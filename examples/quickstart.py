@@ -55,7 +55,7 @@ FLM_STEPS = (1, 2, 4, 8, 16, 64)
 FMLM_STEPS = (1, 2, 4, 8)
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="a dataset of the Hub to learn from, or its folder")
     parser.add_argument("--train_file", help="a txt, json, jsonl, csv or parquet file to learn from")
@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, default=500, help="samples to measure at each number of steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs/quickstart")
-    return parser.parse_args()
+    return parser
 
 
 def load_stories(seed: int) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
@@ -186,8 +186,7 @@ def plot(rows: list[dict], log_histories: dict[str, list[dict]], path: Path):
     plt.close(figure)
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     set_seed(args.seed)
     own_texts = args.dataset is not None or args.train_file is not None
     tokenizer, dataset, length = load_own_texts(args) if own_texts else load_stories(args.seed)
@@ -245,4 +244,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(make_parser().parse_args())

@@ -49,7 +49,7 @@ WORD = "red"
 PREFIX_LENGTH = 12
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max_steps", type=int, default=1900, help="optimizer steps of the FLM")
     parser.add_argument("--prompt_steps", type=int, default=3000, help="of the FLM that learns to be given parts")
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, default=500, help="samples of each measurement")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs/steering")
-    return parser.parse_args()
+    return parser
 
 
 def trained(verb: str, name: str, args: argparse.Namespace, make_trainer: Callable[[], FLMTrainer]) -> PreTrainedModel:
@@ -215,8 +215,7 @@ def plot(rows: list[dict], path: Path):
     plt.close(figure)
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     tokenizer, dataset, _ = load_stories(args.seed)
     common = (tokenizer, dataset, args)
     models = {"flm": train_flm("flm", args.max_steps, 0.0, *common)}
@@ -237,4 +236,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(make_parser().parse_args())

@@ -25,11 +25,11 @@ from dataclasses import dataclass, field
 
 import torch
 import yaml
-from script_utils import DataArguments, load_datasets, pack_datasets, parse_arguments, run
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from modeling_flm import FLMConfig, FLMModel
 from trainers import FLMTrainer, FLMTrainingArguments, add_special_tokens, find_text_column, train_tokenizer
+from trainers.scripts import DataArguments, ScriptParser, load_datasets, pack_datasets, run
 
 
 @dataclass
@@ -103,8 +103,11 @@ def get_model(
     return AutoModel.from_config(AutoConfig.for_model("flm", **{**settings, **told, **overrides}), **options)
 
 
-def main():
-    model_args, data_args, training_args = parse_arguments(ModelArguments, DataArguments, FLMTrainingArguments)
+def make_parser() -> ScriptParser:
+    return ScriptParser([ModelArguments, DataArguments, FLMTrainingArguments])
+
+
+def main(model_args: ModelArguments, data_args: DataArguments, training_args: FLMTrainingArguments):
     set_seed(training_args.seed)
     dataset = load_datasets(data_args)
     column = find_text_column(dataset["train"], data_args.text_column)
@@ -124,4 +127,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*make_parser().parse_args_and_config())

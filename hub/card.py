@@ -14,95 +14,20 @@
 """The model card: a README with the metadata of the Hub, made from what is in a model's folder."""
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_update
 from transformers import PreTrainedModel
+
+from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, clean_sampling, public_name
 
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 # A card with this line was generated, and is generated anew. Without it, it is somebody's own.
 MARKER = "Generated: publishing again overwrites this file. Remove this line to keep your changes."
-
-TRAINING_NAME = "training.json"  # written by the trainers
-EVALUATION_NAME = "evaluation.json"  # scorer, num_samples, results: [{num_steps, gen_ppl, entropy}, ...]
-DATA_SETTINGS_NAME = "data_settings.json"  # written by the training scripts
-
-
-def is_hub_name(name: Any) -> bool:
-    """Whether `name` can be that of a repository, and is not of something on this machine."""
-    try:
-        validate_repo_id(name)
-    except (HFValidationError, TypeError):
-        return False
-    return isinstance(name, str) and not name.startswith(".") and not Path(name).exists()
-
-
-def public_name(name: str) -> str:
-    """The name of a model, without where it lies on this machine."""
-    return name if is_hub_name(name) else Path(name).name
-
-
-def read_records(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """
-    What is known of a model beside its weights, without what is about this machine alone.
-
-    Args:
-        folder (`str` or `Path`): The model's folder.
-
-    Returns:
-        `dict[str, dict[str, Any]]`: the contents of `training.json`, `evaluation.json` and `data_settings.json`, by these
-        names; of those that are there.
-
-    Raises:
-        `ValueError`: if one of them is not what it should be.
-    """
-    cleaners = {TRAINING_NAME: _clean_training, EVALUATION_NAME: _clean_evaluation, DATA_SETTINGS_NAME: _clean_data}
-    records = {}
-    for name, clean in cleaners.items():
-        path = Path(folder) / name
-        if path.is_file():
-            try:
-                records[name] = clean(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path} is not what it should be: {type(error).__name__}: {error}") from error
-    return records
-
-
-def _clean_training(training: dict[str, Any]) -> dict[str, Any]:
-    teacher = training.get("teacher")
-    arguments = {str(name): value for name, value in training["arguments"].items()}
-    cleaned = {"trainer": str(training["trainer"]), "step": int(training["step"]), "arguments": arguments}
-    return cleaned | ({"teacher": teacher} if is_hub_name(teacher) else {})
-
-
-def _clean_evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
-    for row in evaluation["results"]:
-        if not all(math.isfinite(row[name]) for name in ("num_steps", "gen_ppl", "entropy")):
-            raise ValueError("`results` must have finite numbers")
-    cleaned = {**evaluation, "num_samples": int(evaluation["num_samples"])}
-    return {**cleaned, "scorer": public_name(str(evaluation["scorer"])), "sampling": _clean_sampling(evaluation)}
-
-
-def _clean_sampling(evaluation: dict[str, Any]) -> dict[str, Any]:
-    sampling = dict(evaluation.get("sampling", {}))
-    return {name: public_name(value) if name == "guidance_model" else value for name, value in sampling.items()}
-
-
-def _clean_data(settings: dict[str, Any]) -> dict[str, Any]:
-    def is_public(name: str, value: Any) -> bool:
-        if name == "dataset_name":
-            return is_hub_name(value)
-        return name == "dataset_revision" or not (isinstance(value, str) and re.search(r"[/\\]", value))
-
-    local = ("train_file", "validation_file")
-    return {name: value for name, value in settings.items() if name not in local and is_public(name, value)}
 
 
 def _as_list(values: str | list[str] | None) -> list[str]:
@@ -137,7 +62,7 @@ def build_card(
 
     Args:
         records (`dict[str, dict[str, Any]]`):
-            What is known of the model, from [`read_records`].
+            What is known of the model, from [`~hub.records.read_records`].
         repo_id (`str`):
             The name of the repository, for the code that shows how to use it.
         model ([`~transformers.PreTrainedModel`]):
@@ -226,9 +151,41 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
             metric_args={
                 "num_steps": row["num_steps"],
                 "scorer": public_name(evaluation["scorer"]),
-                **_clean_sampling(evaluation),
+                **clean_sampling(evaluation),
             },
         )
         for row in evaluation.get("results", [])
         for key, (metric_type, metric_name) in metrics.items()
     ]
+
+
+def add_results(model: str, evaluation: dict[str, Any], revision: str = "main"):
+    """
+    Puts the results of an evaluation where the card of a model is, or will be made.
+
+    Args:
+        model (`str`):
+            The model's folder, which gets the record, from where publishing takes it into the card; or the name of its
+            repository, whose card is changed.
+        evaluation (`dict[str, Any]`): As in [`eval_results`], and with `seeds`.
+        revision (`str`, *optional*, defaults to `"main"`): The branch of the repository.
+    """
+    folder, results = Path(model), eval_results(evaluation)
+    name = model.rstrip("/").split("/")[-1]
+    if not folder.is_dir():
+        index = ModelCardData(model_name=name, eval_results=results).to_dict()["model-index"]
+        metadata_update(model, {"model-index": index}, overwrite=True, revision=revision)
+        return
+    path = folder / EVALUATION_NAME
+    if path.is_file():  # other numbers of steps that were measured in the same way stay
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if all(old.get(key) == evaluation[key] for key in ("scorer", "num_samples", "seeds", "sampling")):
+            rows = {row["num_steps"]: row for row in [*old["results"], *evaluation["results"]]}
+            evaluation = {**evaluation, "results": [rows[num_steps] for num_steps in sorted(rows)]}
+    path.write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    if (folder / "README.md").is_file():
+        card = ModelCard.load(folder / "README.md")
+        others = card.data.eval_results or []
+        others = [old for old in others if not any(old.is_equal_except_value(new) for new in results)]
+        card.data.model_name, card.data.eval_results = card.data.model_name or name, [*others, *results]
+        card.save(folder / "README.md")

@@ -43,7 +43,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from .card import is_hub_name
+from .records import is_hub_name
 
 
 # Parts of the names of published parameters, in the order in which they are replaced.

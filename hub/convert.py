@@ -35,10 +35,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
-from trainers.data import add_special_tokens
+from modeling_flm.tokenization_flm import add_special_tokens
 
-from .card import is_hub_name
 from .checkpoints import Checkpoint, CheckpointError, HubCheckpoint, describe, open_checkpoint
+from .records import is_hub_name
 
 
 # What the published code calls the first stage of its distillation, whose checkpoint has the correction network alone, with

@@ -44,15 +44,8 @@ from transformers.utils import logging
 import modeling_flm
 from modeling_flm.modeling_flm import FLMPreTrainedModel
 
-from .card import (
-    DATA_SETTINGS_NAME,
-    EVALUATION_NAME,
-    MARKER,
-    TEMPLATES,
-    TRAINING_NAME,
-    build_card,
-    read_records,
-)
+from .card import MARKER, TEMPLATES, build_card
+from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, read_records
 
 
 logger = logging.get_logger(__name__)

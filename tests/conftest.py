@@ -1,6 +1,3 @@
-import sys
-from pathlib import Path
-
 import huggingface_hub.constants
 import pytest
 import torch
@@ -9,9 +6,6 @@ from transformers import CompileConfig
 
 from modeling_flm import FLMConfig, FLMModel, backbone_flm, losses, modeling_flm
 from modeling_flm.joint_noise import JointNoise
-
-
-sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 
 
 @pytest.fixture(autouse=True)

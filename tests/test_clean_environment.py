@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_flm
-from hub_server import TOKEN, LoopbackHub
+from hub_server import TOKEN
 
+import hub.publish
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from trainers import train_tokenizer
 
@@ -21,19 +22,19 @@ import importlib.util, sys, torch
 from transformers import AutoModel, AutoTokenizer, pipeline
 for name in ("modeling_flm", "trainers", "hub", "datasets", "accelerate"):
     assert importlib.util.find_spec(name) is None, name
-name = sys.argv[1]
-generator = lambda: torch.Generator().manual_seed(0)
-model = AutoModel.from_pretrained(name, trust_remote_code=True)
-tokens = model.generate(num_samples=2, num_steps=4, generator=generator())
-tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-pipe = pipeline("text-generation", model=name, trust_remote_code=True)
-rows = pipe(num_samples=2, num_steps=4, generator=generator())
-assert [row["generated_text"] for row in rows] == tokenizer.batch_decode(tokens, skip_special_tokens=True)
-torch.save(tokens, "tokens.pt")
+for name in sys.argv[1:]:
+    generator = lambda: torch.Generator().manual_seed(0)
+    model = AutoModel.from_pretrained(name, trust_remote_code=True)
+    tokens = model.generate(num_samples=2, num_steps=4, generator=generator())
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    pipe = pipeline("text-generation", model=name, trust_remote_code=True)
+    rows = pipe(num_samples=2, num_steps=4, generator=generator())
+    assert [row["generated_text"] for row in rows] == tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    torch.save(tokens, name.split("/")[-1] + ".pt")
 """
 
 
-def test_published_models_load_with_torch_and_transformers_alone(tmp_path):
+def test_published_models_load_with_torch_and_transformers_alone(server, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     root = Path(__file__).parents[1]
@@ -42,23 +43,27 @@ def test_published_models_load_with_torch_and_transformers_alone(tmp_path):
 
     flm = build_flm()
     tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", vocab_size=100)
-    with LoopbackHub() as server:
-        connection = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        elsewhere = {**connection, "PATH": "", "HF_HOME": str(tmp_path / "home")}
-        for model in (flm, FMLMModel.from_flm(flm).eval(), FMLMTwoNetworkModel.from_flm(flm).eval()):
-            name = type(model).__name__
-            model.save_pretrained(tmp_path / name)
-            tokenizer.save_pretrained(tmp_path / name)
+    connection = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    expected = {}
+    for model in (flm, FMLMModel.from_flm(flm).eval(), FMLMTwoNetworkModel.from_flm(flm).eval()):
+        name = type(model).__name__
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        if model is flm:  # as a user does
             publish = [sys.executable, "-m", "hub.publish", "--model", tmp_path / name, "--repo-id", f"tester/{name}"]
             subprocess.run(publish, check=True, cwd=root, env={**os.environ, **connection})
-            expected = model.generate(num_samples=2, num_steps=4, generator=torch.Generator().manual_seed(0))
-            # From the Hub, from its cache, and one of them from its folder, too.
-            sources = [(f"tester/{name}", "0"), (f"tester/{name}", "1")]
-            for source, offline in sources + [(str(tmp_path / name), "1")] * (model is flm):
-                environment = {**elsewhere, "HF_HUB_OFFLINE": offline}
-                subprocess.run([python, "-c", SCRIPT, source], check=True, cwd=tmp_path, env=environment)
-                assert torch.equal(torch.load(tmp_path / "tokens.pt"), expected)
-                (tmp_path / "tokens.pt").unlink()
+        else:
+            hub.publish.publish(tmp_path / name, f"tester/{name}", token=TOKEN)
+        expected[name] = model.generate(num_samples=2, num_steps=4, generator=torch.Generator().manual_seed(0))
+    # From the Hub, from its cache, and from folders.
+    elsewhere = {**connection, "PATH": "", "HF_HOME": str(tmp_path / "home")}
+    for offline, prefix in (("0", "tester"), ("1", "tester"), ("1", str(tmp_path))):
+        names = [f"{prefix}/{name}" for name in expected]
+        environment = {**elsewhere, "HF_HUB_OFFLINE": offline}
+        subprocess.run([python, "-c", SCRIPT, *names], check=True, cwd=tmp_path, env=environment)
+        for name, tokens in expected.items():
+            assert torch.equal(torch.load(tmp_path / f"{name}.pt"), tokens)
+            (tmp_path / f"{name}.pt").unlink()
 
 
 def test_old_transformers_is_named(flm, tmp_path):

@@ -44,32 +44,34 @@ class TestPublishedValues:
             tokens = model.generate(prior_state=values["prior_state"], num_steps=steps)
             assert torch.equal(tokens, values[f"{prefix}.tokens_{steps}"])
 
-    @pytest.mark.parametrize("prefix, checkpoint", [("flm", FLM), ("stage2", STAGE_2)])
-    def test_logits_with_remote_code(self, prefix, checkpoint, tmp_path):
+    def test_logits_with_remote_code(self, tmp_path):
         values = oracle.values()
-        main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / "model")])
+        for prefix, checkpoint in (("flm", FLM), ("stage2", STAGE_2)):
+            main(["--checkpoint", str(checkpoint), "--output", str(tmp_path / prefix)])
+            model = convert(checkpoint)
+            if prefix == "flm":
+                times = {"timesteps": values["flm.tau"]}
+                t = values["flm.t"]
+            else:
+                times = {"timesteps": values["stage2.tau_s"], "target_timesteps": values["stage2.tau_t"]}
+                t = model.time_map.tau_to_t(values["stage2.tau_s"])
+            t, one_hot = t[:, None, None], torch.nn.functional.one_hot(values["input_ids"], 67).float()
+            batch = {"inputs_embeds": ((1 - t) * values["noise"] + t * one_hot) @ model.state_embedding, **times}
+            torch.save({key: value.detach() for key, value in batch.items()}, tmp_path / prefix / "batch.pt")
         script = """
 import sys, torch
 sys.modules["modeling_flm"] = None
 from transformers import AutoModel
-model = AutoModel.from_pretrained("model", trust_remote_code=True)
-batch = torch.load("batch.pt")
-torch.save(model(**batch).logits.detach(), "logits.pt")
+for name in ("flm", "stage2"):
+    model = AutoModel.from_pretrained(name, trust_remote_code=True)
+    batch = torch.load(f"{name}/batch.pt")
+    torch.save(model(**batch).logits.detach(), f"{name}/logits.pt")
 """
-        model = convert(checkpoint)
-        if prefix == "flm":
-            times = {"timesteps": values["flm.tau"]}
-            t = values["flm.t"]
-        else:
-            times = {"timesteps": values["stage2.tau_s"], "target_timesteps": values["stage2.tau_t"]}
-            t = model.time_map.tau_to_t(values["stage2.tau_s"])
-        t, one_hot = t[:, None, None], torch.nn.functional.one_hot(values["input_ids"], 67).float()
-        batch = {"inputs_embeds": ((1 - t) * values["noise"] + t * one_hot) @ model.state_embedding, **times}
-        torch.save({key: value.detach() for key, value in batch.items()}, tmp_path / "batch.pt")
         environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
         subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
-        logits, expected = torch.load(tmp_path / "logits.pt"), values[f"{prefix}.logits"]
-        assert (logits - expected).abs().max() / expected.abs().max() < 1e-4
+        for prefix in ("flm", "stage2"):
+            logits, expected = torch.load(tmp_path / prefix / "logits.pt"), values[f"{prefix}.logits"]
+            assert (logits - expected).abs().max() / expected.abs().max() < 1e-4
 
     def test_raw_weights(self):
         values = oracle.values()

@@ -53,6 +53,7 @@ class TestPacking:
         with pytest.raises(Exception, match="UNK"):
             tokenizer("Anarchism")
 
+    @pytest.mark.slow
     def test_second_process_finds_the_cache(self, tmp_path):
         Dataset.from_dict({"text": TEXTS * 50}).to_parquet(tmp_path / "train.parquet")
         train_tokenizer(TEXTS, "bpe", 300).save_pretrained(tmp_path / "tokenizer")

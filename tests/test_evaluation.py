@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import oracle
 import pytest
@@ -16,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from conftest import build_flm
 from datasets import Dataset
+from example_scripts import run_here
 from hub_server import TOKEN, File, LoopbackHub, Repository, metadata_problems
 from huggingface_hub import EvalResult, ModelCard
-from train_tiny import launcher
+from processes import run_processes
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
+from hub.card import add_results
+from hub.records import read_records
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from trainers import (
     FLMTrainer,
@@ -33,13 +37,13 @@ from trainers import (
     train_tokenizer,
 )
 from trainers.batches import example_seed
-
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-import evaluate_gen_ppl  # noqa: E402
-
-from hub.card import read_records  # noqa: E402
+from trainers.evaluation import (
+    EvaluationArguments,
+    check_arguments,
+    confidence_intervals,
+    decode,
+    describe_evaluation,
+)
 
 
 SCORER = str(oracle.FIXTURES / "scorer_tiny")
@@ -133,7 +137,7 @@ print(json.dumps(metric.compute(predictions={texts}, model_id={SCORER!r}, device
 """
     with LoopbackHub() as server:
         space = server.repositories["tester/gen_ppl"] = Repository()
-        folder = EXAMPLES.parent / "hub" / "gen_ppl"
+        folder = Path(__file__).parents[1] / "hub" / "gen_ppl"
         space.commit(
             "main", {path.name: File(path.read_bytes()) for path in folder.iterdir() if path.is_file()}, "Space"
         )
@@ -158,7 +162,7 @@ def test_intervals_cover():
     for _ in range(200):
         logs = rng.normal(2.0, 0.3, size=60)
         figures = {"token_counts": [10] * 60, "perplexities": np.exp(logs).tolist(), "entropies": (logs + 1).tolist()}
-        intervals = evaluate_gen_ppl.confidence_intervals(figures, 300)
+        intervals = confidence_intervals(figures, 300)
         low, high = intervals["gen_ppl_interval"]
         hits += low < math.exp(2.0) < high
         widths.append(math.log(high / low))
@@ -180,16 +184,15 @@ def folder(tmp_path_factory) -> Path:
 OPTIONS = ["--num_samples", "7", "--num_steps", "1", "3", "--seeds", "0", "5", "--scorer", SCORER]
 
 
-def evaluate(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate_gen_ppl.py", *map(str, arguments)])
-    evaluate_gen_ppl.main()
+def evaluate(*arguments):
+    run_here("evaluate_gen_ppl", *arguments)
 
 
 class TestScript:
-    def test_figures(self, folder, tmp_path, monkeypatch, gen_ppl):
+    def test_figures(self, folder, tmp_path, gen_ppl):
         (tmp_path / "people.txt").write_text("time back us was\nlong some his him they\n")
         flags = [*OPTIONS, "--reference_file", tmp_path / "people.txt", "--output_dir", tmp_path / "out"]
-        evaluate(monkeypatch, "--model", folder, *flags)
+        evaluate("--model", folder, *flags)
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         for row, num_steps in zip(results["results"], (1, 3)):
@@ -214,14 +217,12 @@ class TestScript:
         assert line == f"14 texts, scored by {SCORER}, gamma 0.0." and empty == ""
         assert len(table) == 5 and table[2].startswith("| 1 | 1 |") and table[4].startswith("| reference |")
         with pytest.raises(SystemExit, match="has results already"):
-            evaluate(monkeypatch, "--model", folder, *flags)
+            evaluate("--model", folder, *flags)
 
-    def test_two_processes_give_the_same_table(self, folder, tmp_path, monkeypatch):
-        evaluate(monkeypatch, "--model", folder, *OPTIONS, "--output_dir", tmp_path / "one")
-        script = [EXAMPLES / "evaluate_gen_ppl.py", "--model", folder, *OPTIONS, "--output_dir", tmp_path / "two"]
-        command = [sys.executable, *launcher(), *map(str, script)]
-        process = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert process.returncode == 0, process.stderr
+    def test_two_processes_give_the_same_table(self, folder, tmp_path):
+        evaluate("--model", folder, *OPTIONS, "--output_dir", tmp_path / "one")
+        flags = [*OPTIONS, "--output_dir", tmp_path / "two"]
+        run_processes(run_here, "evaluate_gen_ppl", "--model", folder, *flags)
         results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
         for result in results:
             assert all(row.pop("seconds_per_text") > 0 for row in result["results"])
@@ -229,7 +230,7 @@ class TestScript:
         for name in ("samples_1.jsonl", "samples_3.jsonl"):
             assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
-    def test_what_cannot_be_scored_shows_before_the_sampling(self, folder, tmp_path, monkeypatch):
+    def test_what_cannot_be_scored_shows_before_the_sampling(self, folder, tmp_path):
         (tmp_path / "people.jsonl").write_text('{"id": 3, "story": "time back us was"}\n')
         reference = ["--reference_file", tmp_path / "people.jsonl"]
         for flags, error, message in (
@@ -243,28 +244,28 @@ class TestScript:
             (["--scorer_batch_size", 0], SystemExit, "--scorer_batch_size"),
         ):
             with pytest.raises(error, match=message):
-                evaluate(monkeypatch, "--model", folder, *OPTIONS, "--output_dir", tmp_path / "out", *flags)
+                evaluate("--model", folder, *OPTIONS, "--output_dir", tmp_path / "out", *flags)
             assert not (tmp_path / "out").exists()
         flags = [*reference, "--text_column", "story", "--output_dir", tmp_path / "out"]
-        evaluate(monkeypatch, "--model", folder, *OPTIONS, *flags)
+        evaluate("--model", folder, *OPTIONS, *flags)
 
-    def test_passes_of_two_networks_and_length_of_the_reference(self, folder, tmp_path, monkeypatch):
+    def test_passes_of_two_networks_and_length_of_the_reference(self, folder, tmp_path):
         FMLMTwoNetworkModel.from_flm(build_flm()).save_pretrained(tmp_path / "two")
         AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "two")
         (tmp_path / "people.txt").write_text(" ".join(["time back us was"] * 20))
         flags = [*OPTIONS, "--output_dir", tmp_path / "out", "--reference_file", tmp_path / "people.txt"]
-        evaluate(monkeypatch, "--model", tmp_path / "two", *flags, "--top_k", 5)
+        evaluate("--model", tmp_path / "two", *flags, "--top_k", 5)
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert [row["num_forward_passes"] for row in results["results"][:2]] == [2, 6]
         assert results["results"][2]["entropy"] == pytest.approx(math.log(4))  # of 12 tokens, as many as of the model
         assert results["sampling"] == {"gamma": 0.0, "top_k": 5}
 
-    def test_results_go_into_the_card_of_a_folder(self, folder, tmp_path, monkeypatch):
+    def test_results_go_into_the_card_of_a_folder(self, folder, tmp_path):
         copy = tmp_path / "model"
         AutoModel.from_pretrained(folder).save_pretrained(copy)
         AutoTokenizer.from_pretrained(folder).save_pretrained(copy)
         (copy / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
-        evaluate(monkeypatch, "--model", copy, *OPTIONS, "--output_dir", tmp_path / "out", "--update_card")
+        evaluate("--model", copy, *OPTIONS, "--output_dir", tmp_path / "out", "--update_card")
         results = json.loads((copy / "evaluation.json").read_text())
         card = ModelCard.load(copy / "README.md")
         assert metadata_problems(card.content) == [] and card.text.strip() == "# Mine" and card.data.license == "mit"
@@ -281,26 +282,26 @@ class TestScript:
         card.data.eval_results.append(EvalResult(**other))
         card.save(copy / "README.md")
         flags = [*OPTIONS, "--num_steps", 2, "--output_dir", tmp_path / "more", "--update_card"]
-        evaluate(monkeypatch, "--model", copy, *flags)
+        evaluate("--model", copy, *flags)
         assert [row["num_steps"] for row in json.loads((copy / "evaluation.json").read_text())["results"]] == [1, 2, 3]
         again = ModelCard.load(copy / "README.md").data.eval_results
         assert sorted(r.metric_type for r in again) == ["accuracy", *["entropy"] * 3, *["perplexity"] * 3]
         assert all(r.metric_args["gamma"] == 0 for r in again if r.metric_type != "accuracy")
 
-    def test_gamma_and_guidance_are_in_the_card_and_never_mixed(self, folder, worse, tmp_path, monkeypatch):
+    def test_gamma_and_guidance_are_in_the_card_and_never_mixed(self, folder, worse, tmp_path):
         copy = tmp_path / "model"
         AutoModel.from_pretrained(folder).save_pretrained(copy)
         AutoTokenizer.from_pretrained(folder).save_pretrained(copy)
         (copy / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
         flags = ["--model", copy, *OPTIONS, "--num_steps", 2, "--update_card", "--output_dir"]
-        evaluate(monkeypatch, *flags, tmp_path / "plain")
-        evaluate(monkeypatch, *flags, tmp_path / "gamma", "--gamma", 0.5, "--num_steps", 3)
+        evaluate(*flags, tmp_path / "plain")
+        evaluate(*flags, tmp_path / "gamma", "--gamma", 0.5, "--num_steps", 3)
         # The file has what was measured in one way; the card, where each figure says how, has both.
         assert [row["num_steps"] for row in json.loads((copy / "evaluation.json").read_text())["results"]] == [3]
         results = ModelCard.load(copy / "README.md").data.eval_results
         found = {(r.metric_args["num_steps"], r.metric_args["gamma"]) for r in results}
         assert found == {(2, 0.0), (3, 0.5)}
-        evaluate(monkeypatch, *flags, tmp_path / "guided", "--guidance_model", worse, "--guidance_scale", 2)
+        evaluate(*flags, tmp_path / "guided", "--guidance_model", worse, "--guidance_scale", 2)
         (guided,) = [
             r.metric_args
             for r in ModelCard.load(copy / "README.md").data.eval_results
@@ -311,20 +312,15 @@ class TestScript:
         for text in ((copy / "README.md").read_text(), json.dumps(card_records["sampling"])):
             assert str(worse) not in text and "worse" in text
 
-    def test_results_go_into_the_card_on_the_hub(self, tmp_path):
-        script = """
-import evaluate_gen_ppl
-args = evaluate_gen_ppl.EvaluationArguments(model="tester/tiny", output_dir="out")
-for value in (9.5, 8.5):
-    row = {"num_steps": 2, "gen_ppl": value, "entropy": 2.5}
-    evaluate_gen_ppl.update_card(args, {"scorer": "gpt2", "num_samples": 3, "results": [row]})
-"""
-        with LoopbackHub() as server:
-            repository = server.repositories["tester/tiny"] = Repository()
-            repository.commit("main", {"README.md": File(b"---\nlicense: mit\n---\n# Mine\n")}, "By hand")
-            environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
-            subprocess.run([sys.executable, "-c", script], check=True, cwd=EXAMPLES, env=environment)
-            contents = [files["README.md"].content.decode() for files in repository.commits.values()]
+    def test_results_go_into_the_card_on_the_hub(self, server, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)  # was made at import
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        repository = server.repositories["tester/tiny"] = Repository()
+        repository.commit("main", {"README.md": File(b"---\nlicense: mit\n---\n# Mine\n")}, "By hand")
+        for value in (9.5, 8.5):
+            row = {"num_steps": 2, "gen_ppl": value, "entropy": 2.5}
+            add_results("tester/tiny", {"scorer": "gpt2", "num_samples": 3, "results": [row]})
+        contents = [files["README.md"].content.decode() for files in repository.commits.values()]
         assert len(contents) == 3
         for content, value in zip(contents[1:], (9.5, 8.5)):
             card = ModelCard(content)
@@ -369,12 +365,12 @@ class TestSampling:
         ],
         ids=lambda options: "-".join(options),
     )
-    def test_flags_reach_generate(self, options, folder, tmp_path, monkeypatch):
+    def test_flags_reach_generate(self, options, folder, tmp_path):
         flags = [*OPTIONS[:2], *OPTIONS[5:]]  # without the numbers of steps
         flags += [] if "timesteps" in options else ["--num_steps", 3]
         for name, value in options.items():
             flags += [f"--{name}", *(value if isinstance(value, list) else [value])]
-        evaluate(monkeypatch, "--model", folder, *flags, "--output_dir", tmp_path / "out")
+        evaluate("--model", folder, *flags, "--output_dir", tmp_path / "out")
         model = AutoModel.from_pretrained(folder)
         tokens = read_tokens(tmp_path / "out" / "samples_3.jsonl")
         assert tokens == directly(model, 3, **options) != directly(model, 3)
@@ -382,7 +378,7 @@ class TestSampling:
         assert results["sampling"] == {"gamma": 0.0, **options}
         assert [row["num_steps"] for row in results["results"]] == [3]
 
-    def test_pad_after_eos_reaches_generate(self, folder, tmp_path, monkeypatch):
+    def test_pad_after_eos_reaches_generate(self, folder, tmp_path):
         model = AutoModel.from_pretrained(folder)
         plain = directly(model, 3)
         (eos, _), *_ = Counter(token for row in plain for token in row[:6]).most_common()
@@ -390,16 +386,16 @@ class TestSampling:
         model.save_pretrained(tmp_path / "model")
         AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "model")
         flags = [*OPTIONS, "--pad_after_eos", "--output_dir", tmp_path / "out"]
-        evaluate(monkeypatch, "--model", tmp_path / "model", *flags)
+        evaluate("--model", tmp_path / "model", *flags)
         tokens = read_tokens(tmp_path / "out" / "samples_3.jsonl")
         assert tokens == directly(model, 3, pad_after_eos=True) != plain
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert results["sampling"] == {"gamma": 0.0, "pad_after_eos": True}
 
     @pytest.mark.parametrize("scale", [0, 3])
-    def test_guidance_takes_a_pass_as_well(self, scale, folder, worse, tmp_path, monkeypatch):
+    def test_guidance_takes_a_pass_as_well(self, scale, folder, worse, tmp_path):
         flags = ["--guidance_model", worse, "--guidance_scale", scale, "--output_dir", tmp_path / "out"]
-        evaluate(monkeypatch, "--model", folder, *OPTIONS, *flags)
+        evaluate("--model", folder, *OPTIONS, *flags)
         model, guidance_model = AutoModel.from_pretrained(folder), AutoModel.from_pretrained(worse)
         tokens = read_tokens(tmp_path / "out" / "samples_3.jsonl")
         guided = directly(model, 3, guidance_model=guidance_model, guidance_scale=3)
@@ -409,29 +405,29 @@ class TestSampling:
         described = {"guidance_model": str(worse), "guidance_scale": 3.0} if scale else {}
         assert results["sampling"] == {"gamma": 0.0, **described}
 
-    def test_guidance_of_two_networks_takes_three_passes(self, folder, worse, tmp_path, monkeypatch):
+    def test_guidance_of_two_networks_takes_three_passes(self, folder, worse, tmp_path):
         FMLMTwoNetworkModel.from_flm(build_flm()).save_pretrained(tmp_path / "two")
         AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "two")
         flags = ["--guidance_model", worse, "--guidance_scale", 1, "--output_dir", tmp_path / "out"]
-        evaluate(monkeypatch, "--model", tmp_path / "two", *OPTIONS, *flags)
+        evaluate("--model", tmp_path / "two", *OPTIONS, *flags)
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert [row["num_forward_passes"] for row in results["results"]] == [3, 9]
 
-    def test_gamma_of_the_model_counts_and_is_recorded(self, folder, tmp_path, monkeypatch):
+    def test_gamma_of_the_model_counts_and_is_recorded(self, folder, tmp_path):
         model = AutoModel.from_pretrained(folder)
         plain, fresh = directly(model, 3), directly(model, 3, gamma=0.8)
         model.generation_config.gamma, model.generation_config.temperature = 0.8, 1.0
         model.save_pretrained(tmp_path / "model")
         AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "model")
         for name, flags, gamma, expected in (("own", [], 0.8, fresh), ("zero", ["--gamma", 0], 0.0, plain)):
-            evaluate(monkeypatch, "--model", tmp_path / "model", *OPTIONS, *flags, "--output_dir", tmp_path / name)
+            evaluate("--model", tmp_path / "model", *OPTIONS, *flags, "--output_dir", tmp_path / name)
             assert read_tokens(tmp_path / name / "samples_3.jsonl") == expected
             assert json.loads((tmp_path / name / "results.json").read_text())["sampling"] == {"gamma": gamma}
             assert f"gamma {gamma}." in (tmp_path / name / "results.md").read_text()
 
-    def test_dtype_is_recorded(self, folder, tmp_path, monkeypatch):
+    def test_dtype_is_recorded(self, folder, tmp_path):
         flags = [*OPTIONS, "--dtype", "bfloat16", "--scorer_dtype", "float32", "--output_dir", tmp_path / "out"]
-        evaluate(monkeypatch, "--model", folder, *flags)
+        evaluate("--model", folder, *flags)
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert results["sampling"] == {"gamma": 0.0, "scorer_dtype": "float32", "dtype": "bfloat16"}
 
@@ -458,26 +454,26 @@ class TestSampling:
             (["--pad_after_eos"], "--pad_after_eos needs an `eos_token_id`"),
         ],
     )
-    def test_mistakes_show_before_the_sampling(self, flags, message, folder, worse, tmp_path, monkeypatch):
+    def test_mistakes_show_before_the_sampling(self, flags, message, folder, worse, tmp_path):
         FMLMModel.from_flm(build_flm(vocab_size=40)).save_pretrained(tmp_path / "other")
         flags = [{"WORSE": worse, "OTHER": tmp_path / "other"}.get(flag, flag) for flag in flags]
         with pytest.raises(SystemExit, match=message) as error:
-            evaluate(monkeypatch, "--model", folder, *OPTIONS, *flags, "--output_dir", tmp_path / "out")
+            evaluate("--model", folder, *OPTIONS, *flags, "--output_dir", tmp_path / "out")
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("times", [[0], [0, 0.5], [0, 0.7, 0.3, 1]])
-    def test_timesteps_that_do_not_increase_from_0_to_1(self, times, tmp_path, monkeypatch):
+    def test_timesteps_that_do_not_increase_from_0_to_1(self, times, tmp_path):
         with pytest.raises(SystemExit, match="--timesteps must increase from 0 to 1"):
-            evaluate(monkeypatch, "--model", "x", "--timesteps", *times, "--output_dir", tmp_path / "out")
+            evaluate("--model", "x", "--timesteps", *times, "--output_dir", tmp_path / "out")
 
-    def test_help(self, monkeypatch, capsys):
+    def test_help(self, capsys):
         with pytest.raises(SystemExit) as error:
-            evaluate(monkeypatch, "-h")
+            evaluate("-h")
         assert error.value.code == 0 and "95 % confidence" in " ".join(capsys.readouterr().out.split())
 
 
 class TestProtocol:
-    def test_published_protocol(self, folder, tmp_path, monkeypatch, gen_ppl):
+    def test_published_protocol(self, folder, tmp_path, gen_ppl):
         """Special tokens stay, and texts are cut at the model's length, be the scorer's longer."""
         model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         # What the model's own configuration would change of the texts.
@@ -486,7 +482,7 @@ class TestProtocol:
         model.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         flags = [*OPTIONS, "--protocol", "published", "--output_dir", tmp_path / "out"]
-        evaluate(monkeypatch, "--model", tmp_path / "model", *flags)
+        evaluate("--model", tmp_path / "model", *flags)
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         tokens = directly(model, 3, length=12, pad_after_eos=False)
         assert read_tokens(tmp_path / "out" / "samples_3.jsonl") == tokens
@@ -522,17 +518,17 @@ class TestProtocol:
     )
     def test_other_scorers_and_numbers_of_texts_are_said(self, scorer, num_samples, is_published):
         evaluation = {"scorer": scorer, "num_samples": num_samples, "sampling": {"protocol": "published"}}
-        assert ("Not comparable" in evaluate_gen_ppl.describe_evaluation(evaluation)) != is_published
+        assert ("Not comparable" in describe_evaluation(evaluation)) != is_published
         evaluation["sampling"] = {}
-        assert "Not comparable" not in evaluate_gen_ppl.describe_evaluation(evaluation)
+        assert "Not comparable" not in describe_evaluation(evaluation)
 
     def test_published_defaults(self, tmp_path):
-        args = evaluate_gen_ppl.EvaluationArguments("x", str(tmp_path), protocol="published")
-        evaluate_gen_ppl.check_arguments(args)
+        args = EvaluationArguments("x", str(tmp_path), protocol="published")
+        check_arguments(args)
         assert (args.num_samples, args.scorer, args.scorer_dtype) == (1024, "gpt2-large", "float32")
         assert args.keep_special_tokens and not args.pad_after_eos
-        plain = evaluate_gen_ppl.EvaluationArguments("x", str(tmp_path))
-        evaluate_gen_ppl.check_arguments(plain)
+        plain = EvaluationArguments("x", str(tmp_path))
+        check_arguments(plain)
         assert not plain.keep_special_tokens and plain.scorer_dtype is plain.pad_after_eos is None
         assert plain.num_steps == [1, 2, 4, 8]
 
@@ -546,25 +542,23 @@ class TestProtocol:
             ["--scorer_dtype", "bfloat16"],
         ],
     )
-    def test_contradictions_are_refused(self, flags, folder, tmp_path, monkeypatch):
+    def test_contradictions_are_refused(self, flags, folder, tmp_path):
         flags = [*OPTIONS, "--protocol", "published", *flags]
         with pytest.raises(
             SystemExit, match=f"{flags[len(OPTIONS) + 2]}: --protocol published .*; leave out one of them"
         ):
-            evaluate(monkeypatch, "--model", folder, *flags, "--output_dir", tmp_path / "out")
+            evaluate("--model", folder, *flags, "--output_dir", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
     def test_what_agrees_is_not_refused(self, tmp_path):
         options = {"keep_special_tokens": True, "scorer_dtype": "float32", "pad_after_eos": False}
-        evaluate_gen_ppl.check_arguments(
-            evaluate_gen_ppl.EvaluationArguments("x", str(tmp_path), protocol="published", **options)
-        )
+        check_arguments(EvaluationArguments("x", str(tmp_path), protocol="published", **options))
 
-    def test_a_scorer_that_reads_too_little(self, folder, tmp_path, monkeypatch):
+    def test_a_scorer_that_reads_too_little(self, folder, tmp_path):
         GPT2Config(n_positions=8).save_pretrained(tmp_path / "short")
         flags = [*OPTIONS, "--protocol", "published", "--scorer", tmp_path / "short", "--output_dir", tmp_path / "out"]
         with pytest.raises(SystemExit, match="the model's 12 tokens, but --scorer reads 8: pass one that reads more"):
-            evaluate(monkeypatch, "--model", folder, *flags)
+            evaluate("--model", folder, *flags)
         assert not (tmp_path / "out").exists()
 
     def test_published_texts_of_berts_tokenizer(self, tmp_path):
@@ -578,12 +572,12 @@ class TestProtocol:
         )
         tokens = torch.randint(len(words), (500, 20)).tolist()
         tokens.append(legacy.convert_tokens_to_ids("[CLS] it ' s not , he don ' t . [SEP]".split()))
-        args = evaluate_gen_ppl.EvaluationArguments("x", "y", protocol="published")
-        evaluate_gen_ppl.check_arguments(args)
-        texts = evaluate_gen_ppl.decode(tokenizer, tokens, args)
+        args = EvaluationArguments("x", "y", protocol="published")
+        check_arguments(args)
+        texts = decode(tokenizer, tokens, args)
         assert texts == legacy.batch_decode(tokens) and texts[-1] == "[CLS] it's not, he don't. [SEP]"
         args.protocol = None
-        assert evaluate_gen_ppl.decode(tokenizer, tokens, args) == tokenizer.batch_decode(tokens) != texts
+        assert decode(tokenizer, tokens, args) == tokenizer.batch_decode(tokens) != texts
 
 
 class TestCallback:
@@ -645,7 +639,7 @@ def test_samples_do_not_depend_on_who_makes_them(flm):
 
 
 @pytest.mark.slow
-def test_distilled_model_ranks_above_its_teacher_at_one_step(tmp_path, monkeypatch):
+def test_distilled_model_ranks_above_its_teacher_at_one_step(tmp_path):
     """
     In texts of one theme, whose words no other theme has, an FLM's single step chooses every word by itself: even a short
     training tells the two models apart, on any machine.
@@ -699,7 +693,7 @@ def test_distilled_model_ranks_above_its_teacher_at_one_step(tmp_path, monkeypat
     for name in ("flm", "fmlm"):
         flags = ["--num_steps", 1, 4, "--num_samples", 200, "--scorer", tmp_path / "scorer"]
         flags += ["--output_dir", tmp_path / name, "--reference_file", tmp_path / "data.txt"]
-        evaluate(monkeypatch, "--model", tmp_path / name, *flags)
+        evaluate("--model", tmp_path / name, *flags)
         rows = json.loads((tmp_path / name / "results.json").read_text())["results"]
         figures |= {(name, row.get("num_steps", "data")): row for row in rows}
     ppl = {key: row["gen_ppl"] for key, row in figures.items()}
@@ -710,8 +704,6 @@ def test_distilled_model_ranks_above_its_teacher_at_one_step(tmp_path, monkeypat
 
 def test_protocol_published_names_what_else_is_not_as_published():
     evaluation = {"num_samples": 1024, "scorer": "gpt2-large", "sampling": {"protocol": "published", "gamma": 0.8}}
-    assert "Not comparable" not in evaluate_gen_ppl.describe_evaluation(evaluation)
+    assert "Not comparable" not in describe_evaluation(evaluation)
     evaluation["sampling"] |= {"temperature": 0.5, "top_p": 0.9}
-    assert evaluate_gen_ppl.describe_evaluation(evaluation).endswith(
-        "scored by gpt2-large, without temperature, top_p."
-    )
+    assert describe_evaluation(evaluation).endswith("scored by gpt2-large, without temperature, top_p.")

@@ -1,4 +1,4 @@
-"""The example scripts, run as a user runs them, on little data."""
+"""The example scripts on little data: each once as a user runs it, and otherwise in this process."""
 
 import json
 import os
@@ -8,28 +8,18 @@ import sys
 import textwrap
 from pathlib import Path
 
+import grammar
 import pytest
 import torch
 import yaml
 from conftest import build_flm
 from datasets import Dataset
-from train_tiny import launcher
+from example_scripts import run_elsewhere, run_here
+from processes import launcher
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_flm import FLMModel
 from trainers import train_tokenizer
-
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-import generate  # noqa: E402
-import grammar  # noqa: E402
-
-
-def run(*arguments, launcher=(), **options):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, *launcher, *map(str, arguments)]
-    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=280, **options)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +82,8 @@ class TestQuickstart:
     options += ["--hidden_size", 32, "--num_hidden_layers", 1, "--num_attention_heads", 2]
 
     def test_stories(self, tmp_path):
-        result = run(EXAMPLES / "quickstart.py", *self.options, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        table = [line.split() for line in result.stdout.splitlines() if line.split()[:1] in (["FLM"], ["FMLM"])]
+        output = run_elsewhere("quickstart", *self.options, cwd=tmp_path)
+        table = [line.split() for line in output.splitlines() if line.split()[:1] in (["FLM"], ["FMLM"])]
         assert [(row[0], int(row[1])) for row in table] == [
             *(("FLM", steps) for steps in (1, 2, 4, 8, 16, 64)),
             *(("FMLM", steps) for steps in (1, 2, 4, 8)),
@@ -104,32 +93,35 @@ class TestQuickstart:
         assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
         assert "FLMModel" in (tmp_path / "outputs/quickstart/flm/config.json").read_text()
         # The last lines are code that works as printed.
-        code = textwrap.dedent(result.stdout.split("without this package:\n")[1])
-        loaded = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100,
-            env={**os.environ, "HF_HOME": str(tmp_path / "home")},
-        )  # fmt: skip
+        code = textwrap.dedent(output.split("without this package:\n")[1])
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, "-c", code]
+        loaded = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
         assert loaded.returncode == 0, loaded.stderr
         assert loaded.stdout.strip().startswith("['")
 
-    def test_own_texts(self, corpus, tmp_path):
-        texts = ["--train_file", corpus, "--vocab_size", 300, "--length", 24]
-        result = run(EXAMPLES / "quickstart.py", *texts, *self.options, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        assert "texts of 24 tokens over 300 words" in result.stdout
+    def test_own_texts(self, corpus, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        run_here("quickstart", "--train_file", corpus, "--vocab_size", 300, "--length", 24, *self.options)
+        assert "texts of 24 tokens over 300 words" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_steering(tmp_path):
+def test_steering(tmp_path, monkeypatch, capsys):
     options = [*TestQuickstart.options, "--prompt_steps", 8, "--prompt_fraction", 0.5]
-    for _ in range(2):  # what is there is not trained again
-        result = run(EXAMPLES / "steering.py", *options, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+
+    def outputs():
+        yield run_elsewhere("steering", *options, cwd=tmp_path)
+        run_here("steering", *options)  # what is there is not trained again
+        yield capsys.readouterr().out
+
+    for output in outputs():
         rows = json.loads((tmp_path / "outputs/steering/steering.json").read_text())
         assert {row["part"] for row in rows} == {"guidance", "gamma", "reward", "prefix", "half"}
-        assert len([line for line in result.stdout.splitlines() if "  valid " in line]) == len(rows)
+        assert len([line for line in output.splitlines() if "  valid " in line]) == len(rows)
         assert (tmp_path / "outputs/steering/steering.png").read_bytes().startswith(b"\x89PNG")
-    assert "Training" not in result.stdout and "Distilling" not in result.stdout
+    assert "Training" not in output and "Distilling" not in output
 
 
 class TestTrainingScripts:
@@ -155,10 +147,17 @@ class TestTrainingScripts:
     def flags(options):
         return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
-    def test_flags_then_resume_then_go_on_from_the_model(self, corpus, tmp_path):
+    @staticmethod
+    def log(checkpoint):
+        return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+
+    @classmethod
+    def losses(cls, checkpoint):
+        return [row["loss"] for row in cls.log(checkpoint) if "loss" in row]
+
+    def test_flags_then_resume_then_go_on_from_the_model(self, corpus, tmp_path, capsys):
         options = self.arguments(corpus, tmp_path / "out")
-        result = run(EXAMPLES / "train_flm.py", *self.flags(options))
-        assert result.returncode == 0, result.stderr
+        run_elsewhere("train_flm", *self.flags(options))
         output = tmp_path / "out"
         names = {path.name for path in output.iterdir()}
         assert {
@@ -170,92 +169,31 @@ class TestTrainingScripts:
         } <= names
         assert json.loads((output / "config.json").read_text())["max_position_embeddings"] == 16
         assert json.loads((output / "generation_config.json").read_text())["bos_token_id"] == 1
-        losses = [row["loss"] for row in self.log(output / "checkpoint-6") if "loss" in row]
+        losses = self.losses(output / "checkpoint-6")
 
-        result = run(
-            EXAMPLES / "train_flm.py", *self.flags({**options, "resume_from_checkpoint": output / "checkpoint-3"})
-        )
-        assert result.returncode == 0, result.stderr
-        assert [row["loss"] for row in self.log(output / "checkpoint-6") if "loss" in row] == losses
+        run_here("train_flm", *self.flags({**options, "resume_from_checkpoint": output / "checkpoint-3"}))
+        assert self.losses(output / "checkpoint-6") == losses
 
         more = self.arguments(corpus, tmp_path / "more", config_overrides=None, train_tokenizer=None, block_size=None)
-        result = run(EXAMPLES / "train_flm.py", *self.flags({**more, "model_name_or_path": output, "max_steps": 1}))
-        assert result.returncode == 0, result.stderr
-        assert "FLMModel: " in result.stdout
+        run_here("train_flm", *self.flags({**more, "model_name_or_path": output, "max_steps": 1}))
+        assert "FLMModel: " in capsys.readouterr().out
         assert json.loads((tmp_path / "more" / "config.json").read_text())["max_position_embeddings"] == 16
-
-    @staticmethod
-    def log(checkpoint):
-        return json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
 
     def test_yaml_file_with_flags_over_it_and_a_stream(self, corpus, tmp_path):
         options = self.arguments(corpus, tmp_path / "out", validation_file=str(corpus), streaming=True, train_tokenizer="bpe", vocab_size=280)  # fmt: skip
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
-        result = run(EXAMPLES / "train_flm.py", tmp_path / "config.yaml", "--max_steps", 2, "--save_steps", 2)
-        assert result.returncode == 0, result.stderr
+        run_here("train_flm", tmp_path / "config.yaml", "--max_steps", 2, "--save_steps", 2)
         assert (tmp_path / "out" / "checkpoint-2").is_dir() and not (tmp_path / "out" / "checkpoint-3").exists()
         assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 280
 
+    @pytest.mark.slow
     def test_under_accelerate_launch(self, corpus, tmp_path):
         options = self.arguments(corpus, tmp_path / "two", per_device_train_batch_size=2, vocab_size=60)
-        result = run(EXAMPLES / "train_flm.py", *self.flags(options), launcher=launcher())
-        assert result.returncode == 0, result.stderr
+        run_elsewhere("train_flm", *self.flags(options), launcher=launcher())
         one = self.arguments(corpus, tmp_path / "one", per_device_train_batch_size=4, vocab_size=60)
-        assert run(EXAMPLES / "train_flm.py", *self.flags(one)).returncode == 0
-        losses = [
-            [row["loss"] for row in self.log(tmp_path / name / "checkpoint-6") if "loss" in row]
-            for name in ("one", "two")
-        ]
+        run_here("train_flm", *self.flags(one))
+        losses = [self.losses(tmp_path / name / "checkpoint-6") for name in ("one", "two")]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-    def test_distillation_takes_tokenizer_and_data_from_the_teacher(self, corpus, tmp_path):
-        options = self.arguments(corpus, tmp_path / "flm", max_steps=2, save_steps=2, prompt_fraction=0.5)
-        assert run(EXAMPLES / "train_flm.py", *self.flags(options)).returncode == 0
-        settings = {
-            "max_steps": 2,
-            "logging_steps": 1,
-            "per_device_train_batch_size": 4,
-            "report_to": "none",
-            "use_cpu": True,
-        }
-
-        def distill(output, **overrides):
-            flags = self.flags({**settings, "output_dir": tmp_path / output, **overrides})
-            result = run(EXAMPLES / "distill_fmlm.py", *flags)
-            assert result.returncode == 0, result.stderr
-            state = json.loads((tmp_path / output / "trainer_state.json").read_text())
-            config = json.loads((tmp_path / output / "config.json").read_text())
-            return config, state["log_history"][0]
-
-        config, log = distill("single", teacher=tmp_path / "flm", prompt_fraction=0.5)
-        assert config["architectures"] == ["FMLMModel"] and config["max_position_embeddings"] == 16
-        assert config["prompt_mark"]
-        assert {"loss_diagonal", "loss_off_diagonal"} <= log.keys()
-        assert (tmp_path / "single" / "tokenizer.json").read_text() == (
-            tmp_path / "flm" / "tokenizer.json"
-        ).read_text()
-        assert (tmp_path / "single" / "data_settings.json").read_text() == (
-            tmp_path / "flm" / "data_settings.json"
-        ).read_text()
-        config, log = distill("two", teacher=tmp_path / "flm", preset="two_network", boundary_probability=0.0)
-        assert config["architectures"] == ["FMLMTwoNetworkModel"] and config["learned_loss_weighting"]
-        assert "loss_diagonal" not in log
-        config, log = distill("second", teacher=tmp_path / "two", preset="second_stage")
-        assert config["architectures"] == ["FMLMModel"] and not config["learned_loss_weighting"]
-        config, log = distill("self", teacher=tmp_path / "flm", preset="self_distillation", block_size=12, dropout=0.0)
-        assert config["architectures"] == ["FMLMModel"] and config["dropout"] == 0.0
-
-        other = tmp_path / "other.jsonl"
-        other.write_text("\n".join(json.dumps({"story": line}) for line in corpus.read_text().splitlines()))
-        distill("other", teacher=tmp_path / "flm", train_file=other)
-        data = json.loads((tmp_path / "other" / "data_settings.json").read_text())
-        assert data["train_file"] == str(other) and data["block_size"] == 16
-
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "teacher": str(tmp_path / "flm"), "diagonal_fraction": 1.0}))  # fmt: skip
-        result = run(EXAMPLES / "distill_fmlm.py", tmp_path / "config.yaml", "--output_dir", tmp_path / "yaml")
-        assert result.returncode == 0, result.stderr
-        log = json.loads((tmp_path / "yaml" / "trainer_state.json").read_text())["log_history"][0]
-        assert "loss_diagonal" in log and "loss_off_diagonal" not in log
 
     @pytest.mark.parametrize(
         "overrides, message",
@@ -267,8 +205,68 @@ class TestTrainingScripts:
         ],
     )
     def test_mistakes_are_explained(self, corpus, tmp_path, overrides, message):
-        result = run(EXAMPLES / "train_flm.py", *self.flags(self.arguments(corpus, tmp_path, **overrides)))
-        assert result.returncode != 0 and message in result.stderr
+        with pytest.raises((SystemExit, ValueError), match=message):
+            run_here("train_flm", *self.flags(self.arguments(corpus, tmp_path, **overrides)))
+
+
+@pytest.fixture(scope="module")
+def teacher(corpus, tmp_path_factory) -> Path:
+    training = TestTrainingScripts()
+    folder = tmp_path_factory.mktemp("teacher") / "flm"
+    options = training.arguments(corpus, folder, max_steps=2, save_steps=2, prompt_fraction=0.5)
+    run_here("train_flm", *training.flags(options))
+    return folder
+
+
+class TestDistillationScript:
+    settings = {
+        "max_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+
+    def distill(self, output, **overrides):
+        """The configuration of a student, and the first row of its log."""
+        run_here("distill_fmlm", *TestTrainingScripts.flags({**self.settings, "output_dir": output, **overrides}))
+        config = json.loads((output / "config.json").read_text())
+        return config, TestTrainingScripts.log(output)[0]
+
+    def test_teacher_gives_tokenizer_and_data(self, teacher, tmp_path):
+        config, log = self.distill(tmp_path, teacher=teacher, prompt_fraction=0.5)
+        assert config["architectures"] == ["FMLMModel"] and config["max_position_embeddings"] == 16
+        assert config["per_token_timesteps"]
+        assert {"loss_diagonal", "loss_off_diagonal"} <= log.keys()
+        for name in ("tokenizer.json", "data_settings.json"):
+            assert (tmp_path / name).read_text() == (teacher / name).read_text()
+
+    def test_preset_two_network_then_second_stage(self, teacher, tmp_path):
+        options = {"preset": "two_network", "boundary_probability": 0.0}
+        config, log = self.distill(tmp_path / "two", teacher=teacher, **options)
+        assert config["architectures"] == ["FMLMTwoNetworkModel"] and config["learned_loss_weighting"]
+        assert "loss_diagonal" not in log
+        config, log = self.distill(tmp_path / "second", teacher=tmp_path / "two", preset="second_stage")
+        assert config["architectures"] == ["FMLMModel"] and not config["learned_loss_weighting"]
+
+    def test_preset_self_distillation(self, teacher, tmp_path):
+        options = {"preset": "self_distillation", "block_size": 12, "dropout": 0.0}
+        config, log = self.distill(tmp_path, teacher=teacher, **options)
+        assert config["architectures"] == ["FMLMModel"] and config["dropout"] == 0.0
+
+    def test_train_file_stands_in_for_the_data_of_the_teacher(self, teacher, corpus, tmp_path):
+        other = tmp_path / "other.jsonl"
+        other.write_text("\n".join(json.dumps({"story": line}) for line in corpus.read_text().splitlines()))
+        self.distill(tmp_path / "out", teacher=teacher, train_file=other)
+        data = json.loads((tmp_path / "out" / "data_settings.json").read_text())
+        assert data["train_file"] == str(other) and data["block_size"] == 16
+
+    def test_yaml_file_over_the_preset(self, teacher, tmp_path):
+        settings = {**self.settings, "teacher": str(teacher), "diagonal_fraction": 1.0}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+        run_elsewhere("distill_fmlm", tmp_path / "config.yaml", "--output_dir", tmp_path / "yaml")
+        log = TestTrainingScripts.log(tmp_path / "yaml")[0]
+        assert "loss_diagonal" in log and "loss_off_diagonal" not in log
 
 
 class TestGenerate:
@@ -278,9 +276,8 @@ class TestGenerate:
         build_flm().save_pretrained(tmp_path / "m")
         return tmp_path / "m"
 
-    def generate(self, monkeypatch, *arguments):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-        generate.main()
+    def generate(self, *arguments):
+        run_here("generate", *arguments)
 
     def expected(self, folder, **options):
         model = AutoModel.from_pretrained(folder)
@@ -288,23 +285,23 @@ class TestGenerate:
         texts = AutoTokenizer.from_pretrained(folder).batch_decode(tokens, skip_special_tokens=True)
         return tokens.tolist(), texts
 
-    def test_outputs(self, folder, tmp_path, monkeypatch, capsys):
+    def test_outputs(self, folder, tmp_path, capsys):
         options = ["--num_samples", 5, "--num_steps", 3, "--batch_size", 2, "--seed", 7]
         tokens, texts = self.expected(folder, num_samples=5, num_steps=3)
-        self.generate(monkeypatch, folder, *options)
+        self.generate(folder, *options)
         assert capsys.readouterr().out.splitlines() == texts
         rows = [{"text": a, "tokens": b, "num_steps": 3, "seed": 7} for a, b in zip(texts, tokens)]
-        self.generate(monkeypatch, folder, *options, "--output", tmp_path / "new" / "x.jsonl")
+        self.generate(folder, *options, "--output", tmp_path / "new" / "x.jsonl")
         assert [json.loads(line) for line in (tmp_path / "new" / "x.jsonl").read_text().splitlines()] == rows
-        self.generate(monkeypatch, folder, *options, "--output", tmp_path / "x.parquet")
+        self.generate(folder, *options, "--output", tmp_path / "x.parquet")
         assert Dataset.from_parquet(str(tmp_path / "x.parquet")).to_list() == rows
 
-    def test_steered(self, folder, monkeypatch, capsys):
+    def test_steered(self, folder, capsys):
         options = ("--num_samples", 3, "--num_steps", 2, "--prompt", "w5 w6", "--gamma", 0.5)
-        self.generate(monkeypatch, folder, *options, "--guidance_model", folder, "--guidance_scale", 2.0)
-        guided = capsys.readouterr().out.splitlines()
+        guidance = ("--guidance_model", folder, "--guidance_scale", 2.0)
+        guided = run_elsewhere("generate", folder, *options, *guidance).splitlines()
         assert len(guided) == 3 and all(text.startswith("w5 w6 ") for text in guided)
-        self.generate(monkeypatch, folder, *options)  # equal models change nothing
+        self.generate(folder, *options)  # equal models change nothing
         assert capsys.readouterr().out.splitlines() == guided
 
     def test_interrupted(self, folder, tmp_path, monkeypatch):
@@ -319,11 +316,11 @@ class TestGenerate:
         monkeypatch.setattr(model_class, "generate", give_up)
         with pytest.raises(KeyboardInterrupt):
             arguments = ["--num_samples", 10, "--batch_size", 3, "--num_steps", 1, "--output", tmp_path / "x.jsonl"]
-            self.generate(monkeypatch, folder, *arguments)
+            self.generate(folder, *arguments)
         assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 6
 
-    def test_live(self, folder, monkeypatch, capsys):
-        self.generate(monkeypatch, folder, "--live", "--num_steps", 2, "--seed", 7)
+    def test_live(self, folder, capsys):
+        self.generate(folder, "--live", "--num_steps", 2, "--seed", 7)
         _, (text,) = self.expected(folder, num_steps=2)
         assert capsys.readouterr().out.rstrip().endswith(text.split()[-1])
 
@@ -335,19 +332,19 @@ class TestGenerate:
             (["--num_samples", 0], "--num_samples must be at least 1"),
         ],
     )
-    def test_mistakes_are_explained(self, arguments, message, folder, monkeypatch, capsys):
+    def test_mistakes_are_explained(self, arguments, message, folder, capsys):
         with pytest.raises(SystemExit):
-            self.generate(monkeypatch, folder, *arguments)
+            self.generate(folder, *arguments)
         assert message in capsys.readouterr().err
 
-    def test_wrong_parameters_leave_no_file(self, folder, tmp_path, monkeypatch):
+    def test_wrong_parameters_leave_no_file(self, folder, tmp_path):
         with pytest.raises(ValueError, match="`num_steps` must be an integer of at least 1"):
-            self.generate(monkeypatch, folder, "--num_steps", 0, "--output", tmp_path / "x.jsonl")
+            self.generate(folder, "--num_steps", 0, "--output", tmp_path / "x.jsonl")
         assert not (tmp_path / "x.jsonl").exists()
 
-    def test_a_file_is_not_overwritten(self, folder, tmp_path, monkeypatch, capsys):
+    def test_a_file_is_not_overwritten(self, folder, tmp_path, capsys):
         (tmp_path / "x.jsonl").write_text("precious")
         with pytest.raises(SystemExit):
-            self.generate(monkeypatch, folder, "--output", tmp_path / "x.jsonl")
+            self.generate(folder, "--output", tmp_path / "x.jsonl")
         assert "exists already" in capsys.readouterr().err
         assert (tmp_path / "x.jsonl").read_text() == "precious"

@@ -709,6 +709,7 @@ class TestTraining:
 class TestCorrelations:
     """Two equally likely texts: marginals that are sampled independently would mix them half of the time."""
 
+    @pytest.mark.slow
     def test_one_step_gives_whole_texts(self, tmp_path):
         new_york, san_diego = [0, 1], [2, 3]
         dataset = Dataset.from_dict({"input_ids": [new_york, san_diego] * 500})

@@ -6,25 +6,23 @@ import sys
 from pathlib import Path
 
 import datasets
+import distill_fmlm
+import evaluate_gen_ppl
+import grammar
 import oracle
 import pytest
+import train_flm
 import yaml
 from datasets import Dataset
+from example_scripts import EXAMPLES, run_here
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModel, AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
+from trainers import FMLMTrainingArguments
+from trainers.evaluation import check_arguments
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+
 RECIPES = EXAMPLES / "recipes"
-sys.path.insert(0, str(EXAMPLES))
-import distill_fmlm  # noqa: E402
-import evaluate_gen_ppl  # noqa: E402
-import grammar  # noqa: E402
-import script_utils  # noqa: E402
-import train_flm  # noqa: E402
-
-from trainers import FLMTrainingArguments, FMLMTrainingArguments  # noqa: E402
-
 
 TINY = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,conditioning_size=16"
 QUICK = {
@@ -57,8 +55,7 @@ def run(monkeypatch, tmp_path):
         arguments = [str(RECIPES / f"{recipe}.yaml")]
         for name, value in flags.items():
             arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
-        script.main()
+        run_here(script, *arguments)
 
     return run
 
@@ -215,11 +212,12 @@ def test_global_batches_are_as_published():
             assert (RECIPES / f"{Path(recipe['teacher']).name}.yaml").is_file()
 
 
-def parse(path: Path, *classes, monkeypatch, **flags):
+def parse(script, path: Path, **flags) -> tuple:
     """The arguments of a recipe, in the classes of its script."""
     arguments = [str(value) for name, value in flags.items() for value in (f"--{name}", value)]
-    monkeypatch.setattr(sys, "argv", ["script", str(path), *arguments])
-    return script_utils.parse_arguments(*classes)
+    parser = script.make_parser()
+    parser.find_defaults = None  # of a teacher, which is not there
+    return parser.parse_args_and_config([str(path), *arguments])
 
 
 # Numbers of steps, the share of fresh noise, and where the weights are, as published.
@@ -231,12 +229,12 @@ PUBLISHED_EVALUATIONS = {
 }
 
 
-def test_evaluations_of_the_released_models_are_as_published(monkeypatch):
+def test_evaluations_of_the_released_models_are_as_published():
     assert [path.stem for path in EVALUATIONS] == sorted(PUBLISHED_EVALUATIONS)
     for path in EVALUATIONS:
         num_steps, gamma, repository = PUBLISHED_EVALUATIONS[path.stem]
-        (args,) = parse(path, evaluate_gen_ppl.EvaluationArguments, monkeypatch=monkeypatch)
-        evaluate_gen_ppl.check_arguments(args)
+        (args,) = parse(evaluate_gen_ppl, path)
+        check_arguments(args)
         assert (args.num_steps, args.gamma, args.protocol) == (num_steps, gamma, "published")
         assert (args.scorer, args.scorer_dtype, args.num_samples) == ("gpt2-large", "float32", 1024)
         assert len(args.seeds) == 1 and args.keep_special_tokens
@@ -248,28 +246,18 @@ def test_evaluations_of_the_released_models_are_as_published(monkeypatch):
 
 
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.stem)
-def test_training_recipes_are_arguments_of_their_scripts(path, monkeypatch):
-    if path.stem.endswith("_flm"):
-        classes = (train_flm.ModelArguments, script_utils.DataArguments, FLMTrainingArguments)
-    else:
-        classes = (distill_fmlm.DistillationArguments, script_utils.DataArguments, FMLMTrainingArguments)
-    *_, args = parse(path, *classes, monkeypatch=monkeypatch, use_cpu=True)
+def test_training_recipes_are_arguments_of_their_scripts(path):
+    script = train_flm if path.stem.endswith("_flm") else distill_fmlm
+    *_, args = parse(script, path, use_cpu=True)
     recipe = yaml.safe_load(path.read_text())
     assert args.max_steps == recipe["max_steps"] and args.adam_beta2 == recipe["adam_beta2"]
     assert f"examples/recipes/{path.name}\n" in path.read_text()
 
 
 @pytest.mark.parametrize("data", ["lm1b", "owt"])
-def test_single_stage_is_as_the_authors_now_train(data, monkeypatch):
+def test_single_stage_is_as_the_authors_now_train(data):
     path = RECIPES / f"{data}_single_stage.yaml"
-    arguments, _, args = parse(
-        path,
-        distill_fmlm.DistillationArguments,
-        script_utils.DataArguments,
-        FMLMTrainingArguments,
-        monkeypatch=monkeypatch,
-        use_cpu=True,
-    )
+    arguments, _, args = parse(distill_fmlm, path, use_cpu=True)
     assert (args.max_steps, args.adam_beta1, args.adam_beta2, args.learning_rate) == (1_000_000, 0.9, 0.95, 3e-4)
     assert arguments.student is None and arguments.teacher == f"outputs/{data}_flm"  # starts from the teacher
     preset = FMLMTrainingArguments.from_preset(arguments.preset, output_dir="x", use_cpu=True)

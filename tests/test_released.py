@@ -179,45 +179,46 @@ class TestDistillation:
 
 SCRIPT = """
 import sys, torch
+from pathlib import Path
 sys.modules.update(dict.fromkeys(("modeling_flm", "trainers", "hub")))
 from transformers import AutoModel
-batch = torch.load("batch.pt")
-model = AutoModel.from_pretrained("model", trust_remote_code=True)
-results = {"logits": model(**batch["forward"]).logits.detach()}
-for gamma in batch["gammas"]:
-    noise = iter(batch["noise"] @ model.state_embedding.detach())
-    type(model)._draw_noise = staticmethod(lambda *args: next(noise))
-    results[gamma] = model.generate(prior_state=batch["prior_state"], num_steps=2, gamma=gamma)
-torch.save(results, "results.pt")
+for folder in Path().glob("*/batch.pt"):
+    folder = folder.parent
+    batch = torch.load(folder / "batch.pt")
+    model = AutoModel.from_pretrained(folder / "model", trust_remote_code=True)
+    results = {"logits": model(**batch["forward"]).logits.detach()}
+    draw_noise = type(model)._draw_noise
+    for gamma in batch["gammas"]:
+        noise = iter(batch["noise"] @ model.state_embedding.detach())
+        type(model)._draw_noise = staticmethod(lambda *args: next(noise))
+        results[gamma] = model.generate(prior_state=batch["prior_state"], num_steps=2, gamma=gamma)
+    type(model)._draw_noise = draw_noise
+    torch.save(results, folder / "results.pt")
 """
 
 
-@pytest.mark.parametrize(
-    "kind, source",
-    [
-        pytest.param(kind, source, marks=pytest.mark.slow if source.endswith(".ckpt") else ())
-        for kind, source in ALL_SOURCES
-    ],
-)
-def test_remote_code_in_another_process(kind, source, tmp_path, monkeypatch):
+def test_remote_code_in_another_process(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # where the tokenizer would be
-    main(["--checkpoint", str(FOLDER / source), "--output", str(tmp_path / "model")])
-    model = AutoModel.from_pretrained(tmp_path / "model")
-    assert model.config.final_logit_softcapping == SIZES["logit_cap"]
-    assert model.config.attn_logit_softcapping == SIZES["attention_softcap"]
-    state = noised(model, VALUES[f"{kind}.t" if kind == "flm" else "fmlm.s"]).detach()
-    content = {
-        "forward": {"inputs_embeds": state, **arguments_of(kind)},
-        "prior_state": VALUES["prior_state"],
-        "noise": VALUES["fmlm.fresh_noise"],
-        "gammas": SIZES["gammas"] if kind == "fmlm" else [0.0],
-    }
-    torch.save(content, tmp_path / "batch.pt")
+    for kind, source in ALL_SOURCES:
+        folder = tmp_path / source.replace(".", "_")
+        main(["--checkpoint", str(FOLDER / source), "--output", str(folder / "model")])
+        model = AutoModel.from_pretrained(folder / "model")
+        assert model.config.final_logit_softcapping == SIZES["logit_cap"]
+        assert model.config.attn_logit_softcapping == SIZES["attention_softcap"]
+        state = noised(model, VALUES[f"{kind}.t" if kind == "flm" else "fmlm.s"]).detach()
+        content = {
+            "forward": {"inputs_embeds": state, **arguments_of(kind)},
+            "prior_state": VALUES["prior_state"],
+            "noise": VALUES["fmlm.fresh_noise"],
+            "gammas": SIZES["gammas"] if kind == "fmlm" else [0.0],
+        }
+        torch.save(content, folder / "batch.pt")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run([sys.executable, "-c", SCRIPT], check=True, cwd=tmp_path, env=environment)
-    results = torch.load(tmp_path / "results.pt")
-    log_probs = results.pop("logits").log_softmax(-1)
-    torch.testing.assert_close(log_probs, VALUES[f"{kind}.log_probs"], rtol=1e-3, atol=1e-4)
-    for gamma, tokens in results.items():
-        name = "flm.tokens_2" if kind == "flm" else f"fmlm.gamma{gamma}_tokens_2"
-        assert torch.equal(tokens, VALUES[name])
+    for kind, source in ALL_SOURCES:
+        results = torch.load(tmp_path / source.replace(".", "_") / "results.pt")
+        log_probs = results.pop("logits").log_softmax(-1)
+        torch.testing.assert_close(log_probs, VALUES[f"{kind}.log_probs"], rtol=1e-3, atol=1e-4)
+        for gamma, tokens in results.items():
+            name = "flm.tokens_2" if kind == "flm" else f"fmlm.gamma{gamma}_tokens_2"
+            assert torch.equal(tokens, VALUES[name])

@@ -3,18 +3,16 @@
 import copy
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from accelerate import cpu_offload
+from accelerate import PartialState, cpu_offload
 from conftest import build_flm, sampling, two_time_denoiser
+from processes import run_processes
 from test_fmlm import ExactFlowMap
 from torch import nn
-from train_tiny import launcher
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -81,6 +79,14 @@ def continue_prompts(indices: list[int]) -> torch.LongTensor:
         model, indices, seed=3, input_ids=input_ids[indices], prompt_mask=prompt_mask[indices], num_steps=3, gamma=0.5,
         guidance_model=weak, guidance_scale=2.0,
     )  # fmt: skip
+
+
+def continue_some(output_dir: Path):
+    """What one of several processes does."""
+    state = PartialState(cpu=True)
+    with state.split_between_processes(list(range(7))) as indices:
+        torch.save(continue_prompts(indices), output_dir / f"{state.process_index}.pt")
+    assert state.num_processes == 2
 
 
 def assert_shares(tokens, weights):
@@ -375,8 +381,7 @@ class TestPrompts:
 
     @pytest.mark.slow
     def test_processes_make_what_one_does(self, tmp_path):
-        script = Path(__file__).parent / "scripts" / "continue_prompts.py"
-        subprocess.run([sys.executable, *launcher(), script, tmp_path], check=True, timeout=300)
+        run_processes(continue_some, tmp_path)
         tokens = torch.cat([torch.load(tmp_path / f"{index}.pt") for index in (0, 1)])
         assert torch.equal(tokens, continue_prompts(list(range(7))))
 

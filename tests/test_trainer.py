@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import build_flm, noise_factors
 from datasets import Dataset
+from processes import run_processes
 from safetensors.torch import load_file
-from train_tiny import RecordingTrainer, build, launch, launcher, logged
+from train_tiny import RecordingTrainer, build, launch, logged
 from transformers import AutoModel, EarlyStoppingCallback, TrainerCallback
 
 from modeling_flm import FLMModel, FMLMModel
@@ -32,7 +31,6 @@ from trainers.batches import draw_known_masks, draw_noise, example_seed, low_dis
 
 
 SCORER = str(oracle.FIXTURES / "scorer_tiny")
-SCRIPTS = Path(__file__).parent / "scripts"
 
 
 class TestNoise:
@@ -282,26 +280,18 @@ class TestBosToken:
         assert set(found) == {None}
 
     def test_bos_token_is_the_same_on_all_processes(self, tmp_path):
-        script = tmp_path / "script.py"
-        script.write_text(BOS_SCRIPT.format(scripts=str(SCRIPTS), output_dir=str(tmp_path)))
-        subprocess.run([sys.executable, *launcher(2), str(script)], check=True, timeout=300)
+        run_processes(train_with_bos_tokens_in_the_first_process, tmp_path)
         assert [(tmp_path / f"bos-{index}").read_text() for index in (0, 1)] == ["1", "1"]
 
 
-# Texts of the first process alone begin with the BOS token.
-BOS_SCRIPT = """
-import sys
-sys.path.insert(0, {scripts!r})
-from pathlib import Path
-from train_tiny import build
-
-trainer = build({output_dir!r}, max_steps=1, save_strategy="no", eval_strategy="no")
-index = trainer.args.process_index
-if index == 0:
-    trainer.train_dataset = trainer.train_dataset.map(lambda row: {{"input_ids": [1, *row["input_ids"][1:]]}})
-trainer.train()
-Path({output_dir!r}, f"bos-{{index}}").write_text(str(trainer.model.generation_config.bos_token_id))
-"""
+def train_with_bos_tokens_in_the_first_process(output_dir: Path):
+    """The training of one of several processes; texts of the first alone begin with the BOS token."""
+    trainer = build(output_dir, max_steps=1, save_strategy="no", eval_strategy="no")
+    index = trainer.args.process_index
+    if index == 0:
+        trainer.train_dataset = trainer.train_dataset.map(lambda row: {"input_ids": [1, *row["input_ids"][1:]]})
+    trainer.train()
+    Path(output_dir, f"bos-{index}").write_text(str(trainer.model.generation_config.bos_token_id))
 
 
 class TestEvaluation:
@@ -484,7 +474,7 @@ class TestSelectionByGenPPL:
         assert [step for step in seen if "eval_gen_ppl_1" in seen[step]] == [4, 8]
         assert list(seen) == [2, 4, 6, 8]
 
-    @pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("fsdp", [False, True])
     def test_two_processes_select_by_gen_ppl_as_one_does(self, fsdp, tmp_path):
         one = self.build(tmp_path / "one", False, per_device_train_batch_size=16, max_steps=6)
         one.train()

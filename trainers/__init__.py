@@ -13,17 +13,17 @@
 # limitations under the License.
 """Trainers of flow-based language models."""
 
+from modeling_flm.tokenization_flm import add_special_tokens, train_tokenizer
+
 from .callbacks import GenPPLCallback, SampleCallback
 from .data import (
     PREPROCESSING,
     DataCollatorForFLM,
-    add_special_tokens,
     detokenize_lm1b,
     find_text_column,
     load_texts,
     pack_dataset,
     pack_tokens,
-    train_tokenizer,
 )
 from .ema import EMACallback
 from .evaluation import generate_samples, load_gen_ppl

@@ -40,8 +40,8 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 
-from hub.card import TRAINING_NAME
 from hub.publish import PublishError, assemble, publish
+from hub.records import TRAINING_NAME
 from modeling_flm import FLMModel, FLMOutput
 from modeling_flm.flow import times_with_known
 from modeling_flm.joint_noise import JointNoise, noise_size

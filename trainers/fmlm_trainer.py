@@ -16,7 +16,7 @@
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from hub.card import is_hub_name
+from hub.records import is_hub_name
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import remaining_noise
 from modeling_flm.joint_noise import JointNoise

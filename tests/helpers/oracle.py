@@ -10,7 +10,7 @@ from hub.convert import convert
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def values() -> dict[str, torch.Tensor]:

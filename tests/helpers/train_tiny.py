@@ -1,23 +1,17 @@
-"""Trains a tiny model and writes what each process saw; run by the tests under `accelerate launch` and alone."""
+"""Trains a tiny model, here and in several processes, which write what they saw."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import torch  # noqa: E402
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from processes import run_processes
 
 from modeling_flm import FLMConfig, FLMModel
 from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, train_tokenizer
-
-
-RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
 
 class Recording:
@@ -97,36 +91,28 @@ def build(
     )
 
 
-def launcher(num_processes: int = 2, fsdp: bool = False) -> list[str]:
-    """The arguments of Python that start a script in so many processes."""
-    # `--multi_gpu` is for several processes of any kind; with `--cpu` accelerate starts a single one.
-    kind = ["--config_file", str(RECIPES / "fsdp.yaml")] if fsdp else ["--multi_gpu"]
-    command = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes), *kind, "--num_machines", "1"]
-    return [*command, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-
-
 def launch(output_dir: Path, num_processes: int, fsdp: bool = False, **options) -> list[dict]:
-    """Runs this script in so many processes; what each of them wrote."""
-    command = [sys.executable, *(launcher(num_processes, fsdp) if num_processes > 1 else [])]
-    subprocess.run([*command, __file__, str(output_dir), json.dumps(options)], check=True, timeout=300)
+    """Trains in so many processes; what each of them wrote."""
+    run_processes(train, str(output_dir), options, fsdp, num_processes=num_processes, fsdp=fsdp)
     return [json.loads((output_dir / f"process-{index}.json").read_text()) for index in range(num_processes)]
 
 
-def logged(trainer_or_log: FLMTrainer | list[dict], name: str) -> list[float]:
-    """All values of a quantity in a log."""
-    log = trainer_or_log.state.log_history if isinstance(trainer_or_log, FLMTrainer) else trainer_or_log
-    return [row[name] for row in log if name in row]
-
-
-if __name__ == "__main__":
-    output_dir, options = sys.argv[1], json.loads(sys.argv[2])
+def train(output_dir: str, options: dict, fsdp: bool):
+    """The training of one of these processes."""
     if options.pop("distill", False):
         from test_fmlm import distillation
 
         trainer = distillation(output_dir, trainer_class=RecordingDistillation, **options)
     else:
         trainer = build(output_dir, trainer_class=RecordingTrainer, **options)
+    assert trainer.is_fsdp_enabled == fsdp
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     result = {"seen": trainer.seen, "log": trainer.state.log_history}
     Path(output_dir, f"process-{trainer.args.process_index}.json").write_text(json.dumps(result))
+
+
+def logged(trainer_or_log: FLMTrainer | list[dict], name: str) -> list[float]:
+    """All values of a quantity in a log."""
+    log = trainer_or_log.state.log_history if isinstance(trainer_or_log, FLMTrainer) else trainer_or_log
+    return [row[name] for row in log if name in row]

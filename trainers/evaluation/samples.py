@@ -11,29 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Texts of a model for evaluation, the same however many processes share the work, and their generative perplexity."""
-
-from pathlib import Path
+"""Texts of a model for evaluation, the same however many processes share the work."""
 
 import torch
 from transformers import PreTrainedModel
 
-import hub
-
-from .batches import example_seed
+from ..batches import example_seed
 
 
 # Streams of random numbers that must not meet, beside those of the trainers.
 _SAMPLES = 2
-
-
-def load_gen_ppl():
-    """The metric of `hub/gen_ppl`, an [`~evaluate.EvaluationModule`]."""
-    try:
-        import evaluate
-    except ImportError as error:
-        raise ImportError("Generative perplexity needs `pip install modeling-flm[evaluate]`.") from error
-    return evaluate.load(str(Path(hub.__file__).parent / "gen_ppl"), keep_in_memory=True)
 
 
 def generate_samples(model: PreTrainedModel, indices: list[int], seed: int, **kwargs) -> torch.LongTensor:

@@ -11,23 +11,26 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the training scripts share: arguments from flags and YAML files, texts, and the run itself."""
+"""What scripts share: arguments from flags and YAML files, the texts that they name, and the run of a training."""
 
-import argparse
 import json
+import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from trainers import PREPROCESSING, FLMTrainer, FLMTrainingArguments, load_texts, pack_dataset
+from hub.records import DATA_SETTINGS_NAME
 
-
-DATA_SETTINGS_NAME = "data_settings.json"
+from .data import PREPROCESSING, load_texts, pack_dataset
+from .flm_config import FLMTrainingArguments
+from .flm_trainer import FLMTrainer
 
 
 @dataclass
@@ -67,16 +70,55 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many validation texts."})
 
 
-def parse_arguments(*dataclasses, find_defaults: Callable[[argparse.Namespace], dict] | None = None):
+class ScriptParser(HfArgumentParser):
     """
-    Arguments from the command line, over those of a YAML file, which may come first, over what `find_defaults` makes of
-    both.
-    """
-    parser = HfArgumentParser(dataclasses)
-    arguments = sys.argv[1:]
-    known = {action.dest: action for action in parser._actions}
+    A parser of dataclasses, whose values come from flags, over a YAML file, over defaults that follow from both.
 
-    def set_defaults(defaults: dict, source: str):
+    Args:
+        dataclass_types (`list[type]`): The dataclasses.
+        find_defaults (`Callable`, *optional*): Makes further defaults of the arguments that were chosen, as a namespace.
+    """
+
+    def __init__(
+        self, dataclass_types: list[type], find_defaults: Callable[[Namespace], dict] | None = None, **kwargs
+    ):
+        super().__init__(dataclass_types, **kwargs)
+        self.find_defaults = find_defaults
+
+    def parse_args_and_config(self, arguments: list[str] | None = None) -> tuple:
+        """
+        Reads the command line, on which a YAML file may come first.
+
+        Args:
+            arguments (`list[str]`, *optional*): What to read instead of the command line.
+
+        Returns:
+            `tuple`: an object of each dataclass.
+        """
+        arguments = list(sys.argv[1:] if arguments is None else arguments)
+        settings = {}
+        if arguments and arguments[0].endswith((".yaml", ".yml")):
+            source = arguments.pop(0)
+            with open(source, encoding="utf-8") as file:
+                settings = yaml.safe_load(file) or {}
+            if any(argument.split("=")[0] == "--train_file" for argument in arguments):
+                # A file on the command line stands in for the dataset of the recipe.
+                dataset = (
+                    "dataset_name",
+                    "dataset_config_name",
+                    "dataset_revision",
+                    "train_split",
+                    "validation_split",
+                )
+                settings = {name: value for name, value in settings.items() if name not in dataset}
+            self._change_defaults(settings, source)
+        if self.find_defaults is not None:
+            chosen = self.parse_args(arguments)
+            self._change_defaults({**self.find_defaults(chosen), **settings}, "defaults")
+        return self.parse_args_into_dataclasses(arguments)
+
+    def _change_defaults(self, defaults: dict, source: str):
+        known = {action.dest: action for action in self._actions}
         if unknown := sorted(defaults.keys() - known.keys()):
             raise SystemExit(f"{source}: unknown settings {', '.join(unknown)}")
         for name, value in defaults.items():
@@ -88,21 +130,17 @@ def parse_arguments(*dataclasses, find_defaults: Callable[[argparse.Namespace], 
                 raise SystemExit(
                     f"{source}: {name} must be one of {', '.join(map(str, action.choices))}, got {value!r}"
                 )
-        parser.set_defaults(**defaults)
+        self.set_defaults(**defaults)
 
-    settings = {}
-    if arguments and arguments[0].endswith((".yaml", ".yml")):
-        source = arguments.pop(0)
-        with open(source, encoding="utf-8") as file:
-            settings = yaml.safe_load(file) or {}
-        if any(argument.split("=")[0] == "--train_file" for argument in arguments):
-            # A file on the command line stands in for the dataset of the recipe.
-            dataset = ("dataset_name", "dataset_config_name", "dataset_revision", "train_split", "validation_split")
-            settings = {name: value for name, value in settings.items() if name not in dataset}
-        set_defaults(settings, source)
-    if find_defaults is not None:
-        set_defaults({**find_defaults(parser.parse_args(arguments)), **settings}, "defaults")
-    return parser.parse_args_into_dataclasses(arguments)
+
+@contextmanager
+def explained(arguments_class: type) -> Iterator[None]:
+    """Turns errors about arguments of this dataclass into a line about flags."""
+    flags = "|".join(definition.name for definition in fields(arguments_class))
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit("error: " + re.sub(rf"`({flags})(=[^`]*)?`", r"--\1\2", str(error))) from error
 
 
 def load_datasets(arguments: DataArguments) -> dict:
@@ -153,7 +191,7 @@ def pack_datasets(
         }
 
 
-def read_data_settings(name: str, chosen: argparse.Namespace) -> dict:
+def read_data_settings(name: str, chosen: Namespace) -> dict:
     """
     The data arguments that the model with this name, or in this folder, was trained with, if it says so; where other data
     were chosen, only the length of the texts.

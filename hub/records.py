@@ -1,0 +1,99 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The records in a model's folder: what is known of the model beside its weights, in JSON files with fixed names."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+TRAINING_NAME = "training.json"  # written by the trainers
+EVALUATION_NAME = "evaluation.json"  # scorer, num_samples, results: [{num_steps, gen_ppl, entropy}, ...]
+DATA_SETTINGS_NAME = "data_settings.json"  # written by the training scripts
+
+
+def is_hub_name(name: Any) -> bool:
+    """Whether `name` can be that of a repository, and is not of something on this machine."""
+    try:
+        validate_repo_id(name)
+    except (HFValidationError, TypeError):
+        return False
+    return isinstance(name, str) and not name.startswith(".") and not Path(name).exists()
+
+
+def public_name(name: str) -> str:
+    """The name of a model, without where it lies on this machine."""
+    return name if is_hub_name(name) else Path(name).name
+
+
+def read_records(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """
+    What is known of a model beside its weights, without what is about this machine alone.
+
+    Args:
+        folder (`str` or `Path`): The model's folder.
+
+    Returns:
+        `dict[str, dict[str, Any]]`: the contents of `training.json`, `evaluation.json` and `data_settings.json`, by these
+        names; of those that are there.
+
+    Raises:
+        `ValueError`: if one of them is not what it should be.
+    """
+    cleaners = {TRAINING_NAME: _clean_training, EVALUATION_NAME: _clean_evaluation, DATA_SETTINGS_NAME: _clean_data}
+    records = {}
+    for name, clean in cleaners.items():
+        path = Path(folder) / name
+        if path.is_file():
+            try:
+                records[name] = clean(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path} is not what it should be: {type(error).__name__}: {error}") from error
+    return records
+
+
+def _clean_training(training: dict[str, Any]) -> dict[str, Any]:
+    teacher = training.get("teacher")
+    arguments = {str(name): value for name, value in training["arguments"].items()}
+    cleaned = {"trainer": str(training["trainer"]), "step": int(training["step"]), "arguments": arguments}
+    return cleaned | ({"teacher": teacher} if is_hub_name(teacher) else {})
+
+
+def _clean_evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
+    for row in evaluation["results"]:
+        if not all(math.isfinite(row[name]) for name in ("num_steps", "gen_ppl", "entropy")):
+            raise ValueError("`results` must have finite numbers")
+    cleaned = {**evaluation, "num_samples": int(evaluation["num_samples"])}
+    return {**cleaned, "scorer": public_name(str(evaluation["scorer"])), "sampling": clean_sampling(evaluation)}
+
+
+def clean_sampling(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """How the texts of an evaluation were made and scored, without where models lie on this machine."""
+    sampling = dict(evaluation.get("sampling", {}))
+    return {name: public_name(value) if name == "guidance_model" else value for name, value in sampling.items()}
+
+
+def _clean_data(settings: dict[str, Any]) -> dict[str, Any]:
+    def is_public(name: str, value: Any) -> bool:
+        if name == "dataset_name":
+            return is_hub_name(value)
+        return name == "dataset_revision" or not (isinstance(value, str) and re.search(r"[/\\]", value))
+
+    local = ("train_file", "validation_file")
+    return {name: value for name, value in settings.items() if name not in local and is_public(name, value)}

@@ -1,0 +1,114 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Tokenizers: the special tokens that texts need, and small tokenizers that are trained on them.
+
+Nothing that is copied into Hub repositories imports this module, so it is never part of one.
+"""
+
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+def has_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer is of single characters and nothing else, as for text8."""
+    return not tokenizer.all_special_tokens and all(len(token) == 1 for token in tokenizer.get_vocab())
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """
+    Gives a tokenizer the BOS, EOS and PAD token that it lacks, as the paper does: BERT's `[CLS]` and `[SEP]` begin and
+    end texts, and GPT-2 gets a new `[PAD]` (hence its 50258 tokens). One of single characters and nothing else, as for text8, is
+    left so.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Changed in place.
+
+    Returns:
+        The tokenizer.
+    """
+    if has_characters_only(tokenizer):
+        return tokenizer
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.cls_token
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.sep_token
+    if tokenizer.bos_token is None or tokenizer.eos_token is None:
+        raise ValueError("`tokenizer` has no tokens to begin and end texts: set its `bos_token` and `eos_token`.")
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """
+    Trains a small tokenizer, for experiments that should not depend on a downloaded one.
+
+    Args:
+        texts (`Iterable[str]`): The texts to learn the vocabulary from.
+        kind (`str`):
+            `"char"` for characters; `"word"` for words and punctuation marks, with single spaces between them when decoded;
+            `"bpe"` for byte-level byte-pair encoding, which loses nothing; `"text8"` for the letters from a to z and the
+            space, whatever the texts.
+        vocab_size (`int`): The largest vocabulary, special tokens included. 27 for `"text8"`.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerFast`] with the special tokens `[PAD]`, `[BOS]`, `[EOS]` and `[UNK]`, but for
+        `"text8"`, which has none.
+    """
+    if kind == "text8":
+        vocab = {character: index for index, character in enumerate(" abcdefghijklmnopqrstuvwxyz")}
+        tokenizer = Tokenizer(models.WordLevel(vocab))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+        tokenizer.decoder = decoders.Fuse()
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    special_tokens = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"]
+    if vocab_size <= len(special_tokens):
+        raise ValueError(f"`vocab_size` must be above {len(special_tokens)}, got {vocab_size}.")
+    if kind == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if vocab_size < len(special_tokens) + len(alphabet):
+            raise ValueError(
+                f"`vocab_size` must be at least {len(special_tokens) + len(alphabet)} for 'bpe', got {vocab_size}."
+            )
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+        )
+    elif kind in ("char", "word"):
+        tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+        if kind == "char":
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+            tokenizer.decoder = decoders.Fuse()
+        else:
+            tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
+    else:
+        raise ValueError(f"`kind` must be 'bpe', 'char', 'word' or 'text8', got {kind!r}.")
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+__all__ = ["add_special_tokens", "has_characters_only", "train_tokenizer"]

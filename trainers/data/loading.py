@@ -1,0 +1,132 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Texts of the Hub and of files."""
+
+import re
+import sys
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+
+
+# How `datasets` reads a file, by its ending.
+_BUILDERS = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
+
+
+def load_texts(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_file: str | None = None,
+    validation_file: str | None = None,
+    validation_percentage: int = 5,
+    streaming: bool = False,
+    sample_by: str = "line",
+    dataset_revision: str | None = None,
+    train_split: str = "train",
+    validation_split: str | None = None,
+) -> DatasetDict | IterableDatasetDict:
+    """
+    Loads a dataset of the Hub, or files, with a `train` and a `validation` split.
+
+    Args:
+        dataset_name (`str`, *optional*): Name of a dataset of the Hub, or a folder with one.
+        dataset_config_name (`str`, *optional*): Name of a configuration of that dataset.
+        train_file (`str`, *optional*): A txt, json, jsonl, csv or parquet file to train on.
+        validation_file (`str`, *optional*): A file like it to evaluate on.
+        validation_percentage (`int`, *optional*, defaults to 5):
+            How much of the training split becomes the validation split where there is none and none is named. Not for
+            streaming.
+        streaming (`bool`, *optional*, defaults to `False`): Read while training instead of before.
+        sample_by (`str`, *optional*, defaults to `"line"`): What a text is in txt files: line, paragraph or document.
+        dataset_revision (`str`, *optional*):
+            The branch, tag or commit of the dataset. What used to need a script has its tables on `refs/convert/parquet`.
+        train_split (`str`, *optional*, defaults to `"train"`): The split to train on, or a part of it, `"train[:-1000]"`.
+        validation_split (`str`, *optional*): The same to evaluate on. `"validation"`, if there is one, unless given.
+
+    Returns:
+        [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]
+
+    Raises:
+        `ValueError`: if neither or both of `dataset_name` and `train_file` are given, or a file has an unknown ending.
+    """
+    if (dataset_name is None) == (train_file is None):
+        raise ValueError("Pass either `dataset_name` or `train_file`, and not both.")
+    if dataset_name is not None:
+        dataset = load_dataset(dataset_name, dataset_config_name, streaming=streaming, revision=dataset_revision)
+    else:
+        files = {"train": train_file, "validation": validation_file}
+        files = {split: str(file) for split, file in files.items() if file is not None}
+        endings = {Path(file).suffix.lstrip(".") for file in files.values()}
+        if len(endings) != 1 or not endings <= _BUILDERS.keys():
+            raise ValueError(
+                f"`train_file` and `validation_file` must both be {', '.join(_BUILDERS)} files, got {sorted(files.values())}."
+            )
+        builder = _BUILDERS[endings.pop()]
+        options = {"sample_by": sample_by} if builder == "text" else {}
+        dataset = load_dataset(builder, data_files=files, streaming=streaming, **options)
+    splits = {"train": train_split, "validation": validation_split}
+    if validation_split is None and "validation" in dataset:
+        splits["validation"] = "validation"
+    splits = {name: _take_split(dataset, split) for name, split in splits.items() if split is not None}
+    if "validation" not in splits and not streaming and validation_percentage > 0:
+        parts = splits["train"].train_test_split(test_size=validation_percentage / 100, seed=0)
+        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    return type(dataset)(splits)
+
+
+def _take_split(dataset: DatasetDict | IterableDatasetDict, split: str) -> Dataset | IterableDataset:
+    """A split such as "test", or a part of it such as "train[:-1000]", also of a stream."""
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
+    if match is None or match[1] not in dataset:
+        raise ValueError(
+            f"The dataset has no split {split!r}: name one of {list(dataset)}, or a part, 'train[:-1000]'."
+        )
+    part = dataset[match[1]]
+    if match[2] is None and match[3] is None:
+        return part
+    if isinstance(part, Dataset):
+        num_rows = len(part)
+    else:
+        num_rows = part.info.splits[match[1]].num_examples if part.info.splits else None
+        if num_rows is None and "-" in split:
+            raise ValueError(f"{split!r} counts from the end, but how long the stream is is not known.")
+    bounds = [None if bound is None else int(bound) for bound in match.groups()[1:]]
+    start, stop, _ = slice(*bounds).indices(num_rows if num_rows is not None else sys.maxsize)
+    if start >= stop:
+        raise ValueError(f"{split!r} has no texts: the whole split has {num_rows}.")
+    return part.skip(start).take(stop - start)
+
+
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """The columns of a dataset, also of a stream that does not know them."""
+    return dataset.column_names or list(next(iter(dataset)))
+
+
+def find_text_column(dataset: Dataset | IterableDataset, text_column: str | None = None) -> str:
+    """
+    The column of a dataset that has the texts.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The texts.
+        text_column (`str`, *optional*): Its name: `"text"` if there is one, else the first column, unless given.
+
+    Returns:
+        `str`: the name, which is one of the columns.
+    """
+    columns = column_names(dataset)
+    if text_column is None:
+        text_column = "text" if "text" in columns else columns[0]
+    if text_column not in columns:
+        raise ValueError(f"`text_column` is {text_column!r}, but the dataset has the columns {columns}.")
+    return text_column
