@@ -257,7 +257,7 @@ class _Run:
 
 
 class FLMGenerationMixin:
-    """Gives a model with `state_embedding`, `posterior` and `time_map` its `generate()`."""
+    """Gives a model with `state_embedding`, `state_sizes`, `posterior` and `time_map` its `generate()`."""
 
     output_modalities = ("text",)
 
@@ -401,7 +401,7 @@ class FLMGenerationMixin:
             sampler=sampler,
             denoiser=denoiser,
             embedding=embedding,
-            factor=self._get_noise_factor(embedding) if needs_noise else None,
+            factor=self._get_noise_factor(embedding, denoiser.state_sizes) if needs_noise else None,
             logits_processor=self._prepare_logits_processor(config, logits_processor),
             reward=reward,
             streamer=streamer,
@@ -552,7 +552,7 @@ class FLMGenerationMixin:
         relative to the normal one moves by \\(\eta\,\nabla_x r\\), as far as the reward is linear in the noise.
         """
         tau_s, _, s, t = times
-        size = sum(module.embedding_dim for module in self.embeddings)  # the rest is the state of a guidance model
+        size = sum(self.state_sizes)  # the rest is the state of a guidance model
         tau_end = torch.ones_like(tau_s) if is_first else tau_s
 
         def look_ahead(state: torch.Tensor) -> torch.Tensor:
@@ -623,12 +623,13 @@ class FLMGenerationMixin:
             raise ValueError("`reward` needs a `reward_scale`, such as 1.0.")
         return reward if config.reward_scale != 0 else None
 
-    def _get_noise_factor(self, embedding: torch.Tensor) -> torch.Tensor:
+    def _get_noise_factor(self, embedding: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """The factor of the noise, made again only where the embedding has changed."""
         fingerprint = embedding.sum(dim=0)
         known = None if self._noise_factor is None else self._noise_factor[0].to(embedding.device)
         if known is None or not torch.equal(known, fingerprint):
-            factor = JointNoise(embedding).factor(0)
+            noise = JointNoise(*embedding.split(sizes, dim=1))
+            factor = torch.cat([noise.factor(index) for index in range(len(sizes))], dim=1)
             if not torch.isfinite(factor).all():
                 raise ValueError("The token embedding of the model has values that are not finite.")
             self._noise_factor = (fingerprint, factor)

@@ -45,6 +45,7 @@ class Autoguidance:
         self.shares_state = torch.equal(embedding, other)
         self.state_embedding = embedding if self.shares_state else torch.cat([embedding, other], dim=1)
         self.size = embedding.shape[1]
+        self.state_sizes = model.state_sizes + ([] if self.shares_state else guidance_model.state_sizes)
 
     def posterior(
         self,

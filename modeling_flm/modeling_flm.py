@@ -98,7 +98,7 @@ class FLMPreTrainedModel(PreTrainedModel):
     What flow-based language models have in common: weight initialization, what the backbone supports, states, and `forward`
     and `posterior` in terms of what a concrete model defines: `embeddings`, `encode`, `predict` and `loss`.
 
-    The sampler, trainers and guidance use `state_embedding`, `posterior`, `time_map` and `config`.
+    The sampler and guidance use `state_embedding`, `state_sizes`, `posterior`, `time_map` and `config`.
     """
 
     config: FLMConfig
@@ -230,6 +230,11 @@ class FLMPreTrainedModel(PreTrainedModel):
         if len(weights) == 1:
             return weights[0]
         return torch.cat([weight.to(weights[0].device) for weight in weights], dim=1)
+
+    @property
+    def state_sizes(self) -> list[int]:
+        """How many of the columns of a state belong to each of the model's networks."""
+        return [embedding.embedding_dim for embedding in self.embeddings]
 
     def embed_vocabulary(self, embedding: nn.Embedding) -> torch.Tensor:
         """

@@ -7,13 +7,14 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm, noise_factors, sampling, two_time_denoiser
+from conftest import build_flm, sampling, two_time_denoiser
 from datasets import Dataset
 from train_tiny import build, launch, logged
 from transformers import AutoModel
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkConfig, FMLMTwoNetworkModel
 from modeling_flm.flow import flow_map, interpolate, project_to_simplex, times_with_known
+from modeling_flm.joint_noise import JointNoise
 from modeling_flm.losses import softmax_divergence
 from trainers import (
     PRESETS,
@@ -606,7 +607,7 @@ class TestTraining:
         student, state = states(trainer, batch)
         assert student.dtype == state.dtype == torch.float32
         embedding = teacher.embed_tokens.weight.detach().float()
-        factor = noise_factors(trainer.model.embed_tokens.weight.detach(), embedding)[1].double()
+        factor = JointNoise(trainer.model.embed_tokens.weight.detach(), embedding, frozen=[1]).factor(1).double()
         t, clean = teacher.time_map.tau_to_t(tau).double()[:, None, None], embedding.double()[input_ids]
         expected = torch.where(known[..., None], clean, (1 - t) * (noise.double() @ factor) + t * clean)
         for row, expected_row in zip(state, expected):

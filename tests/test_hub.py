@@ -29,7 +29,14 @@ PUBLISHED = {
     *("README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors", "training.json"),
     *("tokenizer.json", "tokenizer_config.json"),
     *("configuration_flm.py", "modeling_flm.py", "generation_flm.py", "pipeline_flm.py", "flow.py", "losses.py"),
-    *("backbone_flm.py", "joint_noise.py", "guidance_flm.py", "time_reparameterization.py"),
+    *(
+        "backbone_flm.py",
+        "joint_noise.py",
+        "guidance_flm.py",
+        "posterior_flm.py",
+        "sampling_flm.py",
+        "time_reparameterization.py",
+    ),
 }
 
 

@@ -286,7 +286,9 @@ def test_small_gradients_survive_float16():
 def test_the_noise_is_made_once_for_each_optimizer_step(preset, tmp_path, monkeypatch):
     made = []
     init = JointNoise.__init__
-    monkeypatch.setattr(JointNoise, "__init__", lambda self, *args: made.append(len(args)) or init(self, *args))
+    monkeypatch.setattr(
+        JointNoise, "__init__", lambda self, *args, **kwargs: made.append(len(args)) or init(self, *args, **kwargs)
+    )
     options = {"max_steps": 3, "gradient_accumulation_steps": 2, "save_strategy": "no"}
     trainer = build_trainer(tmp_path, preset, **options, logging_steps=1)
     trainer.train()

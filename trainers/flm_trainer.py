@@ -136,6 +136,7 @@ class FLMTrainer(Trainer):
     model_classes: tuple[type[PreTrainedModel], ...] = (FLMModel,)
     divergence = "cross_entropy"
     kinds: tuple[str, ...] = ()  # of examples, of which the logs have the losses
+    teacher: PreTrainedModel | None = None  # frozen
     num_uniforms = 1  # that the times of an example are made of
 
     def __init__(
@@ -206,6 +207,7 @@ class FLMTrainer(Trainer):
         check_support(type(self).__name__, self.accelerator, self.is_deepspeed_enabled, self.is_fsdp_enabled)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the number of tokens in the global batch
         self._joint_noise: JointNoise | None = None
+        self._frozen_gram: torch.Tensor | None = None  # what of the noise does not change
         self._means = self._new_means()
         # Regions in the place of the wrapped model: targets and samples do not go through its `forward`.
         self._compile_options = region_options(args.torch_compile_backend, args.torch_compile_mode)
@@ -338,8 +340,12 @@ class FLMTrainer(Trainer):
         """The noise of all networks, made once for each optimizer step, or for each batch where weights are sharded."""
         if self._joint_noise is None or is_sharded(self.model):
             networks = self._networks()
-            weights = [network.embed_vocabulary(embedding) for network in networks for embedding in network.embeddings]
-            self._joint_noise = JointNoise(*weights)
+            owners = [(network, embedding) for network in networks for embedding in network.embeddings]
+            weights = [network.embed_vocabulary(embedding) for network, embedding in owners]
+            frozen = [index for index, (network, _) in enumerate(owners) if network is self.teacher]
+            # The last of a teacher's embeddings is the one that a student starts from.
+            self._joint_noise = JointNoise(*weights, frozen=frozen, frozen_gram=self._frozen_gram)
+            self._frozen_gram = self._joint_noise.frozen_gram
         return self._joint_noise
 
     def compute_targets(
