@@ -115,6 +115,13 @@ class TestAssemble:
         assert f"| parameters | {parameters:,} |" in card.text
         assert not re.search(r"\{[{%]|None|Undefined", card.content)
 
+    @pytest.mark.parametrize("prompt_fraction", [0.0, 0.9, None])
+    def test_card_says_whether_prompts_were_trained_for(self, prompt_fraction):
+        training = {"trainer": "FLMTrainer", "step": 3, "arguments": {"prompt_fraction": prompt_fraction}}
+        records = {} if prompt_fraction is None else {"training.json": training}
+        text = hub.card.build_card(records, "me/model", build_flm(), []).text
+        assert ("for which the model was trained" in text) == bool(prompt_fraction)
+
     def test_samples_of_the_card_are_what_its_seed_gives(self, assembled):
         card = ModelCard.load(assembled / "README.md").text
         samples = re.findall(r"```text\n(.*?)\n```", card, re.DOTALL)
