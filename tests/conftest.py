@@ -1,6 +1,7 @@
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers.utils.hub
 from hub_server import LoopbackHub
 from transformers import CompileConfig
 
@@ -11,6 +12,12 @@ from modeling_flm.joint_noise import JointNoise
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def connection_of_its_own(monkeypatch):
+    """What transformers keeps of a connection to the Hub knows the Hub of the test in which it was first made."""
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
 
 
 def build_flm(**overrides) -> FLMModel:
