@@ -81,6 +81,9 @@ TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 # How many of the first training texts are asked whether they begin with the BOS token.
 _NUM_BEGINNINGS = 32
 
+# What a dataset has of an example.
+_COLUMNS = ("input_ids", "attention_mask", "labels")
+
 # Streams of random numbers that must not meet.
 _TRAIN, _EVAL = 0, 1
 
@@ -273,7 +276,7 @@ class FLMTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self):
         # What else there is of an example is made here, and a column of the dataset must not stand in for it.
-        self._signature_columns = ["input_ids", "attention_mask", "labels"]
+        self._signature_columns = list(_COLUMNS)
 
     def _draw_times(
         self, uniforms: torch.Tensor, positions: range
@@ -294,7 +297,7 @@ class FLMTrainer(Trainer):
         times, kinds = self._draw_times(uniforms, positions)
         # Copies that nobody waits for
         times = {name: tau.to(self.args.device, non_blocking=True) for name, tau in times.items()}
-        texts = self._prepare_inputs({name: batch[name] for name in self._signature_columns if name in batch})
+        texts = self._prepare_inputs({name: batch[name] for name in _COLUMNS if name in batch})
         seeds = [example_seed(*key, position) for position in positions]
         if self.args.prompt_fraction > 0:
             length = self._longest(texts["labels"])
