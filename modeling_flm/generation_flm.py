@@ -460,7 +460,7 @@ class FLMGenerationMixin:
         else:
             tau = torch.tensor(config.timesteps, dtype=torch.float32, device=state.device)
         t = self.time_map.tau_to_t(tau)
-        tau_asked = self._tau_asked(sampler, tau, t)
+        tau_asked = sampler.target_tau(tau[:-1], tau[1:], self.time_map)
 
         # 1. Known tokens have the time 1, and a clean state
         state = known.start(state, embedding)
@@ -501,13 +501,6 @@ class FLMGenerationMixin:
             if run.callback is not None:
                 run.callback(step + 1, config.num_steps, tokens)
         return tokens, torch.stack(drafts, dim=1) if drafts else None
-
-    def _tau_asked(self, sampler: FlowMapSampler, tau: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The reparameterized times that the model is asked to go to, for a grid of times; those of the grid stay exact."""
-        asked = sampler.target_time(t[:-1], t[1:])
-        on_grid = torch.where(asked == t[1:], tau[1:], tau[:-1])
-        is_on_grid = (asked == t[1:]) | (asked == t[:-1])
-        return torch.where(is_on_grid, on_grid, self.time_map.t_to_tau(asked))
 
     @staticmethod
     def _times(known: _Known, batch_size: int, *grid: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -646,7 +639,7 @@ class FLMGenerationMixin:
         for generator in generators:
             if from_noise:
                 states.append(self._draw_noise(run.config.length, run.factor, [generator]))
-            if run.sampler.draws_noise:
+            if run.sampler.draws_noise or run.sampler.draws_tokens:
                 device = run.embedding.device if generator is None else generator.device
                 seed = torch.randint(2**62, (), generator=generator, device=device)
                 fresh_generators.append(torch.Generator(device).manual_seed(int(seed)))

@@ -53,36 +53,40 @@ def _full_precision(device: torch.device) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _near(embeddings: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """Ones where columns are near those of the last embedding of their width, on a sample of rows, and else zeros."""
-    last, near = {}, []
-    for embedding in embeddings:
-        sample = embedding[:: max(1, len(embedding) // _ROWS)].to(embeddings[0].device)
-        other = last.get(embedding.shape[1])
+# For an embedding the index of the last one before it of its width, with ones where columns of both are near and else zeros;
+# `None` where there is none.
+Near = list[tuple[int, torch.Tensor] | None]
+
+
+def _near(embeddings: Sequence[torch.Tensor]) -> Near:
+    """Which columns are near those of an embedding before, on a sample of rows."""
+    samples = [each[:: max(1, len(each) // _ROWS)].to(embeddings[0].device) for each in embeddings]
+    near, last = [], {}
+    for index, sample in enumerate(samples):
+        other = last.get(sample.shape[1])
+        last[sample.shape[1]] = index
+        if other is None:
+            near.append(None)
+            continue
         # Without a branch, which would wait for the device.
-        is_near = None if other is None else (sample - other).norm(dim=0) < sample.norm(dim=0) / 4
-        near.append(None if is_near is None else is_near.to(sample))
-        last[embedding.shape[1]] = sample
+        is_near = (sample - samples[other]).norm(dim=0) < sample.norm(dim=0) / 4
+        near.append((other, is_near.to(sample)))
     return near
 
 
-def _basis(embeddings: Sequence[torch.Tensor], near: Sequence[torch.Tensor | None]) -> Iterator[torch.Tensor]:
+def _basis(embeddings: Sequence[torch.Tensor], near: Near) -> Iterator[torch.Tensor]:
     """A', some rows at a time."""
     for parts in zip(*(embedding.split(_ROWS) for embedding in embeddings)):
-        last, columns = {}, []
-        for part, weight in zip(parts, near):
-            part = part.to(parts[0].device)
-            columns.append(part if weight is None else part - weight * last[part.shape[1]])
-            last[part.shape[1]] = part
+        parts = [part.to(parts[0].device) for part in parts]
+        columns = [part if each is None else part - each[1] * parts[each[0]] for part, each in zip(parts, near)]
         yield columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
-def _add_near(columns: torch.Tensor, widths: list[int], near: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+def _add_near(columns: torch.Tensor, widths: list[int], near: Near) -> list[torch.Tensor]:
     """What belongs to A', as what belongs to the embeddings."""
-    last, sums = {}, []
-    for width, weight, part in zip(widths, near, columns.split(widths, dim=-1)):
-        last[width] = part if weight is None else part + weight.to(part.device) * last[width]
-        sums.append(last[width])
+    sums = []
+    for part, each in zip(columns.split(widths, dim=-1), near):
+        sums.append(part if each is None else part + each[1].to(part.device) * sums[each[0]])
     return sums
 
 

@@ -26,6 +26,7 @@ import torch
 
 from .flow import bridge_coefficients, expand_times, flow_map, gamma_coefficients
 from .posterior_flm import Posterior, Reader, drawn, mean_embedding, most_likely
+from .time_reparameterization import ReparameterizedTime
 
 
 @dataclass
@@ -102,9 +103,9 @@ class FlowMapSampler:
     draws_tokens = False  # tokens at every step
     takes_rewards = True  # whether moving the state towards a reward goes with it
 
-    def target_time(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The interpolant time that the model is asked to go to, in a step from `s` to `t`. Times are of any shape."""
-        return t
+    def target_tau(self, tau_s: torch.Tensor, tau_t: torch.Tensor, time_map: ReparameterizedTime) -> torch.Tensor:
+        """The reparameterized time that the model is asked to go to, in a step from `tau_s` to `tau_t`, of any shape."""
+        return tau_t
 
     def read_tokens(self, uniforms: torch.Tensor | None) -> Reader:
         """How tokens are read from a posterior. `uniforms` has shape `(batch_size, sequence_length)` if tokens are drawn."""
@@ -166,8 +167,9 @@ class StochasticFlowMapSampler(FlowMapSampler):
     def __init__(self, gamma: float):
         self.gamma = gamma
 
-    def target_time(self, s, t):
-        return gamma_coefficients(t, self.gamma)[0]
+    def target_tau(self, tau_s, tau_t, time_map):
+        later, _, _ = gamma_coefficients(time_map.tau_to_t(tau_t), self.gamma)
+        return time_map.t_to_tau(later)
 
     def move(self, state, estimate, s, t, noise):
         later, excess, fresh = gamma_coefficients(t, self.gamma)
@@ -187,8 +189,8 @@ class BridgeSampler(FlowMapSampler):
     draws_tokens = True
     takes_rewards = False
 
-    def target_time(self, s, t):
-        return s
+    def target_tau(self, tau_s, tau_t, time_map):
+        return tau_s
 
     def read_tokens(self, uniforms):
         return drawn(uniforms)

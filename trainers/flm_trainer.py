@@ -28,6 +28,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModel,
     PreTrainedModel,
@@ -55,7 +56,7 @@ from .batches import (
     low_discrepancy_uniforms,
     stratified_uniforms,
 )
-from .callbacks import GenPPLCallback, SampleCallback, evaluating
+from .callbacks import GenPPLCallback, SampleCallback
 from .data import DataCollatorForFLM
 from .distributed import (
     check_support,
@@ -329,7 +330,7 @@ class FLMTrainer(Trainer):
     def _add_noise(self, batch: FlowBatch) -> FlowBatch:
         """The batch with the noise of its seeds."""
         longest, length = self._longest(batch.input_ids), batch.input_ids.shape[1]
-        weights = [embedding.weight for network in self._networks() for embedding in network.embeddings]
+        weights = [embedding.weight for _, embedding in self._embeddings()]
         noise = draw_noise(batch.noise_seeds, longest, noise_size(*weights), device=batch.input_ids.device)
         return dataclasses.replace(batch, noise=noise[:, :length])
 
@@ -339,13 +340,16 @@ class FLMTrainer(Trainer):
         """The networks that see a batch, the model first."""
         return [self.model]
 
+    def _embeddings(self) -> list[tuple[PreTrainedModel, nn.Embedding]]:
+        """The embeddings that the noise is drawn for, each with the network that it belongs to."""
+        return [(network, embedding) for network in self._networks() for embedding in network.embeddings]
+
     def _get_joint_noise(self) -> JointNoise:
         """The noise of all networks, made once for each optimizer step, or for each batch where weights are sharded."""
         if self._joint_noise is None or is_sharded(self.model):
-            networks = self._networks()
-            owners = [(network, embedding) for network in networks for embedding in network.embeddings]
-            weights = [network.embed_vocabulary(embedding) for network, embedding in owners]
-            frozen = [index for index, (network, _) in enumerate(owners) if network is self.teacher]
+            owned = self._embeddings()
+            weights = [network.embed_vocabulary(embedding) for network, embedding in owned]
+            frozen = [index for index, (network, _) in enumerate(owned) if network is self.teacher]
             # The last of a teacher's embeddings is the one that a student starts from.
             self._joint_noise = JointNoise(*weights, frozen=frozen, frozen_gram=self._frozen_gram)
             self._frozen_gram = self._joint_noise.frozen_gram
@@ -387,8 +391,8 @@ class FLMTrainer(Trainer):
         model = self.model
         # 1. All networks see the same noise, each through its own embedding
         joint_noise = self._get_joint_noise()
-        # 2. What there is to learn: the data, or what networks without dropout say of the same noised texts
-        with torch.no_grad(), evaluating(*self._networks()):
+        # 2. What there is to learn: the data, or what networks say of the same noised texts
+        with torch.no_grad():
             target, weights = self.compute_targets(batch, joint_noise)
         # 3. What the model sees, and makes of it
         state = model.make_state(batch.input_ids, batch.tau_s, batch.noise, joint_noise)

@@ -23,6 +23,7 @@ from modeling_flm.joint_noise import JointNoise
 from modeling_flm.posterior_flm import Posterior
 
 from .batches import FlowBatch
+from .callbacks import evaluating
 from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
 from .objectives import assemble, denoiser, eulerian_target, lagrangian_target, semigroup_target
@@ -165,40 +166,40 @@ class FMLMTrainer(FLMTrainer):
 
     def _state(self, network: PreTrainedModel, batch: FlowBatch, joint_noise: JointNoise) -> torch.Tensor:
         """The noised state of one of the networks."""
-        before = self._networks()[: self._networks().index(network)]
-        first = sum(len(other.embeddings) for other in before)
+        first = [owner for owner, _ in self._embeddings()].index(network)
         return network.make_state(batch.input_ids, batch.tau_s, batch.noise, joint_noise, first)
 
     def compute_targets(self, batch: FlowBatch, joint_noise: JointNoise) -> tuple[Posterior, torch.Tensor]:
         args, autocast, teacher, network = self.args, self.accelerator.autocast, self.teacher, self._target_network()
-        # 1. The states that the networks of the targets see
-        state = self._state(network, batch, joint_noise)
-        teacher_state = None if teacher is None else self._state(teacher, batch, joint_noise)
-        flow, flow_state = (network, state) if teacher is None else (teacher, teacher_state)
-        chunks = network.chunks(state)
-        weights, parts = torch.ones_like(batch.tau_s), []
-        for rows, is_diagonal in self._groups(batch):
-            part = batch[rows]
-            inputs = (network, state[rows], flow, flow_state[rows], part, autocast)
-            # 2. Where the times are equal: the denoiser of the teacher, or the data
-            if is_diagonal and teacher is None:
-                target = Posterior.of_tokens(part.labels, self.model.config.vocab_size, chunks)
-            elif is_diagonal:
-                target = denoiser(teacher, teacher_state[rows], part.tau_s, part.tau_s, part, autocast)
-            # 3. Where they differ: an identity that the exact flow map obeys, or the teacher's flow map
-            elif args.target == "semigroup":
-                target = semigroup_target(network, state[rows], part, autocast)
-            elif args.target == "lagrangian":
-                target = lagrangian_target(*inputs)
-            elif args.target == "eulerian":
-                target = eulerian_target(*inputs)
-            else:
-                target = denoiser(teacher, teacher_state[rows], part.tau_s, part.tau_t, part, autocast)
-                # The squared distance of the states that the two maps arrive at
-                s, t = self.model.time_map.tau_to_t(part.tau_s), self.model.time_map.tau_to_t(part.tau_t)
-                weights[rows] = (1 - remaining_noise(s, t)).square()
-            parts.append((rows, target))
-        return assemble(parts, len(weights), chunks), weights
+        with evaluating(*self._networks()):  # no network says anything with dropout
+            # 1. The states that the networks of the targets see
+            state = self._state(network, batch, joint_noise)
+            flow = network if teacher is None else teacher
+            flow_state = state if teacher is None else self._state(teacher, batch, joint_noise)
+            chunks = network.chunks(state)
+            weights, parts = torch.ones_like(batch.tau_s), []
+            for rows, is_diagonal in self._groups(batch):
+                part, own = batch[rows], state[rows]
+                seen = own if flow is network else flow_state[rows]
+                # 2. Where the times are equal: the denoiser of the teacher, or the data
+                if is_diagonal and teacher is None:
+                    target = Posterior.of_tokens(part.labels, self.model.config.vocab_size, chunks)
+                elif is_diagonal:
+                    target = denoiser(flow, seen, part.tau_s, part.tau_s, part, autocast)
+                # 3. Where they differ: an identity that the exact flow map obeys, or the teacher's flow map
+                elif args.target == "semigroup":
+                    target = semigroup_target(network, own, part, autocast)
+                elif args.target == "lagrangian":
+                    target = lagrangian_target(network, own, flow, seen, part, autocast)
+                elif args.target == "eulerian":
+                    target = eulerian_target(network, own, flow, seen, part, autocast)
+                else:
+                    target = denoiser(flow, seen, part.tau_s, part.tau_t, part, autocast)
+                    # The squared distance of the states that the two maps arrive at
+                    s, t = self.model.time_map.tau_to_t(part.tau_s), self.model.time_map.tau_to_t(part.tau_t)
+                    weights[rows] = (1 - remaining_noise(s, t)).square()
+                parts.append((rows, target))
+            return assemble(parts, len(weights), chunks), weights
 
     @staticmethod
     def _groups(batch: FlowBatch) -> list[tuple[torch.Tensor, bool]]:

@@ -96,12 +96,8 @@ def semigroup_target(network: PreTrainedModel, state: torch.Tensor, batch: FlowB
     first = denoiser(network, state, batch.tau_s, batch.tau_u, batch, autocast)
     arrived = flow_map(state, mean(first, network, state), s, u)
     second = denoiser(network, arrived, batch.tau_u, batch.tau_t, batch, autocast)
-    weight = expand_times(semigroup_weight(s, u, t), state)
-
-    def lerp(start: torch.Tensor, end: torch.Tensor, chunk: slice) -> torch.Tensor:
-        return torch.lerp(start, end, weight if weight.shape[1] == 1 else weight[:, chunk])
-
-    return second.combine(first, lerp)
+    weight = semigroup_weight(s, u, t)
+    return second.combine(first, lambda start, end, chunk: torch.lerp(start, end, _of_chunk(weight, chunk, start)))
 
 
 def lagrangian_target(
@@ -122,9 +118,12 @@ def lagrangian_target(
     delta, change = derivative(network, (state, tau_s, tau_t), tangents, batch, autocast)
     arrived = flow_map(flow_state, mean(delta, flow, flow_state), s, t)
     denoised = denoiser(flow, arrived, tau_t, tau_t, batch, autocast)
-    return denoised.combine(change, _plus(-lagrangian_coefficient(s, t), state)).map(
-        lambda target, chunk: project_to_simplex(target)
-    )
+    factor = lagrangian_coefficient(s, t)
+
+    def target(denoised: torch.Tensor, change: torch.Tensor, chunk: slice) -> torch.Tensor:
+        return project_to_simplex(denoised - _of_chunk(factor, chunk, change) * change)
+
+    return denoised.combine(change, target)
 
 
 def eulerian_target(
@@ -146,13 +145,13 @@ def eulerian_target(
     along_flow = drift(state, mean(denoised, network, state), s)
     tangents = (along_flow, (1 - s) * time_map.dtau_dt(s), torch.zeros_like(tau_t))
     _, change = derivative(network, (state, tau_s, tau_t), tangents, batch, autocast)
-    return denoised.combine(change, _plus(eulerian_coefficient(s, t), state))
+    factor = eulerian_coefficient(s, t)
+    return denoised.combine(change, lambda start, along, chunk: start + _of_chunk(factor, chunk, along) * along)
 
 
-def _plus(factor: torch.Tensor, state: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]:
-    """`target + factor * change`, for times of either shape."""
-    factor = expand_times(factor, state)
-    return lambda target, change, chunk: target + (factor if factor.shape[1] == 1 else factor[:, chunk]) * change
+def _of_chunk(factor: torch.Tensor, chunk: slice, values: torch.Tensor) -> torch.Tensor:
+    """A factor of texts or tokens, for the values of a chunk of positions."""
+    return expand_times(times_of(factor, chunk), values)
 
 
 def assemble(parts: list[tuple[torch.LongTensor, Posterior]], batch_size: int, chunks: list[slice]) -> Posterior:
