@@ -106,8 +106,8 @@ def generate(
             **parameters,
         )
         texts = tokenizer.batch_decode(output.sequences, skip_special_tokens=not args.keep_special_tokens)
-        for text, tokens in zip(texts, output.sequences.tolist()):
-            yield {"text": text, "tokens": tokens, "num_steps": output.num_forward_passes, "seed": args.seed}
+        for text, tokens, num_passes in zip(texts, output.sequences.tolist(), output.num_forward_passes.tolist()):
+            yield {"text": text, "tokens": tokens, "num_steps": num_passes, "seed": args.seed}
 
 
 def main(args: argparse.Namespace):

@@ -18,7 +18,8 @@ Turns a model of the paper's published code into a model folder, from a checkpoi
     python -m hub.convert --checkpoint lm1b_flm.ckpt --tokenizer bert-base-uncased --output flm_lm1b
     python -m hub.convert --checkpoint flm.ckpt --correction stage1.ckpt --output fmlm_two_network
 
-What a checkpoint is follows from its tensors. Nothing that is in it runs: see `hub/checkpoints.py`.
+What a checkpoint is follows from its tensors, and where they do not tell, from the algorithm that it names. Nothing that is in
+it runs: see `hub/checkpoints.py`.
 """
 
 import argparse
@@ -67,8 +68,6 @@ def _refuse_other_models(checkpoint: Checkpoint):
     reason = None
     if algorithm in _OTHER_MODELS or algorithm is not None and "mask" in algorithm:
         reason = f"it is a model of {algorithm!r}, which is neither an FLM nor a flow map"
-    elif algorithm == "fmlm_plus" or checkpoint.setting("algo", "skip_time_reparam") is True:
-        reason = "it is an FMLM+ (a flow map with a time for every token), which has no model here yet"
     elif (type(backbone) is str and "mamba" in backbone) or any(".mixer." in name for name in names):
         reason = "its backbone is a Mamba (`algo.backbone`), not a transformer"
     elif any("cond_map" in name or "label_embed" in name for name in names):
@@ -86,6 +85,11 @@ def _refuse_other_models(checkpoint: Checkpoint):
 
 def _is_flow_map(names: Iterable[str]) -> bool:
     return any(name.startswith("target_time_embedding.") for name in names)
+
+
+def _is_any_order(checkpoint: Checkpoint) -> bool:
+    """Whether a flow map is an FMLM+, with a time for every token and without reparameterization; its tensors do not tell."""
+    return checkpoint.algorithm == "fmlm_plus" or checkpoint.setting("algo", "skip_time_reparam") is True
 
 
 def _softcap(checkpoint: Checkpoint) -> float | None:
@@ -249,6 +253,8 @@ def convert(
             )
         if is_flow_map:
             settings["learned_loss_weighting"] = any(name.startswith("loss_weighting.") for name in weights)
+            if _is_any_order(main):
+                settings |= {"per_token_timesteps": True, "time_reparameterization": None}
         model = _build(FMLMModel if is_flow_map else FLMModel, settings, {"": (main, weights)})
     else:
         if is_flow_map:

@@ -39,6 +39,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
 
 import modeling_flm
@@ -50,9 +51,10 @@ from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, read_re
 
 logger = logging.get_logger(__name__)
 
-# What publishing may have written before, and removes where it is no longer there.
+# What publishing may have written before, and removes where it is no longer there: the code that a model carries, and what
+# models, tokenizers and trainings are saved as.
 _OWN_FILES = (
-    *({path.name for path in Path(modeling_flm.__file__).parent.glob("*.py")} - {"__init__.py"}),
+    *("modeling_flm.py", *(Path(path).name for path in get_relative_import_files(modeling_flm.modeling_flm.__file__))),
     *("config.json", "generation_config.json", "training_args.bin"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),

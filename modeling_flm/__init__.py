@@ -25,10 +25,12 @@ from .sampling_flm import (
     BridgeSamplerConfig,
     FlowMapSampler,
     FlowMapSamplerConfig,
+    Sampler,
+    SamplerConfig,
     StochasticFlowMapSampler,
     StochasticFlowMapSamplerConfig,
 )
-from .time_reparameterization import ReparameterizedTime
+from .time_reparameterization import IdentityTime, ReparameterizedTime
 
 
 __version__ = "0.1.0.dev0"
@@ -58,8 +60,11 @@ __all__ = [
     "FMLMTwoNetworkModel",
     "FlowMapSampler",
     "FlowMapSamplerConfig",
+    "IdentityTime",
     "LanguageModelReward",
     "ReparameterizedTime",
+    "Sampler",
+    "SamplerConfig",
     "StochasticFlowMapSampler",
     "StochasticFlowMapSamplerConfig",
 ]

@@ -65,6 +65,9 @@ class FLMConfig(PreTrainedConfig):
         per_token_timesteps (`bool`, *optional*, defaults to `False`):
             Whether the network is conditioned on the time of each token. Otherwise it is on the earliest of the text's, and
             must tell from the states which tokens are known.
+        time_reparameterization (`str`, *optional*, defaults to `"argmax"`):
+            The reparameterized time \\(\tau\\), in which times are drawn and the network is conditioned: `"argmax"`, how
+            likely the largest entry of a noised token is the right one, or `None` for none, \\(\tau = t\\), as in FMLM+.
         rope_parameters (`dict`, *optional*):
             The rotary position embedding, `{"rope_type": "default", "rope_theta": 10000.0}` unless given.
         bos_token_id (`int`, *optional*):
@@ -100,6 +103,7 @@ class FLMConfig(PreTrainedConfig):
     final_logit_softcapping: float | int | None = 30.0
     layer_norm_eps: float = 1e-5
     per_token_timesteps: bool = False
+    time_reparameterization: str | None = "argmax"
     rope_parameters: dict | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -127,6 +131,10 @@ class FLMConfig(PreTrainedConfig):
             softcap = getattr(self, name)
             if softcap is not None and not softcap > 0:
                 raise ValueError(f"`{name}` must be positive, or `None` for no softcap, got {softcap}.")
+        if self.time_reparameterization not in (None, "argmax"):
+            raise ValueError(
+                f"`time_reparameterization` must be 'argmax', or `None` for none, got {self.time_reparameterization!r}."
+            )
         if self.rope_parameters["rope_type"] != "default":
             raise ValueError(
                 f"`rope_parameters` must have the `rope_type` 'default', got {self.rope_parameters['rope_type']!r}; only "

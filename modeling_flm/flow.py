@@ -243,20 +243,3 @@ def eulerian_coefficient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         `torch.Tensor` of the shape of `s`, 0 where the times are equal.
     """
     return torch.where(t > s, (t - s) / (1 - t), 0.0)
-
-
-def project_to_simplex(x: torch.Tensor) -> torch.Tensor:
-    """
-    The nearest point of the probability simplex (sparsemax).
-
-    Args:
-        x (`torch.Tensor` of shape `(..., vocab_size)`): Any values.
-
-    Returns:
-        `torch.Tensor` of shape `(..., vocab_size)`: nonnegative values that sum to 1.
-    """
-    ordered = x.sort(dim=-1, descending=True).values
-    excess = ordered.cumsum(dim=-1) - 1
-    rank = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
-    support = (rank * ordered > excess).sum(dim=-1, keepdim=True).clamp(min=1)  # not 0 for NaNs
-    return (x - excess.gather(-1, support - 1) / support).clamp(min=0)

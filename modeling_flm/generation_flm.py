@@ -17,7 +17,7 @@ import copy
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,10 +33,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
+from .commitment_flm import BlockByBlock, Commitment, PosteriorRefinement
 from .flow import expand_times, reward_coefficient, times_with_known
 from .guidance_flm import Autoguidance, Reward, reward_gradient
 from .joint_noise import JointNoise
-from .sampling_flm import FlowMapSampler, FlowMapSamplerConfig, StochasticFlowMapSamplerConfig, load_sampler_config
+from .posterior_flm import probability_of
+from .sampling_flm import Sampler, SamplerConfig, StochasticFlowMapSamplerConfig, load_sampler_config
 
 
 logger = logging.get_logger(__name__)
@@ -57,7 +59,8 @@ class FLMGenerationConfig(GenerationConfig):
         num_samples (`int`, *optional*, defaults to 1):
             The number of texts to generate.
         num_steps (`int`, *optional*, defaults to 64):
-            The number of steps from noise to text, which is the number of forward passes.
+            The number of steps from noise to text, which is the number of forward passes; with `num_rounds` or `block_length`
+            that of each round or block.
         timesteps (`list[float]`, *optional*):
             The reparameterized times of the steps, from 0 to 1. Evenly spaced unless given. It sets `num_steps`.
         length (`int`, *optional*):
@@ -77,6 +80,21 @@ class FLMGenerationConfig(GenerationConfig):
             anew at every step but the last. 0 follows the flow, which is the default.
         sampler_config ([`FlowMapSamplerConfig`], [`StochasticFlowMapSamplerConfig`] or [`BridgeSamplerConfig`], *optional*):
             What a step takes from the model, and how it moves the state. Follows the flow by default.
+        num_rounds (`int`, *optional*):
+            Posterior refinement: how often what is not known is written, each time from noise. After each round some tokens
+            become known. The model should be told the time of each token (`config.per_token_timesteps`).
+        commit_threshold (`float`, *optional*):
+            Tokens become known after a round of posterior refinement if their probability is at least this. By default none
+            does for that reason.
+        commit_budget (`int` or `str`, *optional*, defaults to `"uniform"`):
+            How many of the likeliest tokens of each text become known after a round whatever their probability: a number, or
+            `"uniform"` for as many as leave equally many to each round.
+        block_length (`int`, *optional*):
+            Writes texts from left to right, so many tokens at a time. Each time everything to the right is written, too, and
+            dropped.
+        fresh_noise (`bool`, *optional*, defaults to `True`):
+            Whether tokens that are written again start from new noise, and not from what they started from before. Only new
+            noise is independent of the tokens that are known by then.
         guidance_scale (`float`, *optional*):
             How far to go beyond the model, away from the `guidance_model` (autoguidance). 0 turns it off.
         reward_scale (`float`, *optional*):
@@ -85,7 +103,7 @@ class FLMGenerationConfig(GenerationConfig):
         pad_after_eos (`bool`, *optional*, defaults to `False`):
             Whether texts end at their first end-of-sequence token, after which there is nothing but padding.
         output_drafts (`bool`, *optional*, defaults to `False`):
-            Whether to return the most likely tokens of every step.
+            Whether to return the tokens of every step, or of every round or block.
         return_dict_in_generate (`bool`, *optional*, defaults to `False`):
             Whether to return a [`FLMGenerationOutput`] rather than the tokens alone.
         bos_token_id (`int`, *optional*):
@@ -107,7 +125,12 @@ class FLMGenerationConfig(GenerationConfig):
         self.top_p: float | None = kwargs.pop("top_p", None)
         self.timesteps: list[float] | None = kwargs.pop("timesteps", None)
         self.gamma: float | None = kwargs.pop("gamma", None)
-        self.sampler_config: FlowMapSamplerConfig | None = kwargs.pop("sampler_config", None)
+        self.sampler_config: SamplerConfig | None = kwargs.pop("sampler_config", None)
+        self.num_rounds: int | None = kwargs.pop("num_rounds", None)
+        self.commit_threshold: float | None = kwargs.pop("commit_threshold", None)
+        self.commit_budget: int | str | None = kwargs.pop("commit_budget", None)
+        self.block_length: int | None = kwargs.pop("block_length", None)
+        self.fresh_noise: bool | None = kwargs.pop("fresh_noise", None)
         self.guidance_scale: float | None = kwargs.pop("guidance_scale", None)
         self.reward_scale: float | None = kwargs.pop("reward_scale", None)
         self.pad_after_eos: bool | None = kwargs.pop("pad_after_eos", None)
@@ -135,7 +158,7 @@ class FLMGenerationConfig(GenerationConfig):
 
     def validate(self, **kwargs):
         """Raises a `ValueError` that names the parameter whose value cannot be used."""
-        for name in ("num_samples", "num_steps", "length", "batch_size", "top_k"):
+        for name in ("num_samples", "num_steps", "length", "batch_size", "top_k", "num_rounds", "block_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
@@ -143,6 +166,12 @@ class FLMGenerationConfig(GenerationConfig):
             raise ValueError(f"`temperature` must be a number above 0, got {self.temperature!r}.")
         if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
             raise ValueError(f"`top_p` must be a number above 0 and at most 1, got {self.top_p!r}.")
+        threshold, budget = self.commit_threshold, self.commit_budget
+        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 < threshold <= 1):
+            raise ValueError(f"`commit_threshold` must be a probability above 0 and at most 1, got {threshold!r}.")
+        is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0
+        if budget is not None and budget != "uniform" and not is_count:
+            raise ValueError(f"`commit_budget` must be 'uniform' or a number of tokens, got {budget!r}.")
         if self.gamma is not None:
             StochasticFlowMapSamplerConfig(self.gamma)
         if self.sampler_config is not None:
@@ -165,6 +194,8 @@ class FLMGenerationConfig(GenerationConfig):
             "num_samples": 1,
             "num_steps": 64,
             "batch_size": 64,
+            "commit_budget": "uniform",
+            "fresh_noise": True,
             "pad_after_eos": False,
             "output_drafts": False,
             "return_dict_in_generate": False,
@@ -188,15 +219,20 @@ class FLMGenerationOutput(ModelOutput):
     Args:
         sequences (`torch.LongTensor` of shape `(num_samples, length)`):
             The generated tokens.
-        drafts (`torch.LongTensor` of shape `(num_samples, num_steps, length)`, *optional*, returned when `output_drafts=True`):
-            The most likely tokens at every step. The last draft is the text, before `pad_after_eos`.
-        num_forward_passes (`int`):
-            How often the model was evaluated for each text: once a step, and once more with a reward.
+        drafts (`torch.LongTensor` of shape `(num_samples, num_drafts, length)`, *optional*, returned when `output_drafts=True`):
+            The tokens that were most likely, or drawn, at every step; with `num_rounds` or `block_length` those that every
+            round or block ended with. The last draft is the text, before `pad_after_eos`.
+        num_forward_passes (`torch.LongTensor` of shape `(num_samples,)`):
+            How often the model was evaluated for each text: once a step, and once more with a reward. Rounds and blocks that
+            find nothing to write in a text do not count.
+        commit_rounds (`torch.LongTensor` of shape `(num_samples, length)`, *optional*, returned with `num_rounds` or `block_length`):
+            The round or block, from 1, after which each token was known, and 0 where it was from the beginning.
     """
 
     sequences: torch.LongTensor | None = None
     drafts: torch.LongTensor | None = None
-    num_forward_passes: int | None = None
+    num_forward_passes: torch.LongTensor | None = None
+    commit_rounds: torch.LongTensor | None = None
 
 
 @dataclass
@@ -207,7 +243,7 @@ class _Known:
     mask: torch.BoolTensor | None = None
     attention_mask: torch.BoolTensor | None = None
 
-    def __getitem__(self, rows: slice) -> "_Known":
+    def __getitem__(self, rows: slice | torch.Tensor) -> "_Known":
         masks = (None if mask is None else mask[rows] for mask in (self.mask, self.attention_mask))
         return _Known(self.tokens[rows], *masks)
 
@@ -217,6 +253,16 @@ class _Known:
         if self.attention_mask is None:
             return self.mask
         return ~self.attention_mask if self.mask is None else self.mask | ~self.attention_mask
+
+    @property
+    def is_open(self) -> torch.BoolTensor:
+        """Where there is something to generate."""
+        return torch.ones_like(self.tokens, dtype=torch.bool) if self.is_fixed is None else ~self.is_fixed
+
+    def commit(self, tokens: torch.LongTensor, where: torch.BoolTensor) -> "_Known":
+        """What is known once these tokens are."""
+        mask = where if self.mask is None else self.mask | where
+        return replace(self, tokens=torch.where(where, tokens, self.tokens), mask=mask)
 
     def start(self, state: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """A state of noise with the clean state of what is known in its place."""
@@ -240,18 +286,43 @@ class _Known:
         return torch.where(self.is_fixed[..., None], certain, probabilities)
 
 
+class _TextStream:
+    """What a streamer is shown of one text: tokens that stay, each once, and a draft of what comes after them."""
+
+    def __init__(self, streamer: BaseStreamer):
+        self.streamer = streamer
+        self.takes_drafts = hasattr(streamer, "put_draft")
+        self.num_shown = 0
+        streamer.put(torch.empty((1, 0), dtype=torch.long))  # streamers take what comes first for the prompt
+
+    def show(self, tokens: torch.LongTensor, num_certain: int = 0):
+        """Shows a text of which so many tokens from the beginning stay."""
+        if num_certain > self.num_shown:
+            self.streamer.put(tokens[:, self.num_shown : num_certain].cpu())
+            self.num_shown = num_certain
+        if self.takes_drafts and self.num_shown < tokens.shape[1]:
+            self.streamer.put_draft(tokens[:, self.num_shown :].cpu())
+
+    def end(self, tokens: torch.LongTensor):
+        """Shows the rest of the finished text."""
+        if self.num_shown < tokens.shape[1]:
+            self.streamer.put(tokens[:, self.num_shown :].cpu())
+        self.streamer.end()
+
+
 @dataclass
 class _Run:
     """What is common to all batches of a call of `generate`."""
 
     config: FLMGenerationConfig
-    sampler: FlowMapSampler
-    denoiser: "PreTrainedModel | Autoguidance"
+    sampler: Sampler
+    commitment: Commitment
+    model: "PreTrainedModel | Autoguidance"
     embedding: torch.Tensor
     factor: torch.Tensor | None  # of the noise, where any is drawn
     logits_processor: LogitsProcessorList
     reward: Reward | None
-    streamer: BaseStreamer | None
+    stream: "_TextStream | None"
     callback: Callable[[int, int, torch.LongTensor], None] | None
     compile_config: CompileConfig | None
 
@@ -301,6 +372,13 @@ class FLMGenerationMixin:
         Known tokens (a prompt, or what surrounds an infill) are returned unchanged. Any model can complete them; one that was
         trained for it (`prompt_fraction`) needs fewer steps.
 
+        With `num_rounds` (posterior refinement) or `block_length` (block by block), these steps are taken again and again, and
+        the known tokens grow:
+
+        a. Everything that is not known is written, in `num_steps` steps from noise.
+        b. Some of it becomes known: tokens that are likely enough and the likeliest ones, or those of the next block.
+        c. The rest goes back to noise. A text of which everything is known is finished.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(num_prompts, prompt_length)`, *optional*):
                 What is known of the texts: how they begin, or with a `prompt_mask` tokens of any positions.
@@ -337,10 +415,11 @@ class FLMGenerationMixin:
                 shown the text that the state leads to at every step, which takes a further forward pass and a backward pass.
             streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
                 Is `put` the finished text, and before that the draft of every step if it has a `put_draft`, as
-                [`~transformers.TextDiffusionStreamer`] does. For one text.
+                [`~transformers.TextDiffusionStreamer`] does. With rounds or blocks it is `put` how the text begins as far as
+                that is known, and the rest of every round as a draft. For one text.
             callback (`Callable`, *optional*):
-                Called as `callback(step, num_steps, tokens)` after every step, from 1 to `num_steps`, with the most
-                likely tokens of the current batch, of shape `(batch_size, length)`.
+                Called as `callback(step, num_steps, tokens)` after every step, from 1 to `num_steps`, with the tokens of the
+                current batch, of shape `(batch_size, length)`; or after every round or block, of which it is then told.
             compile_config ([`~transformers.CompileConfig`], *optional*):
                 Compiles a step, from one state to the next, as one graph with these arguments of `torch.compile`. The first
                 calls take long; later ones with the same batch size and length are faster.
@@ -385,37 +464,37 @@ class FLMGenerationMixin:
                 f"`generator` has {len(generators)} generators for {config.num_samples} texts: pass as many."
             )
 
-        denoiser = self._get_denoiser(guidance_model, config, explicit)
-        embedding = denoiser.state_embedding.float()
+        model = self._get_guided_model(guidance_model, config, explicit)
+        embedding = model.state_embedding.float()
         if prior_state is not None:
             self._check_prior_state(prior_state, embedding, kwargs)
         sampler = self._get_sampler(config, explicit)
+        commitment = self._get_commitment(config, explicit)
         reward = self._check_reward(reward, config, explicit)
         if reward is not None and not sampler.takes_rewards:
             raise ValueError(
                 f"`reward` does not go with `{type(sampler).__name__}`, whose steps draw tokens: leave out `sampler_config`."
             )
-        needs_noise = prior_state is None or sampler.draws_noise or reward is not None
+        needs_noise = prior_state is None or sampler.draws_noise or commitment.draws_noise or reward is not None
         run = _Run(
             config=config,
             sampler=sampler,
-            denoiser=denoiser,
+            commitment=commitment,
+            model=model,
             embedding=embedding,
-            factor=self._get_noise_factor(embedding, denoiser.state_sizes) if needs_noise else None,
+            factor=self._get_noise_factor(embedding, model.state_sizes) if needs_noise else None,
             logits_processor=self._prepare_logits_processor(config, logits_processor),
             reward=reward,
-            streamer=streamer,
+            stream=None if streamer is None else _TextStream(streamer),
             callback=callback,
             compile_config=compile_config,
         )
         known = self._prepare_known(input_ids, *masks, config, embedding.device)
 
-        sequences, drafts = [], []
+        results = []
         progress = logging.tqdm(
             total=config.num_samples, desc="Generating", unit="text", disable=config.num_samples <= config.batch_size
         )
-        if streamer is not None:
-            streamer.put(torch.empty((1, 0), dtype=torch.long))  # streamers take what comes first for the prompt
         with progress:
             for start in range(0, config.num_samples, config.batch_size):
                 rows = slice(start, min(start + config.batch_size, config.num_samples))
@@ -425,49 +504,100 @@ class FLMGenerationMixin:
                     if prior_state is not None:
                         state = prior_state[rows].to(embedding)
                         state = state @ embedding if state.shape[-1] == embedding.shape[0] else state
-                tokens, batch_drafts = self._sample(run, state, known[rows], fresh_generators)
-                sequences.append(tokens)
-                drafts.append(batch_drafts)
+                results.append(self._write(run, state, known[rows], fresh_generators))
                 progress.update(rows.stop - rows.start)
 
-        sequences = torch.cat(sequences)
+        sequences, drafts, num_forward_passes, commit_rounds = (
+            None if parts[0] is None else torch.cat(parts) for parts in zip(*results)
+        )
         if config.pad_after_eos:
             sequences = self._pad_after_eos(sequences, known, config)
-        if streamer is not None:
-            streamer.put(sequences.cpu())
-            streamer.end()
+        if run.stream is not None:
+            run.stream.end(sequences)
         if not config.return_dict_in_generate:
             return sequences
-        return FLMGenerationOutput(
-            sequences=sequences,
-            drafts=torch.cat(drafts) if config.output_drafts else None,
-            num_forward_passes=config.num_steps * (1 if reward is None else 2),
-        )
+        return FLMGenerationOutput(sequences, drafts, num_forward_passes, commit_rounds)
+
+    def _write(
+        self, run: _Run, state: torch.Tensor, known: _Known, generators: list[torch.Generator]
+    ) -> tuple[torch.LongTensor, torch.LongTensor | None, torch.LongTensor, torch.LongTensor | None]:
+        """
+        The loop around the sampler, in the steps that the docstring of `generate` names by letters. `state` is noise, and
+        `generators` draw what is random on the way. Returns the texts, their drafts, what they cost, and when they were known.
+        """
+        config, commitment, prompt = run.config, run.commitment, known
+        cost = config.num_steps * (1 if run.reward is None else 2)
+        num_passes = torch.full((len(state),), cost)
+        if commitment.num_rounds is None:
+            tokens, _, drafts = self._sample(run, state, known, generators)
+            return tokens, drafts, num_passes, None
+
+        # Streamers, callbacks and drafts are told of rounds, in which finished texts are still there.
+        inner = replace(run, config=copy.copy(config), stream=None, callback=None)
+        inner.config.output_drafts = False
+        state, num_passes, drafts = state.clone(), torch.zeros_like(num_passes), []
+        tokens, commit_rounds = known.tokens.clone(), torch.zeros_like(known.tokens)
+        for round in range(commitment.num_rounds):
+            is_open = known.is_open
+            rows = commitment.due(round, is_open).any(dim=1).nonzero().flatten()
+            if len(rows) > 0:
+                # a. What is not known is written
+                own_generators = [generators[row] for row in rows.tolist()] if generators else []
+                if round > 0 and commitment.draws_noise:
+                    state[rows] = self._draw_noise(state.shape[1], run.factor, own_generators)
+                tokens[rows], probabilities = self._sample_rows(inner, state, known, rows, own_generators)
+                num_passes[rows.cpu()] += cost
+                # b. Some of it becomes known
+                chosen = torch.zeros_like(is_open)
+                chosen[rows] = commitment.commit(round, probabilities, is_open[rows])
+                commit_rounds[chosen] = round + 1
+                known = known.commit(tokens, chosen)
+                # c. The rest starts from noise again
+                if run.stream is not None:
+                    certain = self._pad_after_eos(tokens, prompt, config) if config.pad_after_eos else tokens
+                    run.stream.show(certain, num_certain=int((~known.is_open).long().cumprod(dim=1).sum()))
+                if run.callback is not None:
+                    run.callback(round + 1, commitment.num_rounds, tokens.clone())
+            drafts.append(tokens.clone())
+        return known.tokens, torch.stack(drafts, dim=1) if config.output_drafts else None, num_passes, commit_rounds
+
+    def _sample_rows(
+        self, run: _Run, state: torch.Tensor, known: _Known, rows: torch.Tensor, generators: list[torch.Generator]
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """Writes some of the texts of a batch: their tokens, and how likely these are."""
+        num_rows = len(rows)
+        if run.compile_config is not None:  # a step is compiled for a number of texts
+            rows = torch.cat([rows, rows[:1].expand(len(state) - num_rows)])
+            generators = generators + [
+                torch.Generator(each.device) for each in generators[:1] * (len(rows) - num_rows)
+            ]
+        tokens, probabilities, _ = self._sample(run, state[rows], known[rows], generators)
+        return tokens[:num_rows], probabilities[:num_rows]
 
     def _sample(
         self, run: _Run, state: torch.Tensor, known: _Known, fresh_generators: list[torch.Generator] | None
-    ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
+    ) -> tuple[torch.LongTensor, torch.Tensor | None, torch.LongTensor | None]:
         """
-        The loop: moves a batch of states from noise to text, in the steps that the docstring of `generate` numbers.
-        `fresh_generators` draw what is random on the way.
+        The sampler: moves a batch of states from noise to text, in the steps that the docstring of `generate` numbers.
+        `fresh_generators` draw what is random on the way. Returns tokens, how likely they are if anybody asks, and drafts.
         """
         config, sampler, compile_config, embedding = run.config, run.sampler, run.compile_config, run.embedding
-        put_draft = getattr(run.streamer, "put_draft", None)
-        wants_drafts = config.output_drafts or put_draft is not None or run.callback is not None
+        shows_drafts = run.stream is not None and run.stream.takes_drafts
+        wants_drafts = config.output_drafts or shows_drafts or run.callback is not None
         advance = self._step if compile_config is None else self._get_compiled_step(compile_config)
         if config.timesteps is None:
             tau = torch.linspace(0, 1, config.num_steps + 1, device=state.device)
         else:
             tau = torch.tensor(config.timesteps, dtype=torch.float32, device=state.device)
         t = self.time_map.tau_to_t(tau)
-        tau_asked = sampler.target_tau(tau[:-1], tau[1:], self.time_map)
+        target_tau = sampler.target_tau(tau[:-1], tau[1:], self.time_map)
 
         # 1. Known tokens have the time 1, and a clean state
         state = known.start(state, embedding)
         drafts = []
         for step in range(config.num_steps):
             is_last = step == config.num_steps - 1
-            times = self._times(known, len(state), tau[step], tau_asked[step], t[step], t[step + 1])
+            times = self._times(known, len(state), tau[step], target_tau[step], t[step], t[step + 1])
             # 2. Towards the reward
             if run.reward is not None:
                 state = self._steer_by_reward(run, state, known, times, is_first=step == 0)
@@ -478,8 +608,8 @@ class FLMGenerationMixin:
                 noise = self._draw_noise(state.shape[1], run.factor, fresh_generators)
             if compile_config is not None:
                 torch.compiler.cudagraph_mark_step_begin()
-            state, tokens = advance(
-                run.denoiser,
+            state, tokens, probabilities = advance(
+                run.model,
                 sampler,
                 state,
                 times,
@@ -489,18 +619,21 @@ class FLMGenerationMixin:
                 uniforms,
                 noise,
                 is_last=is_last,
-                with_tokens=is_last or wants_drafts,
+                with_tokens=wants_drafts,
+                with_probabilities=run.commitment.num_rounds is not None,
             )
             if compile_config is not None:  # a CUDA graph writes to the same place every time
-                state, tokens = (None if x is None else x.clone() for x in (state, tokens))
+                state, tokens, probabilities = (
+                    None if x is None else x.clone() for x in (state, tokens, probabilities)
+                )
             tokens = None if tokens is None else known.complete(tokens)
-            if put_draft is not None and not is_last:
-                put_draft(tokens.cpu())
+            if shows_drafts and not is_last:
+                run.stream.show(tokens)
             if config.output_drafts:
                 drafts.append(tokens)
             if run.callback is not None:
                 run.callback(step + 1, config.num_steps, tokens)
-        return tokens, torch.stack(drafts, dim=1) if drafts else None
+        return tokens, probabilities, torch.stack(drafts, dim=1) if drafts else None
 
     @staticmethod
     def _times(known: _Known, batch_size: int, *grid: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -509,8 +642,8 @@ class FLMGenerationMixin:
 
     @staticmethod
     def _step(
-        denoiser: "PreTrainedModel | Autoguidance",
-        sampler: FlowMapSampler,
+        model: "PreTrainedModel | Autoguidance",
+        sampler: Sampler,
         state: torch.Tensor,
         times: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
         embedding: torch.Tensor,
@@ -520,18 +653,22 @@ class FLMGenerationMixin:
         noise: torch.Tensor | None,
         is_last: bool,
         with_tokens: bool,
-    ) -> tuple[torch.Tensor | None, torch.LongTensor | None]:
-        """Steps 3 to 6: the next state, or the text if `is_last`; with tokens where they are wanted."""
-        tau_s, tau_asked, s, t = times
+        with_probabilities: bool,
+    ) -> tuple[torch.Tensor | None, torch.LongTensor | None, torch.Tensor | None]:
+        """Steps 3 to 6: the next state, with tokens where they are wanted; or if `is_last` the text, with its probabilities."""
+        tau_s, target_tau, s, t = times
         # 3. What the text may be
-        posterior = denoiser.posterior(state, tau_s, tau_asked, attention_mask, logits_processor)
+        posterior = model.posterior(state, tau_s, target_tau, attention_mask, logits_processor)
         # 6. The text
         if is_last:
-            return None, posterior.read(sampler.read_tokens(uniforms))[0]
+            read_tokens = sampler.read_tokens(uniforms)
+            readers = [read_tokens, probability_of(read_tokens)] if with_probabilities else [read_tokens]
+            tokens, *probabilities = posterior.read(*readers)
+            return None, tokens, probabilities[0] if probabilities else None
         # 4. An estimate of the text
         estimate, tokens = sampler.estimate(posterior, embedding, uniforms, with_tokens)
         # 5. The state at the next time
-        return sampler.move(state, estimate, s, t, noise), tokens
+        return sampler.move(state, estimate, s, t, noise), tokens, None
 
     def _steer_by_reward(
         self, run: _Run, state: torch.Tensor, known: _Known, times: tuple[torch.Tensor, ...], is_first: bool
@@ -567,7 +704,7 @@ class FLMGenerationMixin:
         return self._compiled_step[1]
 
     @staticmethod
-    def _get_sampler(config: FLMGenerationConfig, explicit: dict[str, Any]) -> FlowMapSampler:
+    def _get_sampler(config: FLMGenerationConfig, explicit: dict[str, Any]) -> Sampler:
         """The sampler that was asked for last: of this call, or the model's own; `gamma` is short for one."""
         if explicit.get("sampler_config") is not None:
             if explicit.get("gamma"):
@@ -580,7 +717,27 @@ class FLMGenerationMixin:
             return StochasticFlowMapSamplerConfig(config.gamma or 0.0).build()
         return config.sampler_config.build()
 
-    def _get_denoiser(
+    @staticmethod
+    def _get_commitment(config: FLMGenerationConfig, explicit: dict[str, Any]) -> Commitment:
+        """The loop around the sampler that was asked for last: by this call, or by the model's own configuration."""
+        wants_rounds, wants_blocks = (explicit.get(name) is not None for name in ("num_rounds", "block_length"))
+        if wants_rounds and wants_blocks:
+            raise ValueError("`num_rounds` does not go with `block_length`: leave one of them out.")
+        has_rounds = config.num_rounds is not None and not wants_blocks
+        has_blocks = config.block_length is not None and not has_rounds
+        for name in ("commit_threshold", "commit_budget"):
+            if explicit.get(name) is not None and not has_rounds:
+                raise ValueError(f"`{name}={explicit[name]!r}` needs `num_rounds`, such as 4.")
+        if explicit.get("fresh_noise") is not None and not (has_rounds or has_blocks):
+            raise ValueError(f"`fresh_noise={config.fresh_noise}` needs `num_rounds` or `block_length`.")
+        if has_rounds:
+            threshold, budget = config.commit_threshold, config.commit_budget
+            return PosteriorRefinement(config.num_rounds, threshold, budget, config.fresh_noise)
+        if has_blocks:
+            return BlockByBlock(config.block_length, config.length, config.fresh_noise)
+        return Commitment()
+
+    def _get_guided_model(
         self, guidance_model: PreTrainedModel | None, config: FLMGenerationConfig, explicit: dict[str, Any]
     ) -> "PreTrainedModel | Autoguidance":
         if guidance_model is None:
@@ -639,7 +796,7 @@ class FLMGenerationMixin:
         for generator in generators:
             if from_noise:
                 states.append(self._draw_noise(run.config.length, run.factor, [generator]))
-            if run.sampler.draws_noise or run.sampler.draws_tokens:
+            if run.sampler.draws_noise or run.sampler.draws_tokens or run.commitment.draws_noise:
                 device = run.embedding.device if generator is None else generator.device
                 seed = torch.randint(2**62, (), generator=generator, device=device)
                 fresh_generators.append(torch.Generator(device).manual_seed(int(seed)))
@@ -652,7 +809,8 @@ class FLMGenerationMixin:
         for generator in generators:
             device = factor.device if generator is None else generator.device
             noise.append(torch.randn(length, factor.shape[0], generator=generator, device=device))
-        return torch.stack(noise).to(factor.device) @ factor
+        with torch.autocast(factor.device.type, enabled=False):
+            return torch.stack(noise).to(factor.device) @ factor
 
     @staticmethod
     def _draw_uniforms(state: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:

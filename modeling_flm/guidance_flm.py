@@ -19,6 +19,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from .posterior_flm import Posterior
+from .time_reparameterization import translate_tau
 
 
 class Autoguidance:
@@ -57,7 +58,8 @@ class Autoguidance:
     ) -> Posterior:
         """As [`~FLMPreTrainedModel.posterior`]; what it says may leave the simplex."""
         own, other = (state, state) if self.shares_state else state.tensor_split([self.size], dim=-1)
-        inputs = [None if x is None else x.to(self.guidance_device) for x in (other, tau_s, tau_t, attention_mask)]
+        times = (translate_tau(tau, self.model.time_map, self.guidance_model.time_map) for tau in (tau_s, tau_t))
+        inputs = [None if x is None else x.to(self.guidance_device) for x in (other, *times, attention_mask)]
         strong = self.model.posterior(own, tau_s, tau_t, attention_mask, logits_processor)
         weak = self.guidance_model.posterior(*inputs, logits_processor)
         return strong.combine(weak, lambda delta, worse, chunk: delta + self.scale * (delta - worse))

@@ -102,6 +102,8 @@ def softmax_divergence(
         `tuple[torch.Tensor, torch.Tensor]`: the divergences, of shape `(...)` and in float32, and their gradients in the
         logits, in the dtype of the logits.
     """
+    if kind not in DIVERGENCES:
+        raise ValueError(f"`kind` must be one of {', '.join(DIVERGENCES)}, got {kind!r}.")
     dtype = logits.dtype
     logits, slope = _softcap_with_slope(logits.float(), softcap)
     if kind == "squared_error":

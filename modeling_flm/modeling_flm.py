@@ -41,7 +41,7 @@ from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, raise_recom
 from .joint_noise import JointNoise
 from .losses import LossFunction, chunks, head_loss, softcap_logits, softmax_cross_entropy, softmax_divergence
 from .posterior_flm import Posterior, times_of
-from .time_reparameterization import ReparameterizedTime
+from .time_reparameterization import TimeMap, build_time_map
 
 
 @dataclass
@@ -221,7 +221,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         """The learned logarithm of the weight of the loss, of the shape of the times, for models that have one."""
         return None
 
-    # What follows from it
+    # Shared by all models
 
     @property
     def state_embedding(self) -> torch.Tensor:
@@ -281,6 +281,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         noise: torch.Tensor | None = None,
         joint_noise: JointNoise | None = None,
         first: int = 0,
+        time_map: TimeMap | None = None,
     ) -> torch.Tensor:
         """
         The state of clean tokens, or of noised ones; in float32 also under autocast, and differentiable in the embeddings.
@@ -297,6 +298,8 @@ class FLMPreTrainedModel(PreTrainedModel):
                 model's.
             first (`int`, *optional*, defaults to 0):
                 The number of the first of this model's embeddings among those of `joint_noise`.
+            time_map ([`ReparameterizedTime`] or [`IdentityTime`], *optional*):
+                The reparameterization that `tau` is in, where it is that of another model. By default the model's own.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`, to pass as `inputs_embeds`.
@@ -317,7 +320,8 @@ class FLMPreTrainedModel(PreTrainedModel):
         with torch.autocast(clean.device.type, enabled=False):
             factors = [joint_noise.factor(first + index, weight) for index, weight in enumerate(weights)]
             noise = noise.to(torch.promote_types(noise.dtype, dtype))
-            return interpolate(noise @ torch.cat(factors, dim=1).to(noise), clean, self.time_map.tau_to_t(tau))
+            t = (self.time_map if time_map is None else time_map).tau_to_t(tau)
+            return interpolate(noise @ torch.cat(factors, dim=1).to(noise), clean, t)
 
     def posterior(
         self,
@@ -398,8 +402,8 @@ class FLMPreTrainedModel(PreTrainedModel):
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
                 States `x @ E`.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Clean tokens to compute the cross-entropy to; positions with -100 do not count. In training mode with
-                `labels`, the logits are left out, which are as many as tokens times vocabulary.
+                Clean tokens to compute the cross-entropy to; positions with -100 do not count, which known tokens should have.
+                In training mode with `labels`, the logits are left out, which are as many as tokens times vocabulary.
             kwargs:
                 `num_items_in_batch`, what to divide the summed loss by where a batch is one of several; and what the attention
                 function takes.
@@ -469,7 +473,7 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
 
     def __init__(self, config: FLMConfig):
         super().__init__(config)
-        self.time_map = ReparameterizedTime(config.vocab_size)
+        self.time_map = build_time_map(config.time_reparameterization, config.vocab_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.time_embedding = FLMTimeEmbedding(config)
         self.layers = nn.ModuleList([FLMLayer(config) for _ in range(config.num_hidden_layers)])
@@ -578,6 +582,7 @@ class FMLMModel(FLMModel):
         Returns:
             [`FMLMModel`], on the device of the teacher and in float32, in which it is to be trained.
         """
+        check_is_flm(teacher)
         model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
         missing, unexpected = model.load_state_dict(teacher.state_dict(), strict=False)
         new = ("target_time_embedding.", "loss_weighting.")
@@ -614,7 +619,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 
     def __init__(self, config: FMLMTwoNetworkConfig):
         super().__init__(config)
-        self.time_map = ReparameterizedTime(config.vocab_size)
+        self.time_map = build_time_map(config.time_reparameterization, config.vocab_size)
         self.flow = FLMModel(config).requires_grad_(False)
         self.correction = FMLMModel(config)
         self.generation_config.num_steps = 1
@@ -634,6 +639,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         Returns:
             [`FMLMTwoNetworkModel`], on the device of the teacher and in float32, in which it is to be trained.
         """
+        check_is_flm(teacher)
         config_overrides.setdefault("learned_loss_weighting", True)
         correction = FMLMModel.from_flm(teacher, **config_overrides)
         nn.init.zeros_(correction.lm_head.weight)
@@ -682,7 +688,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 
         def function(outputs, chunk):
             scale = self._correction_scale(times_of(tau_s, chunk), times_of(tau_t, chunk), outputs)
-            flow = self.flow.predict(flow_states[:, chunk], tau_s).to(outputs.device)
+            flow = self.flow.predict(flow_states[:, chunk], times_of(tau_s, chunk)).to(outputs.device)
             delta = flow + scale * outputs.float()
             if not isinstance(target, torch.Tensor):
                 difference = delta - target.probabilities(chunk)
@@ -700,6 +706,17 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 
     def log_loss_weight(self, tau_s):
         return self.correction.log_loss_weight(tau_s)
+
+
+def check_is_flm(teacher: PreTrainedModel):
+    """Raises a `TypeError` where a flow map cannot start from the `teacher`. By its kind, as remote code has other classes."""
+    model_type = teacher.config.model_type if isinstance(teacher, PreTrainedModel) else None
+    if model_type != "flm":
+        hint = {
+            "fmlm": " A flow map is trained on as it is, or loaded twice.",
+            "fmlm_two_network": " Pass its flow, `teacher.flow`.",
+        }
+        raise TypeError(f"`teacher` must be an `FLMModel`, got `{type(teacher).__name__}`.{hint.get(model_type, '')}")
 
 
 def flow_map_config(config_class: type[FMLMConfig], teacher: FLMModel, overrides: dict) -> FMLMConfig:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a model says of the clean tokens, of which only a chunk is held at a time."""
+"""The predicted distributions of the clean tokens, made a chunk of positions at a time."""
 
 from __future__ import annotations
 
@@ -61,9 +61,18 @@ def most_likely(probabilities: torch.Tensor, chunk: slice) -> torch.LongTensor:
     return probabilities.argmax(dim=-1)
 
 
-def largest_probability(probabilities: torch.Tensor, chunk: slice) -> torch.Tensor:
-    """Reads how likely the most likely tokens are."""
-    return probabilities.amax(dim=-1)
+def probability_of(read_tokens: Reader) -> Reader:
+    """
+    Reads how likely tokens are that are read likewise.
+
+    Args:
+        read_tokens (`Callable[[torch.Tensor, slice], torch.Tensor]`): [`most_likely`], or [`drawn`] with its variables.
+    """
+
+    def read(probabilities: torch.Tensor, chunk: slice) -> torch.Tensor:
+        return probabilities.gather(-1, read_tokens(probabilities, chunk).unsqueeze(-1)).squeeze(-1)
+
+    return read
 
 
 def drawn(uniforms: torch.Tensor) -> Reader:
@@ -129,7 +138,7 @@ class Posterior:
 
         Args:
             readers (`Callable[[torch.Tensor, slice], torch.Tensor]`):
-                [`mean_embedding`], [`most_likely`], [`largest_probability`], [`drawn`] or others like them.
+                [`mean_embedding`], [`most_likely`], [`drawn`], [`probability_of`] or others like them.
 
         Returns:
             `tuple[torch.Tensor, ...]`: for each reader a tensor of shape `(batch_size, sequence_length, ...)`.
@@ -151,7 +160,7 @@ class Posterior:
 
     def confidence(self) -> torch.Tensor:
         """How likely the most likely tokens are, of shape `(batch_size, sequence_length)`."""
-        return self.read(largest_probability)[0]
+        return self.read(probability_of(most_likely))[0]
 
     def draw(self, uniforms: torch.Tensor) -> torch.LongTensor:
         """Tokens drawn from the distributions, of shape `(batch_size, sequence_length)`, see [`drawn`]."""

@@ -26,24 +26,32 @@ import torch
 
 from .flow import bridge_coefficients, expand_times, flow_map, gamma_coefficients
 from .posterior_flm import Posterior, Reader, drawn, mean_embedding, most_likely
-from .time_reparameterization import ReparameterizedTime
+from .time_reparameterization import TimeMap
 
 
 @dataclass
-class FlowMapSamplerConfig:
-    """Configuration of a [`FlowMapSampler`], which has no parameters."""
+class SamplerConfig:
+    """Configuration of a [`Sampler`]: the parameters that it is stored with."""
 
     def to_dict(self) -> dict[str, Any]:
         """The parameters, and the name of the class to load them back into."""
         return {**asdict(self), "_cls_name": type(self).__name__}
 
-    def build(self) -> FlowMapSampler:
+    def build(self) -> Sampler:
         """The sampler."""
+        raise NotImplementedError
+
+
+@dataclass
+class FlowMapSamplerConfig(SamplerConfig):
+    """Configuration of a [`FlowMapSampler`], which has no parameters."""
+
+    def build(self) -> Sampler:
         return FlowMapSampler()
 
 
 @dataclass
-class StochasticFlowMapSamplerConfig(FlowMapSamplerConfig):
+class StochasticFlowMapSamplerConfig(SamplerConfig):
     """
     Configuration of a [`StochasticFlowMapSampler`].
 
@@ -59,31 +67,31 @@ class StochasticFlowMapSamplerConfig(FlowMapSamplerConfig):
         if not is_number or not math.isfinite(self.gamma) or not 0 <= self.gamma <= 1:
             raise ValueError(f"`gamma` must be a number in [0, 1], got {self.gamma!r}.")
 
-    def build(self) -> FlowMapSampler:
+    def build(self) -> Sampler:
         return StochasticFlowMapSampler(self.gamma) if self.gamma > 0 else FlowMapSampler()
 
 
 @dataclass
-class BridgeSamplerConfig(FlowMapSamplerConfig):
+class BridgeSamplerConfig(SamplerConfig):
     """Configuration of a [`BridgeSampler`], which has no parameters: `temperature`, `top_k` and `top_p` are those of all samplers."""
 
-    def build(self) -> FlowMapSampler:
+    def build(self) -> Sampler:
         return BridgeSampler()
 
 
 _CONFIGS = (FlowMapSamplerConfig, StochasticFlowMapSamplerConfig, BridgeSamplerConfig)
 
 
-def load_sampler_config(value: Any) -> FlowMapSamplerConfig:
+def load_sampler_config(value: Any) -> SamplerConfig:
     """
     A sampler's configuration from what was stored of it, or from an object of this name: code that comes with a model has
     other classes than an installed package.
 
     Args:
-        value (`FlowMapSamplerConfig` or `dict[str, Any]`): The configuration, or what its `to_dict` returned.
+        value (`SamplerConfig` or `dict[str, Any]`): The configuration, or what its `to_dict` returned.
 
     Returns:
-        [`FlowMapSamplerConfig`] or a subclass.
+        [`SamplerConfig`]: of one of the samplers below.
     """
     classes = {config.__name__: config for config in _CONFIGS}
     settings = dict(value) if isinstance(value, dict) else {**vars(value)} if type(value).__name__ in classes else None
@@ -93,17 +101,14 @@ def load_sampler_config(value: Any) -> FlowMapSamplerConfig:
     return classes[name](**settings)
 
 
-class FlowMapSampler:
-    r"""
-    Follows the flow, \\(x \leftarrow X_{s,t}(x)\\); for an FLM this is an Euler step. The text is what is most likely at the
-    end. Nothing is random but the noise that a text starts from.
-    """
+class Sampler:
+    """What a step takes from the model's posterior, and how it moves the state. Subclasses define `move`, and what differs."""
 
     draws_noise = False  # new noise at every step but the last
     draws_tokens = False  # tokens at every step
     takes_rewards = True  # whether moving the state towards a reward goes with it
 
-    def target_tau(self, tau_s: torch.Tensor, tau_t: torch.Tensor, time_map: ReparameterizedTime) -> torch.Tensor:
+    def target_tau(self, tau_s: torch.Tensor, tau_t: torch.Tensor, time_map: TimeMap) -> torch.Tensor:
         """The reparameterized time that the model is asked to go to, in a step from `tau_s` to `tau_t`, of any shape."""
         return tau_t
 
@@ -150,10 +155,20 @@ class FlowMapSampler:
             t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at.
             noise (`torch.Tensor` of the shape of `state`, *optional*): A new state of noise, if any is drawn.
         """
+        raise NotImplementedError
+
+
+class FlowMapSampler(Sampler):
+    r"""
+    Follows the flow, \\(x \leftarrow X_{s,t}(x)\\); for an FLM this is an Euler step. The text is what is most likely at the
+    end. Nothing is random but the noise that a text starts from.
+    """
+
+    def move(self, state, estimate, s, t, noise):
         return flow_map(state, estimate, s, t)
 
 
-class StochasticFlowMapSampler(FlowMapSampler):
+class StochasticFlowMapSampler(Sampler):
     r"""
     Draws a part of the noise anew at every step: goes on to the later time \\(u\\), and back to \\(t\\) with new noise, see
     [`~flow.gamma_coefficients`]. It is meant for flow maps: an FLM, which cannot jump, needs `gamma` to be small.
@@ -177,7 +192,7 @@ class StochasticFlowMapSampler(FlowMapSampler):
         return arrived + expand_times(fresh, state) * noise
 
 
-class BridgeSampler(FlowMapSampler):
+class BridgeSampler(Sampler):
     r"""
     Draws tokens of the denoiser \\(D_s = \delta_{s,s}\\), and moves the state towards them along a bridge, see
     [`~flow.bridge_coefficients`]; at the end the tokens that were drawn last are the text. So `temperature`, `top_k` and
@@ -209,6 +224,8 @@ __all__ = [
     "BridgeSamplerConfig",
     "FlowMapSampler",
     "FlowMapSamplerConfig",
+    "Sampler",
+    "SamplerConfig",
     "StochasticFlowMapSampler",
     "StochasticFlowMapSamplerConfig",
 ]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reparameterized time: `tau`, the probability that a noised token can still be told, against the interpolant time `t`."""
+"""Reparameterized time: `tau`, the probability that a noised token can still be told from the others, against the interpolant time `t`."""
 
 import torch
 
@@ -32,6 +32,33 @@ def _hermite(x: torch.Tensor, knots: torch.Tensor, values: torch.Tensor, slopes:
     rise = values[right] - values[left]
     correction = (1 - u) * (slopes[left] * width - rise) - u * (slopes[right] * width - rise)
     return values[left] + u * rise + u * (1 - u) * correction
+
+
+class IdentityTime:
+    """
+    No reparameterization: `tau` is the interpolant time `t`. It has the methods of [`ReparameterizedTime`].
+    """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def tau_to_t(self, tau: torch.Tensor) -> torch.Tensor:
+        """The times themselves."""
+        return _check_floating_point("tau", tau)
+
+    def t_to_tau(self, t: torch.Tensor) -> torch.Tensor:
+        """The times themselves."""
+        return _check_floating_point("t", t)
+
+    def dtau_dt(self, t: torch.Tensor) -> torch.Tensor:
+        """1 everywhere."""
+        return torch.ones_like(_check_floating_point("t", t))
+
+
+def _check_floating_point(name: str, value: torch.Tensor) -> torch.Tensor:
+    if not torch.is_floating_point(value):
+        raise TypeError(f"`{name}` must be a floating point tensor, got {value.dtype}.")
+    return value
 
 
 _TABLES: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -100,8 +127,7 @@ class ReparameterizedTime:
         return f"{type(self).__name__}(vocab_size={self.vocab_size})"
 
     def _prepare(self, name: str, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if not torch.is_floating_point(value):
-            raise TypeError(f"`{name}` must be a floating point tensor, got {value.dtype}.")
+        value = _check_floating_point(name, value)
         key = (self.vocab_size, value.device)
         if key not in _TABLES:
             _TABLES[key] = _build_table(*key)
@@ -150,3 +176,33 @@ class ReparameterizedTime:
         u = (a - a_knots[right - 1]) / (a_knots[right] - a_knots[right - 1])
         slope = torch.exp(torch.lerp(slopes[right - 1].log(), slopes[right].log(), u))
         return torch.where(x / (1 - x) < a_knots[-1], slope / (1 - x) ** 2, 0.0).to(t.dtype)
+
+
+TimeMap = ReparameterizedTime | IdentityTime
+
+
+def build_time_map(time_reparameterization: str | None, vocab_size: int) -> TimeMap:
+    """
+    The map between reparameterized and interpolant times that a configuration asks for.
+
+    Args:
+        time_reparameterization (`str`, *optional*): `"argmax"`, or `None` for none.
+        vocab_size (`int`): The size of the vocabulary.
+    """
+    return IdentityTime() if time_reparameterization is None else ReparameterizedTime(vocab_size)
+
+
+def translate_tau(tau: torch.Tensor, source: TimeMap, target: TimeMap) -> torch.Tensor:
+    """
+    The same interpolant times in the reparameterization of another model.
+
+    Args:
+        tau (`torch.Tensor` of any shape): Reparameterized times of one model.
+        source (`ReparameterizedTime` or `IdentityTime`): Its time map.
+        target (`ReparameterizedTime` or `IdentityTime`): That of the other model.
+
+    Returns:
+        `torch.Tensor` of the shape of `tau`.
+    """
+    # Compared by what they say: code that comes with a model has other classes than an installed package.
+    return tau if repr(source) == repr(target) else target.t_to_tau(source.tau_to_t(tau))

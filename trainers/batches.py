@@ -26,12 +26,17 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
+from modeling_flm.time_reparameterization import TimeMap, translate_tau
+
 
 # Rounding to float32 must not reach 1: as a time, 1 has no noise left.
 _BELOW_ONE = 1 - 2**-24
 
 # The random numbers for the prompt of an example, beside those for its noise.
 _PROMPTS = 1
+
+# Which tokens of an example may be known
+PROMPT_KINDS = ("prefix", "infill", "random", "independent")
 
 
 @dataclass
@@ -71,10 +76,17 @@ class FlowBatch:
     kinds: dict[str, list[int]] = field(default_factory=dict)
 
     def __getitem__(self, rows: torch.LongTensor) -> FlowBatch:
-        """The tensors of some of the texts."""
-        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
+        """Some of the texts, without noise, which their states have in them."""
+        tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "noise"}
         tensors = {name: value[rows] for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors, noise_seeds=[], kinds={})
+        return replace(self, **tensors, noise_seeds=[], noise=None, kinds={})
+
+    def translated(self, source: TimeMap, target: TimeMap) -> FlowBatch:
+        """The same texts, with their times in the reparameterization of another model."""
+        times = {name: getattr(self, name) for name in ("tau_s", "tau_t", "tau_u")}
+        return replace(
+            self, **{name: None if tau is None else translate_tau(tau, source, target) for name, tau in times.items()}
+        )
 
     @property
     def mask(self) -> torch.BoolTensor:
@@ -116,16 +128,25 @@ def low_discrepancy_uniforms(first: int, num_points: int, num_dimensions: int) -
     return ((index[:, None] + 0.5) * steps % 1).float().clamp(max=_BELOW_ONE)
 
 
-def draw_known_masks(seeds: Sequence[int], real: torch.BoolTensor, longest: int, fraction: float) -> torch.BoolTensor:
+def draw_known_masks(
+    seeds: Sequence[int],
+    real: torch.BoolTensor,
+    longest: int,
+    fraction: float,
+    kinds: Sequence[str] = PROMPT_KINDS[:3],
+) -> torch.BoolTensor:
     """
-    Which tokens of each example are known, for a model to learn to write the rest: a beginning, what is around a gap, or tokens
-    at random, equally often. At least one token is known and one is not; every number of them is equally likely.
+    Which tokens of each example are known, for a model to learn to write the rest. For a beginning (`"prefix"`), what is
+    around a gap (`"infill"`) and tokens at random (`"random"`) at least one token is known and one is not, and every number of
+    them is equally likely. For `"independent"` tokens, each is known with a probability that is uniform for the example, so
+    that all of them may be, or none.
 
     Args:
         seeds (`Sequence[int]`): One seed per example.
         real (`torch.BoolTensor` of shape `(len(seeds), length)`): Where there are tokens, and no padding.
         longest (`int`): The length of the longest example, so that how far a batch is padded changes nothing.
         fraction (`float`): The share of the examples of which anything is known.
+        kinds (`Sequence[str]`): Which of these there are, equally often each.
 
     Returns:
         `torch.BoolTensor` of the shape of `real`, and on its device.
@@ -141,8 +162,16 @@ def draw_known_masks(seeds: Sequence[int], real: torch.BoolTensor, longest: int,
     is_beginning = rank < num_chosen
     is_outside = (rank < start) | (rank >= start + num_chosen)
     lots = uniforms[:, 4 : 4 + real.shape[1]].masked_fill(~real, 1.0)
-    is_drawn = lots.argsort(dim=1).argsort(dim=1) < num_chosen
-    known = torch.where(kind < 1 / 3, is_beginning, torch.where(kind < 2 / 3, is_outside, is_drawn))
+    masks = {
+        "prefix": is_beginning,
+        "infill": is_outside,
+        "random": lots.argsort(dim=1).argsort(dim=1) < num_chosen,
+        "independent": lots < size,
+    }
+    known = torch.zeros_like(real)
+    for index, name in enumerate(kinds):
+        is_kind = (kind >= index / len(kinds)) & (kind < (index + 1) / len(kinds))
+        known |= is_kind & masks[name]
     return known & real & (has_prompt < fraction) & (num_tokens > 1)
 
 

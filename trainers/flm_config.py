@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .batches import PROMPT_KINDS
+
 
 @dataclass
 class FLMTrainingArguments(TrainingArguments):
@@ -36,9 +38,16 @@ class FLMTrainingArguments(TrainingArguments):
             `min(ema_decay, (1 + n) / (10 + n))` after `n` steps. Evaluation, samples, saved models and pushed models use
             the averaged weights; checkpoints hold both. `None` turns it off.
         prompt_fraction (`float`, *optional*, defaults to 0.0):
-            The share of the examples of which some tokens are known, and the rest is to be learned: beginnings, what is
-            around a gap, and random tokens, equally often. So a model learns to continue prompts and to fill in, best one
+            The share of the examples of which some tokens are known, and the rest is to be learned, see `prompt_kinds`. So a
+            model learns to continue prompts and to fill in, best one
             that is told the time of each token (`FLMConfig(per_token_timesteps=True)`).
+        prompt_kinds (`list[str]`, *optional*, defaults to `["prefix", "infill", "random"]`):
+            Which tokens are known in the examples of `prompt_fraction`, equally often each: how a text begins (`"prefix"`),
+            what is around a gap (`"infill"`), some number of tokens anywhere (`"random"`), or each token by itself with a
+            probability that is drawn for the text (`"independent"`, as for FMLM+).
+        prompts_from_labels (`bool`, *optional*, defaults to `False`):
+            Whether tokens whose label is -100 and that are not padding are known, in training and in evaluation: the
+            question in a text that is a question and its answer. Otherwise they are noised as the others are.
         sample_steps (`int`, *optional*, defaults to 0):
             Write samples to `samples.jsonl` in `output_dir` every so many optimizer steps. 0 writes none.
         sample_num_samples (`int`, *optional*, defaults to 4):
@@ -78,6 +87,16 @@ class FLMTrainingArguments(TrainingArguments):
     prompt_fraction: float = field(
         default=0.0,
         metadata={"help": "The share of the examples of which some tokens are known, to learn to write the rest."},
+    )
+    prompt_kinds: list[str] = field(
+        default_factory=lambda: ["prefix", "infill", "random"],
+        metadata={
+            "help": "Which tokens are known in these examples, equally often each.",
+            "choices": list(PROMPT_KINDS),
+        },
+    )
+    prompts_from_labels: bool = field(
+        default=False, metadata={"help": "Tokens whose label is -100, and that are not padding, are known."}
     )
     sample_steps: int = field(
         default=0, metadata={"help": "Write samples to samples.jsonl every so many steps; 0 writes none."}
@@ -138,6 +157,10 @@ class FLMTrainingArguments(TrainingArguments):
             raise ValueError(f"`ema_decay` must be at least 0 and below 1, or `None`, got {self.ema_decay}.")
         if not 0 <= self.prompt_fraction <= 1:
             raise ValueError(f"`prompt_fraction` must be in [0, 1], got {self.prompt_fraction}.")
+        if not self.prompt_kinds or not set(self.prompt_kinds) <= set(PROMPT_KINDS):
+            raise ValueError(
+                f"`prompt_kinds` must be a list of {', '.join(map(repr, PROMPT_KINDS))}, got {self.prompt_kinds!r}."
+            )
         for name in ("sample_steps", "eval_gen_ppl_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")

@@ -43,7 +43,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 
 from hub.publish import PublishError, assemble, publish
 from hub.records import TRAINING_NAME
-from modeling_flm import FLMModel, FLMOutput
+from modeling_flm import FLMModel, FLMOutput, FMLMModel
 from modeling_flm.flow import times_with_known
 from modeling_flm.joint_noise import JointNoise, noise_size
 from modeling_flm.posterior_flm import Posterior
@@ -139,7 +139,7 @@ class FLMTrainer(Trainer):
 
     model_classes: tuple[type[PreTrainedModel], ...] = (FLMModel,)
     divergence = "cross_entropy"
-    kinds: tuple[str, ...] = ()  # of examples, of which the logs have the losses
+    kinds: tuple[str, ...] = ()  # of examples; each has a loss of its own in the logs
     teacher: PreTrainedModel | None = None  # frozen
     num_uniforms = 1  # that the times of an example are made of
 
@@ -156,6 +156,8 @@ class FLMTrainer(Trainer):
     ):
         if isinstance(model, str):
             model = AutoModel.from_pretrained(model, dtype=torch.float32)
+        if isinstance(model, FMLMModel) and FMLMModel not in self.model_classes:
+            raise TypeError(f"`model` is a flow map, `{type(model).__name__}`: train it with `FMLMTrainer`.")
         if not isinstance(model, self.model_classes):
             names = " or ".join(f"`{model_class.__name__}`" for model_class in self.model_classes)
             raise TypeError(f"`model` must be a {names} for `{type(self).__name__}`, got `{type(model).__name__}`.")
@@ -294,19 +296,30 @@ class FLMTrainer(Trainer):
         return range(first, first + len(batch["input_ids"]))
 
     def _draw_examples(self, batch: dict[str, Any], uniforms: torch.Tensor, positions: range, key: tuple[int, ...]):
-        """Puts a [`FlowBatch`], yet without noise, into a batch of texts, whose labels it shares."""
+        """Adds a [`FlowBatch`] to a batch, as its `examples`; the noise is drawn later. Known tokens lose their labels."""
         times, kinds = self._draw_times(uniforms, positions)
         # Copies that nobody waits for
         times = {name: tau.to(self.args.device, non_blocking=True) for name, tau in times.items()}
         texts = self._prepare_inputs({name: batch[name] for name in _COLUMNS if name in batch})
         seeds = [example_seed(*key, position) for position in positions]
-        if self.args.prompt_fraction > 0:
-            length = self._longest(texts["labels"])
-            known = draw_known_masks(seeds, texts["labels"] != -100, length, self.args.prompt_fraction)
+        known = self._draw_known(texts["labels"], texts.get("attention_mask"), seeds)
+        if known is not None:
             texts["labels"] = texts["labels"].masked_fill(known, -100)
             times = {name: times_with_known(tau, known) for name, tau in times.items()}
         batch.update(texts)
         batch["examples"] = FlowBatch(**texts, **times, noise_seeds=seeds, kinds=kinds)
+
+    def _draw_known(
+        self, labels: torch.LongTensor, attention_mask: torch.Tensor | None, seeds: list[int]
+    ) -> torch.BoolTensor | None:
+        """Which tokens are known: those that the dataset gives, and prompts that are drawn."""
+        args, real, known = self.args, labels != -100, None
+        if args.prompts_from_labels:
+            known = ~real if attention_mask is None else ~real & attention_mask.bool()
+        if args.prompt_fraction > 0:
+            drawn = draw_known_masks(seeds, real, self._longest(labels), args.prompt_fraction, args.prompt_kinds)
+            known = drawn if known is None else known | drawn
+        return known
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of the next optimizer step, each with the times and the noise seeds of its examples."""

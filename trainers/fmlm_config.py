@@ -16,6 +16,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from modeling_flm.losses import DIVERGENCES
+
 from .flm_config import FLMTrainingArguments
 
 
@@ -48,6 +50,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "divergence": "cross_entropy",
         "diagonal_fraction": 0.5,
         "boundary_probability": 1 / 32,
+    },
+    # The same for FMLM+: in any order, from any tokens that are known; for an `FMLMModel` that is told the time of each token
+    "any_order": {
+        "target": "semigroup",
+        "divergence": "cross_entropy",
+        "diagonal_fraction": 0.5,
+        "boundary_probability": 1 / 32,
+        "prompt_fraction": 1.0,
+        "prompt_kinds": ["independent"],
     },
 }
 
@@ -92,7 +103,7 @@ class FMLMTrainingArguments(FLMTrainingArguments):
     )
     divergence: str = field(
         default="cross_entropy",
-        metadata={"help": "Between target and model.", **_choices("cross_entropy", "kl", "squared_error")},
+        metadata={"help": "Between target and model.", **_choices(*DIVERGENCES)},
     )
     diagonal_fraction: float = field(default=0.5, metadata={"help": "The share of examples with s = t."})
     boundary_probability: float = field(
@@ -133,7 +144,8 @@ class FMLMTrainingArguments(FLMTrainingArguments):
         The arguments of one of the paper's recipes.
 
         Args:
-            preset (`str`): `"two_network"`, `"second_stage"`, `"single_stage"` or `"self_distillation"`.
+            preset (`str`):
+                `"two_network"`, `"second_stage"`, `"single_stage"`, `"self_distillation"` or `"any_order"`.
             overrides: Further arguments, which take precedence.
         """
         if preset not in PRESETS:

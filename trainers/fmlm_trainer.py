@@ -26,7 +26,7 @@ from .batches import FlowBatch
 from .callbacks import evaluating
 from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
-from .objectives import assemble, denoiser, eulerian_target, lagrangian_target, semigroup_target
+from .objectives import assemble, eulerian_target, lagrangian_target, posterior_of, semigroup_target
 
 
 # A pair of different times is at least this far apart, so that quotients of differences keep their precision.
@@ -165,9 +165,10 @@ class FMLMTrainer(FLMTrainer):
         return self.ema.averaged.module
 
     def _state(self, network: PreTrainedModel, batch: FlowBatch, joint_noise: JointNoise) -> torch.Tensor:
-        """The noised state of one of the networks."""
+        """The noised state of one of the networks. All are noised equally, also where they count time differently."""
         first = [owner for owner, _ in self._embeddings()].index(network)
-        return network.make_state(batch.input_ids, batch.tau_s, batch.noise, joint_noise, first)
+        time_map = self.model.time_map
+        return network.make_state(batch.input_ids, batch.tau_s, batch.noise, joint_noise, first, time_map)
 
     def compute_targets(self, batch: FlowBatch, joint_noise: JointNoise) -> tuple[Posterior, torch.Tensor]:
         args, autocast, teacher, network = self.args, self.accelerator.autocast, self.teacher, self._target_network()
@@ -175,17 +176,18 @@ class FMLMTrainer(FLMTrainer):
             # 1. The states that the networks of the targets see
             state = self._state(network, batch, joint_noise)
             flow = network if teacher is None else teacher
+            flow_batch = batch.translated(self.model.time_map, flow.time_map)  # what the teacher is told of the times
             flow_state = state if teacher is None else self._state(teacher, batch, joint_noise)
             chunks = network.chunks(state)
             weights, parts = torch.ones_like(batch.tau_s), []
             for rows, is_diagonal in self._groups(batch):
-                part, own = batch[rows], state[rows]
+                part, own, flow_part = batch[rows], state[rows], flow_batch[rows]
                 seen = own if flow is network else flow_state[rows]
                 # 2. Where the times are equal: the denoiser of the teacher, or the data
                 if is_diagonal and teacher is None:
                     target = Posterior.of_tokens(part.labels, self.model.config.vocab_size, chunks)
                 elif is_diagonal:
-                    target = denoiser(flow, seen, part.tau_s, part.tau_s, part, autocast)
+                    target = posterior_of(flow, seen, flow_part.tau_s, flow_part.tau_s, part, autocast)
                 # 3. Where they differ: an identity that the exact flow map obeys, or the teacher's flow map
                 elif args.target == "semigroup":
                     target = semigroup_target(network, own, part, autocast)
@@ -194,7 +196,7 @@ class FMLMTrainer(FLMTrainer):
                 elif args.target == "eulerian":
                     target = eulerian_target(network, own, flow, seen, part, autocast)
                 else:
-                    target = denoiser(flow, seen, part.tau_s, part.tau_t, part, autocast)
+                    target = posterior_of(flow, seen, flow_part.tau_s, flow_part.tau_t, part, autocast)
                     # The squared distance of the states that the two maps arrive at
                     s, t = self.model.time_map.tau_to_t(part.tau_s), self.model.time_map.tau_to_t(part.tau_t)
                     weights[rows] = (1 - remaining_noise(s, t)).square()

@@ -30,10 +30,10 @@ from modeling_flm.flow import (
     expand_times,
     flow_map,
     lagrangian_coefficient,
-    project_to_simplex,
     semigroup_weight,
 )
 from modeling_flm.posterior_flm import Posterior, times_of
+from modeling_flm.time_reparameterization import translate_tau
 
 from .batches import FlowBatch
 
@@ -41,7 +41,7 @@ from .batches import FlowBatch
 Autocast = Callable[[], AbstractContextManager]
 
 
-def denoiser(
+def posterior_of(
     network: PreTrainedModel,
     state: torch.Tensor,
     tau_s: torch.Tensor,
@@ -77,7 +77,7 @@ def derivative(
     return values.within(autocast), changes.within(autocast)
 
 
-def mean(posterior: Posterior, network: PreTrainedModel, state: torch.Tensor) -> torch.Tensor:
+def mean_state(posterior: Posterior, network: PreTrainedModel, state: torch.Tensor) -> torch.Tensor:
     """The expected embedding of the clean tokens, which the state of `network` moves towards."""
     return posterior.mean(network.state_embedding.to(state))
 
@@ -93,9 +93,9 @@ def semigroup_target(network: PreTrainedModel, state: torch.Tensor, batch: FlowB
         autocast (`Callable[[], AbstractContextManager]`): The precision that networks run in.
     """
     s, u, t = (network.time_map.tau_to_t(tau) for tau in (batch.tau_s, batch.tau_u, batch.tau_t))
-    first = denoiser(network, state, batch.tau_s, batch.tau_u, batch, autocast)
-    arrived = flow_map(state, mean(first, network, state), s, u)
-    second = denoiser(network, arrived, batch.tau_u, batch.tau_t, batch, autocast)
+    first = posterior_of(network, state, batch.tau_s, batch.tau_u, batch, autocast)
+    arrived = flow_map(state, mean_state(first, network, state), s, u)
+    second = posterior_of(network, arrived, batch.tau_u, batch.tau_t, batch, autocast)
     weight = semigroup_weight(s, u, t)
     return second.combine(first, lambda start, end, chunk: torch.lerp(start, end, _of_chunk(weight, chunk, start)))
 
@@ -116,8 +116,9 @@ def lagrangian_target(
     s, t = time_map.tau_to_t(tau_s), time_map.tau_to_t(tau_t)
     tangents = (torch.zeros_like(state), torch.zeros_like(tau_s), time_map.dtau_dt(t))
     delta, change = derivative(network, (state, tau_s, tau_t), tangents, batch, autocast)
-    arrived = flow_map(flow_state, mean(delta, flow, flow_state), s, t)
-    denoised = denoiser(flow, arrived, tau_t, tau_t, batch, autocast)
+    arrived = flow_map(flow_state, mean_state(delta, flow, flow_state), s, t)
+    flow_tau = translate_tau(tau_t, time_map, flow.time_map)
+    denoised = posterior_of(flow, arrived, flow_tau, flow_tau, batch, autocast)
     factor = lagrangian_coefficient(s, t)
 
     def target(denoised: torch.Tensor, change: torch.Tensor, chunk: slice) -> torch.Tensor:
@@ -141,8 +142,9 @@ def eulerian_target(
     """
     tau_s, tau_t, time_map = batch.tau_s, batch.tau_t, network.time_map
     s, t = time_map.tau_to_t(tau_s), time_map.tau_to_t(tau_t)
-    denoised = denoiser(flow, flow_state, tau_s, tau_s, batch, autocast)
-    along_flow = drift(state, mean(denoised, network, state), s)
+    flow_tau = translate_tau(tau_s, time_map, flow.time_map)
+    denoised = posterior_of(flow, flow_state, flow_tau, flow_tau, batch, autocast)
+    along_flow = drift(state, mean_state(denoised, network, state), s)
     tangents = (along_flow, (1 - s) * time_map.dtau_dt(s), torch.zeros_like(tau_t))
     _, change = derivative(network, (state, tau_s, tau_t), tangents, batch, autocast)
     factor = eulerian_coefficient(s, t)
@@ -173,3 +175,20 @@ def assemble(parts: list[tuple[torch.LongTensor, Posterior]], batch_size: int, c
         return targets
 
     return Posterior(probabilities, chunks, parts[0][1].device)
+
+
+def project_to_simplex(x: torch.Tensor) -> torch.Tensor:
+    """
+    The nearest point of the probability simplex (sparsemax).
+
+    Args:
+        x (`torch.Tensor` of shape `(..., vocab_size)`): Any values.
+
+    Returns:
+        `torch.Tensor` of shape `(..., vocab_size)`: nonnegative values that sum to 1.
+    """
+    ordered = x.sort(dim=-1, descending=True).values
+    excess = ordered.cumsum(dim=-1) - 1
+    rank = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    support = (rank * ordered > excess).sum(dim=-1, keepdim=True).clamp(min=1)  # not 0 for NaNs
+    return (x - excess.gather(-1, support - 1) / support).clamp(min=0)

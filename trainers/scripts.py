@@ -126,7 +126,8 @@ class ScriptParser(HfArgumentParser):
             action.required = False
             if action.nargs in ("+", "*") and not isinstance(value, list):
                 defaults[name] = [value]
-            if action.choices is not None and value is not None and value not in action.choices:
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if action.choices is not None and any(each not in action.choices for each in values):
                 raise SystemExit(
                     f"{source}: {name} must be one of {', '.join(map(str, action.choices))}, got {value!r}"
                 )

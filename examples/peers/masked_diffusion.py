@@ -1,0 +1,103 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Masked diffusion (MDLM, arXiv 2406.07524) on the network of [`~modeling_flm.FLMModel`], as what flow maps are compared with: the
+same blocks, training loop and rule of which tokens become known; but tokens are either known or a mask, and a step writes
+each of them as if it knew nothing of the others.
+"""
+
+import torch
+from transformers import Trainer
+
+from modeling_flm import FLMConfig, FLMModel
+from modeling_flm.commitment_flm import PosteriorRefinement
+
+
+def new_masked_model(config: FLMConfig) -> FLMModel:
+    """
+    A masked diffusion model.
+
+    Args:
+        config ([`FLMConfig`]): That of the flow-based model to compare with. The mask is a further token after its vocabulary.
+    """
+    settings = config.to_dict()
+    names = FLMConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version", "dtype"}
+    settings = {name: value for name, value in settings.items() if name in names}
+    return FLMModel(FLMConfig(**{**settings, "vocab_size": config.vocab_size + 1}))
+
+
+def masked_logits(model: FLMModel, input_ids: torch.LongTensor, known: torch.BoolTensor) -> torch.Tensor:
+    """
+    What the tokens under masks may be.
+
+    Args:
+        model ([`FLMModel`]): A masked diffusion model, whose last token is the mask.
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Tokens.
+        known (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Which of them the model sees.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`: logits of all tokens but the mask.
+    """
+    mask_token = model.config.vocab_size - 1
+    tokens = input_ids.masked_fill(~known, mask_token)
+    times = torch.zeros(len(tokens), device=tokens.device)  # the number of masks tells the time
+    return model(tokens, timesteps=times).logits[..., :mask_token]
+
+
+class MaskedDiffusionTrainer(Trainer):
+    """
+    Trains a masked diffusion model: in each text a share of the tokens is masked that is uniform in (0, 1], and their
+    cross-entropy counts in inverse proportion to it. Tokens whose label is -100 are known.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        input_ids, is_target = inputs["input_ids"], inputs["labels"] != -100
+        order = torch.randperm(len(input_ids), device=input_ids.device)  # stratified
+        share = (order + torch.rand(len(input_ids), device=input_ids.device)).div(len(input_ids)).clamp(min=1e-3)
+        known = ~is_target | (torch.rand(input_ids.shape, device=input_ids.device) >= share[:, None])
+        logits = masked_logits(model, input_ids, known)
+        losses = torch.nn.functional.cross_entropy(logits.mT, input_ids, reduction="none")
+        loss = (losses * ~known / share[:, None]).sum() / is_target.sum()
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+@torch.no_grad()
+def unmask(
+    model: FLMModel, input_ids: torch.LongTensor, known: torch.BoolTensor, rule: PosteriorRefinement
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """
+    Writes what is not known, the likeliest tokens first.
+
+    Args:
+        model ([`FLMModel`]): A masked diffusion model.
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Tokens.
+        known (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Which of them are given.
+        rule ([`~modeling_flm.commitment_flm.PosteriorRefinement`]): Which tokens are kept after each pass.
+
+    Returns:
+        `tuple[torch.LongTensor, torch.LongTensor]`: the texts, and how many forward passes each of them took.
+    """
+    tokens, known = input_ids.clone(), known.clone()
+    num_passes = torch.zeros(len(tokens), dtype=torch.long)
+    for round in range(rule.num_rounds):
+        rows = (~known).any(dim=1)
+        if not rows.any():
+            break
+        probabilities = masked_logits(model, tokens[rows], known[rows]).softmax(dim=-1)
+        likelihood, written = probabilities.max(dim=-1)
+        chosen = rule.commit(round, likelihood, ~known[rows])
+        tokens[rows] = torch.where(chosen, written, tokens[rows])
+        known[rows] |= chosen
+        num_passes[rows.cpu()] += 1
+    return tokens, num_passes

@@ -1,0 +1,313 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Sudoku by a flow map that writes in any order (FMLM+), beside a masked diffusion model of the same size, steps and data: how
+many puzzles each solves in how many forward passes.
+
+    python examples/sudoku.py                                    # 4 x 4, minutes on two cores
+    python examples/sudoku.py --size 9 --hidden_size 512 --num_hidden_layers 8 --num_attention_heads 8 \
+        --num_puzzles 200000 --max_steps 50000 --batch_size 256 --bf16   # 9 x 9, on a GPU
+
+A text is a puzzle and, cell by cell, its solution. The puzzle is given, in training as well; of the solution any part may be
+known. Test puzzles are made of grids that are in no training puzzle.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import sudoku_puzzles as sudoku
+import torch
+from datasets import Dataset
+from peers.masked_diffusion import MaskedDiffusionTrainer, new_masked_model, unmask
+from transformers import TrainingArguments, set_seed
+
+from modeling_flm import FMLMConfig, FMLMModel
+from modeling_flm.commitment_flm import PosteriorRefinement
+from trainers import FMLMTrainer, FMLMTrainingArguments
+
+
+matplotlib.use("Agg")  # draws to files, also where there is no screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+FORWARD_PASSES = (1, 2, 4, 8, 16)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, choices=sorted(sudoku.CLUES), default=4, help="of the grid")
+    parser.add_argument("--num_puzzles", type=int, default=20_000, help="puzzles to train on")
+    parser.add_argument("--num_test_puzzles", type=int, default=500, help="puzzles to solve, of each difficulty")
+    parser.add_argument("--max_steps", type=int, default=3000, help="optimizer steps of each model")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--num_hidden_layers", type=int, default=4)
+    parser.add_argument("--num_attention_heads", type=int, default=4)
+    parser.add_argument(
+        "--commit_threshold", type=float, default=0.9, help="of posterior refinement and of the masked model"
+    )
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", default="outputs/sudoku")
+    return parser
+
+
+def split_grids(size: int, rng: random.Random) -> tuple[list[str] | None, list[str] | None]:
+    """Filled grids to train on and, others, to test on; of 9 x 9 there are too many to list, or to meet one twice."""
+    if size > 4:
+        return None, None
+    grids = sorted(sudoku.solutions("0" * size * size))
+    rng.shuffle(grids)
+    return grids[48:], grids[:48]
+
+
+def sample_puzzles(
+    number: int, size: int, grids: list[str] | None, difficulties: list[str], rng: random.Random
+) -> list[tuple[str, str]]:
+    """Puzzles with their solutions, of these difficulties in turn."""
+    examples = []
+    for index in range(number):
+        solution = sudoku.sample_solution(size, rng) if grids is None else rng.choice(grids)
+        num_clues = sudoku.CLUES[size][difficulties[index % len(difficulties)]]
+        examples.append((sudoku.make_puzzle(solution, num_clues, rng), solution))
+    return examples
+
+
+def build_dataset(examples: list[tuple[str, str]]) -> Dataset:
+    """Texts of a puzzle and its solution, whose labels are at the solution alone. A digit is its own token, 0 a blank."""
+    input_ids = [[int(digit) for digit in puzzle + solution] for puzzle, solution in examples]
+    labels = [[-100] * (len(ids) // 2) + ids[len(ids) // 2 :] for ids in input_ids]
+    return Dataset.from_dict({"input_ids": input_ids, "labels": labels})
+
+
+def training_settings(args: argparse.Namespace, name: str) -> dict:
+    """What both trainings have in common."""
+    return {
+        "output_dir": f"{args.output_dir}/{name}",
+        "max_steps": args.max_steps,
+        "per_device_train_batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": int(0.3 * args.max_steps), "decay_type": "linear"},
+        "warmup_steps": min(100, args.max_steps // 2),
+        "logging_steps": max(1, args.max_steps // 20),
+        "save_strategy": "no",
+        "report_to": [],
+        "bf16": args.bf16,
+        "seed": args.seed,
+    }
+
+
+def train_flow_map(config: FMLMConfig, dataset: Dataset, args: argparse.Namespace) -> FMLMModel:
+    """FMLM+, from scratch and without a teacher."""
+    settings = training_settings(args, "fmlm_plus")
+    training_args = FMLMTrainingArguments.from_preset(
+        "any_order", **settings, ema_decay=0.995, boundary_probability=0.25, prompts_from_labels=True
+    )
+    trainer = FMLMTrainer(FMLMModel(config), training_args, train_dataset=dataset)
+    trainer.train()
+    trainer.save_model()
+    return FMLMModel.from_pretrained(settings["output_dir"])
+
+
+def train_masked(config: FMLMConfig, dataset: Dataset, args: argparse.Namespace):
+    """A masked diffusion model."""
+    settings = training_settings(args, "masked")
+    trainer = MaskedDiffusionTrainer(
+        new_masked_model(config),
+        TrainingArguments(**settings, remove_unused_columns=False),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer.model.eval()
+
+
+def solvers(flow_map: FMLMModel, masked, args: argparse.Namespace) -> dict:
+    """Ways to solve puzzles: from tokens, known where the puzzle is, and a limit of forward passes to texts and their cost."""
+    generator = torch.Generator()
+    num_cells = args.size**2
+
+    def write(input_ids, known, **options):
+        generator.manual_seed(args.seed)
+        output = flow_map.generate(
+            input_ids,
+            prompt_mask=known,
+            batch_size=len(input_ids),
+            generator=generator,
+            return_dict_in_generate=True,
+            **options,
+        )
+        return output.sequences, output.num_forward_passes
+
+    def rule(limit: int) -> PosteriorRefinement:
+        return PosteriorRefinement(num_rounds=limit, threshold=args.commit_threshold)
+
+    def blocks(input_ids, known, limit):
+        # The puzzle is one block, or several, with nothing to write.
+        length = -(-num_cells // limit)
+        return write(input_ids, known, block_length=length, num_steps=1)
+
+    return {
+        "flow map": lambda ids, known, limit: write(ids, known, num_steps=limit),
+        "refinement": lambda ids, known, limit: write(
+            ids, known, num_rounds=limit, commit_threshold=args.commit_threshold, num_steps=1
+        ),
+        "blocks": blocks,
+        "masked": lambda ids, known, limit: unmask(masked, ids, known, rule(limit)),
+    }
+
+
+def measure(ways: dict, examples: list[tuple[str, str]], difficulty: str) -> list[dict]:
+    """The share of the puzzles that each way solves, and what it costs."""
+    device = "cpu"
+    input_ids = torch.tensor(build_dataset(examples)["input_ids"], device=device)
+    num_cells = input_ids.shape[1] // 2
+    known = (torch.arange(2 * num_cells) < num_cells).expand_as(input_ids)
+    rows = []
+    for name, solve in ways.items():
+        for limit in FORWARD_PASSES:
+            tokens, num_passes = solve(input_ids * known, known, limit)
+            answers = ["".join(map(str, answer)) for answer in tokens[:, num_cells:].tolist()]
+            solved = [sudoku.is_solved(puzzle, answer) for (puzzle, _), answer in zip(examples, answers)]
+            cells = (tokens == input_ids)[:, num_cells:].float().mean().item()
+            row = {
+                "difficulty": difficulty,
+                "way": name,
+                "limit": limit,
+                "solved": sum(solved) / len(solved),
+                "cells": cells,
+                "forward_passes": num_passes.float().mean().item(),
+            }
+            rows.append(row)
+            print(
+                f"{difficulty:>10}  {name:>10}  {limit:>6}  {row['forward_passes']:>6.2f}  {row['solved']:>7.1%}  {cells:>7.1%}",
+                flush=True,
+            )
+    return rows
+
+
+def plot(rows: list[dict], path: Path):
+    """The share of solved puzzles against forward passes, a panel for each difficulty."""
+    difficulties = list(dict.fromkeys(row["difficulty"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(difficulties), figsize=(3.4 * len(difficulties), 3.4), sharey=True, squeeze=False
+    )
+    for axis, difficulty in zip(axes[0], difficulties):
+        for name in dict.fromkeys(row["way"] for row in rows):
+            points = [
+                (row["forward_passes"], 100 * row["solved"])
+                for row in rows
+                if (row["difficulty"], row["way"]) == (difficulty, name)
+            ]
+            axis.plot(*zip(*points), marker="o", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(FORWARD_PASSES, labels=[str(number) for number in FORWARD_PASSES])
+        axis.set(title=difficulty, xlabel="forward passes", ylim=(-2, 102))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("% of puzzles solved")
+    axes[0, -1].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_grid(puzzle: str, answer: str, is_known: list[bool]) -> str:
+    """A grid for the terminal: given cells in bold, those that are known by now plain, and what may still change dim."""
+    size = int(len(puzzle) ** 0.5)
+    lines = []
+    for row in range(size):
+        cells = []
+        for cell in range(row * size, (row + 1) * size):
+            style = "1" if puzzle[cell] != "0" else "0" if is_known[cell] else "2"
+            cells.append(
+                f"\033[{style}m{answer[cell]}\033[0m"
+                if sys.stdout.isatty()
+                else _plain(puzzle[cell], answer[cell], is_known[cell])
+            )
+        lines.append("    " + " ".join(cells))
+    return "\n".join(lines)
+
+
+def _plain(given: str, digit: str, is_known: bool) -> str:
+    return f"[{digit}]" if given != "0" else f" {digit} " if is_known else f" {digit}?"
+
+
+def show(flow_map: FMLMModel, puzzle: str, args: argparse.Namespace):
+    """A puzzle being solved, round by round."""
+    num_cells = args.size**2
+    input_ids = torch.tensor([[int(digit) for digit in puzzle] + [0] * num_cells])
+    known = torch.arange(2 * num_cells)[None] < num_cells
+    output = flow_map.generate(
+        input_ids,
+        prompt_mask=known,
+        num_rounds=4,
+        commit_threshold=args.commit_threshold,
+        generator=torch.Generator().manual_seed(args.seed),
+        output_drafts=True,
+        return_dict_in_generate=True,
+    )
+    commit_rounds = output.commit_rounds[0, num_cells:]
+    for round, draft in enumerate(output.drafts[0, : commit_rounds.max()], start=1):
+        answer = "".join(map(str, draft[num_cells:].tolist()))
+        print(f"\n  after forward pass {round}\n")
+        print(draw_grid(puzzle, answer, (commit_rounds <= round).tolist()), flush=True)
+        if sys.stdout.isatty():
+            time.sleep(0.7)
+
+
+def main(args: argparse.Namespace):
+    set_seed(args.seed)
+    rng = random.Random(args.seed)
+    difficulties = list(sudoku.CLUES[args.size])
+    train_grids, test_grids = split_grids(args.size, rng)
+    examples = sample_puzzles(args.num_puzzles, args.size, train_grids, difficulties, rng)
+    tests = {name: sample_puzzles(args.num_test_puzzles, args.size, test_grids, [name], rng) for name in difficulties}
+    dataset = build_dataset(examples)
+    print(f"Learning from {len(dataset):,} puzzles of {args.size} x {args.size}, such as {examples[0][0]}\n")
+    config = FMLMConfig(
+        vocab_size=args.size + 1,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        max_position_embeddings=2 * args.size**2,
+        dropout=0.0,
+        attn_logit_softcapping=None,
+        per_token_timesteps=True,
+        time_reparameterization=None,
+    )
+    print("Training the flow map", flush=True)
+    flow_map = train_flow_map(config, dataset, args)
+    print("\nTraining the masked diffusion model", flush=True)
+    masked = train_masked(config, dataset, args)
+
+    print(f"\n{args.num_test_puzzles} puzzles of each difficulty\n")
+    print(f"{'difficulty':>10}  {'way':>10}  {'limit':>6}  {'passes':>6}  {'solved':>7}  {'cells':>7}")
+    ways = solvers(flow_map.cpu(), masked.cpu(), args)
+    rows = [row for name, puzzles in tests.items() for row in measure(ways, puzzles, name)]
+    Path(args.output_dir, "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    picture = Path(args.output_dir, "sudoku.png")
+    plot(rows, picture)
+    print(f"\nPlot: {picture}. A puzzle being solved; given cells in brackets, with ? what may still change:")
+    show(flow_map, tests["hard"][0][0], args)
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())

@@ -1,0 +1,331 @@
+"""
+Posterior refinement and block by block: what becomes known, the published values token for token, and exact distributions.
+"""
+
+import itertools
+
+import pytest
+import torch
+from conftest import sampling
+from test_fmlm import ExactFlowMap
+from test_released import FOLDER, SIZES, VALUES
+from test_steering import ExactFlow, build, seed
+from transformers import TextDiffusionStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from hub.convert import convert
+from modeling_flm import BridgeSamplerConfig, FLMGenerationConfig
+from modeling_flm.commitment_flm import BlockByBlock, PosteriorRefinement
+from modeling_flm.tokenization_flm import train_tokenizer
+
+
+def positions(mask: torch.Tensor) -> list[list[int]]:
+    return [row.nonzero().flatten().tolist() for row in mask]
+
+
+class TestCommitment:
+    probabilities = torch.tensor([[0.9, 0.2, 0.7, 0.7, 0.4, 0.1], [0.3, 0.3, 0.3, 0.8, 0.3, 0.3]])
+    is_open = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
+
+    def chosen(self, round: int, **rule) -> list[list[int]]:
+        return positions(PosteriorRefinement(**rule).commit(round, self.probabilities, self.is_open))
+
+    def test_uniform_budget_leaves_equally_many_to_each_round(self):
+        assert self.chosen(0, num_rounds=4) == [[2, 3], [0, 3]]  # 5 and 6 tokens in 4 rounds: 2
+        assert self.chosen(2, num_rounds=4) == [[2, 3, 4], [0, 1, 3]]  # in the 2 that are left
+        assert self.chosen(3, num_rounds=4) == positions(self.is_open)
+
+    def test_threshold_and_budget_are_both_enough(self):
+        assert self.chosen(0, num_rounds=3, threshold=0.4, budget=0) == [[2, 3, 4], [3]]
+        assert self.chosen(0, num_rounds=3, threshold=0.4, budget=2) == [[2, 3, 4], [0, 3]]
+        assert self.chosen(0, num_rounds=3, threshold=0.99, budget=None) == [[], []]
+        assert self.chosen(0, num_rounds=3, budget=100) == positions(self.is_open)
+
+    def test_blocks(self):
+        rule = BlockByBlock(block_length=4, length=6)
+        assert rule.num_rounds == 2
+        assert positions(rule.commit(0, self.probabilities, self.is_open)) == [[1, 2, 3], [0, 1, 2, 3]]
+        assert positions(rule.due(1, self.is_open)) == [[4, 5], [4, 5]]
+
+
+def known_of(name: str) -> dict:
+    mask = SIZES["known"][name]
+    return {} if mask is None else {"input_ids": VALUES["plus.known_ids"], "prompt_mask": VALUES[mask]}
+
+
+class Numbered:
+    """In the place of a generator: says which text it belongs to."""
+
+    def __init__(self, row: int):
+        self.row = row
+        self.device = "cpu"
+
+
+class TestPublishedValues:
+    @pytest.mark.parametrize("name", SIZES["known"])
+    def test_blocks(self, name, path):
+        model = convert(FOLDER / "fmlm_plus.ckpt")
+        for block_length, num_steps in SIZES["block_settings"]:
+            options = {"prior_state": VALUES["prior_state"], "block_length": block_length, "num_steps": num_steps}
+            tokens = model.generate(**known_of(name), **options, fresh_noise=False, **sampling(path))
+            assert torch.equal(tokens, VALUES[f"plus.block_{block_length}_{num_steps}_{name}_tokens"])
+
+    @pytest.mark.parametrize("name", SIZES["known"])
+    def test_refinement(self, name, path, monkeypatch):
+        model = convert(FOLDER / "fmlm_plus.ckpt")
+        monkeypatch.setattr(model, "_draw_states", lambda *args: (None, [Numbered(row) for row in range(3)]))
+        settings = [(i, each) for i, each in enumerate(SIZES["refine_settings"]) if each["known"] == name]
+        assert len(settings) == {"none": 48, "prompt": 60, "infill": 60}[name]
+        if path == "compiled":  # which takes long for each number of texts
+            settings = [(i, each) for i, each in settings if not each["fresh_noise"]][::9]
+        for index, setting in settings:
+            noise = iter(VALUES["plus.refine_noise"] @ model.state_embedding.detach())
+            draw = lambda length, factor, rows: next(noise)[[each.row for each in rows]]  # noqa: B023, E731
+            monkeypatch.setattr(type(model), "_draw_noise", staticmethod(draw))
+            budget = setting["top_k"]
+            output = model.generate(
+                **known_of(name),
+                prior_state=VALUES["prior_state"],
+                num_rounds=setting["rounds"],
+                num_steps=setting["flow_steps"],
+                commit_threshold=setting["threshold"],
+                commit_budget="uniform" if budget == "uniform_budget" else budget,
+                fresh_noise=setting["fresh_noise"],
+                return_dict_in_generate=True,
+                **sampling(path),
+            )
+            assert torch.equal(output.sequences, VALUES["plus.refine_tokens"][index]), setting
+            committed = [(output.commit_rounds == round + 1).sum().item() / 3 for round in range(setting["rounds"])]
+            expected = setting["newly_committed_per_round"]
+            # After the last round everything is known, what the rule would have chosen and what not.
+            assert committed[:-1] == pytest.approx(expected[:-1], abs=1e-3)
+            finished_by = output.commit_rounds.amax(dim=1)
+            assert torch.equal(output.num_forward_passes, finished_by * setting["flow_steps"])
+
+
+class CertainFlowMap(ExactFlowMap):
+    """The exact flow map, whose estimate of the whole way is a text, and no nearly so."""
+
+    def encode(self, state, tau_s, tau_t=None, attention_mask=None):
+        delta = super().encode(state, tau_s, tau_t, attention_mask)
+        arrives = tau_t == 1
+        arrives = arrives[:, None, None] if arrives.dim() == 1 else arrives[..., None]
+        return torch.where(arrives, delta.round(), delta)
+
+
+TEXTS = [(0, 0, 0), (0, 1, 1), (1, 1, 0), (1, 0, 1)]  # which no two tokens say without the third ...
+WEIGHTS = (0.4, 0.3, 0.2, 0.1)
+
+
+def chi_square(tokens: torch.Tensor, texts=TEXTS, weights=WEIGHTS) -> float:
+    """Of the shares of the texts; infinite where there is a text that cannot be."""
+    counts = torch.tensor([(tokens == torch.tensor(text)).all(dim=1).sum() for text in texts]).double()
+    expected = len(tokens) * torch.tensor(weights, dtype=torch.float64)
+    return ((counts - expected) ** 2 / expected).sum().item() if counts.sum() == len(tokens) else float("inf")
+
+
+LIMIT = 21.1  # of 3 degrees of freedom: 1e-4
+LOOPS = [
+    {"num_rounds": 2},
+    {"num_rounds": 3},
+    {"num_rounds": 3, "commit_budget": 1},
+    {"num_rounds": 5, "commit_budget": 1},
+    {"num_rounds": 2, "num_steps": 3},
+    {"block_length": 1},
+    {"block_length": 2, "num_steps": 2},
+]
+
+
+class TestDistribution:
+    options = {"num_samples": 1500, "batch_size": 1500, "num_steps": 1}
+
+    @pytest.mark.parametrize("loop", LOOPS, ids=str)
+    def test_is_exact_for_an_exact_flow_map(self, loop):
+        model = CertainFlowMap(TEXTS, WEIGHTS, num_steps=60)
+        tokens = model.generate(generator=seed(), **{**self.options, **loop})
+        assert chi_square(tokens) < LIMIT
+
+    @pytest.mark.parametrize("loop", LOOPS[1:6:4], ids=str)
+    def test_is_exact_with_known_tokens(self, loop):
+        texts = list(itertools.product((0, 1), repeat=3))
+        weights = torch.tensor([0.25, 0.05, 0.1, 0.15, 0.02, 0.2, 0.13, 0.1])
+        model = CertainFlowMap(texts, tuple(weights.tolist()), num_steps=60)
+        prompt = {"input_ids": torch.tensor([[0, 1, 0]]), "prompt_mask": torch.tensor([[0, 1, 0]])}
+        tokens = model.generate(**prompt, generator=seed(), **{**self.options, **loop})
+        chosen = [index for index, text in enumerate(texts) if text[1] == 1]
+        conditional = (weights[chosen] / weights[chosen].sum()).tolist()
+        assert chi_square(tokens, [texts[index] for index in chosen], conditional) < LIMIT
+
+    def test_kept_noise_is_biased_where_tokens_depend_on_each_other(self):
+        """What a token started from has decided the others, too: it is not independent of those that are known by now."""
+        texts, weights = [(0, 0), (0, 1), (1, 1)], (0.5, 0.2, 0.3)
+        model = CertainFlowMap(texts, weights, num_steps=60)
+        options = {**self.options, "block_length": 1}
+        kept = model.generate(generator=seed(), fresh_noise=False, **options)
+        fresh = model.generate(generator=seed(), **options)
+        assert chi_square(fresh, texts, weights) < 18.4 < chi_square(kept, texts, weights)  # of 2: 1e-4
+        assert not ((kept[:, 0] == 1) & (kept[:, 1] == 0)).any()  # still nothing that cannot be
+
+    @pytest.mark.parametrize("sampler", [{}, {"sampler_config": BridgeSamplerConfig()}])
+    def test_the_denoiser_in_its_place_comes_nearer_with_its_steps(self, sampler):
+        """An FLM has no jump from noise to text: with too few steps a round its texts are not those of the data."""
+        model = ExactFlow(TEXTS, WEIGHTS)
+        deviations = []
+        for num_steps in (1, 8, 64):
+            options = {**self.options, "num_samples": 4000, "batch_size": 4000, "num_steps": num_steps}
+            tokens = model.generate(num_rounds=3, generator=seed(), **options, **sampler)
+            shares = torch.tensor([(tokens == torch.tensor(text)).all(dim=1).double().mean() for text in TEXTS])
+            deviations.append((shares - torch.tensor(WEIGHTS)).abs().sum().item() / 2 + (1 - shares.sum().item()) / 2)
+        assert deviations[0] > 0.2 and deviations[1] < deviations[0] and deviations[2] < 0.06
+
+    def test_no_token_of_probability_zero_is_committed(self):
+        class Forbidding(ExactFlow):
+            def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
+                return hidden_states * torch.tensor([0.0, 1.0, 1.0, 1.0])
+
+        model = Forbidding([(1, 1), (2, 3), (1, 0)], (0.2, 0.2, 0.6))
+        for options in ({}, {"sampler_config": BridgeSamplerConfig()}):
+            for budget in ("uniform", 0, 1):
+                tokens = model.generate(
+                    num_samples=500, num_steps=2, num_rounds=3, commit_budget=budget, commit_threshold=0.5,
+                    generator=seed(), **options,
+                )  # fmt: skip
+                assert (tokens > 0).all()
+
+
+class TestGenerate:
+    loops = [{"num_rounds": 3, "num_steps": 2}, {"block_length": 5, "num_steps": 2}]
+
+    @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
+    @pytest.mark.parametrize("loop", loops, ids=str)
+    @pytest.mark.parametrize("more", [{}, {"gamma": 0.7}, {"sampler_config": BridgeSamplerConfig()}], ids=str)
+    def test_texts_do_not_depend_on_batches(self, kind, loop, more):
+        model = build(kind)
+        input_ids, prompt_mask = torch.randint(53, (7, 12)), torch.rand(7, 12) < 0.5
+        prompt_mask[2], prompt_mask[3, :7] = True, True
+        options = {
+            "input_ids": input_ids, "prompt_mask": prompt_mask, "commit_threshold": None, "output_drafts": True,
+            "return_dict_in_generate": True, **loop, **more,
+        }  # fmt: skip
+        output = model.generate(generator=seed(), **options)
+        for batch_size in (1, 3):
+            again = model.generate(generator=seed(), batch_size=batch_size, **options)
+            for name, value in output.items():
+                assert torch.equal(value, again[name]), name
+        assert torch.equal(output.sequences[prompt_mask], input_ids[prompt_mask])
+        assert (output.commit_rounds == 0).equal(prompt_mask)
+        assert torch.equal(output.drafts[:, -1], output.sequences)
+        rounds = -(-12 // loop["block_length"]) if "block_length" in loop else 3
+        assert output.drafts.shape == (7, rounds, 12)
+        # A text costs what is written of it: nothing where all is known, and no block of the prompt.
+        assert output.num_forward_passes[2] == 0
+        if "block_length" in loop:
+            blocks = [len({int(p) // 5 for p in (~row).nonzero()}) for row in prompt_mask]
+            assert output.num_forward_passes.tolist() == [2 * number for number in blocks]
+
+    @pytest.mark.parametrize("kind", ["flm", "fmlm"])
+    def test_one_round_and_one_block_are_plain_generation(self, kind):
+        model = build(kind)
+        options = {"num_samples": 5, "num_steps": 3}
+        plain = model.generate(generator=seed(), **options)
+        assert torch.equal(model.generate(generator=seed(), num_rounds=1, **options), plain)
+        assert torch.equal(model.generate(generator=seed(), block_length=12, **options), plain)
+
+    def test_finishes_early_where_all_is_certain(self):
+        model = CertainFlowMap(TEXTS, WEIGHTS, num_steps=20)
+        options = {"num_samples": 20, "num_rounds": 5, "commit_budget": 0, "return_dict_in_generate": True}
+        output = model.generate(generator=seed(), commit_threshold=0.9, **options)
+        assert output.num_forward_passes.eq(1).all() and output.commit_rounds.eq(1).all()
+        reward = lambda delta: delta[..., 1].mean(dim=1)  # noqa: E731
+        output = ExactFlow(TEXTS, WEIGHTS).generate(reward=reward, reward_scale=0.1, num_steps=4, **options)
+        assert output.num_forward_passes.eq(2 * 4 * 5).all()  # no threshold, and no budget
+
+    def test_prior_state_is_not_changed(self):
+        model = build("fmlm")
+        prior = torch.randn(3, 12, 32)
+        before = prior.clone()
+        tokens = model.generate(prior_state=prior, num_rounds=4, generator=seed())
+        assert torch.equal(prior, before)
+        assert torch.equal(tokens, model.generate(prior_state=prior, num_rounds=4, generator=seed()))
+
+    def test_guidance_and_compile(self):
+        model, weak = build("fmlm"), build("flm", hidden_size=16)
+        options = {"num_samples": 6, "num_rounds": 3}
+        plain = model.generate(generator=seed(), **options)
+        guided = {"guidance_model": weak, "guidance_scale": 3.0, **options}
+        assert not torch.equal(model.generate(generator=seed(), **guided), plain)
+        guided["guidance_scale"] = 0.0
+        assert torch.equal(model.generate(generator=seed(), **guided), plain)
+
+    @pytest.mark.slow
+    def test_compiled_texts_are_equal_and_take_one_graph(self):
+        model = build("fmlm", per_token_timesteps=True)
+        input_ids, prompt_mask = torch.randint(53, (5, 12)), torch.rand(5, 12) < 0.5
+        options = {"input_ids": input_ids, "prompt_mask": prompt_mask, "num_rounds": 6, "commit_threshold": 0.05}
+        expected = model.generate(generator=seed(), **options)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        assert torch.equal(model.generate(generator=seed(), **options, **sampling("compiled")), expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+    def test_callback_is_told_of_rounds(self):
+        model, told = build("fmlm"), []
+        tokens = model.generate(num_samples=2, num_rounds=3, num_steps=2, callback=lambda *args: told.append(args))
+        assert [args[:2] for args in told] == [(1, 3), (2, 3), (3, 3)]
+        assert torch.equal(told[-1][2], tokens)
+
+    @pytest.mark.parametrize("loop", [{"num_rounds": 6}, {"block_length": 2}], ids=str)
+    def test_streamers_see_known_tokens_grow(self, loop):
+        class Record(BaseStreamer):
+            def __init__(self):
+                self.known, self.drafts = [], []
+
+            def put(self, value):
+                self.known.append(value.flatten())
+
+            def put_draft(self, value):
+                self.drafts.append((sum(map(len, self.known)), value.flatten()))
+
+            def end(self):
+                self.known.append("end")
+
+        model, streamer = build("fmlm"), Record()
+        output = model.generate(streamer=streamer, generator=seed(), return_dict_in_generate=True, **loop)
+        assert streamer.known.pop() == "end"
+        assert torch.equal(torch.cat(streamer.known), output.sequences[0])
+        assert all(shown + len(draft) == 12 for shown, draft in streamer.drafts)
+        shown = [shown for shown, _ in streamer.drafts]
+        assert shown == sorted(shown) and len(shown) == 5
+        assert shown == [int((output.commit_rounds[0] <= r).long().cumprod(0).sum()) for r in range(1, 6)]
+        assert shown[-1] == 10 or "num_rounds" in loop
+
+    def test_streamer_of_transformers(self, capsys):
+        model, tokenizer = build("fmlm"), train_tokenizer([" ".join(map(str, range(60)))], "word", 60)
+        model.generate(num_rounds=3, streamer=TextDiffusionStreamer(tokenizer), generator=seed())
+        assert "\x1b[33m" in capsys.readouterr().out
+
+    def test_bad_combinations_are_named(self):
+        model = build("fmlm")
+        for options, message in (
+            ({"num_rounds": 2, "block_length": 3}, "`num_rounds` does not go with `block_length`"),
+            ({"commit_threshold": 0.9}, "`commit_threshold=0.9` needs `num_rounds`"),
+            ({"commit_budget": 3, "block_length": 3}, "`commit_budget=3` needs `num_rounds`"),
+            ({"fresh_noise": False}, "`fresh_noise=False` needs `num_rounds` or `block_length`"),
+            ({"num_rounds": 0}, "`num_rounds` must be an integer of at least 1"),
+            ({"block_length": 2.0}, "`block_length` must be an integer of at least 1"),
+            ({"num_rounds": 2, "commit_threshold": 1.5}, "`commit_threshold` must be a probability"),
+            ({"num_rounds": 2, "commit_budget": "all"}, "`commit_budget` must be 'uniform' or a number"),
+            ({"num_rounds": 2, "commit_budget": -1}, "`commit_budget` must be 'uniform' or a number"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                model.generate(**options)
+
+    def test_what_is_said_last_counts(self, tmp_path):
+        model = build("fmlm")
+        model.generation_config.num_rounds = 3
+        model.save_pretrained(tmp_path)
+        model = type(model).from_pretrained(tmp_path)
+        passes = lambda **more: model.generate(return_dict_in_generate=True, **more).num_forward_passes.item()  # noqa: E731
+        assert passes() == 3 and passes(num_rounds=2) == 2 and passes(block_length=3) == 4
+        assert passes(generation_config=FLMGenerationConfig(num_rounds=4)) == 4
+        assert passes(commit_budget=12) == 1
