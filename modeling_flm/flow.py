@@ -48,13 +48,16 @@ def times_with_known(tau: torch.Tensor, known: torch.BoolTensor | None) -> torch
     The times of texts of which some tokens are known.
 
     Args:
-        tau (`torch.Tensor` of shape `(batch_size,)`): The time of the tokens that are not known.
+        tau (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
+            The time of the tokens that are not known.
         known (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): Where tokens are known.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, sequence_length)`, or `tau` itself if nothing is known.
     """
-    return tau if known is None else torch.where(known, 1.0, tau[:, None])
+    if known is None:
+        return tau
+    return torch.where(known, 1.0, tau[:, None] if tau.dim() == 1 else tau)
 
 
 def interpolate(noise: torch.Tensor, clean: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

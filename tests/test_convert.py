@@ -285,8 +285,8 @@ class TestHubFolders:
             ("flm_hub", {"model": {"hidden_size": 64}}, {}, "`model.hidden_size: 64`, but its tensors are of 32"),
             ("flm_hub", {"algo": {"name": "mdlm"}}, {}, "a model of 'mdlm'"),
             ("flm_hub", {"algo": {"name": "duo_base"}}, {}, "a model of 'duo_base'"),
-            ("fmlm_hub", {"algo": {"name": "fmlm_plus"}}, {}, r"it is an FMLM\+"),
-            ("fmlm_hub", {"algo": {"skip_time_reparam": True}}, {}, r"it is an FMLM\+"),
+            ("fmlm_hub", {"algo": {"name": "mdlm"}}, {}, "a model of 'mdlm', which is neither"),
+            ("fmlm_hub", {"algo": {"name": "fmlm_masked"}}, {}, "a model of 'fmlm_masked'"),
             ("flm_hub", {"model_type": "bert"}, {}, "a model of transformers .'bert'."),
             ("flm_hub", {}, {"vocab_embed.embedding": None}, "no embed_tokens.weight"),
             ("flm_hub", {}, {"surprise": torch.zeros(3)}, r"unknown: 'surprise' \(3,\)"),
@@ -296,9 +296,13 @@ class TestHubFolders:
         with pytest.raises(CheckpointError, match=message):
             convert(released_folder(tmp_path, name, settings, **tensors))
 
-    def test_fmlm_plus_file_is_refused(self):
-        with pytest.raises(CheckpointError, match=r"it is an FMLM\+"):
-            convert(RELEASED / "fmlm_plus.ckpt")
+    @pytest.mark.parametrize("algorithm", [{"name": "fmlm_plus"}, {"skip_time_reparam": True}], ids=str)
+    def test_any_order_is_told_by_the_algorithm(self, algorithm, tmp_path):
+        """FMLM and FMLM+ have the same tensors."""
+        model = convert(released_folder(tmp_path, "fmlm_hub", {"algo": algorithm}))
+        assert model.config.per_token_timesteps and model.config.time_reparameterization is None
+        other = convert(released_folder(tmp_path / "other", "fmlm_hub", {"algo": {"skip_time_reparam": False}}))
+        assert not other.config.per_token_timesteps and other.config.time_reparameterization == "argmax"
 
     def test_a_name_says_nothing_of_the_tensors(self, tmp_path):
         """The second time embedding makes a flow map, whatever the training was called."""

@@ -177,6 +177,65 @@ class TestDistillation:
         torch.testing.assert_close(log_delta, VALUES["psd.log_probs"], rtol=1e-3, atol=1e-3)
 
 
+class TestAnyOrder:
+    """FMLM+: a time for every token, and no reparameterization."""
+
+    def build(self):
+        return convert(FOLDER / "fmlm_plus.ckpt")
+
+    def test_weights_are_the_averaged_ones(self):
+        model = self.build()
+        assert type(model).__name__ == "FMLMModel" and model.config.per_token_timesteps
+        assert model.config.time_reparameterization is None
+        assert torch.equal(model.embed_tokens.weight[:2], VALUES["plus.ema_weight_check"])
+        raw = convert(FOLDER / "fmlm_plus.ckpt", raw_weights=True)
+        assert torch.equal(raw.embed_tokens.weight[:2], VALUES["plus.raw_weight_check"])
+
+    def test_logits_with_times_that_differ_from_token_to_token(self):
+        model = self.build()
+        one_hot = torch.nn.functional.one_hot(VALUES["input_ids"], SIZES["vocab_size"]).float()
+        tau = VALUES["plus.free_tau_s"]
+        state = ((1 - tau)[..., None] * VALUES["plus.noise"] + tau[..., None] * one_hot) @ model.state_embedding
+        zero, one = torch.zeros(3, 12), torch.ones(3, 12)
+        for seen, *times, name in (
+            (state, tau, VALUES["plus.free_tau_t"], "free_raw_logits"),
+            (VALUES["plus.state"] @ model.state_embedding, VALUES["plus.tau_s"], VALUES["plus.tau_t"], "raw_logits"),
+            (VALUES["prior_state"] @ model.state_embedding, zero, one, "posterior_raw_logits"),
+        ):
+            logits = model(inputs_embeds=seen, timesteps=times[0], target_timesteps=times[1]).logits
+            expected = VALUES[f"plus.{name}"]
+            torch.testing.assert_close(logits, 30 * torch.tanh(expected / 30), rtol=1e-4, atol=1e-3)
+            model.config.final_logit_softcapping = None
+            raw = model(inputs_embeds=seen, timesteps=times[0], target_timesteps=times[1]).logits
+            assert relative_error(raw, expected) < 1e-4
+            model.config.final_logit_softcapping = SIZES["logit_cap"]
+
+    def test_targets_and_losses(self, tmp_path, path):
+        args = FMLMTrainingArguments.from_preset(
+            "any_order", output_dir=tmp_path, use_cpu=True, report_to=[], disable_tqdm=True
+        )
+        trainer = FMLMTrainer(self.build(), args)
+        if path == "compiled":
+            trainer._compile_options = {"backend": "aot_eager"}
+            trainer._compile_regions(trainer.model)
+        input_ids, known = VALUES["input_ids"], VALUES["plus.is_context"]
+        # The noise of d variables that gives the recorded states
+        embedding = trainer.model.state_embedding.detach().double()
+        factor = trainer._get_joint_noise().factor(0).detach().double()
+        noise = torch.linalg.solve(factor.T, (VALUES["plus.noise"].double() @ embedding).mT).mT.float()
+        kinds = {"diagonal": [0], "off_diagonal": [1], "boundary": [2]}
+        batch = build_batch(input_ids, noise, VALUES["plus.tau_s"], VALUES["plus.tau_t"], known=known, **kinds)
+        state = states(trainer, batch)[0]
+        assert relative_error(state, VALUES["plus.state"] @ trainer.model.state_embedding) < 1e-4
+        target, weights = compute_targets(trainer, batch)
+        assert weights.eq(1).all()
+        active = ~known[1:]
+        torch.testing.assert_close(target[1:][active], VALUES["plus.offdiagonal_target"][active], rtol=1e-4, atol=1e-4)
+        loss, output = compute_loss(trainer, batch)
+        torch.testing.assert_close(output.token_losses, VALUES["plus.loss_per_token"], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(loss, VALUES["plus.loss"], rtol=1e-3, atol=1e-3)
+
+
 SCRIPT = """
 import sys, torch
 from pathlib import Path
