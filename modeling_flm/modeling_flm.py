@@ -592,6 +592,39 @@ class FMLMModel(FLMModel):
         nn.init.zeros_(model.target_time_embedding.linear_2.bias)
         return model.to(teacher.device)
 
+    @classmethod
+    def from_masked(cls, masked_model: FLMModel, **config_overrides) -> "FMLMModel":
+        r"""
+        A flow map in any order (FMLM+) that starts from a masked diffusion model on the same network, whose last token is the
+        mask. Its weights are copied without those of the mask. As it does not know times, the flow map starts without, too: the
+        last layers of its time embeddings are constant.
+
+        Args:
+            masked_model ([`FLMModel`]): The masked model, which is run at the time 0.
+            config_overrides: Settings of [`FMLMConfig`] that differ from the masked model's. By default the flow map is told
+                the time of each token, without reparameterization.
+
+        Returns:
+            [`FMLMModel`], on the device of the masked model and in float32, in which it is to be trained.
+        """
+        check_is_flm(masked_model)
+        vocab_size = masked_model.config.vocab_size - 1
+        any_order = {"per_token_timesteps": True, "time_reparameterization": None, "vocab_size": vocab_size}
+        model = cls(flow_map_config(cls.config_class, masked_model, {**any_order, **config_overrides}))
+        if model.config.vocab_size != vocab_size:
+            raise ValueError(f"`vocab_size` must be {vocab_size}, that of `masked_model` without the mask.")
+        sized = ("embed_tokens.", "lm_head.")
+        weights = masked_model.state_dict()
+        weights = {name: value[:vocab_size] if name.startswith(sized) else value for name, value in weights.items()}
+        model.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            start = masked_model.time_embedding(torch.zeros(1, device=masked_model.device))[0]
+            model.time_embedding.linear_2.weight.zero_()
+            model.time_embedding.linear_2.bias.copy_(start)
+        nn.init.zeros_(model.target_time_embedding.linear_2.weight)
+        nn.init.zeros_(model.target_time_embedding.linear_2.bias)
+        return model.to(masked_model.device)
+
     def embed_times(self, tau_s, tau_t):
         if tau_t is None:
             raise ValueError("Pass `target_timesteps`, the reparameterized time that each text is to go to.")

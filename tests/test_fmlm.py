@@ -472,9 +472,11 @@ def distillation(
         model, teacher = two_network, None
         model.flow.to(frozen_dtype)
     else:
-        model = FMLMModel.from_flm(teacher, dropout=dropout)
+        any_order = {"per_token_timesteps": True, "time_reparameterization": None} if preset == "any_order" else {}
+        model = FMLMModel.from_flm(teacher, dropout=dropout, **any_order)
         torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # so that there is something to learn
-        teacher = {"second_stage": two_network, "self_distillation": None}.get(preset, teacher)
+        teachers = {"second_stage": two_network, "self_distillation": None, "any_order": None}
+        teacher = teachers.get(preset, teacher)
         teacher = None if teacher is None else teacher.to(frozen_dtype)
     settings = {name: getattr(flm_trainer.args, name) for name in (
         "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "logging_steps",
@@ -484,6 +486,8 @@ def distillation(
         "load_best_model_at_end",
     )}  # fmt: skip
     settings.update({name: value for name, value in options.items() if name in own})
+    if preset == "any_order":
+        del settings["prompt_fraction"]  # which is the preset's
     args = FMLMTrainingArguments.from_preset(preset, output_dir=output_dir, **settings)
     return trainer_class(
         model,
@@ -616,10 +620,11 @@ class TestTraining:
         for row, expected_row in zip(state, expected):
             assert relative_error(row, expected_row) < 1e-6
 
-    def test_resumes_and_evaluates_as_the_flm_does(self, tmp_path):
-        straight = distillation(tmp_path / "straight", dropout=0.1, target_network="ema")
+    @pytest.mark.parametrize("preset", ["single_stage", "any_order"])
+    def test_resumes_and_evaluates_as_the_flm_does(self, preset, tmp_path):
+        straight = distillation(tmp_path / "straight", preset, dropout=0.1, target_network="ema")
         straight.train()
-        resumed = distillation(tmp_path / "straight", dropout=0.1, target_network="ema")
+        resumed = distillation(tmp_path / "straight", preset, dropout=0.1, target_network="ema")
         resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-10"))
         for name in ("loss", "eval_loss", "eval_loss_diagonal"):
             assert logged(resumed, name) == logged(straight, name) != []
@@ -635,14 +640,18 @@ class TestTraining:
         for name in ("loss", "loss_diagonal", "loss_off_diagonal"):
             assert logged(small, name) == pytest.approx(logged(large, name), rel=1e-4)
 
-    def test_two_processes_learn_what_one_does(self, tmp_path):
+    @pytest.mark.parametrize("preset", ["single_stage", "any_order"])
+    def test_two_processes_learn_what_one_does(self, preset, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "prompt_fraction": 0.7, "distill": True}
+        options["preset"] = preset
         (one,) = launch(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
         two = launch(tmp_path / "two", 2, per_device_train_batch_size=8, **options)
         for name in ("loss", "loss_diagonal", "loss_off_diagonal", "grad_norm", "eval_loss", "eval_loss_off_diagonal"):
             assert logged(two[0]["log"], name) == pytest.approx(logged(one["log"], name), rel=1e-3)
 
-    @pytest.mark.parametrize("preset", ["single_stage", pytest.param("two_network", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        "preset", ["single_stage", "any_order", pytest.param("two_network", marks=pytest.mark.slow)]
+    )
     def test_sharded_weights_learn_what_whole_ones_do(self, preset, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "ema_decay": 0.9, "preset": preset}
         options["prompt_fraction"] = 0.5

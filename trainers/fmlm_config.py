@@ -88,6 +88,9 @@ class FMLMTrainingArguments(FLMTrainingArguments):
             The share of the examples with `s = t`, where the target is the teacher's denoiser, or the data.
         boundary_probability (`float`, *optional*, defaults to 1/32):
             How often a pair of different times is the whole way from 0 to 1.
+        masked_probability (`float`, *optional*, defaults to 0.0):
+            The share of the examples that are at the very beginning, where tokens are known or pure noise, and learned from
+            the `masked_teacher`, a masked diffusion model.
         time_sampling (`str`, *optional*, defaults to `"uniform_difference"`):
             `"uniform_difference"` draws the difference `d` of the times uniformly, then the start from [0, 1 - d];
             `"uniform_pair"` draws both times uniformly.
@@ -109,6 +112,9 @@ class FMLMTrainingArguments(FLMTrainingArguments):
     boundary_probability: float = field(
         default=1 / 32, metadata={"help": "How often a pair of different times is the whole way from 0 to 1."}
     )
+    masked_probability: float = field(
+        default=0.0, metadata={"help": "The share of examples at noise that are learned from a masked teacher."}
+    )
     time_sampling: str = field(
         default="uniform_difference",
         metadata={"help": "How pairs of times are drawn.", **_choices("uniform_difference", "uniform_pair")},
@@ -127,7 +133,7 @@ class FMLMTrainingArguments(FLMTrainingArguments):
             choices = definition.metadata.get("choices")
             if name in FMLMTrainingArguments.__annotations__ and choices and getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        for name in ("diagonal_fraction", "boundary_probability"):
+        for name in ("diagonal_fraction", "boundary_probability", "masked_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
         if self.target == "eulerian":

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 from hub.records import is_hub_name
-from modeling_flm import FMLMModel, FMLMTwoNetworkModel
+from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import remaining_noise
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.posterior_flm import Posterior
@@ -26,7 +26,7 @@ from .batches import FlowBatch
 from .callbacks import evaluating
 from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
-from .objectives import assemble, eulerian_target, lagrangian_target, posterior_of, semigroup_target
+from .objectives import assemble, eulerian_target, lagrangian_target, masked_posterior, posterior_of, semigroup_target
 
 
 # A pair of different times is at least this far apart, so that quotients of differences keep their precision.
@@ -41,7 +41,7 @@ class FMLMTrainer(FLMTrainer):
 
     All networks see the same noise, each through its own embedding. Times, evaluation, averaged weights, checkpoints and
     several processes are as in [`FLMTrainer`]. The logs have the mean divergence of each kind of example apart:
-    `loss_diagonal`, `loss_off_diagonal` and `loss_boundary`.
+    `loss_diagonal`, `loss_off_diagonal`, `loss_boundary` and `loss_masked`.
 
     Args:
         model ([`FMLMModel`], [`FMLMTwoNetworkModel`] or `str`):
@@ -50,6 +50,9 @@ class FMLMTrainer(FLMTrainer):
             Arguments of the training; see [`~FMLMTrainingArguments.from_preset`] for the paper's.
         teacher ([`FLMModel`], a flow map, or `str`, *optional*):
             A trained model over the same vocabulary. Without one, `model` learns from the data (self-distillation).
+        masked_teacher ([`FLMModel`], *optional*):
+            A masked diffusion model on the network of [`FLMModel`], whose last token is the mask. What it says of masked
+            tokens is what the denoiser says of pure noise, and is learned in a share `args.masked_probability` of the examples.
         kwargs:
             Further arguments of [`FLMTrainer`].
 
@@ -68,14 +71,14 @@ class FMLMTrainer(FLMTrainer):
     """
 
     model_classes = (FMLMModel, FMLMTwoNetworkModel)
-    kinds = ("diagonal", "off_diagonal", "boundary")
-    num_uniforms = 4
+    kinds = ("diagonal", "off_diagonal", "boundary", "masked")
 
     def __init__(
         self,
         model: PreTrainedModel | str,
         args: FMLMTrainingArguments | None = None,
         teacher: PreTrainedModel | str | None = None,
+        masked_teacher: FLMModel | None = None,
         **kwargs,
     ):
         if isinstance(model, str):
@@ -96,6 +99,14 @@ class FMLMTrainer(FLMTrainer):
             raise ValueError(
                 f"`teacher` has {teacher.config.vocab_size} tokens, but the model has {model.config.vocab_size}."
             )
+        if (masked_teacher is None) != (args.masked_probability == 0):
+            raise ValueError("`masked_teacher` and `masked_probability` go together: pass both, or none.")
+        if masked_teacher is not None:
+            expected = model.config.vocab_size + 1
+            if masked_teacher.config.model_type != "flm" or masked_teacher.config.vocab_size != expected:
+                raise ValueError(
+                    f"`masked_teacher` must be an `FLMModel` with {expected} tokens, those of the model and the mask."
+                )
         if args.target == "teacher" and not isinstance(teacher, (FMLMModel, FMLMTwoNetworkModel)):
             raise ValueError("`target='teacher'` needs a `teacher` that is itself a flow map.")
         if isinstance(model, FMLMTwoNetworkModel):
@@ -114,21 +125,27 @@ class FMLMTrainer(FLMTrainer):
                 "`target_network='ema'` needs the average as a network, which FSDP shards: use 'student'."
             )
         self.teacher = teacher
-        if teacher is not None:
-            teacher.requires_grad_(False).eval()
-            self._compile_regions(teacher)
-            self._move_model_to_device(teacher, args.device)
+        self.masked_teacher = masked_teacher
+        for frozen in (teacher, masked_teacher):
+            if frozen is not None:
+                frozen.requires_grad_(False).eval()
+                self._compile_regions(frozen)
+                self._move_model_to_device(frozen, args.device)
 
     @property
     def divergence(self) -> str:
         return self.args.divergence
+
+    @property
+    def num_uniforms(self) -> int:
+        return 4 if self.masked_teacher is None else 5
 
     # The examples
 
     def _draw_times(self, uniforms, positions):
         """Pairs of times and, between them, the intermediate time; and what kind of pair each is."""
         args = self.args
-        first, second, third, fourth = uniforms.T
+        first, second, third, fourth = uniforms.T[:4]
         if args.time_sampling == "uniform_difference":
             difference = _MIN_DIFFERENCE + (1 - _MIN_DIFFERENCE) * first
             start = second * (1 - difference)
@@ -145,9 +162,14 @@ class FMLMTrainer(FLMTrainer):
         share = args.diagonal_fraction
         is_diagonal = torch.tensor([int((n + 1) * share) > int(n * share) for n in positions])
         start, end = torch.where(is_diagonal, first, start), torch.where(is_diagonal, first, end)
+        is_masked = torch.zeros_like(is_diagonal)
+        if self.masked_teacher is not None:
+            is_masked = uniforms[:, 4] < args.masked_probability
+            start, end = start.masked_fill(is_masked, 0.0), end.masked_fill(is_masked, 0.0)
         fraction = third if args.intermediate_time == "random" else 0.5
-        kinds = {"diagonal": is_diagonal, "boundary": is_boundary & ~is_diagonal}
-        kinds["off_diagonal"] = ~(kinds["diagonal"] | kinds["boundary"])
+        kinds = {"masked": is_masked, "diagonal": is_diagonal & ~is_masked}
+        kinds["boundary"] = is_boundary & ~(is_diagonal | is_masked)
+        kinds["off_diagonal"] = ~(is_boundary | is_diagonal | is_masked)
         times = {"tau_s": start, "tau_t": end, "tau_u": start + fraction * (end - start)}
         return times, {kind: mask.nonzero()[:, 0].tolist() for kind, mask in kinds.items()}
 
@@ -180,15 +202,18 @@ class FMLMTrainer(FLMTrainer):
             flow_state = state if teacher is None else self._state(teacher, batch, joint_noise)
             chunks = network.chunks(state)
             weights, parts = torch.ones_like(batch.tau_s), []
-            for rows, is_diagonal in self._groups(batch):
+            for kind, rows in self._groups(batch):
                 part, own, flow_part = batch[rows], state[rows], flow_batch[rows]
                 seen = own if flow is network else flow_state[rows]
-                # 2. Where the times are equal: the denoiser of the teacher, or the data
-                if is_diagonal and teacher is None:
+                # 2. At pure noise: what a masked model says
+                if kind == "masked":
+                    target = masked_posterior(self.masked_teacher, part, autocast)
+                # 3. Where the times are equal: the denoiser of the teacher, or the data
+                elif kind == "diagonal" and teacher is None:
                     target = Posterior.of_tokens(part.labels, self.model.config.vocab_size, chunks)
-                elif is_diagonal:
+                elif kind == "diagonal":
                     target = posterior_of(flow, seen, flow_part.tau_s, flow_part.tau_s, part, autocast)
-                # 3. Where they differ: an identity that the exact flow map obeys, or the teacher's flow map
+                # 4. Where they differ: an identity that the exact flow map obeys, or the teacher's flow map
                 elif args.target == "semigroup":
                     target = semigroup_target(network, own, part, autocast)
                 elif args.target == "lagrangian":
@@ -204,12 +229,13 @@ class FMLMTrainer(FLMTrainer):
             return assemble(parts, len(weights), chunks), weights
 
     @staticmethod
-    def _groups(batch: FlowBatch) -> list[tuple[torch.Tensor, bool]]:
-        """The rows that are on the diagonal, and then those that are not."""
-        diagonal = batch.kinds.get("diagonal", [])
-        others = [row for kind, rows in batch.kinds.items() if kind != "diagonal" for row in rows]
-        groups = ((diagonal, True), (others, False))
-        return [(torch.tensor(rows).to(batch.tau_s.device, non_blocking=True), kind) for rows, kind in groups if rows]
+    def _groups(batch: FlowBatch) -> list[tuple[str, torch.Tensor]]:
+        """The rows at noise, those on the diagonal, and those that go from one time to another."""
+        groups = {"masked": [], "diagonal": [], "off_diagonal": []}
+        for kind, rows in batch.kinds.items():
+            groups[kind if kind in groups else "off_diagonal"] += rows
+        device = batch.tau_s.device
+        return [(kind, torch.tensor(rows).to(device, non_blocking=True)) for kind, rows in groups.items() if rows]
 
     def _training_record(self):
         # A teacher on this machine has no name for others.

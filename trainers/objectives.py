@@ -54,6 +54,24 @@ def posterior_of(
         return network.posterior(state, tau_s, tau_t, batch.attention_mask).within(autocast)
 
 
+def masked_posterior(network: PreTrainedModel, batch: FlowBatch, autocast: Autocast) -> Posterior:
+    r"""
+    What a masked diffusion model says of the tokens that are not known, of all tokens but the mask: this is the denoiser
+    \\(D_0\\), as pure noise says nothing either.
+
+    Args:
+        network ([`~transformers.PreTrainedModel`]): The masked model, whose last token is the mask, and which is run at the time 0.
+        batch ([`FlowBatch`]): Texts at the time 0 but for known tokens.
+        autocast (`Callable[[], AbstractContextManager]`): The precision that networks run in.
+    """
+    mask_token = network.config.vocab_size - 1
+    known = (batch.tau_s if batch.tau_s.dim() == 2 else batch.tau_s[:, None]) == 1
+    state = network.make_state(torch.where(known, batch.input_ids, mask_token))
+    start = torch.zeros(len(state), device=state.device)
+    others = posterior_of(network, state, start, start, batch, autocast).map(lambda all, chunk: all[..., :mask_token])
+    return others.map(lambda some, chunk: some / some.sum(dim=-1, keepdim=True))
+
+
 def derivative(
     network: PreTrainedModel,
     primals: tuple[torch.Tensor, torch.Tensor, torch.Tensor],

@@ -1,0 +1,229 @@
+"""Training of flow maps in any order (FMLM+): what is known, what is learned, from whom, and from which weights."""
+
+import pytest
+import torch
+from conftest import build_flm
+from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
+from test_fmlm import ExactFlowMap, build_batch, build_trainer, compute_targets, relative_error, states
+from test_steering import ExactFlow, build, seed
+
+from modeling_flm import FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkModel, IdentityTime, ReparameterizedTime
+from modeling_flm.flow import interpolate
+from modeling_flm.time_reparameterization import translate_tau
+from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+from trainers.batches import draw_known_masks, example_seed
+
+
+class TestKnownTokens:
+    def test_independent_tokens_have_a_share_of_their_own(self):
+        seeds = [example_seed(0, n) for n in range(4000)]
+        real = torch.ones(4000, 40, dtype=torch.bool)
+        real[:, 30:] = torch.arange(4000)[:, None] % 2 == 0
+        known = draw_known_masks(seeds, real, 40, 1.0, ["independent"])
+        assert not (known & ~real).any()
+        assert torch.equal(draw_known_masks(seeds[5:9], real[5:9], 40, 1.0, ["independent"]), known[5:9])
+        # The number of known ones among n is uniform from 0 to n, if the share is.
+        counts = torch.bincount(known[::2].sum(dim=1), minlength=41).double()
+        assert ((counts - 2000 / 41) ** 2 / (2000 / 41)).sum() < 90  # of 40 degrees of freedom: 1e-5
+        # Given the share tokens are independent, so without it they correlate as E f^2 - (E f)^2 = 1/12.
+        first, second = known[:, :2].double().T
+        assert abs(first.mean() - 0.5) < 0.04 and abs((first * second).mean() - 1 / 3) < 0.04
+
+    def test_kinds_are_equally_often(self):
+        seeds = [example_seed(1, n) for n in range(4000)]
+        real = torch.ones(4000, 20, dtype=torch.bool)
+        only = {kind: draw_known_masks(seeds, real, 20, 1.0, [kind]) for kind in ("prefix", "infill", "independent")}
+        known = draw_known_masks(seeds, real, 20, 1.0, list(only))
+        is_kind = torch.stack([(known == mask).all(dim=1) for mask in only.values()])
+        assert is_kind.any(dim=0).all()
+        assert (is_kind.double().mean(dim=1) > 0.3).all()
+
+    def test_prompts_from_labels(self, tmp_path):
+        input_ids = torch.randint(53, (8, 12))
+        labels = input_ids.clone()
+        labels[:, :5] = -100
+        rows = {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
+        for options, expected in (({}, 12), ({"prompts_from_labels": True}, 7)):
+            args = FLMTrainingArguments(tmp_path, use_cpu=True, report_to=[], **options)
+            trainer = FLMTrainer(build_flm(), args, train_dataset=Dataset.from_dict(rows))
+            batch = next(iter(trainer.get_train_dataloader()))
+            trainer._draw_examples(batch, torch.full((8, 1), 0.25), range(8), (0, 0))
+            tau = batch["examples"].tau_s
+            assert tau.shape == ((8,) if expected == 12 else (8, 12))
+            assert int((tau.expand(12, 8).T if tau.dim() == 1 else tau).eq(0.25).sum()) == 8 * expected
+            if expected == 7:
+                assert tau[:, :5].eq(1).all() and batch["examples"].mask.sum() == 8 * 7
+        # Padding is not known
+        attention_mask = torch.ones(2, 12, dtype=torch.long)
+        attention_mask[1, 9:] = 0
+        known = trainer._draw_known(labels[:2].masked_fill(attention_mask == 0, -100), attention_mask, [0, 1])
+        assert known[:, :5].all() and not known[:, 5:].any()
+
+    def test_bad_kinds_are_named(self, tmp_path):
+        for kinds in ([], ["suffix"]):
+            with pytest.raises(ValueError, match="`prompt_kinds` must be a list of 'prefix', 'infill', 'random'"):
+                FLMTrainingArguments(tmp_path, prompt_kinds=kinds)
+
+
+class TestTimes:
+    def test_translation(self):
+        tau = torch.linspace(0, 1, 11)
+        time = ReparameterizedTime(53)
+        assert translate_tau(tau, time, ReparameterizedTime(53)) is tau
+        torch.testing.assert_close(translate_tau(tau, time, IdentityTime()), time.tau_to_t(tau))
+        torch.testing.assert_close(translate_tau(time.tau_to_t(tau), IdentityTime(), time), tau, rtol=0, atol=1e-5)
+
+    def test_a_model_without_reparameterization(self, tmp_path):
+        model = build_flm(time_reparameterization=None)
+        tau, noise, input_ids = torch.rand(3), torch.randn(3, 12, 32), torch.randint(53, (3, 12))
+        model.save_pretrained(tmp_path)
+        loaded = FLMModel.from_pretrained(tmp_path)
+        assert isinstance(loaded.time_map, IdentityTime)
+        clean = model.make_state(input_ids)
+        state = loaded.make_state(input_ids, tau, noise)
+        zero = loaded.make_state(input_ids, torch.zeros(3), noise)
+        torch.testing.assert_close(state, interpolate(zero, clean, tau))
+        assert torch.equal(loaded.time_map.dtau_dt(tau), torch.ones(3))
+        with pytest.raises(StrictDataclassError, match="`time_reparameterization` must be 'argmax', or `None`"):
+            build_flm(time_reparameterization="linear")
+
+    @pytest.mark.parametrize("target", ["semigroup", "lagrangian", "eulerian"])
+    def test_exact_targets_with_a_teacher_that_counts_time_differently(self, target, tmp_path):
+        """The student has no reparameterization, and the teacher the published one: the fixed point is the same."""
+        student, teacher = ExactFlowMap(), ExactFlowMap()
+        student.time_map = IdentityTime()
+        options = {"target": target, "divergence": "squared_error", "boundary_probability": 0.0}
+        trainer = build_trainer(tmp_path, student, teacher=teacher, **options)
+        s = torch.tensor([0.02, 0.1, 0.3, 0.5], dtype=torch.float64)
+        t = torch.tensor([0.3, 0.8, 0.5, 0.9], dtype=torch.float64)
+        noise = torch.randn(4, 2, 2, dtype=torch.float64, generator=seed())
+        batch = build_batch(torch.tensor([[0, 0], [1, 1], [0, 0], [1, 1]]), noise, s, t)
+        own, seen = states(trainer, batch)
+        assert torch.equal(own, seen)
+        delta = student.posterior(own, s, t).dense()
+        torch.testing.assert_close(compute_targets(trainer, batch)[0], delta, rtol=0, atol=3e-5)
+
+    def test_student_and_teacher_are_noised_equally_where_tau_rounds_to_one(self, tmp_path):
+        student = FMLMModel.from_flm(build_flm(), time_reparameterization=None)
+        trainer = build_trainer(tmp_path, student, teacher=build_flm())
+        trainer.teacher.load_state_dict(student.state_dict(), strict=False)
+        t = torch.tensor([0.9, 0.95, 0.99])
+        batch = build_batch(torch.randint(53, (3, 12)), torch.randn(3, 12, 53), t, torch.ones(3))
+        own, seen = states(trainer, batch)
+        assert relative_error(own, seen) < 1e-6
+        assert relative_error(own, student.make_state(batch.input_ids)) > 1e-3
+
+    def test_guidance_by_a_model_that_counts_time_differently(self):
+        texts, weights = [(0, 0), (0, 1), (1, 1)], (0.5, 0.2, 0.3)
+        model, guide = ExactFlow(texts, weights), ExactFlow(texts, weights)
+        guide.time_map = IdentityTime()
+        options = {"num_samples": 200, "num_steps": 8, "generator": seed()}
+        plain = model.generate(**options)
+        options["generator"] = seed()
+        assert torch.equal(model.generate(guidance_model=guide, guidance_scale=3.0, **options), plain)
+
+
+class TestMasked:
+    """Masked diffusion models as what a flow map starts from, and learns from."""
+
+    def masked_model(self, **options) -> FLMModel:
+        model = build_flm(vocab_size=54, **options)
+        return model
+
+    def test_from_masked_says_at_first_what_the_masked_model_says(self):
+        masked = self.masked_model()
+        model = FMLMModel.from_masked(masked, dropout=0.0).eval()
+        assert model.config.vocab_size == 53 and model.config.per_token_timesteps
+        assert torch.equal(model.embed_tokens.weight, masked.embed_tokens.weight[:53])
+        state, times = torch.randn(3, 12, 32), torch.rand(2, 3, 12).sort(dim=0).values
+        logits = model(inputs_embeds=state, timesteps=times[0], target_timesteps=times[1]).logits
+        expected = masked(inputs_embeds=state, timesteps=torch.zeros(3)).logits[..., :53]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="`vocab_size` must be 53"):
+            FMLMModel.from_masked(masked, vocab_size=54)
+
+    def test_masked_teacher_is_the_denoiser_of_noise(self, tmp_path):
+        """At the time 0 the exact denoiser knows of a text what is known, as the exact masked model does."""
+        texts, weights = [(0, 0, 0), (0, 1, 1), (1, 1, 0), (1, 0, 1)], (0.4, 0.3, 0.2, 0.1)
+
+        class ExactMasked(ExactFlow):
+            """With a mask after the two tokens, and probabilities of nothing for it."""
+
+            config_class = FMLMConfig
+
+            def encode(self, state, tau_s, tau_t=None, attention_mask=None):
+                is_mask = state[..., 2:3] == 1
+                x, times = state[..., :2].masked_fill(is_mask, 0.0), torch.where(is_mask[..., 0], 0.0, 1.0)
+                exact = ExactFlow(texts, weights)
+                delta = 0.75 * exact.denoiser(x, times)
+                return torch.cat([delta, torch.full_like(delta, 0.125)], dim=-1).to(state.dtype)
+
+        masked = ExactMasked([(0, 0, 0), (0, 3, 1)], (0.5, 0.5))
+        student, exact = ExactFlow(texts, weights), ExactFlow(texts, weights)
+        masked.config.model_type, masked.config.vocab_size = "flm", 3
+        masked.embed_tokens.weight.data = torch.eye(3, 4)
+        trainer = build_trainer_with_mask(tmp_path, student, masked)
+        input_ids = torch.tensor([[0, 1, 1], [1, 1, 0], [1, 0, 1]])
+        known = torch.tensor([[True, False, False], [False, False, False], [True, True, False]])
+        zero = torch.zeros(3)
+        noise = torch.randn(3, 3, 2)
+        batch = build_batch(input_ids, noise, zero, zero, known=known, masked=[0, 1, 2])
+        target = compute_targets(trainer, batch)[0]
+        expected = exact.denoiser(states(trainer, batch)[0], batch.tau_s).float()
+        torch.testing.assert_close(target[~known], expected[~known], rtol=1e-5, atol=1e-5)
+
+    def test_share_of_examples(self, tmp_path):
+        trainer = build_trainer_with_mask(tmp_path, build("fmlm"), self.masked_model(), masked_probability=0.25)
+        uniforms = torch.rand(4000, 5, generator=seed())
+        times, kinds = trainer._draw_times(uniforms, range(4000))
+        assert abs(len(kinds["masked"]) - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
+        rows = kinds["masked"]
+        assert all(time[rows].eq(0).all() for time in times.values())
+        assert sorted(row for rows in kinds.values() for row in rows) == list(range(4000))
+
+    def test_trains_and_logs_its_loss(self, tmp_path):
+        rows = torch.randint(53, (64, 12), generator=seed()).tolist()
+        trainer = build_trainer_with_mask(
+            tmp_path, build("fmlm", per_token_timesteps=True), self.masked_model(), masked_probability=0.5,
+            prompt_fraction=1.0, prompt_kinds=["independent"], max_steps=3, logging_steps=1, save_strategy="no",
+            dataset=Dataset.from_dict({"input_ids": rows}),
+        )  # fmt: skip
+        trainer.train()
+        losses = [row["loss_masked"] for row in trainer.state.log_history if "loss_masked" in row]
+        assert losses and all(0 < loss < 10 for loss in losses)
+
+    def test_bad_teachers_are_named(self, tmp_path):
+        model = build("fmlm")
+        for masked, probability, message in (
+            (None, 0.5, "`masked_teacher` and `masked_probability` go together"),
+            (self.masked_model(), 0.0, "`masked_teacher` and `masked_probability` go together"),
+            (build_flm(), 0.5, "`masked_teacher` must be an `FLMModel` with 54 tokens"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                build_trainer_with_mask(tmp_path, model, masked, masked_probability=probability)
+
+
+def build_trainer_with_mask(path, model, masked_teacher, dataset=None, **options) -> FMLMTrainer:
+    options.setdefault("masked_probability", 0.5)
+    args = FMLMTrainingArguments(path, use_cpu=True, report_to=[], disable_tqdm=True, **options)
+    return FMLMTrainer(model, args, masked_teacher=masked_teacher, train_dataset=dataset)
+
+
+class TestWrongModels:
+    def test_flow_maps_are_refused_where_an_flm_is_meant(self, tmp_path):
+        flm = build_flm()
+        flow_map = FMLMModel.from_flm(flm)
+        with pytest.raises(TypeError, match="`model` is a flow map, `FMLMModel`: train it with `FMLMTrainer`"):
+            FLMTrainer(flow_map, FLMTrainingArguments(tmp_path))
+        with pytest.raises(TypeError, match="`teacher` must be an `FLMModel`, got `FMLMModel`. A flow map is trained"):
+            FMLMModel.from_flm(flow_map)
+        two = FMLMTwoNetworkModel.from_flm(flm)
+        for model_class in (FMLMModel, FMLMTwoNetworkModel):
+            with pytest.raises(TypeError, match="Pass its flow, `teacher.flow`"):
+                model_class.from_flm(two)
+        with pytest.raises(ValueError, match="`kind` must be one of cross_entropy, kl, squared_error, got 'mse'"):
+            labels = torch.zeros(1, 12, dtype=torch.long)
+            flm.loss(
+                "mse", flm.posterior(torch.randn(1, 12, 32), torch.zeros(1)), labels, torch.randn(1, 12, 32), None
+            )
