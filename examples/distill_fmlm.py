@@ -18,7 +18,8 @@ Distil a trained flow-based language model into a flow map, which writes a whole
 
 The data are those that the teacher was trained with, where its folder says which, unless flags name others.
 The presets are the paper's recipes: single_stage; two_network and then, with its result as the teacher, second_stage; and
-self_distillation, which needs no trained teacher (here --teacher gives only the architecture and the tokenizer). Every flag
+self_distillation, which needs no trained teacher (here --teacher gives only the architecture and the tokenizer); and any_order,
+FMLM+ with the teacher as its denoiser (examples/train_fmlm.py needs none). Every flag
 can also stand in a YAML file, given as the first argument; flags after it take precedence, and both over the preset.
 """
 
@@ -60,6 +61,8 @@ def get_student(
 ) -> PreTrainedModel:
     """A flow map for the preset: loaded, new, or with the weights of the teacher."""
     told = {"per_token_timesteps": True} if prompt_fraction > 0 else {}
+    if arguments.preset == "any_order":
+        told["time_reparameterization"] = None
     if arguments.student is not None:
         return AutoModel.from_pretrained(arguments.student, dtype=torch.float32, **options, **told)
     overrides = {"dropout": arguments.dropout, "learned_loss_weighting": arguments.learned_loss_weighting}

@@ -17,10 +17,11 @@ Texts of a model, from its name on the Hub or its folder.
     python examples/generate.py outputs/quickstart/fmlm --num_samples 8
     python examples/generate.py me/fmlm --num_samples 10000 --num_steps 4 --output samples.jsonl
     python examples/generate.py me/flm --num_steps 32 --live
+    python examples/generate.py me/fmlm_plus --num_rounds 4 --commit_threshold 0.9 --live
     python examples/generate.py me/flm --prompt "The cat" --guidance_model me/flm --guidance_revision step-1000 --guidance_scale 2
 
 Without --output the texts go to stdout, one after the other. A .jsonl or .parquet file gets a row for each text, with
-`text`, `tokens`, `num_steps` and `seed`; a .jsonl file has all that was generated so far if the script is interrupted.
+`text`, `tokens`, `num_steps` (its forward passes) and `seed`; a .jsonl file has all that was generated so far if the script is interrupted.
 """
 
 import argparse
@@ -38,6 +39,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from modeling_flm.pipeline_flm import encode_prompts  # which registers the models with the auto classes, too
 
 
+def _budget(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the name of a model of the Hub, or its folder")
@@ -51,6 +56,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--prompt", help="how every text begins")
     parser.add_argument("--gamma", type=float, help="share of the noise that is drawn anew at every step, 0 to 1")
+    parser.add_argument(
+        "--num_rounds", type=int, help="posterior refinement: write so often, and keep the likeliest tokens"
+    )
+    parser.add_argument(
+        "--commit_threshold", type=float, help="keep tokens of at least this probability after a round"
+    )
+    parser.add_argument("--commit_budget", type=_budget, help="how many to keep in any case: a number, or uniform")
+    parser.add_argument("--block_length", type=int, help="write from left to right, so many tokens at a time")
     parser.add_argument("--guidance_model", help="a worse model to move away from: an earlier or a smaller one")
     parser.add_argument("--guidance_revision", default="main", help="its branch, tag or commit")
     parser.add_argument("--guidance_scale", type=float, help="how far to move away from it, such as 2")
@@ -89,6 +102,7 @@ def generate(
 ) -> Iterator[dict[str, str | int | list[int]]]:
     """The texts, each as a row, a batch at a time."""
     names = ("num_steps", "length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos")
+    names += ("num_rounds", "commit_threshold", "commit_budget", "block_length")
     parameters = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.prompt is not None:
         parameters |= encode_prompts(tokenizer, [args.prompt], model.generation_config.bos_token_id)

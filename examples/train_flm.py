@@ -37,7 +37,7 @@ class ModelArguments:
     """Which model and tokenizer to train."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A trained FLM to go on from. A new one is initialized unless given."}
+        default=None, metadata={"help": "A trained model to go on from. A new one is initialized unless given."}
     )
     config_overrides: str | None = field(
         default=None,
@@ -74,11 +74,14 @@ def get_tokenizer(arguments: ModelArguments, texts, training_args: FLMTrainingAr
 
 
 def get_model(
-    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int | None, prompt_fraction: float
+    arguments: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int | None,
+    model_type: str = "flm",
+    **told,
 ) -> FLMModel:
-    """The model that the arguments name, or a new one for the tokenizer."""
+    """The model that the arguments name, or a new one for the tokenizer; `told` are settings of either."""
     options = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
-    told = {"per_token_timesteps": True} if prompt_fraction > 0 else {}
     if arguments.model_name_or_path is not None:
         if arguments.config_overrides is not None:
             raise SystemExit("--config_overrides is for a new model, and does not go with --model_name_or_path.")
@@ -100,7 +103,7 @@ def get_model(
     }
     if block_size is not None:
         settings["max_position_embeddings"] = block_size
-    return AutoModel.from_config(AutoConfig.for_model("flm", **{**settings, **told, **overrides}), **options)
+    return AutoModel.from_config(AutoConfig.for_model(model_type, **{**settings, **told, **overrides}), **options)
 
 
 def make_parser() -> ScriptParser:
@@ -114,7 +117,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: FL
     # A stream may be endless: its start will do for a tokenizer.
     texts = (row[column] for row in dataset["train"].take(100_000))
     tokenizer = get_tokenizer(model_args, texts, training_args)
-    model = get_model(model_args, tokenizer, data_args.block_size, training_args.prompt_fraction)
+    told = {"per_token_timesteps": True} if training_args.prompt_fraction > 0 else {}
+    model = get_model(model_args, tokenizer, data_args.block_size, **told)
     packed = pack_datasets(dataset, data_args, tokenizer, model.config.max_position_embeddings, training_args)
     trainer = FLMTrainer(
         model=model,

@@ -742,14 +742,14 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 
 
 def check_is_flm(teacher: PreTrainedModel):
-    """Raises a `TypeError` where a flow map cannot start from the `teacher`. By its kind, as remote code has other classes."""
-    model_type = teacher.config.model_type if isinstance(teacher, PreTrainedModel) else None
-    if model_type != "flm":
-        hint = {
-            "fmlm": " A flow map is trained on as it is, or loaded twice.",
-            "fmlm_two_network": " Pass its flow, `teacher.flow`.",
+    """Raises a `TypeError` where a flow map cannot start from the `teacher`. By its name, as remote code has other classes."""
+    name = type(teacher).__name__
+    if name != "FLMModel":
+        hints = {
+            "FMLMModel": " A flow map is trained on as it is, or loaded twice.",
+            "FMLMTwoNetworkModel": " Pass its flow, `teacher.flow`.",
         }
-        raise TypeError(f"`teacher` must be an `FLMModel`, got `{type(teacher).__name__}`.{hint.get(model_type, '')}")
+        raise TypeError(f"`teacher` must be an `FLMModel`, got `{name}`.{hints.get(name, '')}")
 
 
 def flow_map_config(config_class: type[FMLMConfig], teacher: FLMModel, overrides: dict) -> FMLMConfig:

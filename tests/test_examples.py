@@ -15,10 +15,11 @@ import yaml
 from conftest import build_flm
 from datasets import Dataset
 from example_scripts import run_elsewhere, run_here
+from peers.masked_diffusion import new_masked_model
 from processes import launcher
 from transformers import AutoModel, AutoTokenizer
 
-from modeling_flm import FLMModel
+from modeling_flm import FLMModel, FMLMModel
 from trainers import train_tokenizer
 
 
@@ -269,6 +270,40 @@ class TestDistillationScript:
         assert "loss_diagonal" in log and "loss_off_diagonal" not in log
 
 
+class TestFlowMapScript:
+    """FMLM+ without a trained FLM, and with one as the teacher of the diagonal."""
+
+    def train(self, script, output, **overrides):
+        settings = {**TestDistillationScript.settings, "output_dir": output, **overrides}
+        run_here(script, *TestTrainingScripts.flags(settings))
+        model = AutoModel.from_pretrained(output)
+        return model, json.loads((output / "training.json").read_text())["arguments"]
+
+    def test_from_scratch(self, corpus, tmp_path):
+        data = TestTrainingScripts().arguments(corpus, tmp_path)
+        names = ("train_file", "train_tokenizer", "vocab_size", "block_size", "config_overrides")
+        data = {name: data[name] for name in names if name in data}
+        model, arguments = self.train("train_fmlm", tmp_path / "plus", **data)
+        assert type(model) is FMLMModel and model.config.per_token_timesteps
+        assert model.config.time_reparameterization is None
+        assert (arguments["prompt_fraction"], arguments["prompt_kinds"]) == (1.0, ["independent"])
+        assert model.generate(num_rounds=2).shape == (1, 16)
+        masked = new_masked_model(model.config)
+        masked.save_pretrained(tmp_path / "masked")
+        data = {**data, "masked_model": tmp_path / "masked", "tokenizer_name": tmp_path / "plus"}
+        del data["train_tokenizer"], data["config_overrides"]
+        again, arguments = self.train("train_fmlm", tmp_path / "again", masked_probability=0.5, **data)
+        assert again.config.vocab_size == model.config.vocab_size and arguments["masked_probability"] == 0.5
+        with pytest.raises(SystemExit, match="--masked_probability needs a --masked_model"):
+            del data["masked_model"]
+            self.train("train_fmlm", tmp_path / "no", **data, masked_probability=0.5)
+
+    def test_from_a_teacher(self, teacher, tmp_path):
+        model, arguments = self.train("distill_fmlm", tmp_path, teacher=teacher, preset="any_order")
+        assert model.config.per_token_timesteps and model.config.time_reparameterization is None
+        assert arguments["prompt_kinds"] == ["independent"]
+
+
 class TestGenerate:
     @pytest.fixture
     def folder(self, tmp_path):
@@ -295,6 +330,22 @@ class TestGenerate:
         assert [json.loads(line) for line in (tmp_path / "new" / "x.jsonl").read_text().splitlines()] == rows
         self.generate(folder, *options, "--output", tmp_path / "x.parquet")
         assert Dataset.from_parquet(str(tmp_path / "x.parquet")).to_list() == rows
+
+    @pytest.mark.parametrize(
+        "flags, options",
+        [
+            (
+                ("--num_rounds", 3, "--commit_threshold", 0.9, "--commit_budget", 2),
+                {"num_rounds": 3, "commit_threshold": 0.9, "commit_budget": 2},
+            ),
+            (("--num_rounds", 3, "--commit_budget", "uniform"), {"num_rounds": 3}),
+            (("--block_length", 5), {"block_length": 5}),
+        ],
+    )
+    def test_rounds_and_blocks(self, flags, options, folder, capsys):
+        _, texts = self.expected(folder, num_samples=3, num_steps=2, **options)
+        self.generate(folder, "--num_samples", 3, "--num_steps", 2, "--seed", 7, *flags)
+        assert capsys.readouterr().out.splitlines() == texts
 
     def test_steered(self, folder, capsys):
         options = ("--num_samples", 3, "--num_steps", 2, "--prompt", "w5 w6", "--gamma", 0.5)

@@ -12,6 +12,7 @@ import grammar
 import oracle
 import pytest
 import train_flm
+import train_fmlm
 import yaml
 from datasets import Dataset
 from example_scripts import EXAMPLES, run_here
@@ -247,7 +248,8 @@ def test_evaluations_of_the_released_models_are_as_published():
 
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.stem)
 def test_training_recipes_are_arguments_of_their_scripts(path):
-    script = train_flm if path.stem.endswith("_flm") else distill_fmlm
+    scripts = {"flm": train_flm, "any_order": train_fmlm}
+    script = next((script for end, script in scripts.items() if path.stem.endswith(end)), distill_fmlm)
     *_, args = parse(script, path, use_cpu=True)
     recipe = yaml.safe_load(path.read_text())
     assert args.max_steps == recipe["max_steps"] and args.adam_beta2 == recipe["adam_beta2"]

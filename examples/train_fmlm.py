@@ -1,0 +1,85 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Train a flow map without a trained FLM: FMLM+, which writes in any order, or one by self-distillation.
+
+    python examples/train_fmlm.py --train_file corpus.txt --train_tokenizer bpe --vocab_size 2048 --output_dir outputs/fmlm_plus
+
+Texts and flags are as for examples/train_flm.py, and the presets as for examples/distill_fmlm.py. With --masked_model the flow
+map starts from the weights of a masked diffusion model on the same network, whose last token is the mask, and with
+--masked_probability it learns from it as well.
+"""
+
+from dataclasses import dataclass, field
+
+from train_flm import ModelArguments, get_model, get_tokenizer
+from transformers import AutoModel, set_seed
+
+from modeling_flm import FMLMModel
+from trainers import PRESETS, FMLMTrainer, FMLMTrainingArguments, find_text_column
+from trainers.scripts import DataArguments, ScriptParser, load_datasets, pack_datasets, run
+
+
+@dataclass
+class FlowMapArguments(ModelArguments):
+    """Which flow map to train, with which tokenizer."""
+
+    preset: str = field(
+        default="any_order", metadata={"help": "The recipe.", "choices": ["any_order", "self_distillation"]}
+    )
+    masked_model: str | None = field(
+        default=None, metadata={"help": "Name or folder of a masked diffusion model to start from."}
+    )
+
+
+def make_parser() -> ScriptParser:
+    return ScriptParser(
+        [FlowMapArguments, DataArguments, FMLMTrainingArguments],
+        find_defaults=lambda chosen: PRESETS[chosen.preset],
+    )
+
+
+def main(model_args: FlowMapArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):
+    set_seed(training_args.seed)
+    if training_args.masked_probability > 0 and model_args.masked_model is None:
+        raise SystemExit("--masked_probability needs a --masked_model.")
+    dataset = load_datasets(data_args)
+    column = find_text_column(dataset["train"], data_args.text_column)
+    # A stream may be endless: its start will do for a tokenizer.
+    texts = (row[column] for row in dataset["train"].take(100_000))
+    tokenizer = get_tokenizer(model_args, texts, training_args)
+    any_order = {"per_token_timesteps": True, "time_reparameterization": None}
+    told = any_order if model_args.preset == "any_order" else {}
+    masked_model = None
+    if model_args.masked_model is None:
+        model = get_model(model_args, tokenizer, data_args.block_size, "fmlm", **told)
+    else:
+        masked_model = AutoModel.from_pretrained(
+            model_args.masked_model, trust_remote_code=model_args.trust_remote_code
+        )
+        model = FMLMModel.from_masked(masked_model, **told)
+    packed = pack_datasets(dataset, data_args, tokenizer, model.config.max_position_embeddings, training_args)
+    trainer = FMLMTrainer(
+        model=model,
+        args=training_args,
+        masked_teacher=masked_model if training_args.masked_probability > 0 else None,
+        train_dataset=packed["train"],
+        eval_dataset=packed.get("validation"),
+        processing_class=tokenizer,
+    )
+    run(trainer, data_args)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
