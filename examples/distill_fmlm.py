@@ -40,13 +40,11 @@ class DistillationArguments:
     teacher: str = field(metadata={"help": "Name or folder of a trained model, with its tokenizer."})
     preset: str = field(default="single_stage", metadata={"help": "The recipe.", "choices": list(PRESETS)})
     student: str | None = field(
-        default=None, metadata={"help": "A flow map to go on from. It starts from the teacher unless given."}
+        default=None, metadata={"help": "A flow map to go on from. By default a new one starts from the teacher."}
     )
-    dropout: float | None = field(
-        default=None, metadata={"help": "Dropout of the student. The teacher's unless given."}
-    )
+    dropout: float | None = field(default=None, metadata={"help": "Dropout of the student. By default the teacher's."})
     learned_loss_weighting: bool | None = field(
-        default=None, metadata={"help": "Learn the weight of each time's loss. Only for two_network unless given."}
+        default=None, metadata={"help": "Learn the weight of each time's loss. By default only for two_network."}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flex_attention or flash_attention_2."}

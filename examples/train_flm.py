@@ -37,7 +37,7 @@ class ModelArguments:
     """Which model and tokenizer to train."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A trained model to go on from. A new one is initialized unless given."}
+        default=None, metadata={"help": "A trained model to go on from. By default a new one is initialized."}
     )
     config_overrides: str | None = field(
         default=None,

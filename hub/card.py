@@ -74,9 +74,9 @@ def build_card(
         language (`str` or `list[str]`, *optional*):
             The languages of the texts, as codes.
         datasets (`str` or `list[str]`, *optional*):
-            The names of the datasets that the model was trained on. That of the training scripts unless given.
+            The names of the datasets that the model was trained on. By default that of the training scripts.
         base_model (`str`, *optional*):
-            The name of the model that this one was distilled from. The teacher, if it has such a name, unless given.
+            The name of the model that this one was distilled from. By default the teacher, if it has such a name.
         tags (`str` or `list[str]`, *optional*):
             Further tags.
 

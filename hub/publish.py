@@ -103,7 +103,7 @@ def assemble(
         repo_id (`str`):
             The name that the repository will have.
         tokenizer (`str`, *optional*):
-            Name or folder of the tokenizer. The one in `folder` unless given.
+            Name or folder of the tokenizer. By default the one in `folder`.
         num_samples (`int`, *optional*, defaults to 3):
             The number of texts to show in the card.
         check (`bool`, *optional*, defaults to `True`):
@@ -213,9 +213,9 @@ def publish(
         private (`bool`, *optional*):
             Whether a repository that is created is private.
         revision (`str`, *optional*):
-            The branch to commit to, which is created if it does not exist. `"main"` unless given.
+            The branch to commit to, which is created if it does not exist. By default `"main"`.
         token (`str`, *optional*):
-            A token with the right to write. That of `hf auth login` unless given.
+            A token with the right to write. By default that of `hf auth login`.
         commit_message (`str`, *optional*, defaults to `"Publish the model"`):
             The first line of the commit message.
         blocking (`bool`, *optional*, defaults to `True`):

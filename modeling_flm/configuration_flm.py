@@ -40,7 +40,7 @@ class FLMConfig(PreTrainedConfig):
         hidden_size (`int`, *optional*, defaults to 768):
             The width of the token embedding and of the blocks.
         intermediate_size (`int`, *optional*):
-            The width of the hidden layer of the MLPs. Four times `hidden_size` unless given.
+            The width of the hidden layer of the MLPs. By default four times `hidden_size`.
         num_hidden_layers (`int`, *optional*, defaults to 12):
             The number of blocks.
         num_attention_heads (`int`, *optional*, defaults to 12):
@@ -69,7 +69,7 @@ class FLMConfig(PreTrainedConfig):
             The reparameterized time \\(\tau\\), in which times are drawn and the network is conditioned: `"argmax"`, how
             likely the largest entry of a noised token is the right one, or `None` for none, \\(\tau = t\\), as in FMLM+.
         rope_parameters (`dict`, *optional*):
-            The rotary position embedding, `{"rope_type": "default", "rope_theta": 10000.0}` unless given.
+            The rotary position embedding. By default `{"rope_type": "default", "rope_theta": 10000.0}`.
         bos_token_id (`int`, *optional*):
             The token that begins a text.
         eos_token_id (`int`, *optional*):

@@ -62,10 +62,10 @@ class FLMGenerationConfig(GenerationConfig):
             The number of steps from noise to text, which is the number of forward passes; with `num_rounds` or `block_length`
             that of each round or block.
         timesteps (`list[float]`, *optional*):
-            The reparameterized times of the steps, from 0 to 1. Evenly spaced unless given. It sets `num_steps`.
+            The reparameterized times of the steps, from 0 to 1, by default evenly spaced. They set `num_steps`.
         length (`int`, *optional*):
-            The number of tokens of each text. The length that the model was trained for
-            (`config.max_position_embeddings`) unless given.
+            The number of tokens of each text. By default the length that the model was trained for
+            (`config.max_position_embeddings`).
         batch_size (`int`, *optional*, defaults to 64):
             The most texts that are generated at a time. It changes speed and memory, not the texts.
         temperature (`float`, *optional*):
@@ -111,7 +111,7 @@ class FLMGenerationConfig(GenerationConfig):
         eos_token_id (`int` or `list[int]`, *optional*):
             The token that ends a text, or several, for `pad_after_eos`.
         pad_token_id (`int`, *optional*):
-            The token that fills a text up. `eos_token_id` unless given.
+            The token that fills a text up. By default `eos_token_id`.
     """
 
     def __init__(self, **kwargs):
@@ -384,7 +384,7 @@ class FLMGenerationMixin:
                 What is known of the texts: how they begin, or with a `prompt_mask` tokens of any positions.
             num_samples (`int`, *optional*):
                 The number of texts, a multiple of the number of prompts if there are some: all of the first prompt come
-                first. One for each prompt unless given.
+                first. By default one for each prompt.
             num_steps (`int`, *optional*):
                 The number of steps, hence of forward passes (twice as many with a `reward`).
             generation_config ([`FLMGenerationConfig`], *optional*):
@@ -397,14 +397,14 @@ class FLMGenerationMixin:
                 1 where a token of `input_ids` is known, 0 where it is to be generated. By default all are known. With it,
                 `length` is by default that of `input_ids`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                The source of the noise, or one for each text. A CPU generator gives the same noise on every device. The
-                global generator of the model's device unless given.
+                The source of the noise, or one for each text. By default the global generator of the model's device. A CPU
+                generator gives the same noise on every device.
             logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
                 Applied to the logits of every step before temperature, top-k and top-p, as scores of shape
                 `(num_tokens, vocab_size)` with an empty prefix.
             prior_state (`torch.Tensor` of shape `(num_samples, length, vocab_size)` or `(num_samples, length, embedding_size)`, *optional*):
                 The noise to start from: Gaussian in one-hot space, from where it is projected by the embedding, or
-                already a state (where both have the same size, it is taken for the former). Drawn unless given. It sets
+                already a state (where both have the same size, it is taken for the former). By default drawn. It sets
                 `num_samples` and `length`. With a `guidance_model`, a state has that of the latter after its own.
             guidance_model ([`~transformers.PreTrainedModel`], *optional*):
                 A worse version of the model to move away from (autoguidance), by `guidance_scale`: an earlier checkpoint, a

@@ -667,7 +667,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         Args:
             teacher ([`FLMModel`]): The trained FLM.
             config_overrides: Settings of [`FMLMTwoNetworkConfig`] that differ from the teacher's. As in the paper,
-                `learned_loss_weighting` is on unless given.
+                `learned_loss_weighting` is on by default.
 
         Returns:
             [`FMLMTwoNetworkModel`], on the device of the teacher and in float32, in which it is to be trained.

@@ -405,6 +405,17 @@ class TestSampling:
         described = {"guidance_model": str(worse), "guidance_scale": 3.0} if scale else {}
         assert results["sampling"] == {"gamma": 0.0, **described}
 
+    def test_rounds_cost_what_they_take(self, folder, tmp_path):
+        flags = ["--num_rounds", 3, "--commit_budget", 5, "--output_dir", tmp_path / "out"]
+        evaluate("--model", folder, *OPTIONS, *flags)
+        options = {"num_rounds": 3, "commit_budget": 5}
+        assert read_tokens(tmp_path / "out" / "samples_3.jsonl") == directly(
+            AutoModel.from_pretrained(folder), 3, **options
+        )
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert [row["num_forward_passes"] for row in results["results"]] == [3, 9]
+        assert results["sampling"] == {"gamma": 0.0, **options}
+
     def test_guidance_of_two_networks_takes_three_passes(self, folder, worse, tmp_path):
         FMLMTwoNetworkModel.from_flm(build_flm()).save_pretrained(tmp_path / "two")
         AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "two")

@@ -122,6 +122,12 @@ class TestAssemble:
         text = hub.card.build_card(records, "me/model", build_flm(), []).text
         assert ("for which the model was trained" in text) == bool(prompt_fraction)
 
+    def test_card_of_a_flow_map_in_any_order(self):
+        any_order = {"per_token_timesteps": True, "time_reparameterization": None}
+        for told in ({}, any_order):
+            text = hub.card.build_card({}, "me/model", FMLMModel.from_flm(build_flm(), **told), []).text
+            assert ("`num_rounds=4`" in text) == bool(told)
+
     def test_samples_of_the_card_are_what_its_seed_gives(self, assembled):
         card = ModelCard.load(assembled / "README.md").text
         samples = re.findall(r"```text\n(.*?)\n```", card, re.DOTALL)

@@ -111,8 +111,8 @@ class FLMTrainer(Trainer):
         args ([`FLMTrainingArguments`], *optional*):
             Arguments of the training.
         data_collator (`Callable`, *optional*):
-            Makes batches with `input_ids`, `labels` and, where there is padding, `attention_mask`. A
-            [`DataCollatorForFLM`] unless given.
+            Makes batches with `input_ids`, `labels` and, where there is padding, `attention_mask`. By
+            default a [`DataCollatorForFLM`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
             Examples with `input_ids`, for example from [`pack_dataset`].
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
@@ -562,7 +562,7 @@ class FLMTrainer(Trainer):
         Saves the model, and writes its card to `README.md` beside it.
 
         Args:
-            model_name (`str`, *optional*): The name of the repository. The one that `push_to_hub` takes unless given.
+            model_name (`str`, *optional*): The name of the repository. By default the one that `push_to_hub` takes.
             kwargs: The metadata of the card, see [`~hub.card.build_card`].
         """
         self.save_model(_internal_call=True)

@@ -42,7 +42,7 @@ class DataArguments:
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of that dataset."})
     train_split: str = field(default="train", metadata={"help": "The split to train on, or a part, train[:-1000]."})
     validation_split: str | None = field(
-        default=None, metadata={"help": "The same to evaluate on. validation, if there is one, unless given."}
+        default=None, metadata={"help": "The same to evaluate on. By default validation, if there is one."}
     )
     train_file: str | None = field(default=None, metadata={"help": "A txt, json, jsonl, csv or parquet file."})
     validation_file: str | None = field(default=None, metadata={"help": "A file like it to evaluate on."})
@@ -63,7 +63,7 @@ class DataArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "Read the dataset while training instead of before."})
     block_size: int | None = field(
-        default=None, metadata={"help": "The length of the texts in tokens. The model's length unless given."}
+        default=None, metadata={"help": "The length of the texts in tokens. By default the model's length."}
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenization."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training texts."})

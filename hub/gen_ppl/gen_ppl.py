@@ -37,10 +37,10 @@ Args:
     predictions (`list[str]`): The texts.
     model_id (`str`, *optional*, defaults to `"gpt2-large"`): Name or folder of the causal language model that scores.
     batch_size (`int`, *optional*, defaults to 8): Texts at a time. It does not change the result but for rounding.
-    max_length (`int`, *optional*): Tokens of a text that count; what comes after them does not. 1024, or the context of
-        the scorer if that is shorter, unless given.
-    device (`str`, *optional*): Where to score. An accelerator if there is one unless given.
-    dtype (`str`, *optional*): The precision to score in, such as "bfloat16". That of the scorer unless given.
+    max_length (`int`, *optional*): Tokens of a text that count; what comes after them does not. By default 1024, or the
+        context of the scorer if that is shorter.
+    device (`str`, *optional*): Where to score. By default on an accelerator, if there is one.
+    dtype (`str`, *optional*): The precision to score in, such as "bfloat16". By default that of the scorer.
     token_ids (`list[list[int]]`, *optional*): The tokens that the generating model made of each text. Entropy and
         distinct n-grams are about them if given, and about the tokens of the scorer if not.
 

@@ -52,7 +52,7 @@ def load_texts(
         dataset_revision (`str`, *optional*):
             The branch, tag or commit of the dataset. What used to need a script has its tables on `refs/convert/parquet`.
         train_split (`str`, *optional*, defaults to `"train"`): The split to train on, or a part of it, `"train[:-1000]"`.
-        validation_split (`str`, *optional*): The same to evaluate on. `"validation"`, if there is one, unless given.
+        validation_split (`str`, *optional*): The same to evaluate on. By default `"validation"`, if there is one.
 
     Returns:
         [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]
@@ -119,7 +119,7 @@ def find_text_column(dataset: Dataset | IterableDataset, text_column: str | None
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The texts.
-        text_column (`str`, *optional*): Its name: `"text"` if there is one, else the first column, unless given.
+        text_column (`str`, *optional*): Its name. By default `"text"`, if there is one, and else the first column.
 
     Returns:
         `str`: the name, which is one of the columns.

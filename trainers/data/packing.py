@@ -29,7 +29,7 @@ def pack_tokens(
     token_lists: Iterable[list[int]], block_size: int, bos_token_id: int | None, eos_token_id: int | None
 ) -> list[list[int]]:
     """
-    Wrapped packing: appends EOS to every text, concatenates them, cuts the stream into stretches, and puts BOS before and
+    Wrapped packing: appends EOS to every text, concatenates them, cuts the stream into blocks, and puts BOS before and
     EOS after each, which makes `block_size` tokens. The remainder is dropped.
 
     Args:
@@ -78,7 +78,7 @@ def detokenize_lm1b(text: str) -> str:
 
 
 def _pieces(texts: list[str], size: int = 10_000) -> Iterator[str]:
-    """Very long texts of characters, a stretch at a time: their encodings are a hundred times their size."""
+    """Very long texts of characters, a chunk at a time: their encodings are a hundred times their size."""
     for text in texts:
         yield from (text[start : start + size] for start in range(0, len(text), size))
 

@@ -19,7 +19,10 @@ from modeling_flm import FLMGenerationConfig
 
 
 # What `generate()` takes for every number of steps.
-GENERATION = ("length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos")
+GENERATION = (
+    *("length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos"),
+    *("num_rounds", "commit_threshold", "commit_budget", "block_length"),
+)
 
 # What the published evaluation did, and how to say it of a flag that contradicts it.
 PUBLISHED = {
@@ -58,6 +61,18 @@ class EvaluationArguments:
     top_p: float | None = field(default=None, metadata={"help": "Top-p of sampling."})
     gamma: float | None = field(
         default=None, metadata={"help": "Share of the noise that is drawn anew at every step, 0 to 1."}
+    )
+    num_rounds: int | None = field(
+        default=None, metadata={"help": "Rounds of posterior refinement, each of --num_steps."}
+    )
+    commit_threshold: float | None = field(
+        default=None, metadata={"help": "Keep tokens of at least this probability after a round."}
+    )
+    commit_budget: str | None = field(
+        default=None, metadata={"help": "How many to keep after a round in any case: a number, or uniform."}
+    )
+    block_length: int | None = field(
+        default=None, metadata={"help": "Write from left to right, so many tokens at a time, each in --num_steps."}
     )
     guidance_model: str | None = field(
         default=None, metadata={"help": "Name or folder of a worse model to move away from."}
@@ -100,6 +115,8 @@ def check_arguments(args: EvaluationArguments):
         if args.num_steps is not None:
             raise ValueError("`timesteps` sets the number of steps: leave out `num_steps`, also that of a YAML file")
         args.num_steps = [len(args.timesteps) - 1]
+    if (args.commit_budget or "").isdigit():
+        args.commit_budget = int(args.commit_budget)
     FLMGenerationConfig(**{name: getattr(args, name) for name in (*GENERATION, "timesteps")})
     args.num_steps = [1, 2, 4, 8] if args.num_steps is None else args.num_steps
     counts = ("num_samples", "batch_size", "scorer_batch_size", "bootstrap")

@@ -119,7 +119,8 @@ class GenPPLEvaluation:
 
     def generate(self, num_steps: int) -> tuple[list[dict], float]:
         """
-        The texts of all processes, as rows with `seed`, `index` and `tokens`, and the seconds of one device for each.
+        The texts of all processes, as rows with `seed`, `index`, `tokens` and `num_forward_passes`, and the seconds of one device
+        for each.
 
         Args:
             num_steps (`int`): The number of steps.
@@ -131,8 +132,12 @@ class GenPPLEvaluation:
         for seed in args.seeds:
             indices = list(range(accelerator.process_index, args.num_samples, accelerator.num_processes))
             times = {} if args.timesteps is None else {"timesteps": args.timesteps}
-            tokens = generate_samples(self.model, indices, seed, num_steps=num_steps, **times, **options).tolist()
-            rows += [{"seed": seed, "index": index, "tokens": row} for index, row in zip(indices, tokens)]
+            if not indices:
+                continue
+            options |= {"return_dict_in_generate": True, "num_steps": num_steps}
+            output = generate_samples(self.model, indices, seed, **times, **options)
+            for index, *values in zip(indices, output.sequences.tolist(), output.num_forward_passes.tolist()):
+                rows.append({"seed": seed, "index": index} | dict(zip(("tokens", "num_forward_passes"), values)))
         seconds = time.perf_counter() - start  # the tokens have come to the host
         rows = sorted(gather_object(rows), key=lambda row: (row["seed"], row["index"]))
         return rows, sum(gather_object([seconds])) / len(rows)
@@ -191,7 +196,8 @@ class GenPPLEvaluation:
         results = []
         for num_steps, (rows, texts, seconds) in samples.items():
             figures = self.score(texts, [row["tokens"] for row in rows])
-            passes = {"num_steps": num_steps, "num_forward_passes": num_steps * num_networks}
+            mean = sum(row["num_forward_passes"] for row in rows) / len(rows)
+            passes = {"num_steps": num_steps, "num_forward_passes": mean * num_networks}
             results.append(passes | {"seconds_per_text": seconds} | figures)
         if self.reference is not None:
             results.append(self.score(*self.reference))

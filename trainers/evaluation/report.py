@@ -26,6 +26,7 @@ from .arguments import GENERATION, PUBLISHED, EvaluationArguments
 # What changes the figures, and so goes into the card with them. A gamma always does: 0 is a choice as well.
 _SAMPLING = (
     *("protocol", "gamma", "temperature", "top_k", "top_p", "timesteps", "length", "pad_after_eos"),
+    *("num_rounds", "commit_threshold", "commit_budget", "block_length"),
     *("guidance_model", "guidance_revision", "guidance_scale"),
     *("max_length", "keep_special_tokens", "scorer_dtype", "dtype", "revision"),
 )
@@ -87,7 +88,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         if "num_steps" in row:
-            cells = [str(row["num_steps"]), str(row["num_forward_passes"]), f"{row['seconds_per_text']:.4f}"]
+            cells = [str(row["num_steps"]), f"{row['num_forward_passes']:.4g}", f"{row['seconds_per_text']:.4f}"]
         else:
             cells = ["reference", "", ""]
         for name, digits in (("gen_ppl", 2), ("entropy", 3)):

@@ -16,6 +16,8 @@
 import torch
 from transformers import PreTrainedModel
 
+from modeling_flm import FLMGenerationOutput
+
 from ..batches import example_seed
 
 
@@ -23,7 +25,9 @@ from ..batches import example_seed
 _SAMPLES = 2
 
 
-def generate_samples(model: PreTrainedModel, indices: list[int], seed: int, **kwargs) -> torch.LongTensor:
+def generate_samples(
+    model: PreTrainedModel, indices: list[int], seed: int, **kwargs
+) -> torch.LongTensor | FLMGenerationOutput:
     """
     The texts with the given numbers of an evaluation. Each has noise of its own, so that neither batches nor processes
     change it.
@@ -35,9 +39,11 @@ def generate_samples(model: PreTrainedModel, indices: list[int], seed: int, **kw
         kwargs: Parameters of [`~FLMGenerationMixin.generate`], such as `num_steps` and `batch_size`.
 
     Returns:
-        `torch.LongTensor` of shape `(len(indices), length)`, on the CPU.
+        `torch.LongTensor` of shape `(len(indices), length)`, on the CPU; or what `generate` returns with
+        `return_dict_in_generate=True`.
     """
     if not indices:
         return torch.empty((0, 0), dtype=torch.long)
     generators = [torch.Generator().manual_seed(example_seed(seed, _SAMPLES, index)) for index in indices]
-    return model.generate(num_samples=len(indices), generator=generators, **kwargs).cpu()
+    output = model.generate(num_samples=len(indices), generator=generators, **kwargs)
+    return output.cpu() if isinstance(output, torch.Tensor) else output
