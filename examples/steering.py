@@ -123,15 +123,17 @@ class Measurements:
     def add(self, part: str, model: str, num_steps: int, scale: float | None = None, **options):
         """The share of samples that are grammatical, of those that have the word, and of different ones."""
         num_samples = self.args.num_samples
-        tokens = self.models[model].generate(
+        output = self.models[model].generate(
             num_samples=num_samples,
             batch_size=num_samples,
             num_steps=num_steps,
             generator=torch.Generator().manual_seed(self.args.seed),
+            return_dict_in_generate=True,
             **options,
         )
-        texts = self.tokenizer.batch_decode(tokens)
+        texts = self.tokenizer.batch_decode(output.sequences)
         row = {"part": part, "model": model, "num_steps": num_steps} | ({} if scale is None else {"scale": scale})
+        row["forward_passes"] = output.num_forward_passes.float().mean().item()
         row["valid"] = sum(map(grammar.is_valid, texts)) / len(texts)
         row["with_word"] = sum(WORD in text.split() for text in texts) / len(texts)
         row["distinct"] = len(set(texts)) / len(texts)
@@ -159,18 +161,21 @@ class Measurements:
                 options = {"reward": lambda delta: delta[..., token].sum(dim=-1), "reward_scale": scale}
                 self.add("reward", model, num_steps, scale, **options)
 
-    def infills(self):
-        """Stories of which the first words, or a random half, are given."""
+    def known(self) -> dict[str, dict]:
+        """Arguments of `generate` for stories whose first words, or of which a random half, are known."""
         rng = random.Random(self.args.seed + 1)
         stories = [grammar.sample_story(rng) for _ in range(self.args.num_samples)]
         input_ids = torch.tensor(self.tokenizer(stories, add_special_tokens=False)["input_ids"])
         generator = torch.Generator().manual_seed(self.args.seed)
         is_half = torch.rand(input_ids.shape, generator=generator).argsort(dim=1) < grammar.NUM_WORDS // 2
-        given = {
+        return {
             "prefix": {"input_ids": input_ids[:, :PREFIX_LENGTH]},
             "half": {"input_ids": input_ids, "prompt_mask": ~is_half},
         }
-        for kind, options in given.items():
+
+    def infills(self):
+        """Stories that are completed."""
+        for kind, options in self.known().items():
             for model in ("flm", "flm_prompts", "fmlm_prompts"):
                 for num_steps in (1, 2, 4, 8, 16):
                     self.add(kind, model, num_steps, **options)

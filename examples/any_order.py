@@ -1,0 +1,153 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Which way to sample: steps, fresh noise, drawn tokens, rounds and blocks of forward passes, on the quickstart's stories, with an FLM, an
+FMLM and an FMLM+ (a flow map in any order), and how each completes what is known.
+
+    python examples/any_order.py
+
+Models that are in the output directory already, such as those of examples/steering.py, are not trained again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import grammar
+import matplotlib
+import steering
+from quickstart import distillation_settings, load_stories, new_flm, training_settings
+from steering import Measurements, train_flm, train_fmlm, trained
+
+from modeling_flm import BridgeSamplerConfig, FMLMModel
+from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+
+
+matplotlib.use("Agg")  # draws to files, also where there is no screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = steering.make_parser()
+    parser.description = __doc__
+    return parser
+
+
+THRESHOLD = 0.9  # of posterior refinement
+
+# What FMLM+ is: told the time of each token, which is not reparameterized, and trained from any known tokens.
+ANY_ORDER = {"per_token_timesteps": True, "time_reparameterization": None}
+ANY_TOKENS = {"prompt_fraction": 1.0, "prompt_kinds": ["independent"]}
+
+
+def train_any_order(tokenizer, dataset, args: argparse.Namespace) -> FMLMModel:
+    """FMLM+ in as many steps as the FLM and the FMLM together: its own FLM first, which then is its teacher."""
+
+    def make_flm_trainer() -> FLMTrainer:
+        settings = training_settings(args, "flm_plus", args.max_steps)
+        return FLMTrainer(
+            new_flm(args, tokenizer, grammar.NUM_WORDS, **ANY_ORDER),
+            FLMTrainingArguments(**settings, **ANY_TOKENS),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+
+    teacher = trained("Training", "flm_plus", args, make_flm_trainer)
+
+    def make_trainer() -> FMLMTrainer:
+        settings = distillation_settings(args, "fmlm_plus", args.distillation_steps)
+        return FMLMTrainer(
+            FMLMModel.from_flm(teacher),
+            FMLMTrainingArguments.from_preset("any_order", **settings),
+            teacher=teacher,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+
+    return trained("Distilling", "fmlm_plus", args, make_trainer)
+
+
+def measure(measurements: Measurements):
+    """Whole stories, and then those that go on from something."""
+    for num_steps in (1, 2, 4, 8, 16, 32):
+        measurements.add("steps", "flm", num_steps)
+        measurements.add("bridge", "flm", num_steps, sampler_config=BridgeSamplerConfig())
+    for model in ("fmlm", "fmlm_plus"):
+        for num_steps in (1, 2, 4, 8):
+            measurements.add("steps", model, num_steps)
+            measurements.add("gamma 1", model, num_steps, gamma=1.0)
+        for num_rounds in (2, 4, 8):
+            refined = {"num_rounds": num_rounds, "commit_threshold": THRESHOLD}
+            measurements.add("rounds", model, 1, **refined)
+            measurements.add("rounds, kept noise", model, 1, **refined, fresh_noise=False)
+            measurements.add("rounds, no threshold", model, 1, num_rounds=num_rounds)
+            measurements.add("rounds, no budget", model, 1, **refined, commit_budget=0)
+        for block_length in (14, 7, 4):
+            measurements.add("blocks", model, 1, block_length=block_length)
+    for kind, options in measurements.known().items():
+        for model in ("fmlm_prompts", "fmlm_plus"):
+            for num_steps in (1, 2, 4, 16):
+                measurements.add(kind, model, num_steps, **options)
+        for num_rounds in (2, 4, 8):
+            refined = {"num_rounds": num_rounds, "commit_threshold": THRESHOLD, **options}
+            measurements.add(f"{kind}, rounds", "fmlm_plus", 1, **refined)
+
+
+def plot(rows: list[dict], path: Path):
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    names = {"flm": "FLM", "fmlm": "FMLM", "fmlm_prompts": "FMLM, trained for it", "fmlm_plus": "FMLM+"}
+    whole = ("steps", "gamma 1", "rounds", "blocks")
+    chosen = [whole, ("prefix", "prefix, rounds"), ("half", "half, rounds")]
+    titles = ("Whole stories", f"First {steering.PREFIX_LENGTH} words known", "A random half known")
+    for parts, panel, title in zip(chosen, panels, titles):
+        for model in names:
+            for part in parts:
+                points = [
+                    (row["forward_passes"], 100 * row["valid"])
+                    for row in rows
+                    if (row["model"], row["part"]) == (model, part)
+                ]
+                if points:
+                    way = "rounds" if "rounds" in part else part if part in whole else "steps"
+                    style = {"steps": "o-", "gamma 1": "s:", "rounds": "^--", "blocks": "v-."}[way]
+                    color = f"C{list(names).index(model)}"
+                    panel.plot(*zip(*points), style, color=color, label=f"{names[model]}, {way}")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks((1, 2, 4, 8, 16, 32), labels=("1", "2", "4", "8", "16", "32"))
+        panel.set(title=title, xlabel="forward passes", ylim=(0, 102))
+        panel.grid(alpha=0.3)
+        panel.legend()
+    panels[0].set_ylabel("% grammatical")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main(args: argparse.Namespace):
+    tokenizer, dataset, _ = load_stories(args.seed)
+    common = (tokenizer, dataset, args)
+    models = {"flm": train_flm("flm", args.max_steps, 0.0, *common)}
+    models["fmlm"] = train_fmlm("fmlm", models["flm"], 0.0, *common)
+    flm_prompts = train_flm("flm_prompts", args.prompt_steps, args.prompt_fraction, *common)
+    models["fmlm_prompts"] = train_fmlm("fmlm_prompts", flm_prompts, args.prompt_fraction, *common)
+    models["fmlm_plus"] = train_any_order(*common)
+    measurements = Measurements(models, tokenizer, args)
+    measure(measurements)
+    folder = Path(args.output_dir)
+    (folder / "any_order.json").write_text(json.dumps(measurements.rows, indent=2) + "\n")
+    plot(measurements.rows, folder / "any_order.png")
+    print(f"\nPlot: {folder / 'any_order.png'}")
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())
