@@ -64,6 +64,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--commit_budget", type=_budget, help="how many to keep in any case: a number, or uniform")
     parser.add_argument("--block_length", type=int, help="write from left to right, so many tokens at a time")
+    parser.add_argument(
+        "--keep_noise",
+        action="store_false",
+        dest="fresh_noise",
+        default=None,
+        help="write again from the noise of before",
+    )
     parser.add_argument("--guidance_model", help="a worse model to move away from: an earlier or a smaller one")
     parser.add_argument("--guidance_revision", default="main", help="its branch, tag or commit")
     parser.add_argument("--guidance_scale", type=float, help="how far to move away from it, such as 2")
@@ -102,7 +109,7 @@ def generate(
 ) -> Iterator[dict[str, str | int | list[int]]]:
     """The texts, each as a row, a batch at a time."""
     names = ("num_steps", "length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos")
-    names += ("num_rounds", "commit_threshold", "commit_budget", "block_length")
+    names += ("num_rounds", "commit_threshold", "commit_budget", "block_length", "fresh_noise")
     parameters = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.prompt is not None:
         parameters |= encode_prompts(tokenizer, [args.prompt], model.generation_config.bos_token_id)

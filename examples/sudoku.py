@@ -19,6 +19,10 @@ many puzzles each solves in how many forward passes.
     python examples/sudoku.py --size 9 --hidden_size 512 --num_hidden_layers 8 --num_attention_heads 8 \
         --num_puzzles 200000 --max_steps 50000 --batch_size 256 --bf16   # 9 x 9, on a GPU
 
+Of a training step the flow map's takes longer, by two forward passes for each example that is not on the diagonal, and it has a
+second time embedding. It sees the whole way more often than the preset says, which short trainings need. Models that are in the
+output directory already are not trained again.
+
 A text is a puzzle and, cell by cell, its solution. The puzzle is given, in training as well; of the solution any part may be
 known. Test puzzles are made of grids that are in no training puzzle.
 """
@@ -35,11 +39,12 @@ import sudoku_puzzles as sudoku
 import torch
 from datasets import Dataset
 from peers.masked_diffusion import MaskedDiffusionTrainer, new_masked_model, unmask
-from transformers import TrainingArguments, set_seed
+from transformers import AutoModel, TrainingArguments, set_seed
 
 from modeling_flm import FMLMConfig, FMLMModel
 from modeling_flm.commitment_flm import PosteriorRefinement
 from trainers import FMLMTrainer, FMLMTrainingArguments
+from trainers.ema import EMACallback
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen
@@ -47,6 +52,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 FORWARD_PASSES = (1, 2, 4, 8, 16)
+EMA_DECAY = 0.995  # of both models
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -115,34 +121,35 @@ def training_settings(args: argparse.Namespace, name: str) -> dict:
     }
 
 
-def train_flow_map(config: FMLMConfig, dataset: Dataset, args: argparse.Namespace) -> FMLMModel:
+def train_flow_map(config: FMLMConfig, dataset: Dataset, args: argparse.Namespace):
     """FMLM+, from scratch and without a teacher."""
     settings = training_settings(args, "fmlm_plus")
     training_args = FMLMTrainingArguments.from_preset(
-        "any_order", **settings, ema_decay=0.995, boundary_probability=0.25, prompts_from_labels=True
+        "any_order", **settings, ema_decay=EMA_DECAY, boundary_probability=0.25, prompts_from_labels=True
     )
     trainer = FMLMTrainer(FMLMModel(config), training_args, train_dataset=dataset)
     trainer.train()
     trainer.save_model()
-    return FMLMModel.from_pretrained(settings["output_dir"])
 
 
 def train_masked(config: FMLMConfig, dataset: Dataset, args: argparse.Namespace):
     """A masked diffusion model."""
     settings = training_settings(args, "masked")
+    average = EMACallback(EMA_DECAY)
     trainer = MaskedDiffusionTrainer(
         new_masked_model(config),
         TrainingArguments(**settings, remove_unused_columns=False),
         train_dataset=dataset,
+        callbacks=[average],
     )
     trainer.train()
-    trainer.save_model()
-    return trainer.model.eval()
+    with average.applied(trainer.model):
+        trainer.save_model()
 
 
 def solvers(flow_map: FMLMModel, masked, args: argparse.Namespace) -> dict:
     """Ways to solve puzzles: from tokens, known where the puzzle is, and a limit of forward passes to texts and their cost."""
-    generator = torch.Generator()
+    generator, device = torch.Generator(), flow_map.device
     num_cells = args.size**2
 
     def write(input_ids, known, **options):
@@ -161,8 +168,8 @@ def solvers(flow_map: FMLMModel, masked, args: argparse.Namespace) -> dict:
         return PosteriorRefinement(num_rounds=limit, threshold=args.commit_threshold)
 
     def blocks(input_ids, known, limit):
-        # The puzzle is one block, or several, with nothing to write.
-        length = -(-num_cells // limit)
+        # Blocks begin where the solution does: the longest that the puzzle is a multiple of, and that are enough.
+        length = next(n for n in range(-(-num_cells // limit), num_cells + 1) if num_cells % n == 0)
         return write(input_ids, known, block_length=length, num_steps=1)
 
     return {
@@ -171,20 +178,19 @@ def solvers(flow_map: FMLMModel, masked, args: argparse.Namespace) -> dict:
             ids, known, num_rounds=limit, commit_threshold=args.commit_threshold, num_steps=1
         ),
         "blocks": blocks,
-        "masked": lambda ids, known, limit: unmask(masked, ids, known, rule(limit)),
+        "masked": lambda ids, known, limit: unmask(masked, ids.to(device), known.to(device), rule(limit)),
     }
 
 
 def measure(ways: dict, examples: list[tuple[str, str]], difficulty: str) -> list[dict]:
     """The share of the puzzles that each way solves, and what it costs."""
-    device = "cpu"
-    input_ids = torch.tensor(build_dataset(examples)["input_ids"], device=device)
+    input_ids = torch.tensor(build_dataset(examples)["input_ids"])
     num_cells = input_ids.shape[1] // 2
     known = (torch.arange(2 * num_cells) < num_cells).expand_as(input_ids)
     rows = []
     for name, solve in ways.items():
         for limit in FORWARD_PASSES:
-            tokens, num_passes = solve(input_ids * known, known, limit)
+            tokens, num_passes = (result.cpu() for result in solve(input_ids * known, known, limit))
             answers = ["".join(map(str, answer)) for answer in tokens[:, num_cells:].tolist()]
             solved = [sudoku.is_solved(puzzle, answer) for (puzzle, _), answer in zip(examples, answers)]
             cells = (tokens == input_ids)[:, num_cells:].float().mean().item()
@@ -293,14 +299,22 @@ def main(args: argparse.Namespace):
         per_token_timesteps=True,
         time_reparameterization=None,
     )
-    print("Training the flow map", flush=True)
-    flow_map = train_flow_map(config, dataset, args)
-    print("\nTraining the masked diffusion model", flush=True)
-    masked = train_masked(config, dataset, args)
+    models = []
+    for name, train in (("fmlm_plus", train_flow_map), ("masked", train_masked)):
+        folder = Path(args.output_dir, name)
+        if not (folder / "model.safetensors").is_file():
+            print(f"Training {folder}", flush=True)
+            set_seed(args.seed)
+            start = time.perf_counter()
+            train(config, dataset, args)
+            print(f"{name} took {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
+        models.append(AutoModel.from_pretrained(folder))
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    flow_map, masked = (model.to(device) for model in models)
 
     print(f"\n{args.num_test_puzzles} puzzles of each difficulty\n")
     print(f"{'difficulty':>10}  {'way':>10}  {'limit':>6}  {'passes':>6}  {'solved':>7}  {'cells':>7}")
-    ways = solvers(flow_map.cpu(), masked.cpu(), args)
+    ways = solvers(flow_map, masked, args)
     rows = [row for name, puzzles in tests.items() for row in measure(ways, puzzles, name)]
     Path(args.output_dir, "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     picture = Path(args.output_dir, "sudoku.png")

@@ -80,18 +80,24 @@ def get_model(
     model_type: str = "flm",
     **told,
 ) -> FLMModel:
-    """The model that the arguments name, or a new one for the tokenizer; `told` are settings of either."""
+    """The model that the arguments name, or a new one for the tokenizer; `told` are settings that it must have."""
     options = {} if arguments.attn_implementation is None else {"attn_implementation": arguments.attn_implementation}
     if arguments.model_name_or_path is not None:
         if arguments.config_overrides is not None:
             raise SystemExit("--config_overrides is for a new model, and does not go with --model_name_or_path.")
-        return AutoModel.from_pretrained(
+        # Any model can be told times per token from now on, but not count time differently.
+        options |= {name: value for name, value in told.items() if name == "per_token_timesteps"}
+        model = AutoModel.from_pretrained(
             arguments.model_name_or_path,
             trust_remote_code=arguments.trust_remote_code,
             dtype=torch.float32,
             **options,
-            **told,
         )
+        if different := [name for name, value in told.items() if getattr(model.config, name) != value]:
+            raise SystemExit(
+                f"--model_name_or_path: its {', '.join(different)} is another than the preset's; choose another preset."
+            )
+        return model
     overrides = yaml.safe_load("{" + (arguments.config_overrides or "").replace("=", ": ") + "}")
     if unknown := sorted(name for name in overrides if not hasattr(FLMConfig(), name)):
         raise SystemExit(f"--config_overrides: FLMConfig has no {', '.join(unknown)}")

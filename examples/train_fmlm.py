@@ -54,6 +54,12 @@ def main(model_args: FlowMapArguments, data_args: DataArguments, training_args: 
     set_seed(training_args.seed)
     if training_args.masked_probability > 0 and model_args.masked_model is None:
         raise SystemExit("--masked_probability needs a --masked_model.")
+    if model_args.masked_model is not None:
+        if model_args.preset != "any_order":
+            raise SystemExit("--masked_model is for --preset any_order.")
+        for name in ("model_name_or_path", "config_overrides"):
+            if getattr(model_args, name) is not None:
+                raise SystemExit(f"--{name} does not go with --masked_model, which gives weights and sizes.")
     dataset = load_datasets(data_args)
     column = find_text_column(dataset["train"], data_args.text_column)
     # A stream may be endless: its start will do for a tokenizer.
@@ -65,10 +71,16 @@ def main(model_args: FlowMapArguments, data_args: DataArguments, training_args: 
     if model_args.masked_model is None:
         model = get_model(model_args, tokenizer, data_args.block_size, "fmlm", **told)
     else:
+        options = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
         masked_model = AutoModel.from_pretrained(
-            model_args.masked_model, trust_remote_code=model_args.trust_remote_code
+            model_args.masked_model, trust_remote_code=model_args.trust_remote_code, **options
         )
-        model = FMLMModel.from_masked(masked_model, **told)
+        model = FMLMModel.from_masked(masked_model)
+        if len(tokenizer) > model.config.vocab_size:
+            raise SystemExit(
+                f"--tokenizer_name: it has {len(tokenizer)} tokens, but the flow map has {model.config.vocab_size}, those of "
+                "--masked_model without its last, the mask: name a tokenizer without the mask."
+            )
     packed = pack_datasets(dataset, data_args, tokenizer, model.config.max_position_embeddings, training_args)
     trainer = FMLMTrainer(
         model=model,

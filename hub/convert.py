@@ -87,9 +87,14 @@ def _is_flow_map(names: Iterable[str]) -> bool:
     return any(name.startswith("target_time_embedding.") for name in names)
 
 
-def _is_any_order(checkpoint: Checkpoint) -> bool:
-    """Whether a flow map is an FMLM+, with a time for every token and without reparameterization; its tensors do not tell."""
-    return checkpoint.algorithm == "fmlm_plus" or checkpoint.setting("algo", "skip_time_reparam") is True
+def _times(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How a network counts time, which its tensors do not tell: FMLM+ has a time for every token, and no reparameterization."""
+    is_any_order = checkpoint.algorithm == "fmlm_plus"
+    is_plain = checkpoint.setting("algo", "skip_time_reparam") is True or is_any_order
+    # A flow map without reparameterization is one, whatever its name is
+    is_any_order |= is_plain and _is_flow_map(checkpoint.tensors)
+    told = {"per_token_timesteps": True} if is_any_order else {}
+    return told | ({"time_reparameterization": None} if is_plain else {})
 
 
 def _softcap(checkpoint: Checkpoint) -> float | None:
@@ -244,6 +249,7 @@ def convert(
     settings = _sizes(main, num_heads, length)
     softcap = final_logit_softcapping
     settings["final_logit_softcapping"] = _softcap(main) if softcap == "auto" else softcap
+    settings |= _times(main)
     is_flow_map = _is_flow_map(weights)
     if other is None:
         if is_flow_map and main.algorithm == _CORRECTION_ALGORITHM:
@@ -253,8 +259,6 @@ def convert(
             )
         if is_flow_map:
             settings["learned_loss_weighting"] = any(name.startswith("loss_weighting.") for name in weights)
-            if _is_any_order(main):
-                settings |= {"per_token_timesteps": True, "time_reparameterization": None}
         model = _build(FMLMModel if is_flow_map else FLMModel, settings, {"": (main, weights)})
     else:
         if is_flow_map:

@@ -70,7 +70,9 @@ class FLMGenerationConfig(GenerationConfig):
             The most texts that are generated at a time. It changes speed and memory, not the texts.
         temperature (`float`, *optional*):
             Divides the logits of every step. Below 1 texts become more likely and less diverse. Without effect where
-            only the largest logit counts, which is at the last step without guidance, unless tokens are drawn.
+            only the largest logit counts, which is at the last step without guidance, unless tokens are drawn. With
+            `num_rounds`, probabilities decide which tokens are kept, and they are those after temperature, top-k, top-p and
+            guidance.
         top_k (`int`, *optional*):
             Keeps the `top_k` most likely tokens of each position at every step.
         top_p (`float`, *optional*):
@@ -85,7 +87,7 @@ class FLMGenerationConfig(GenerationConfig):
             become known. The model should be told the time of each token (`config.per_token_timesteps`).
         commit_threshold (`float`, *optional*):
             Tokens become known after a round of posterior refinement if their probability is at least this. By default none
-            does for that reason.
+            does for that reason. (With guidance, which leaves the simplex, a "probability" may be above 1.)
         commit_budget (`int` or `str`, *optional*, defaults to `"uniform"`):
             How many of the likeliest tokens of each text become known after a round whatever their probability: a number, or
             `"uniform"` for as many as leave equally many to each round.
@@ -101,7 +103,8 @@ class FLMGenerationConfig(GenerationConfig):
             The weight of the `reward`. In many steps, and as long as it is small, texts become more likely by the factor
             `exp(reward_scale * reward)`; in few, less so. 0 turns it off.
         pad_after_eos (`bool`, *optional*, defaults to `False`):
-            Whether texts end at their first end-of-sequence token, after which there is nothing but padding.
+            Whether texts end at their first end-of-sequence token, after which there is nothing but padding. With rounds or
+            blocks, nothing more is written after an end that is known.
         output_drafts (`bool`, *optional*, defaults to `False`):
             Whether to return the tokens of every step, or of every round or block.
         return_dict_in_generate (`bool`, *optional*, defaults to `False`):
@@ -172,6 +175,8 @@ class FLMGenerationConfig(GenerationConfig):
         is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0
         if budget is not None and budget != "uniform" and not is_count:
             raise ValueError(f"`commit_budget` must be 'uniform' or a number of tokens, got {budget!r}.")
+        if self.fresh_noise is not None and not isinstance(self.fresh_noise, bool):
+            raise ValueError(f"`fresh_noise` must be `True` or `False`, got {self.fresh_noise!r}.")
         if self.gamma is not None:
             StochasticFlowMapSamplerConfig(self.gamma)
         if self.sampler_config is not None:
@@ -413,13 +418,15 @@ class FLMGenerationMixin:
                 What to steer texts towards, by `reward_scale`: a differentiable function from soft tokens of shape
                 `(batch_size, length, vocab_size)` to rewards of shape `(batch_size,)`, such as a [`ClassifierReward`]. It is
                 shown the text that the state leads to at every step, which takes a further forward pass and a backward pass.
+                With rounds or blocks, a batch has those texts only that are not finished.
             streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
                 Is `put` the finished text, and before that the draft of every step if it has a `put_draft`, as
                 [`~transformers.TextDiffusionStreamer`] does. With rounds or blocks it is `put` how the text begins as far as
                 that is known, and the rest of every round as a draft. For one text.
             callback (`Callable`, *optional*):
                 Called as `callback(step, num_steps, tokens)` after every step, from 1 to `num_steps`, with the tokens of the
-                current batch, of shape `(batch_size, length)`; or after every round or block, of which it is then told.
+                current batch, of shape `(batch_size, length)`. With rounds or blocks it is called after each of them instead,
+                also where there was nothing left to write.
             compile_config ([`~transformers.CompileConfig`], *optional*):
                 Compiles a step, from one state to the next, as one graph with these arguments of `torch.compile`. The first
                 calls take long; later ones with the same batch size and length are faster.
@@ -458,6 +465,8 @@ class FLMGenerationMixin:
             raise ValueError("`logits_processor` must be a `LogitsProcessorList`; wrap a single processor into one.")
         if compile_config is not None and not isinstance(compile_config, CompileConfig):
             raise ValueError(f"`compile_config` must be a `CompileConfig`, got `{type(compile_config).__name__}`.")
+        if config.pad_after_eos and config.eos_token_id is None:
+            raise ValueError("`pad_after_eos` needs an `eos_token_id`.")
         generators = generator if isinstance(generator, list) else [generator] * config.num_samples
         if len(generators) != config.num_samples:
             raise ValueError(
@@ -527,7 +536,7 @@ class FLMGenerationMixin:
         """
         config, commitment, prompt = run.config, run.commitment, known
         cost = config.num_steps * (1 if run.reward is None else 2)
-        num_passes = torch.full((len(state),), cost)
+        num_passes = torch.full((len(state),), cost, device=state.device)
         if commitment.num_rounds is None:
             tokens, _, drafts = self._sample(run, state, known, generators)
             return tokens, drafts, num_passes, None
@@ -546,19 +555,22 @@ class FLMGenerationMixin:
                 if round > 0 and commitment.draws_noise:
                     state[rows] = self._draw_noise(state.shape[1], run.factor, own_generators)
                 tokens[rows], probabilities = self._sample_rows(inner, state, known, rows, own_generators)
-                num_passes[rows.cpu()] += cost
+                num_passes[rows] += cost
                 # b. Some of it becomes known
                 chosen = torch.zeros_like(is_open)
                 chosen[rows] = commitment.commit(round, probabilities, is_open[rows])
+                if config.pad_after_eos:  # what comes after a known end is as good as known
+                    written = prompt.is_open & (chosen | ~is_open)
+                    chosen |= is_open & self._is_after_eos(tokens, written, config)
                 commit_rounds[chosen] = round + 1
                 known = known.commit(tokens, chosen)
                 # c. The rest starts from noise again
                 if run.stream is not None:
                     certain = self._pad_after_eos(tokens, prompt, config) if config.pad_after_eos else tokens
                     run.stream.show(certain, num_certain=int((~known.is_open).long().cumprod(dim=1).sum()))
-                if run.callback is not None:
-                    run.callback(round + 1, commitment.num_rounds, tokens.clone())
             drafts.append(tokens.clone())
+            if run.callback is not None:
+                run.callback(round + 1, commitment.num_rounds, tokens.clone())
         return known.tokens, torch.stack(drafts, dim=1) if config.output_drafts else None, num_passes, commit_rounds
 
     def _sample_rows(
@@ -952,16 +964,19 @@ class FLMGenerationMixin:
         self, sequences: torch.LongTensor, known: _Known, config: FLMGenerationConfig
     ) -> torch.LongTensor:
         """Texts up to the first end-of-sequence token, and padding. Known tokens stay, and do not end a text."""
-        if config.eos_token_id is None:
-            raise ValueError("`pad_after_eos` needs an `eos_token_id`.")
+        is_after = self._is_after_eos(sequences, known.is_open, config)
+        return known.complete(sequences.masked_fill(is_after, self._pad_token(config)))
+
+    @staticmethod
+    def _is_after_eos(
+        sequences: torch.LongTensor, may_end: torch.BoolTensor, config: FLMGenerationConfig
+    ) -> torch.BoolTensor:
+        """What comes after the first end-of-sequence token of each text, of those tokens that may end one."""
         eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        is_end = torch.isin(sequences, torch.tensor(eos, device=sequences.device))
+        is_end = may_end & torch.isin(sequences, torch.tensor(eos, device=sequences.device))
         if config.bos_token_id in eos:
             is_end[:, 0] = False
-        if known.is_fixed is not None:
-            is_end &= ~known.is_fixed
-        is_after = is_end.cumsum(dim=1) - is_end.long() > 0
-        return known.complete(sequences.masked_fill(is_after, self._pad_token(config)))
+        return is_end.cumsum(dim=1) - is_end.long() > 0
 
     @staticmethod
     def _check_prior_state(prior_state: torch.Tensor, embedding: torch.Tensor, kwargs: dict[str, Any]):

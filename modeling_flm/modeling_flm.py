@@ -584,10 +584,7 @@ class FMLMModel(FLMModel):
         """
         check_is_flm(teacher)
         model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
-        missing, unexpected = model.load_state_dict(teacher.state_dict(), strict=False)
-        new = ("target_time_embedding.", "loss_weighting.")
-        if unexpected or any(not name.startswith(new) for name in missing):
-            raise ValueError(f"`config_overrides` must leave the teacher's sizes as they are, got {config_overrides}.")
+        load_network(model, teacher.state_dict(), config_overrides)
         nn.init.zeros_(model.target_time_embedding.linear_2.weight)
         nn.init.zeros_(model.target_time_embedding.linear_2.bias)
         return model.to(teacher.device)
@@ -607,16 +604,19 @@ class FMLMModel(FLMModel):
         Returns:
             [`FMLMModel`], on the device of the masked model and in float32, in which it is to be trained.
         """
-        check_is_flm(masked_model)
+        check_is_flm(masked_model, "masked_model")
         vocab_size = masked_model.config.vocab_size - 1
         any_order = {"per_token_timesteps": True, "time_reparameterization": None, "vocab_size": vocab_size}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(masked_model.config, name) == vocab_size:
+                any_order[name] = None  # it is the mask
         model = cls(flow_map_config(cls.config_class, masked_model, {**any_order, **config_overrides}))
         if model.config.vocab_size != vocab_size:
             raise ValueError(f"`vocab_size` must be {vocab_size}, that of `masked_model` without the mask.")
         sized = ("embed_tokens.", "lm_head.")
         weights = masked_model.state_dict()
         weights = {name: value[:vocab_size] if name.startswith(sized) else value for name, value in weights.items()}
-        model.load_state_dict(weights, strict=False)
+        load_network(model, weights, config_overrides)
         with torch.no_grad():
             start = masked_model.time_embedding(torch.zeros(1, device=masked_model.device))[0]
             model.time_embedding.linear_2.weight.zero_()
@@ -741,15 +741,24 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         return self.correction.log_loss_weight(tau_s)
 
 
-def check_is_flm(teacher: PreTrainedModel):
-    """Raises a `TypeError` where a flow map cannot start from the `teacher`. By its name, as remote code has other classes."""
+def load_network(model: FMLMModel, weights: dict[str, torch.Tensor], config_overrides: dict):
+    """Loads the weights of an FLM into a flow map of the same sizes, whose other weights stay."""
+    new = ("target_time_embedding.", "loss_weighting.")
+    expected = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(new)}
+    if expected != {name: value.shape for name, value in weights.items()}:
+        raise ValueError(f"`config_overrides` must leave all sizes as they are, got {config_overrides}.")
+    model.load_state_dict(weights, strict=False)
+
+
+def check_is_flm(teacher: PreTrainedModel, argument: str = "teacher"):
+    """Raises a `TypeError` where a flow map cannot start from a model. By its name, as remote code has other classes."""
     name = type(teacher).__name__
     if name != "FLMModel":
         hints = {
             "FMLMModel": " A flow map is trained on as it is, or loaded twice.",
-            "FMLMTwoNetworkModel": " Pass its flow, `teacher.flow`.",
+            "FMLMTwoNetworkModel": f" Pass its flow, `{argument}.flow`.",
         }
-        raise TypeError(f"`teacher` must be an `FLMModel`, got `{name}`.{hints.get(name, '')}")
+        raise TypeError(f"`{argument}` must be an `FLMModel`, got `{name}`.{hints.get(name, '')}")
 
 
 def flow_map_config(config_class: type[FMLMConfig], teacher: FLMModel, overrides: dict) -> FMLMConfig:

@@ -142,6 +142,23 @@ class TestMasked:
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
         with pytest.raises(ValueError, match="`vocab_size` must be 53"):
             FMLMModel.from_masked(masked, vocab_size=54)
+        for sizes in ({"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"intermediate_size": 16}):
+            with pytest.raises(ValueError, match="`config_overrides` must leave all sizes as they are"):
+                FMLMModel.from_masked(masked, **sizes)
+        with pytest.raises(TypeError, match="`masked_model` must be an `FLMModel`, got `FMLMModel`"):
+            FMLMModel.from_masked(model)
+        masked.config.pad_token_id = 53
+        assert FMLMModel.from_masked(masked).config.pad_token_id is None
+
+    def test_what_the_mask_says_of_itself_does_not_matter(self, tmp_path):
+        masked = self.masked_model(final_logit_softcapping=None)
+        trainer = build_trainer_with_mask(tmp_path, build("fmlm"), masked)
+        zero = torch.zeros(3)
+        batch = build_batch(torch.randint(53, (3, 12)), torch.randn(3, 12, 32), zero, zero, masked=[0, 1, 2])
+        expected = compute_targets(trainer, batch)[0]
+        masked.lm_head.bias.data[53] = 200.0  # which its training does not look at
+        torch.testing.assert_close(compute_targets(trainer, batch)[0], expected)
+        torch.testing.assert_close(expected.sum(-1), torch.ones(3, 12))
 
     def test_masked_teacher_is_the_denoiser_of_noise(self, tmp_path):
         """At the time 0 the exact denoiser knows of a text what is known, as the exact masked model does."""
@@ -159,6 +176,7 @@ class TestMasked:
                 delta = 0.75 * exact.denoiser(x, times)
                 return torch.cat([delta, torch.full_like(delta, 0.125)], dim=-1).to(state.dtype)
 
+        ExactMasked.__name__ = "FLMModel"  # which it stands in for
         masked = ExactMasked([(0, 0, 0), (0, 3, 1)], (0.5, 0.5))
         student, exact = ExactFlow(texts, weights), ExactFlow(texts, weights)
         masked.config.model_type, masked.config.vocab_size = "flm", 3
@@ -182,6 +200,15 @@ class TestMasked:
         assert all(time[rows].eq(0).all() for time in times.values())
         assert sorted(row for rows in kinds.values() for row in rows) == list(range(4000))
 
+    def test_is_loaded_by_name_and_refused_for_two_networks(self, tmp_path):
+        self.masked_model().save_pretrained(tmp_path / "masked")
+        trainer = build_trainer_with_mask(tmp_path, build("fmlm"), str(tmp_path / "masked"))
+        assert type(trainer.masked_teacher) is FLMModel
+        two = FMLMTwoNetworkModel.from_flm(build_flm())
+        options = {"divergence": "squared_error", "diagonal_fraction": 0.0}
+        with pytest.raises(ValueError, match="`masked_teacher` is for an `FMLMModel`"):
+            build_trainer_with_mask(tmp_path, two, self.masked_model(), **options)
+
     def test_trains_and_logs_its_loss(self, tmp_path):
         rows = torch.randint(53, (64, 12), generator=seed()).tolist()
         trainer = build_trainer_with_mask(
@@ -199,6 +226,7 @@ class TestMasked:
             (None, 0.5, "`masked_teacher` and `masked_probability` go together"),
             (self.masked_model(), 0.0, "`masked_teacher` and `masked_probability` go together"),
             (build_flm(), 0.5, "`masked_teacher` must be an `FLMModel` with 54 tokens"),
+            (build("fmlm", vocab_size=54), 0.5, "got `FMLMModel` with 54"),
         ):
             with pytest.raises(ValueError, match=message):
                 build_trainer_with_mask(tmp_path, model, masked, masked_probability=probability)

@@ -301,6 +301,8 @@ class TestHubFolders:
         """FMLM and FMLM+ have the same tensors."""
         model = convert(released_folder(tmp_path, "fmlm_hub", {"algo": algorithm}))
         assert model.config.per_token_timesteps and model.config.time_reparameterization is None
+        flm = convert(released_folder(tmp_path / "flm", "flm_hub", {"algo": {"skip_time_reparam": True}}))
+        assert flm.config.time_reparameterization is None and not flm.config.per_token_timesteps
         other = convert(released_folder(tmp_path / "other", "fmlm_hub", {"algo": {"skip_time_reparam": False}}))
         assert not other.config.per_token_timesteps and other.config.time_reparameterization == "argmax"
 

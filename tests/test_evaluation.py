@@ -43,6 +43,7 @@ from trainers.evaluation import (
     confidence_intervals,
     decode,
     describe_evaluation,
+    describe_sampling,
 )
 
 
@@ -415,6 +416,20 @@ class TestSampling:
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert [row["num_forward_passes"] for row in results["results"]] == [3, 9]
         assert results["sampling"] == {"gamma": 0.0, **options}
+
+    def test_rounds_of_the_model_do_not_count_where_blocks_are_asked_for(self, folder, tmp_path):
+        model = AutoModel.from_pretrained(folder)
+        model.generation_config.num_rounds, model.generation_config.commit_threshold = 3, 0.5
+        args = EvaluationArguments(str(folder), str(tmp_path))
+        assert describe_sampling(args, model) == {"gamma": 0.0, "num_rounds": 3, "commit_threshold": 0.5}
+        args.block_length = 4
+        assert describe_sampling(args, model) == {"gamma": 0.0, "block_length": 4}
+
+    def test_budget_may_be_a_number(self, folder, tmp_path):
+        for budget in (4, "4"):
+            args = EvaluationArguments(str(folder), str(tmp_path), num_rounds=2, commit_budget=budget)
+            check_arguments(args)
+            assert args.commit_budget == 4
 
     def test_guidance_of_two_networks_takes_three_passes(self, folder, worse, tmp_path):
         FMLMTwoNetworkModel.from_flm(build_flm()).save_pretrained(tmp_path / "two")

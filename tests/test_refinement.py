@@ -248,7 +248,7 @@ class TestGenerate:
         assert torch.equal(prior, before)
         assert torch.equal(tokens, model.generate(prior_state=prior, num_rounds=4, generator=seed()))
 
-    def test_guidance_and_compile(self):
+    def test_guidance(self):
         model, weak = build("fmlm"), build("flm", hidden_size=16)
         options = {"num_samples": 6, "num_rounds": 3}
         plain = model.generate(generator=seed(), **options)
@@ -267,6 +267,30 @@ class TestGenerate:
         torch._dynamo.utils.counters.clear()
         assert torch.equal(model.generate(generator=seed(), **options, **sampling("compiled")), expected)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+    def test_nothing_is_written_after_a_known_end(self):
+        """A text whose third token ends it: from left to right, no block after it costs anything."""
+        model = build("fmlm")
+        with torch.no_grad():
+            model.lm_head.weight.zero_(), model.lm_head.bias.zero_()
+            model.lm_head.bias[7] = 25.0  # whatever the state
+        options = {"num_samples": 3, "pad_after_eos": True, "eos_token_id": 7, "pad_token_id": 1, "num_steps": 1}
+        options |= {"return_dict_in_generate": True}
+        output = model.generate(block_length=2, **options)
+        assert output.num_forward_passes.eq(1).all()
+        assert output.sequences[:, 0].eq(7).all() and output.sequences[:, 1:].eq(1).all()
+        prompt = torch.full((1, 3), 7)  # does not end the text
+        output = model.generate(prompt, block_length=2, **options)
+        assert output.sequences.tolist() == [[7] * 4 + [1] * 8] * 3 and output.num_forward_passes.eq(1).all()
+        output = model.generate(num_rounds=4, **options)
+        assert output.sequences[:, 1:].eq(1).all() and output.num_forward_passes.eq(1).all()
+        assert model.generate(block_length=2, **{**options, "pad_after_eos": False}).num_forward_passes.eq(6).all()
+
+    def test_callback_is_told_of_every_round(self):
+        model, told = build("fmlm"), []
+        input_ids = torch.randint(53, (1, 4))
+        model.generate(input_ids, block_length=2, num_steps=2, callback=lambda *args: told.append(args[:2]))
+        assert told == [(n, 6) for n in range(1, 7)]
 
     def test_callback_is_told_of_rounds(self):
         model, told = build("fmlm"), []
@@ -315,6 +339,7 @@ class TestGenerate:
             ({"block_length": 2.0}, "`block_length` must be an integer of at least 1"),
             ({"num_rounds": 2, "commit_threshold": 1.5}, "`commit_threshold` must be a probability"),
             ({"num_rounds": 2, "commit_budget": "all"}, "`commit_budget` must be 'uniform' or a number"),
+            ({"num_rounds": 2, "fresh_noise": "no"}, "`fresh_noise` must be `True` or `False`"),
             ({"num_rounds": 2, "commit_budget": -1}, "`commit_budget` must be 'uniform' or a number"),
         ):
             with pytest.raises(ValueError, match=message):

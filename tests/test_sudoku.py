@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+import sudoku as sudoku_example
 import sudoku_puzzles as sudoku
 import torch
 from conftest import build_flm
@@ -108,6 +109,17 @@ class TestMaskedDiffusion:
                 assert own[name] - weight.numel() == (
                     32 if name in ("embed_tokens.weight", "lm_head.weight") else "lm_head.bias" == name
                 )
+
+
+def test_blocks_begin_where_the_solution_does_and_keep_to_the_limit():
+    config = FMLMConfig(
+        vocab_size=10, hidden_size=32, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=162
+    )
+    args = sudoku_example.make_parser().parse_args(["--size", "9"])
+    solve = sudoku_example.solvers(FMLMModel(config).eval(), None, args)["blocks"]
+    known = torch.arange(162)[None] < 81
+    passes = [solve(torch.ones(1, 162, dtype=torch.long), known, limit)[1].item() for limit in (1, 2, 4, 8, 16)]
+    assert passes == [1, 1, 3, 3, 9]  # 81 cells in blocks of 81, 27 and 9
 
 
 def test_example(tmp_path, capsys):

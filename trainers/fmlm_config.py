@@ -85,7 +85,8 @@ class FMLMTrainingArguments(FLMTrainingArguments):
             Between target and model, per token: `"cross_entropy"`, `"kl"`, which is the same up to a constant, or
             `"squared_error"`, summed over the vocabulary.
         diagonal_fraction (`float`, *optional*, defaults to 0.5):
-            The share of the examples with `s = t`, where the target is the teacher's denoiser, or the data.
+            The share of the examples with `s = t`, where the target is the teacher's denoiser, or the data; of those that
+            `masked_probability` leaves.
         boundary_probability (`float`, *optional*, defaults to 1/32):
             How often a pair of different times is the whole way from 0 to 1.
         masked_probability (`float`, *optional*, defaults to 0.0):

@@ -50,7 +50,7 @@ class FMLMTrainer(FLMTrainer):
             Arguments of the training; see [`~FMLMTrainingArguments.from_preset`] for the paper's.
         teacher ([`FLMModel`], a flow map, or `str`, *optional*):
             A trained model over the same vocabulary. Without one, `model` learns from the data (self-distillation).
-        masked_teacher ([`FLMModel`], *optional*):
+        masked_teacher ([`FLMModel`] or `str`, *optional*):
             A masked diffusion model on the network of [`FLMModel`], whose last token is the mask. What it says of masked
             tokens is what the denoiser says of pure noise, and is learned in a share `args.masked_probability` of the examples.
         kwargs:
@@ -78,13 +78,15 @@ class FMLMTrainer(FLMTrainer):
         model: PreTrainedModel | str,
         args: FMLMTrainingArguments | None = None,
         teacher: PreTrainedModel | str | None = None,
-        masked_teacher: FLMModel | None = None,
+        masked_teacher: FLMModel | str | None = None,
         **kwargs,
     ):
         if isinstance(model, str):
             model = AutoModel.from_pretrained(model, dtype=torch.float32)
         if isinstance(teacher, str):
             teacher = AutoModel.from_pretrained(teacher)
+        if isinstance(masked_teacher, str):
+            masked_teacher = AutoModel.from_pretrained(masked_teacher)
         if not isinstance(model, self.model_classes):
             raise TypeError(
                 f"`model` must be a flow map, got `{type(model).__name__}`: use `FMLMModel.from_flm(teacher)`."
@@ -103,13 +105,16 @@ class FMLMTrainer(FLMTrainer):
             raise ValueError("`masked_teacher` and `masked_probability` go together: pass both, or none.")
         if masked_teacher is not None:
             expected = model.config.vocab_size + 1
-            if masked_teacher.config.model_type != "flm" or masked_teacher.config.vocab_size != expected:
+            if type(masked_teacher).__name__ != "FLMModel" or masked_teacher.config.vocab_size != expected:
                 raise ValueError(
-                    f"`masked_teacher` must be an `FLMModel` with {expected} tokens, those of the model and the mask."
+                    f"`masked_teacher` must be an `FLMModel` with {expected} tokens, those of the model and the mask, got "
+                    f"`{type(masked_teacher).__name__}` with {masked_teacher.config.vocab_size}."
                 )
         if args.target == "teacher" and not isinstance(teacher, (FMLMModel, FMLMTwoNetworkModel)):
             raise ValueError("`target='teacher'` needs a `teacher` that is itself a flow map.")
         if isinstance(model, FMLMTwoNetworkModel):
+            if masked_teacher is not None:
+                raise ValueError("`masked_teacher` is for an `FMLMModel`: at noise, a two-network model is its flow.")
             if args.divergence != "squared_error":
                 raise ValueError("A two-network model is not a softmax: it needs `divergence='squared_error'`.")
             if args.diagonal_fraction > 0:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor
 
 from modeling_flm.flow import (
     drift,
@@ -68,8 +68,10 @@ def masked_posterior(network: PreTrainedModel, batch: FlowBatch, autocast: Autoc
     known = (batch.tau_s if batch.tau_s.dim() == 2 else batch.tau_s[:, None]) == 1
     state = network.make_state(torch.where(known, batch.input_ids, mask_token))
     start = torch.zeros(len(state), device=state.device)
-    others = posterior_of(network, state, start, start, batch, autocast).map(lambda all, chunk: all[..., :mask_token])
-    return others.map(lambda some, chunk: some / some.sum(dim=-1, keepdim=True))
+    no_mask = LogitsProcessorList([SuppressTokensLogitsProcessor([mask_token], device=state.device)])
+    with autocast():
+        posterior = network.posterior(state, start, start, batch.attention_mask, no_mask).within(autocast)
+    return posterior.map(lambda probabilities, chunk: probabilities[..., :mask_token])
 
 
 def derivative(

@@ -61,6 +61,12 @@ class MaskedDiffusionTrainer(Trainer):
     cross-entropy counts in inverse proportion to it. Tokens whose label is -100 are known.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = (
+            False  # each batch has a mean of its own, over which accumulated ones are averaged
+        )
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         input_ids, is_target = inputs["input_ids"], inputs["labels"] != -100
         order = torch.randperm(len(input_ids), device=input_ids.device)  # stratified

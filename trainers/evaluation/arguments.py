@@ -21,7 +21,7 @@ from modeling_flm import FLMGenerationConfig
 # What `generate()` takes for every number of steps.
 GENERATION = (
     *("length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos"),
-    *("num_rounds", "commit_threshold", "commit_budget", "block_length"),
+    *("num_rounds", "commit_threshold", "commit_budget", "block_length", "fresh_noise"),
 )
 
 # What the published evaluation did, and how to say it of a flag that contradicts it.
@@ -74,6 +74,10 @@ class EvaluationArguments:
     block_length: int | None = field(
         default=None, metadata={"help": "Write from left to right, so many tokens at a time, each in --num_steps."}
     )
+    fresh_noise: bool | None = field(
+        default=None,
+        metadata={"help": "New noise for what is written again, which is the default; false keeps the old."},
+    )
     guidance_model: str | None = field(
         default=None, metadata={"help": "Name or folder of a worse model to move away from."}
     )
@@ -115,7 +119,7 @@ def check_arguments(args: EvaluationArguments):
         if args.num_steps is not None:
             raise ValueError("`timesteps` sets the number of steps: leave out `num_steps`, also that of a YAML file")
         args.num_steps = [len(args.timesteps) - 1]
-    if (args.commit_budget or "").isdigit():
+    if isinstance(args.commit_budget, str) and args.commit_budget.isdigit():
         args.commit_budget = int(args.commit_budget)
     FLMGenerationConfig(**{name: getattr(args, name) for name in (*GENERATION, "timesteps")})
     args.num_steps = [1, 2, 4, 8] if args.num_steps is None else args.num_steps
