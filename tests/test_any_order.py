@@ -176,6 +176,10 @@ class TestMasked:
                 delta = 0.75 * exact.denoiser(x, times)
                 return torch.cat([delta, torch.full_like(delta, 0.125)], dim=-1).to(state.dtype)
 
+            def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
+                scores = hidden_states.log().flatten(0, 1)
+                return logits_processor(scores[:, :0], scores).softmax(-1).view_as(hidden_states)
+
         ExactMasked.__name__ = "FLMModel"  # which it stands in for
         masked = ExactMasked([(0, 0, 0), (0, 3, 1)], (0.5, 0.5))
         student, exact = ExactFlow(texts, weights), ExactFlow(texts, weights)
