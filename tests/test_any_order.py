@@ -165,7 +165,7 @@ class TestMasked:
         texts, weights = [(0, 0, 0), (0, 1, 1), (1, 1, 0), (1, 0, 1)], (0.4, 0.3, 0.2, 0.1)
 
         class ExactMasked(ExactFlow):
-            """With a mask after the two tokens, and probabilities of nothing for it."""
+            """With a mask after the two tokens, of which it says as much."""
 
             config_class = FMLMConfig
 
@@ -174,7 +174,7 @@ class TestMasked:
                 x, times = state[..., :2].masked_fill(is_mask, 0.0), torch.where(is_mask[..., 0], 0.0, 1.0)
                 exact = ExactFlow(texts, weights)
                 delta = 0.75 * exact.denoiser(x, times)
-                return torch.cat([delta, torch.full_like(delta, 0.125)], dim=-1).to(state.dtype)
+                return torch.cat([delta, torch.full_like(delta[..., :1], 0.25)], dim=-1).to(state.dtype)
 
             def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
                 scores = hidden_states.log().flatten(0, 1)
@@ -184,7 +184,7 @@ class TestMasked:
         masked = ExactMasked([(0, 0, 0), (0, 3, 1)], (0.5, 0.5))
         student, exact = ExactFlow(texts, weights), ExactFlow(texts, weights)
         masked.config.model_type, masked.config.vocab_size = "flm", 3
-        masked.embed_tokens.weight.data = torch.eye(3, 4)
+        masked.embed_tokens.weight.data = torch.eye(3)
         trainer = build_trainer_with_mask(tmp_path, student, masked)
         input_ids = torch.tensor([[0, 1, 1], [1, 1, 0], [1, 0, 1]])
         known = torch.tensor([[True, False, False], [False, False, False], [True, True, False]])
