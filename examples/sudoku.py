@@ -23,12 +23,13 @@ Of a training step the flow map's takes longer, by two forward passes for each e
 second time embedding. It sees the whole way more often than the preset says, which short trainings need. Models that are in the
 output directory already are not trained again.
 
-A text is a puzzle and, cell by cell, its solution. The puzzle is given, in training as well; of the solution any part may be
-known. Test puzzles are made of grids that are in no training puzzle.
+A text is a grid, each row after a letter of its own. The letters and the cells of the puzzle are known tokens, in training as
+well, and of the others any may be. Test puzzles are made of grids that are in no training puzzle.
 """
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -60,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, choices=sorted(sudoku.CLUES), default=4, help="of the grid")
     parser.add_argument("--num_puzzles", type=int, default=20_000, help="puzzles to train on")
     parser.add_argument("--num_test_puzzles", type=int, default=500, help="puzzles to solve, of each difficulty")
-    parser.add_argument("--max_steps", type=int, default=2500, help="optimizer steps of each model")
+    parser.add_argument("--max_steps", type=int, default=3000, help="optimizer steps of each model")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--hidden_size", type=int, default=128)
@@ -96,10 +97,31 @@ def sample_puzzles(
     return examples
 
 
+def encode(grid: str) -> list[int]:
+    """The tokens of a grid: a letter for each row, and its digits. The digit n is the token n - 1, the letters come after them."""
+    size = math.isqrt(len(grid))
+    rows = [grid[start : start + size] for start in range(0, len(grid), size)]
+    return [token for number, row in enumerate(rows) for token in (size + number, *(int(digit) - 1 for digit in row))]
+
+
+def decode(tokens: list[int]) -> str:
+    """The grid of tokens."""
+    size = math.isqrt(len(tokens))
+    return "".join(str(token + 1) for place, token in enumerate(tokens) if place % (size + 1))
+
+
+def is_known(puzzle: str) -> list[bool]:
+    """Which tokens of a grid a puzzle gives: letters, and its cells."""
+    return [token >= 0 for token in encode(puzzle)]
+
+
 def build_dataset(examples: list[tuple[str, str]]) -> Dataset:
-    """Texts of a puzzle and its solution, whose labels are at the solution alone. A digit is its own token, 0 a blank."""
-    input_ids = [[int(digit) for digit in puzzle + solution] for puzzle, solution in examples]
-    labels = [[-100] * (len(ids) // 2) + ids[len(ids) // 2 :] for ids in input_ids]
+    """Texts of the solutions, with labels where the puzzle is blank."""
+    input_ids = [encode(solution) for _, solution in examples]
+    labels = [
+        [-100 if known else token for token, known in zip(ids, is_known(puzzle))]
+        for ids, (puzzle, _) in zip(input_ids, examples)
+    ]
     return Dataset.from_dict({"input_ids": input_ids, "labels": labels})
 
 
@@ -150,7 +172,6 @@ def train_masked(config: FMLMConfig, dataset: Dataset, args: argparse.Namespace)
 def solvers(flow_map: FMLMModel, masked, args: argparse.Namespace) -> dict:
     """Ways to solve puzzles: from tokens, known where the puzzle is, and a limit of forward passes to texts and their cost."""
     generator, device = torch.Generator(), flow_map.device
-    num_cells = args.size**2
 
     def write(input_ids, known, **options):
         generator.manual_seed(args.seed)
@@ -168,9 +189,8 @@ def solvers(flow_map: FMLMModel, masked, args: argparse.Namespace) -> dict:
         return PosteriorRefinement(num_rounds=limit, threshold=args.commit_threshold)
 
     def blocks(input_ids, known, limit):
-        # Blocks begin where the solution does: the longest that the puzzle is a multiple of, and that are enough.
-        length = next(n for n in range(-(-num_cells // limit), num_cells + 1) if num_cells % n == 0)
-        return write(input_ids, known, block_length=length, num_steps=1)
+        num_rows = -(-args.size // limit)
+        return write(input_ids, known, block_length=num_rows * (args.size + 1), num_steps=1)
 
     return {
         "flow map": lambda ids, known, limit: write(ids, known, num_steps=limit),
@@ -184,16 +204,15 @@ def solvers(flow_map: FMLMModel, masked, args: argparse.Namespace) -> dict:
 
 def measure(ways: dict, examples: list[tuple[str, str]], difficulty: str) -> list[dict]:
     """The share of the puzzles that each way solves, and what it costs."""
-    input_ids = torch.tensor(build_dataset(examples)["input_ids"])
-    num_cells = input_ids.shape[1] // 2
-    known = (torch.arange(2 * num_cells) < num_cells).expand_as(input_ids)
+    input_ids = torch.tensor([encode(solution) for _, solution in examples])
+    known = torch.tensor([is_known(puzzle) for puzzle, _ in examples])
     rows = []
     for name, solve in ways.items():
         for limit in FORWARD_PASSES:
             tokens, num_passes = (result.cpu() for result in solve(input_ids * known, known, limit))
-            answers = ["".join(map(str, answer)) for answer in tokens[:, num_cells:].tolist()]
+            answers = [decode(answer) for answer in tokens.tolist()]
             solved = [sudoku.is_solved(puzzle, answer) for (puzzle, _), answer in zip(examples, answers)]
-            cells = (tokens == input_ids)[:, num_cells:].float().mean().item()
+            cells = (tokens == input_ids)[~known].float().mean().item()
             row = {
                 "difficulty": difficulty,
                 "way": name,
@@ -258,9 +277,7 @@ def _plain(given: str, digit: str, is_known: bool) -> str:
 
 def show(flow_map: FMLMModel, puzzle: str, args: argparse.Namespace):
     """A puzzle being solved, round by round."""
-    num_cells = args.size**2
-    input_ids = torch.tensor([[int(digit) for digit in puzzle] + [0] * num_cells])
-    known = torch.arange(2 * num_cells)[None] < num_cells
+    input_ids, known = torch.tensor([encode(puzzle)]), torch.tensor([is_known(puzzle)])
     output = flow_map.generate(
         input_ids,
         prompt_mask=known,
@@ -270,11 +287,11 @@ def show(flow_map: FMLMModel, puzzle: str, args: argparse.Namespace):
         output_drafts=True,
         return_dict_in_generate=True,
     )
-    commit_rounds = output.commit_rounds[0, num_cells:]
+    is_cell = torch.arange(input_ids.shape[1]) % (args.size + 1) > 0
+    commit_rounds = output.commit_rounds[0, is_cell]
     for round, draft in enumerate(output.drafts[0, : commit_rounds.max()], start=1):
-        answer = "".join(map(str, draft[num_cells:].tolist()))
         print(f"\n  after forward pass {round}\n")
-        print(draw_grid(puzzle, answer, (commit_rounds <= round).tolist()), flush=True)
+        print(draw_grid(puzzle, decode(draft.tolist()), (commit_rounds <= round).tolist()), flush=True)
         if sys.stdout.isatty():
             time.sleep(0.7)
 
@@ -289,11 +306,11 @@ def main(args: argparse.Namespace):
     dataset = build_dataset(examples)
     print(f"Learning from {len(dataset):,} puzzles of {args.size} x {args.size}, such as {examples[0][0]}\n")
     config = FMLMConfig(
-        vocab_size=args.size + 1,
+        vocab_size=2 * args.size,
         hidden_size=args.hidden_size,
         num_hidden_layers=args.num_hidden_layers,
         num_attention_heads=args.num_attention_heads,
-        max_position_embeddings=2 * args.size**2,
+        max_position_embeddings=args.size * (args.size + 1),
         dropout=0.0,
         attn_logit_softcapping=None,
         per_token_timesteps=True,

@@ -125,6 +125,19 @@ def test_steering(tmp_path, monkeypatch, capsys):
     assert "Training" not in output and "Distilling" not in output
 
 
+@pytest.mark.slow
+def test_any_order(tmp_path):
+    options = [*TestQuickstart.options, "--prompt_steps", 8, "--output_dir", tmp_path]
+    run_here("any_order", *options)
+    rows = json.loads((tmp_path / "any_order.json").read_text())
+    assert {row["model"] for row in rows} == {"flm", "fmlm", "fmlm_plus", "fmlm_prompts"}
+    rounds = [row["forward_passes"] for row in rows if row["part"] == "rounds, no threshold"]
+    assert rounds == [2, 4, 8] * 2
+    assert all(row["forward_passes"] <= 8 for row in rows if row["part"].startswith("rounds"))
+    assert (tmp_path / "any_order.png").stat().st_size > 10_000
+    assert AutoModel.from_pretrained(tmp_path / "fmlm_plus").config.time_reparameterization is None
+
+
 class TestTrainingScripts:
     def arguments(self, corpus, output_dir, **overrides):
         options = {

@@ -111,15 +111,26 @@ class TestMaskedDiffusion:
                 )
 
 
-def test_blocks_begin_where_the_solution_does_and_keep_to_the_limit():
+def test_texts_are_grids_of_which_the_puzzle_is_known():
+    solution = "1234341221434321"
+    puzzle = "1" + "0" * 14 + "1"
+    tokens = sudoku_example.encode(solution)
+    assert tokens[:10] == [4, 0, 1, 2, 3, 5, 2, 3, 0, 1] and sudoku_example.decode(tokens) == solution
+    assert [n for n, known in enumerate(sudoku_example.is_known(puzzle)) if known] == [0, 1, 5, 10, 15, 19]
+    labels = sudoku_example.build_dataset([(puzzle, solution)])[0]["labels"]
+    assert [n for n, label in enumerate(labels) if label == -100] == [0, 1, 5, 10, 15, 19]
+
+
+def test_blocks_keep_to_the_limit():
     config = FMLMConfig(
-        vocab_size=10, hidden_size=32, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=162
+        vocab_size=18, hidden_size=32, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=90
     )
     args = sudoku_example.make_parser().parse_args(["--size", "9"])
     solve = sudoku_example.solvers(FMLMModel(config).eval(), None, args)["blocks"]
-    known = torch.arange(162)[None] < 81
-    passes = [solve(torch.ones(1, 162, dtype=torch.long), known, limit)[1].item() for limit in (1, 2, 4, 8, 16)]
-    assert passes == [1, 1, 3, 3, 9]  # 81 cells in blocks of 81, 27 and 9
+    tokens = torch.tensor([sudoku_example.encode("0" * 81)])
+    known = torch.tensor([sudoku_example.is_known("0" * 81)])
+    passes = [solve(tokens * known, known, limit)[1].item() for limit in (1, 2, 4, 8, 16)]
+    assert passes == [1, 2, 3, 5, 9]  # blocks of 9, 5, 3, 2 and 1 rows
 
 
 def test_example(tmp_path, capsys):
