@@ -24,14 +24,13 @@ import argparse
 import json
 from pathlib import Path
 
-import grammar
 import matplotlib
 import steering
-from quickstart import distillation_settings, load_stories, new_flm, training_settings
+from quickstart import distillation_settings, load_stories
 from steering import Measurements, train_flm, train_fmlm, trained
 
-from modeling_flm import BridgeSamplerConfig, FMLMModel
-from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+from modeling_flm import BridgeSamplerConfig, FLMModel, FMLMModel
+from trainers import FMLMTrainer, FMLMTrainingArguments
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen
@@ -46,36 +45,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 THRESHOLD = 0.9  # of posterior refinement
 
-# What FMLM+ is: told the time of each token, which is not reparameterized, and trained from any known tokens.
-ANY_ORDER = {"per_token_timesteps": True, "time_reparameterization": None}
-ANY_TOKENS = {"prompt_fraction": 1.0, "prompt_kinds": ["independent"]}
 
-
-def train_any_order(tokenizer, dataset, args: argparse.Namespace) -> FMLMModel:
-    """FMLM+ in as many steps as the FLM and the FMLM together: its own FLM first, which then is its teacher."""
-
-    def make_flm_trainer() -> FLMTrainer:
-        settings = training_settings(args, "flm_plus", args.max_steps)
-        return FLMTrainer(
-            new_flm(args, tokenizer, grammar.NUM_WORDS, **ANY_ORDER),
-            FLMTrainingArguments(**settings, **ANY_TOKENS),
-            train_dataset=dataset,
-            processing_class=tokenizer,
-        )
-
-    teacher = trained("Training", "flm_plus", args, make_flm_trainer)
+def train_any_order(name: str, teacher: FLMModel, tokenizer, dataset, args: argparse.Namespace) -> FMLMModel:
+    """A flow map in any order with an FLM as its teacher, from whose weights it starts."""
 
     def make_trainer() -> FMLMTrainer:
-        settings = distillation_settings(args, "fmlm_plus", args.distillation_steps)
+        settings = distillation_settings(args, name, args.distillation_steps)
         return FMLMTrainer(
-            FMLMModel.from_flm(teacher),
+            FMLMModel.from_flm(teacher, per_token_timesteps=True),
             FMLMTrainingArguments.from_preset("any_order", **settings),
             teacher=teacher,
             train_dataset=dataset,
             processing_class=tokenizer,
         )
 
-    return trained("Distilling", "fmlm_plus", args, make_trainer)
+    return trained("Distilling", name, args, make_trainer)
 
 
 def measure(measurements: Measurements):
@@ -140,7 +124,7 @@ def main(args: argparse.Namespace):
     models["fmlm"] = train_fmlm("fmlm", models["flm"], 0.0, *common)
     flm_prompts = train_flm("flm_prompts", args.prompt_steps, args.prompt_fraction, *common)
     models["fmlm_prompts"] = train_fmlm("fmlm_prompts", flm_prompts, args.prompt_fraction, *common)
-    models["fmlm_plus"] = train_any_order(*common)
+    models["fmlm_plus"] = train_any_order("fmlm_plus", models["flm"], *common)
     measurements = Measurements(models, tokenizer, args)
     measure(measurements)
     folder = Path(args.output_dir)
