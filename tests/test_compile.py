@@ -60,7 +60,7 @@ def test_training(preset, backend, tmp_path):
     [
         {"target": "lagrangian", "target_network": "ema"},
         pytest.param({"preset": "single_stage", "target_network": "ema"}, marks=pytest.mark.slow),
-        {"preset": "any_order"},
+        pytest.param({"preset": "any_order"}, marks=pytest.mark.slow),
         pytest.param({"preset": "second_stage"}, marks=pytest.mark.slow),
         pytest.param(
             {"target": "eulerian", "divergence": "squared_error", "boundary_probability": 0.0}, marks=pytest.mark.slow

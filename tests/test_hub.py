@@ -28,7 +28,15 @@ REPO_ID = "tester/tiny"
 PUBLISHED = {
     *("README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors", "training.json"),
     *("tokenizer.json", "tokenizer_config.json"),
-    *("configuration_flm.py", "modeling_flm.py", "generation_flm.py", "pipeline_flm.py", "flow.py", "losses.py"),
+    *(
+        "commitment_flm.py",
+        "configuration_flm.py",
+        "modeling_flm.py",
+        "generation_flm.py",
+        "pipeline_flm.py",
+        "flow.py",
+        "losses.py",
+    ),
     *(
         "backbone_flm.py",
         "joint_noise.py",

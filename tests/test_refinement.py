@@ -61,6 +61,9 @@ class Numbered:
         self.device = "cpu"
 
 
+PATHS = ["whole", *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 7, "compiled"))]
+
+
 class TestPublishedValues:
     @pytest.mark.parametrize("name", SIZES["known"])
     def test_blocks(self, name, path):
@@ -70,6 +73,7 @@ class TestPublishedValues:
             tokens = model.generate(**known_of(name), **options, fresh_noise=False, **sampling(path))
             assert torch.equal(tokens, VALUES[f"plus.block_{block_length}_{num_steps}_{name}_tokens"])
 
+    @pytest.mark.parametrize("path", PATHS, indirect=True)
     @pytest.mark.parametrize("name", SIZES["known"])
     def test_refinement(self, name, path, monkeypatch):
         model = convert(FOLDER / "fmlm_plus.ckpt")
@@ -278,9 +282,9 @@ class TestGenerate:
         output = model.generate(block_length=2, **options)
         assert output.num_forward_passes.eq(1).all()
         assert output.sequences[:, 0].eq(7).all() and output.sequences[:, 1:].eq(1).all()
-        prompt = torch.full((1, 3), 7)  # does not end the text
+        prompt = torch.tensor([[7, 7, 3]])  # does not end the text
         output = model.generate(prompt, block_length=2, **options)
-        assert output.sequences.tolist() == [[7] * 4 + [1] * 8] * 3 and output.num_forward_passes.eq(1).all()
+        assert output.sequences.tolist() == [[7, 7, 3, 7] + [1] * 8] * 3 and output.num_forward_passes.eq(1).all()
         output = model.generate(num_rounds=4, **options)
         assert output.sequences[:, 1:].eq(1).all() and output.num_forward_passes.eq(1).all()
         assert model.generate(block_length=2, **{**options, "pad_after_eos": False}).num_forward_passes.eq(6).all()
