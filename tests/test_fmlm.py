@@ -579,8 +579,8 @@ class TestTraining:
         [
             {"preset": "single_stage"},
             {"preset": "second_stage"},
-            {"preset": "two_network", "max_steps": 50},
-            {"target": "lagrangian"},
+            pytest.param({"preset": "two_network", "max_steps": 50}, marks=pytest.mark.slow),
+            pytest.param({"target": "lagrangian"}, marks=pytest.mark.slow),
             {"target": "eulerian", "divergence": "squared_error", "boundary_probability": 0.0},
         ],
         ids=["semigroup", "teacher", "two_network", "lagrangian", "eulerian"],
@@ -640,7 +640,7 @@ class TestTraining:
         for name in ("loss", "loss_diagonal", "loss_off_diagonal"):
             assert logged(small, name) == pytest.approx(logged(large, name), rel=1e-4)
 
-    @pytest.mark.parametrize("preset", ["single_stage", "any_order"])
+    @pytest.mark.parametrize("preset", ["single_stage", pytest.param("any_order", marks=pytest.mark.slow)])
     def test_two_processes_learn_what_one_does(self, preset, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "prompt_fraction": 0.7, "distill": True}
         options["preset"] = preset
@@ -650,7 +650,8 @@ class TestTraining:
             assert logged(two[0]["log"], name) == pytest.approx(logged(one["log"], name), rel=1e-3)
 
     @pytest.mark.parametrize(
-        "preset", ["single_stage", "any_order", pytest.param("two_network", marks=pytest.mark.slow)]
+        "preset",
+        ["any_order", *(pytest.param(each, marks=pytest.mark.slow) for each in ("single_stage", "two_network"))],
     )
     def test_sharded_weights_learn_what_whole_ones_do(self, preset, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "ema_decay": 0.9, "preset": preset}

@@ -145,7 +145,7 @@ class TestDistribution:
 
     @pytest.mark.parametrize("loop", LOOPS, ids=str)
     def test_is_exact_for_an_exact_flow_map(self, loop):
-        model = CertainFlowMap(TEXTS, WEIGHTS, num_steps=60)
+        model = CertainFlowMap(TEXTS, WEIGHTS, num_steps=40)
         tokens = model.generate(generator=seed(), **{**self.options, **loop})
         assert chi_square(tokens) < LIMIT
 
@@ -153,7 +153,7 @@ class TestDistribution:
     def test_is_exact_with_known_tokens(self, loop):
         texts = list(itertools.product((0, 1), repeat=3))
         weights = torch.tensor([0.25, 0.05, 0.1, 0.15, 0.02, 0.2, 0.13, 0.1])
-        model = CertainFlowMap(texts, tuple(weights.tolist()), num_steps=60)
+        model = CertainFlowMap(texts, tuple(weights.tolist()), num_steps=40)
         prompt = {"input_ids": torch.tensor([[0, 1, 0]]), "prompt_mask": torch.tensor([[0, 1, 0]])}
         tokens = model.generate(**prompt, generator=seed(), **{**self.options, **loop})
         chosen = [index for index, text in enumerate(texts) if text[1] == 1]
@@ -163,7 +163,7 @@ class TestDistribution:
     def test_kept_noise_is_biased_where_tokens_depend_on_each_other(self):
         """What a token started from has decided the others, too: it is not independent of those that are known by now."""
         texts, weights = [(0, 0), (0, 1), (1, 1)], (0.5, 0.2, 0.3)
-        model = CertainFlowMap(texts, weights, num_steps=60)
+        model = CertainFlowMap(texts, weights, num_steps=40)
         options = {**self.options, "block_length": 1}
         kept = model.generate(generator=seed(), fresh_noise=False, **options)
         fresh = model.generate(generator=seed(), **options)
