@@ -135,7 +135,7 @@ def test_any_order(tmp_path):
     assert rounds == [2, 4, 8] * 2
     assert all(row["forward_passes"] <= 8 for row in rows if row["part"].startswith("rounds"))
     assert (tmp_path / "any_order.png").stat().st_size > 10_000
-    assert AutoModel.from_pretrained(tmp_path / "fmlm_plus").config.time_reparameterization is None
+    assert AutoModel.from_pretrained(tmp_path / "fmlm_plus").config.per_token_timesteps
 
 
 class TestTrainingScripts:
