@@ -25,12 +25,19 @@ can also stand in a YAML file, given as the first argument; flags after it take 
 
 from dataclasses import dataclass, field
 
-import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, set_seed
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from trainers import PRESETS, FMLMTrainer, FMLMTrainingArguments, add_special_tokens
-from trainers.scripts import DataArguments, ScriptParser, load_datasets, pack_datasets, read_data_settings, run
+from trainers.scripts import (
+    DataArguments,
+    ScriptParser,
+    load_datasets,
+    load_model,
+    pack_datasets,
+    read_data_settings,
+    run,
+)
 
 
 @dataclass
@@ -62,7 +69,7 @@ def get_student(
     if arguments.preset == "any_order":
         told["time_reparameterization"] = None
     if arguments.student is not None:
-        return AutoModel.from_pretrained(arguments.student, dtype=torch.float32, **options, **told)
+        return load_model("student", arguments.student, told, **options)
     overrides = {"dropout": arguments.dropout, "learned_loss_weighting": arguments.learned_loss_weighting}
     overrides = {name: value for name, value in overrides.items() if value is not None} | told
     # What the second stage imitates has the FLM in it.

@@ -23,13 +23,12 @@ Every flag can also stand in a YAML file, given as the first argument; flags aft
 
 from dataclasses import dataclass, field
 
-import torch
 import yaml
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from modeling_flm import FLMConfig, FLMModel
 from trainers import FLMTrainer, FLMTrainingArguments, add_special_tokens, find_text_column, train_tokenizer
-from trainers.scripts import DataArguments, ScriptParser, load_datasets, pack_datasets, run
+from trainers.scripts import DataArguments, ScriptParser, load_datasets, load_model, pack_datasets, run
 
 
 @dataclass
@@ -73,6 +72,18 @@ def get_tokenizer(arguments: ModelArguments, texts, training_args: FLMTrainingAr
         return AutoTokenizer.from_pretrained(training_args.output_dir)
 
 
+def load_data(
+    model_args: ModelArguments, data_args: DataArguments, training_args: FLMTrainingArguments
+) -> tuple[dict, PreTrainedTokenizerBase]:
+    """The texts that the arguments name, by split, and the tokenizer."""
+    dataset = load_datasets(data_args)
+    column = find_text_column(dataset["train"], data_args.text_column)
+    # A stream may be endless: its start will do for a tokenizer.
+    texts = (row[column] for row in dataset["train"].take(100_000))
+    tokenizer = get_tokenizer(model_args, texts, training_args)
+    return dataset, tokenizer
+
+
 def get_model(
     arguments: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
@@ -85,19 +96,8 @@ def get_model(
     if arguments.model_name_or_path is not None:
         if arguments.config_overrides is not None:
             raise SystemExit("--config_overrides is for a new model, and does not go with --model_name_or_path.")
-        # Any model can be told times per token from now on, but not count time differently.
-        options |= {name: value for name, value in told.items() if name == "per_token_timesteps"}
-        model = AutoModel.from_pretrained(
-            arguments.model_name_or_path,
-            trust_remote_code=arguments.trust_remote_code,
-            dtype=torch.float32,
-            **options,
-        )
-        if different := [name for name, value in told.items() if getattr(model.config, name) != value]:
-            raise SystemExit(
-                f"--model_name_or_path: its {', '.join(different)} is another than the preset's; choose another preset."
-            )
-        return model
+        options["trust_remote_code"] = arguments.trust_remote_code
+        return load_model("model_name_or_path", arguments.model_name_or_path, told, **options)
     overrides = yaml.safe_load("{" + (arguments.config_overrides or "").replace("=", ": ") + "}")
     if unknown := sorted(name for name in overrides if not hasattr(FLMConfig(), name)):
         raise SystemExit(f"--config_overrides: FLMConfig has no {', '.join(unknown)}")
@@ -118,11 +118,7 @@ def make_parser() -> ScriptParser:
 
 def main(model_args: ModelArguments, data_args: DataArguments, training_args: FLMTrainingArguments):
     set_seed(training_args.seed)
-    dataset = load_datasets(data_args)
-    column = find_text_column(dataset["train"], data_args.text_column)
-    # A stream may be endless: its start will do for a tokenizer.
-    texts = (row[column] for row in dataset["train"].take(100_000))
-    tokenizer = get_tokenizer(model_args, texts, training_args)
+    dataset, tokenizer = load_data(model_args, data_args, training_args)
     told = {"per_token_timesteps": True} if training_args.prompt_fraction > 0 else {}
     model = get_model(model_args, tokenizer, data_args.block_size, **told)
     packed = pack_datasets(dataset, data_args, tokenizer, model.config.max_position_embeddings, training_args)

@@ -23,12 +23,12 @@ map starts from the weights of a masked diffusion model on the same network, who
 
 from dataclasses import dataclass, field
 
-from train_flm import ModelArguments, get_model, get_tokenizer
+from train_flm import ModelArguments, get_model, load_data
 from transformers import AutoModel, set_seed
 
 from modeling_flm import FMLMModel
-from trainers import PRESETS, FMLMTrainer, FMLMTrainingArguments, find_text_column
-from trainers.scripts import DataArguments, ScriptParser, load_datasets, pack_datasets, run
+from trainers import PRESETS, FMLMTrainer, FMLMTrainingArguments
+from trainers.scripts import DataArguments, ScriptParser, pack_datasets, run
 
 
 @dataclass
@@ -60,11 +60,7 @@ def main(model_args: FlowMapArguments, data_args: DataArguments, training_args: 
         for name in ("model_name_or_path", "config_overrides"):
             if getattr(model_args, name) is not None:
                 raise SystemExit(f"--{name} does not go with --masked_model, which gives weights and sizes.")
-    dataset = load_datasets(data_args)
-    column = find_text_column(dataset["train"], data_args.text_column)
-    # A stream may be endless: its start will do for a tokenizer.
-    texts = (row[column] for row in dataset["train"].take(100_000))
-    tokenizer = get_tokenizer(model_args, texts, training_args)
+    dataset, tokenizer = load_data(model_args, data_args, training_args)
     any_order = {"per_token_timesteps": True, "time_reparameterization": None}
     told = any_order if model_args.preset == "any_order" else {}
     masked_model = None

@@ -315,6 +315,12 @@ class TestFlowMapScript:
         model, arguments = self.train("distill_fmlm", tmp_path, teacher=teacher, preset="any_order")
         assert model.config.per_token_timesteps and model.config.time_reparameterization is None
         assert arguments["prompt_kinds"] == ["independent"]
+        # It goes on in this preset, and a student that counts time differently does not.
+        options = {"teacher": teacher, "preset": "any_order", "student": tmp_path}
+        self.train("distill_fmlm", tmp_path / "again", **options)
+        self.train("distill_fmlm", tmp_path / "other", teacher=teacher)
+        with pytest.raises(SystemExit, match="--student: its time_reparameterization is another than the preset's"):
+            self.train("distill_fmlm", tmp_path / "no", **{**options, "student": tmp_path / "other"})
 
 
 class TestGenerate:

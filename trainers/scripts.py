@@ -22,8 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
 import yaml
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoModel, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from hub.records import DATA_SETTINGS_NAME
@@ -164,6 +165,23 @@ def load_datasets(arguments: DataArguments) -> dict:
     if arguments.streaming:  # tables are shuffled by the trainer
         dataset["train"] = dataset["train"].shuffle(seed=0, buffer_size=10_000)
     return dataset
+
+
+def load_model(flag: str, name: str, told: dict, **options) -> PreTrainedModel:
+    """
+    A trained model to go on from. Any can be told times per token from now on, but none can count time differently.
+
+    Args:
+        flag (`str`): The flag that names it.
+        name (`str`): Its name, or its folder.
+        told (`dict`): Settings that it must have, such as `per_token_timesteps`.
+        options: Arguments of `from_pretrained`.
+    """
+    options |= {name: value for name, value in told.items() if name == "per_token_timesteps"}
+    model = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
+    if different := [name for name, value in told.items() if getattr(model.config, name) != value]:
+        raise SystemExit(f"--{flag}: its {', '.join(different)} is another than the preset's; choose another preset.")
+    return model
 
 
 def pack_datasets(
