@@ -21,16 +21,14 @@ Models that are in the output directory already, such as those of examples/steer
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
 import steering
-from quickstart import distillation_settings, load_stories
-from steering import Measurements, train_flm, train_fmlm, trained
+from quickstart import load_stories
+from steering import Measurements, report, train_fmlm, train_models
 
-from modeling_flm import BridgeSamplerConfig, FLMModel, FMLMModel
-from trainers import FMLMTrainer, FMLMTrainingArguments
+from modeling_flm import BridgeSamplerConfig
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen
@@ -44,22 +42,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 THRESHOLD = 0.9  # of posterior refinement
-
-
-def train_any_order(name: str, teacher: FLMModel, tokenizer, dataset, args: argparse.Namespace) -> FMLMModel:
-    """A flow map in any order with an FLM as its teacher, from whose weights it starts."""
-
-    def make_trainer() -> FMLMTrainer:
-        settings = distillation_settings(args, name, args.distillation_steps)
-        return FMLMTrainer(
-            FMLMModel.from_flm(teacher, per_token_timesteps=True),
-            FMLMTrainingArguments.from_preset("any_order", **settings),
-            teacher=teacher,
-            train_dataset=dataset,
-            processing_class=tokenizer,
-        )
-
-    return trained("Distilling", name, args, make_trainer)
 
 
 def measure(measurements: Measurements):
@@ -119,18 +101,13 @@ def plot(rows: list[dict], path: Path):
 
 def main(args: argparse.Namespace):
     tokenizer, dataset, _ = load_stories(args.seed)
-    common = (tokenizer, dataset, args)
-    models = {"flm": train_flm("flm", args.max_steps, 0.0, *common)}
-    models["fmlm"] = train_fmlm("fmlm", models["flm"], 0.0, *common)
-    flm_prompts = train_flm("flm_prompts", args.prompt_steps, args.prompt_fraction, *common)
-    models["fmlm_prompts"] = train_fmlm("fmlm_prompts", flm_prompts, args.prompt_fraction, *common)
-    models["fmlm_plus"] = train_any_order("fmlm_plus", models["flm"], *common)
+    models = train_models(tokenizer, dataset, args)
+    # FMLM+, with the FLM as its teacher, from whose weights it starts
+    options = {"preset": "any_order", "per_token_timesteps": True}
+    models["fmlm_plus"] = train_fmlm("fmlm_plus", models["flm"], 1.0, tokenizer, dataset, args, **options)
     measurements = Measurements(models, tokenizer, args)
     measure(measurements)
-    folder = Path(args.output_dir)
-    (folder / "any_order.json").write_text(json.dumps(measurements.rows, indent=2) + "\n")
-    plot(measurements.rows, folder / "any_order.png")
-    print(f"\nPlot: {folder / 'any_order.png'}")
+    report("any_order", measurements.rows, plot, args)
 
 
 if __name__ == "__main__":

@@ -94,13 +94,20 @@ def train_flm(
 
 
 def train_fmlm(
-    name: str, teacher: FLMModel, prompt_fraction: float, tokenizer, dataset: Dataset, args: argparse.Namespace
+    name: str,
+    teacher: FLMModel,
+    prompt_fraction: float,
+    tokenizer,
+    dataset: Dataset,
+    args: argparse.Namespace,
+    preset: str = "single_stage",
+    **config_overrides,
 ) -> FMLMModel:
     def make_trainer() -> FMLMTrainer:
         settings = distillation_settings(args, name, args.distillation_steps)
         return FMLMTrainer(
-            FMLMModel.from_flm(teacher),
-            FMLMTrainingArguments.from_preset("single_stage", **settings, prompt_fraction=prompt_fraction),
+            FMLMModel.from_flm(teacher, **config_overrides),
+            FMLMTrainingArguments.from_preset(preset, **settings, prompt_fraction=prompt_fraction),
             teacher=teacher,
             train_dataset=dataset,
             processing_class=tokenizer,
@@ -220,24 +227,35 @@ def plot(rows: list[dict], path: Path):
     plt.close(figure)
 
 
-def main(args: argparse.Namespace):
-    tokenizer, dataset, _ = load_stories(args.seed)
+def train_models(tokenizer, dataset: Dataset, args: argparse.Namespace) -> dict[str, PreTrainedModel]:
+    """The FLM and its FMLM, and those that learn to complete what is known."""
     common = (tokenizer, dataset, args)
     models = {"flm": train_flm("flm", args.max_steps, 0.0, *common)}
-    models["weak"] = train_flm("weak", args.max_steps // 5, 0.0, *common)
     models["fmlm"] = train_fmlm("fmlm", models["flm"], 0.0, *common)
     models["flm_prompts"] = train_flm("flm_prompts", args.prompt_steps, args.prompt_fraction, *common)
     models["fmlm_prompts"] = train_fmlm("fmlm_prompts", models["flm_prompts"], args.prompt_fraction, *common)
+    return models
+
+
+def report(name: str, rows: list[dict], plot: Callable[[list[dict], Path], None], args: argparse.Namespace):
+    """Writes what was measured, and the plot of it."""
+    folder = Path(args.output_dir)
+    (folder / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n")
+    plot(rows, folder / f"{name}.png")
+    print(f"\nPlot: {folder / f'{name}.png'}")
+
+
+def main(args: argparse.Namespace):
+    tokenizer, dataset, _ = load_stories(args.seed)
+    models = train_models(tokenizer, dataset, args)
+    models["weak"] = train_flm("weak", args.max_steps // 5, 0.0, tokenizer, dataset, args)
 
     measurements = Measurements(models, tokenizer, args)
     measurements.guidance()
     measurements.fresh_noise()
     measurements.reward()
     measurements.infills()
-    folder = Path(args.output_dir)
-    (folder / "steering.json").write_text(json.dumps(measurements.rows, indent=2) + "\n")
-    plot(measurements.rows, folder / "steering.png")
-    print(f"\nPlot: {folder / 'steering.png'}")
+    report("steering", measurements.rows, plot, args)
 
 
 if __name__ == "__main__":

@@ -254,25 +254,17 @@ def plot(rows: list[dict], path: Path):
     plt.close(figure)
 
 
-def draw_grid(puzzle: str, answer: str, is_known: list[bool]) -> str:
+def draw_grid(puzzle: str, answer: str, known_by_now: list[bool]) -> str:
     """A grid for the terminal: given cells in bold, those that are known by now plain, and what may still change dim."""
-    size = int(len(puzzle) ** 0.5)
-    lines = []
-    for row in range(size):
-        cells = []
-        for cell in range(row * size, (row + 1) * size):
-            style = "1" if puzzle[cell] != "0" else "0" if is_known[cell] else "2"
-            cells.append(
-                f"\033[{style}m{answer[cell]}\033[0m"
-                if sys.stdout.isatty()
-                else _plain(puzzle[cell], answer[cell], is_known[cell])
-            )
-        lines.append("    " + " ".join(cells))
-    return "\n".join(lines)
-
-
-def _plain(given: str, digit: str, is_known: bool) -> str:
-    return f"[{digit}]" if given != "0" else f" {digit} " if is_known else f" {digit}?"
+    styles = {"given": "\033[1m{}\033[0m", "known": "\033[0m{}\033[0m", "open": "\033[2m{}\033[0m"}
+    if not sys.stdout.isatty():
+        styles = {"given": "[{}]", "known": " {} ", "open": " {}?"}
+    cells = [
+        styles["given" if given != "0" else "known" if known else "open"].format(digit)
+        for given, digit, known in zip(puzzle, answer, known_by_now)
+    ]
+    size = math.isqrt(len(puzzle))
+    return "\n".join("    " + " ".join(cells[start : start + size]) for start in range(0, len(cells), size))
 
 
 def show(flow_map: FMLMModel, puzzle: str, args: argparse.Namespace):

@@ -89,12 +89,13 @@ def _is_flow_map(names: Iterable[str]) -> bool:
 
 def _times(checkpoint: Checkpoint) -> dict[str, Any]:
     """How a network counts time, which its tensors do not tell: FMLM+ has a time for every token, and no reparameterization."""
-    is_any_order = checkpoint.algorithm == "fmlm_plus"
-    is_plain = checkpoint.setting("algo", "skip_time_reparam") is True or is_any_order
-    # A flow map without reparameterization is one, whatever its name is
-    is_any_order |= is_plain and _is_flow_map(checkpoint.tensors)
-    told = {"per_token_timesteps": True} if is_any_order else {}
-    return told | ({"time_reparameterization": None} if is_plain else {})
+    is_named_so = checkpoint.algorithm == "fmlm_plus"
+    is_plain = is_named_so or checkpoint.setting("algo", "skip_time_reparam") is True
+    return {
+        # A flow map without reparameterization is one, whatever its name is.
+        "per_token_timesteps": is_named_so or (is_plain and _is_flow_map(checkpoint.tensors)),
+        "time_reparameterization": None if is_plain else "argmax",
+    }
 
 
 def _softcap(checkpoint: Checkpoint) -> float | None:

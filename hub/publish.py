@@ -51,17 +51,6 @@ from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, read_re
 
 logger = logging.get_logger(__name__)
 
-# What publishing may have written before, and removes where it is no longer there: the code that a model carries, and what
-# models, tokenizers and trainings are saved as.
-_OWN_FILES = (
-    *("modeling_flm.py", *(Path(path).name for path in get_relative_import_files(modeling_flm.modeling_flm.__file__))),
-    *("config.json", "generation_config.json", "training_args.bin"),
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja"),
-    *(TRAINING_NAME, EVALUATION_NAME, DATA_SETTINGS_NAME),
-)
-
 _NUM_ATTEMPTS = 3
 
 # Loads a folder as a user without this package does.
@@ -80,6 +69,28 @@ with open(output, "w") as file:
 
 class PublishError(Exception):
     """A model that could not be published; the message says why, and what was left where."""
+
+
+def _own_files() -> tuple[str, ...]:
+    """
+    Patterns of what publishing may have written before, and removes where it is no longer there: the code that a model carries,
+    and what models, tokenizers and trainings are saved as.
+    """
+    code = get_relative_import_files(modeling_flm.modeling_flm.__file__)
+    return (
+        *("modeling_flm.py", *(Path(path).name for path in code)),
+        *("config.json", "generation_config.json", "training_args.bin"),
+        *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+        *(
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "tokenizer.model",
+            "special_tokens_map.json",
+            "added_tokens.json",
+        ),
+        *("vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja"),
+        *(TRAINING_NAME, EVALUATION_NAME, DATA_SETTINGS_NAME),
+    )
 
 
 def assemble(
@@ -287,10 +298,11 @@ def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, commit
         if card.text.strip() and MARKER not in card.content:
             logger.warning(f"The card of {repo_id} was changed on the Hub, and is left as it is.")
             paths = [path for path in paths if path.name != "README.md"]
+    own_files = _own_files()
     stale = [
         name
         for name in remote
-        if any(fnmatch.fnmatch(name, pattern) for pattern in _OWN_FILES) and not (folder / name).exists()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in own_files) and not (folder / name).exists()
     ]
     operations = [CommitOperationAdd(path.name, path) for path in paths]
     operations += [CommitOperationDelete(name) for name in stale if "/" not in name]

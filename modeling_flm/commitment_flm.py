@@ -32,6 +32,7 @@ class Commitment:
 
     num_rounds: int | None = None
     fresh_noise: bool = False
+    reads_probabilities = False  # of the tokens that were written
 
     @property
     def draws_noise(self) -> bool:
@@ -51,13 +52,14 @@ class Commitment:
         """
         return is_open
 
-    def commit(self, round: int, probabilities: torch.Tensor, is_open: torch.BoolTensor) -> torch.BoolTensor:
+    def commit(self, round: int, probabilities: torch.Tensor | None, is_open: torch.BoolTensor) -> torch.BoolTensor:
         """
         The tokens that are known from now on.
 
         Args:
             round (`int`): The number of the round, from 0.
-            probabilities (`torch.Tensor` of shape `(num_texts, length)`): How likely the written tokens are.
+            probabilities (`torch.Tensor` of shape `(num_texts, length)`, *optional*):
+                How likely the written tokens are, if the rule reads that.
             is_open (`torch.BoolTensor` of shape `(num_texts, length)`): Where tokens are not known.
 
         Returns:
@@ -85,6 +87,8 @@ class PosteriorRefinement(Commitment):
     threshold: float | None = None
     budget: int | str | None = "uniform"
     fresh_noise: bool = True
+
+    reads_probabilities = True
 
     def commit(self, round, probabilities, is_open):
         if round == self.num_rounds - 1:

@@ -327,6 +327,7 @@ class _Run:
     factor: torch.Tensor | None  # of the noise, where any is drawn
     logits_processor: LogitsProcessorList
     reward: Reward | None
+    output_drafts: bool
     stream: "_TextStream | None"
     callback: Callable[[int, int, torch.LongTensor], None] | None
     compile_config: CompileConfig | None
@@ -494,6 +495,7 @@ class FLMGenerationMixin:
             factor=self._get_noise_factor(embedding, model.state_sizes) if needs_noise else None,
             logits_processor=self._prepare_logits_processor(config, logits_processor),
             reward=reward,
+            output_drafts=config.output_drafts,
             stream=None if streamer is None else _TextStream(streamer),
             callback=callback,
             compile_config=compile_config,
@@ -536,16 +538,14 @@ class FLMGenerationMixin:
         """
         config, commitment, prompt = run.config, run.commitment, known
         cost = config.num_steps * (1 if run.reward is None else 2)
-        num_passes = torch.full((len(state),), cost, device=state.device)
         if commitment.num_rounds is None:
             tokens, _, drafts = self._sample(run, state, known, generators)
-            return tokens, drafts, num_passes, None
+            return tokens, drafts, torch.full((len(state),), cost, device=state.device), None
 
         # Streamers, callbacks and drafts are told of rounds, in which finished texts are still there.
-        inner = replace(run, config=copy.copy(config), stream=None, callback=None)
-        inner.config.output_drafts = False
-        state, num_passes, drafts = state.clone(), torch.zeros_like(num_passes), []
-        tokens, commit_rounds = known.tokens.clone(), torch.zeros_like(known.tokens)
+        inner = replace(run, output_drafts=False, stream=None, callback=None)
+        state, tokens, drafts = state.clone(), known.tokens.clone(), []
+        commit_rounds, num_passes = torch.zeros_like(tokens), torch.zeros_like(tokens[:, 0])
         for round in range(commitment.num_rounds):
             is_open = known.is_open
             rows = commitment.due(round, is_open).any(dim=1).nonzero().flatten()
@@ -568,15 +568,17 @@ class FLMGenerationMixin:
                 if run.stream is not None:
                     certain = self._pad_after_eos(tokens, prompt, config) if config.pad_after_eos else tokens
                     run.stream.show(certain, num_certain=int((~known.is_open).long().cumprod(dim=1).sum()))
-            drafts.append(tokens.clone())
+            if run.output_drafts:
+                drafts.append(tokens.clone())
             if run.callback is not None:
                 run.callback(round + 1, commitment.num_rounds, tokens.clone())
-        return known.tokens, torch.stack(drafts, dim=1) if config.output_drafts else None, num_passes, commit_rounds
+        drafts = torch.stack(drafts, dim=1) if run.output_drafts else None
+        return known.tokens, drafts, num_passes, commit_rounds
 
     def _sample_rows(
         self, run: _Run, state: torch.Tensor, known: _Known, rows: torch.Tensor, generators: list[torch.Generator]
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Writes some of the texts of a batch: their tokens, and how likely these are."""
+    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        """Writes some of the texts of a batch: their tokens, and how likely these are if anybody asks."""
         num_rows = len(rows)
         if run.compile_config is not None:  # a step is compiled for a number of texts
             rows = torch.cat([rows, rows[:1].expand(len(state) - num_rows)])
@@ -584,7 +586,7 @@ class FLMGenerationMixin:
                 torch.Generator(each.device) for each in generators[:1] * (len(rows) - num_rows)
             ]
         tokens, probabilities, _ = self._sample(run, state[rows], known[rows], generators)
-        return tokens[:num_rows], probabilities[:num_rows]
+        return tokens[:num_rows], None if probabilities is None else probabilities[:num_rows]
 
     def _sample(
         self, run: _Run, state: torch.Tensor, known: _Known, fresh_generators: list[torch.Generator] | None
@@ -595,7 +597,7 @@ class FLMGenerationMixin:
         """
         config, sampler, compile_config, embedding = run.config, run.sampler, run.compile_config, run.embedding
         shows_drafts = run.stream is not None and run.stream.takes_drafts
-        wants_drafts = config.output_drafts or shows_drafts or run.callback is not None
+        wants_drafts = run.output_drafts or shows_drafts or run.callback is not None
         advance = self._step if compile_config is None else self._get_compiled_step(compile_config)
         if config.timesteps is None:
             tau = torch.linspace(0, 1, config.num_steps + 1, device=state.device)
@@ -632,7 +634,7 @@ class FLMGenerationMixin:
                 noise,
                 is_last=is_last,
                 with_tokens=wants_drafts,
-                with_probabilities=run.commitment.num_rounds is not None,
+                with_probabilities=run.commitment.reads_probabilities,
             )
             if compile_config is not None:  # a CUDA graph writes to the same place every time
                 state, tokens, probabilities = (
@@ -641,7 +643,7 @@ class FLMGenerationMixin:
             tokens = None if tokens is None else known.complete(tokens)
             if shows_drafts and not is_last:
                 run.stream.show(tokens)
-            if config.output_drafts:
+            if run.output_drafts:
                 drafts.append(tokens)
             if run.callback is not None:
                 run.callback(step + 1, config.num_steps, tokens)

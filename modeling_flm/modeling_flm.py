@@ -585,8 +585,6 @@ class FMLMModel(FLMModel):
         check_is_flm(teacher)
         model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
         load_network(model, teacher.state_dict(), config_overrides)
-        nn.init.zeros_(model.target_time_embedding.linear_2.weight)
-        nn.init.zeros_(model.target_time_embedding.linear_2.bias)
         return model.to(teacher.device)
 
     @classmethod
@@ -621,8 +619,6 @@ class FMLMModel(FLMModel):
             start = masked_model.time_embedding(torch.zeros(1, device=masked_model.device))[0]
             model.time_embedding.linear_2.weight.zero_()
             model.time_embedding.linear_2.bias.copy_(start)
-        nn.init.zeros_(model.target_time_embedding.linear_2.weight)
-        nn.init.zeros_(model.target_time_embedding.linear_2.bias)
         return model.to(masked_model.device)
 
     def embed_times(self, tau_s, tau_t):
@@ -672,7 +668,6 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         Returns:
             [`FMLMTwoNetworkModel`], on the device of the teacher and in float32, in which it is to be trained.
         """
-        check_is_flm(teacher)
         config_overrides.setdefault("learned_loss_weighting", True)
         correction = FMLMModel.from_flm(teacher, **config_overrides)
         nn.init.zeros_(correction.lm_head.weight)
@@ -742,12 +737,14 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 
 
 def load_network(model: FMLMModel, weights: dict[str, torch.Tensor], config_overrides: dict):
-    """Loads the weights of an FLM into a flow map of the same sizes, whose other weights stay."""
+    """Loads the weights of an FLM into a flow map of the same sizes, which does not depend yet on the time to go to."""
     new = ("target_time_embedding.", "loss_weighting.")
     expected = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(new)}
     if expected != {name: value.shape for name, value in weights.items()}:
         raise ValueError(f"`config_overrides` must leave all sizes as they are, got {config_overrides}.")
     model.load_state_dict(weights, strict=False)
+    nn.init.zeros_(model.target_time_embedding.linear_2.weight)
+    nn.init.zeros_(model.target_time_embedding.linear_2.bias)
 
 
 def check_is_flm(teacher: PreTrainedModel, argument: str = "teacher"):
@@ -761,14 +758,18 @@ def check_is_flm(teacher: PreTrainedModel, argument: str = "teacher"):
         raise TypeError(f"`{argument}` must be an `FLMModel`, got `{name}`.{hints.get(name, '')}")
 
 
-def flow_map_config(config_class: type[FMLMConfig], teacher: FLMModel, overrides: dict) -> FMLMConfig:
-    """The configuration of a flow map with the sizes, the tokens and the attention of its teacher."""
+def flm_settings(config: FLMConfig) -> dict:
+    """What of a configuration is a setting of every [`FLMConfig`]: sizes, tokens, times and caps."""
     not_settings = ("architectures", "dtype", "model_type", "transformers_version", "_name_or_path")
     names = FLMConfig().to_dict().keys() - set(not_settings)
-    settings = {name: value for name, value in teacher.config.to_dict().items() if name in names}
+    return {name: value for name, value in config.to_dict().items() if name in names}
+
+
+def flow_map_config(config_class: type[FMLMConfig], teacher: FLMModel, overrides: dict) -> FMLMConfig:
+    """The configuration of a flow map with the sizes, the tokens and the attention of its teacher."""
     if unknown := sorted(overrides.keys() - config_class().to_dict().keys()):
         raise ValueError(f"{config_class.__name__} has no setting {', '.join(unknown)}.")
-    config = config_class(**{**settings, **overrides})
+    config = config_class(**{**flm_settings(teacher.config), **overrides})
     config._attn_implementation = teacher.config._attn_implementation
     return config
 

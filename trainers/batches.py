@@ -26,8 +26,6 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
-from modeling_flm.time_reparameterization import TimeMap, translate_tau
-
 
 # Rounding to float32 must not reach 1: as a time, 1 has no noise left.
 _BELOW_ONE = 1 - 2**-24
@@ -80,13 +78,6 @@ class FlowBatch:
         tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "noise"}
         tensors = {name: value[rows] for name, value in tensors.items() if isinstance(value, torch.Tensor)}
         return replace(self, **tensors, noise_seeds=[], noise=None, kinds={})
-
-    def translated(self, source: TimeMap, target: TimeMap) -> FlowBatch:
-        """The same texts, with their times in the reparameterization of another model."""
-        times = {name: getattr(self, name) for name in ("tau_s", "tau_t", "tau_u")}
-        return replace(
-            self, **{name: None if tau is None else translate_tau(tau, source, target) for name, tau in times.items()}
-        )
 
     @property
     def mask(self) -> torch.BoolTensor:

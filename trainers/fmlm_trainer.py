@@ -194,8 +194,7 @@ class FMLMTrainer(FLMTrainer):
     def _state(self, network: PreTrainedModel, batch: FlowBatch, joint_noise: JointNoise) -> torch.Tensor:
         """The noised state of one of the networks. All are noised equally, also where they count time differently."""
         first = [owner for owner, _ in self._embeddings()].index(network)
-        time_map = self.model.time_map
-        return network.make_state(batch.input_ids, batch.tau_s, batch.noise, joint_noise, first, time_map)
+        return network.make_state(batch.input_ids, batch.tau_s, batch.noise, joint_noise, first, self.model.time_map)
 
     def compute_targets(self, batch: FlowBatch, joint_noise: JointNoise) -> tuple[Posterior, torch.Tensor]:
         args, autocast, teacher, network = self.args, self.accelerator.autocast, self.teacher, self._target_network()
@@ -203,12 +202,12 @@ class FMLMTrainer(FLMTrainer):
             # 1. The states that the networks of the targets see
             state = self._state(network, batch, joint_noise)
             flow = network if teacher is None else teacher
-            flow_batch = batch.translated(self.model.time_map, flow.time_map)  # what the teacher is told of the times
+            time_map = self.model.time_map  # of the times of the batch; a teacher may have another
             flow_state = state if teacher is None else self._state(teacher, batch, joint_noise)
             chunks = network.chunks(state)
             weights, parts = torch.ones_like(batch.tau_s), []
             for kind, rows in self._groups(batch):
-                part, own, flow_part = batch[rows], state[rows], flow_batch[rows]
+                part, own = batch[rows], state[rows]
                 seen = own if flow is network else flow_state[rows]
                 # 2. At pure noise: what a masked model says
                 if kind == "masked":
@@ -217,7 +216,7 @@ class FMLMTrainer(FLMTrainer):
                 elif kind == "diagonal" and teacher is None:
                     target = Posterior.of_tokens(part.labels, self.model.config.vocab_size, chunks)
                 elif kind == "diagonal":
-                    target = posterior_of(flow, seen, flow_part.tau_s, flow_part.tau_s, part, autocast)
+                    target = posterior_of(flow, seen, part.tau_s, part.tau_s, part, autocast, time_map)
                 # 4. Where they differ: an identity that the exact flow map obeys, or the teacher's flow map
                 elif args.target == "semigroup":
                     target = semigroup_target(network, own, part, autocast)
@@ -226,9 +225,9 @@ class FMLMTrainer(FLMTrainer):
                 elif args.target == "eulerian":
                     target = eulerian_target(network, own, flow, seen, part, autocast)
                 else:
-                    target = posterior_of(flow, seen, flow_part.tau_s, flow_part.tau_t, part, autocast)
+                    target = posterior_of(flow, seen, part.tau_s, part.tau_t, part, autocast, time_map)
                     # The squared distance of the states that the two maps arrive at
-                    s, t = self.model.time_map.tau_to_t(part.tau_s), self.model.time_map.tau_to_t(part.tau_t)
+                    s, t = time_map.tau_to_t(part.tau_s), time_map.tau_to_t(part.tau_t)
                     weights[rows] = (1 - remaining_noise(s, t)).square()
                 parts.append((rows, target))
             return assemble(parts, len(weights), chunks), weights

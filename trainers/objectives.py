@@ -33,7 +33,7 @@ from modeling_flm.flow import (
     semigroup_weight,
 )
 from modeling_flm.posterior_flm import Posterior, times_of
-from modeling_flm.time_reparameterization import translate_tau
+from modeling_flm.time_reparameterization import TimeMap, translate_tau
 
 from .batches import FlowBatch
 
@@ -48,10 +48,17 @@ def posterior_of(
     tau_t: torch.Tensor,
     batch: FlowBatch,
     autocast: Autocast,
+    time_map: TimeMap | None = None,
+    logits_processor: LogitsProcessorList | None = None,
 ) -> Posterior:
-    r"""The two-time denoiser \\(\delta_{s,t}(x)\\) of a network at a state, of shape `(batch_size, sequence_length, embedding_size)`."""
+    r"""
+    The two-time denoiser \\(\delta_{s,t}(x)\\) of a network at a state, of shape
+    `(batch_size, sequence_length, embedding_size)`. Times are in the reparameterization of `time_map`, by default the network's.
+    """
+    if time_map is not None:
+        tau_s, tau_t = (translate_tau(tau, time_map, network.time_map) for tau in (tau_s, tau_t))
     with autocast():
-        return network.posterior(state, tau_s, tau_t, batch.attention_mask).within(autocast)
+        return network.posterior(state, tau_s, tau_t, batch.attention_mask, logits_processor).within(autocast)
 
 
 def masked_posterior(network: PreTrainedModel, batch: FlowBatch, autocast: Autocast) -> Posterior:
@@ -69,8 +76,7 @@ def masked_posterior(network: PreTrainedModel, batch: FlowBatch, autocast: Autoc
     state = network.make_state(torch.where(known, batch.input_ids, mask_token))
     start = torch.zeros(len(state), device=state.device)
     no_mask = LogitsProcessorList([SuppressTokensLogitsProcessor([mask_token], device=state.device)])
-    with autocast():
-        posterior = network.posterior(state, start, start, batch.attention_mask, no_mask).within(autocast)
+    posterior = posterior_of(network, state, start, start, batch, autocast, logits_processor=no_mask)
     return posterior.map(lambda probabilities, chunk: probabilities[..., :mask_token])
 
 
@@ -137,8 +143,7 @@ def lagrangian_target(
     tangents = (torch.zeros_like(state), torch.zeros_like(tau_s), time_map.dtau_dt(t))
     delta, change = derivative(network, (state, tau_s, tau_t), tangents, batch, autocast)
     arrived = flow_map(flow_state, mean_state(delta, flow, flow_state), s, t)
-    flow_tau = translate_tau(tau_t, time_map, flow.time_map)
-    denoised = posterior_of(flow, arrived, flow_tau, flow_tau, batch, autocast)
+    denoised = posterior_of(flow, arrived, tau_t, tau_t, batch, autocast, time_map)
     factor = lagrangian_coefficient(s, t)
 
     def target(denoised: torch.Tensor, change: torch.Tensor, chunk: slice) -> torch.Tensor:
@@ -162,8 +167,7 @@ def eulerian_target(
     """
     tau_s, tau_t, time_map = batch.tau_s, batch.tau_t, network.time_map
     s, t = time_map.tau_to_t(tau_s), time_map.tau_to_t(tau_t)
-    flow_tau = translate_tau(tau_s, time_map, flow.time_map)
-    denoised = posterior_of(flow, flow_state, flow_tau, flow_tau, batch, autocast)
+    denoised = posterior_of(flow, flow_state, tau_s, tau_s, batch, autocast, time_map)
     along_flow = drift(state, mean_state(denoised, network, state), s)
     tangents = (along_flow, (1 - s) * time_map.dtau_dt(s), torch.zeros_like(tau_t))
     _, change = derivative(network, (state, tau_s, tau_t), tangents, batch, autocast)

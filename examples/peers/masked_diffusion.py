@@ -22,6 +22,7 @@ from transformers import Trainer
 
 from modeling_flm import FLMConfig, FLMModel
 from modeling_flm.commitment_flm import PosteriorRefinement
+from modeling_flm.modeling_flm import flm_settings
 
 
 def new_masked_model(config: FLMConfig) -> FLMModel:
@@ -31,10 +32,7 @@ def new_masked_model(config: FLMConfig) -> FLMModel:
     Args:
         config ([`FLMConfig`]): That of the flow-based model to compare with. The mask is a further token after its vocabulary.
     """
-    settings = config.to_dict()
-    names = FLMConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version", "dtype"}
-    settings = {name: value for name, value in settings.items() if name in names}
-    return FLMModel(FLMConfig(**{**settings, "vocab_size": config.vocab_size + 1}))
+    return FLMModel(FLMConfig(**{**flm_settings(config), "vocab_size": config.vocab_size + 1}))
 
 
 def masked_logits(model: FLMModel, input_ids: torch.LongTensor, known: torch.BoolTensor) -> torch.Tensor:
@@ -63,9 +61,8 @@ class MaskedDiffusionTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = (
-            False  # each batch has a mean of its own, over which accumulated ones are averaged
-        )
+        # Each batch has a mean of its own, and accumulated ones are averaged.
+        self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         input_ids, is_target = inputs["input_ids"], inputs["labels"] != -100

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from modeling_flm import FLMGenerationConfig
 
 
+# The parameters of loops around the sampler
+LOOPS = ("num_rounds", "commit_threshold", "commit_budget", "block_length", "fresh_noise")
+
 # What `generate()` takes for every number of steps.
-GENERATION = (
-    *("length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos"),
-    *("num_rounds", "commit_threshold", "commit_budget", "block_length", "fresh_noise"),
-)
+GENERATION = ("length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos", *LOOPS)
 
 # What the published evaluation did, and how to say it of a flag that contradicts it.
 PUBLISHED = {

@@ -127,17 +127,18 @@ class GenPPLEvaluation:
         """
         args, accelerator, options = self.args, self.accelerator, self._options()
         generate_samples(self.model, [0], 0, num_steps=1, **options)  # to warm up
+        indices = list(range(accelerator.process_index, args.num_samples, accelerator.num_processes))
+        options |= {"num_steps": num_steps, "return_dict_in_generate": True}
+        options |= {} if args.timesteps is None else {"timesteps": args.timesteps}
         rows = []
         start = time.perf_counter()
-        for seed in args.seeds:
-            indices = list(range(accelerator.process_index, args.num_samples, accelerator.num_processes))
-            times = {} if args.timesteps is None else {"timesteps": args.timesteps}
-            if not indices:
-                continue
-            options |= {"return_dict_in_generate": True, "num_steps": num_steps}
-            output = generate_samples(self.model, indices, seed, **times, **options)
-            for index, *values in zip(indices, output.sequences.tolist(), output.num_forward_passes.tolist()):
-                rows.append({"seed": seed, "index": index} | dict(zip(("tokens", "num_forward_passes"), values)))
+        for seed in args.seeds if indices else []:
+            output = generate_samples(self.model, indices, seed, **options)
+            columns = (indices, output.sequences.tolist(), output.num_forward_passes.tolist())
+            rows += [
+                {"seed": seed, "index": index, "tokens": tokens, "num_forward_passes": num_passes}
+                for index, tokens, num_passes in zip(*columns)
+            ]
         seconds = time.perf_counter() - start  # the tokens have come to the host
         rows = sorted(gather_object(rows), key=lambda row: (row["seed"], row["index"]))
         return rows, sum(gather_object([seconds])) / len(rows)

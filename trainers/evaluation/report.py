@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from .arguments import GENERATION, PUBLISHED, EvaluationArguments
+from .arguments import GENERATION, LOOPS, PUBLISHED, EvaluationArguments
 
 
 # What changes the figures, and so goes into the card with them. A gamma always does: 0 is a choice as well.
 _SAMPLING = (
     *("protocol", "gamma", "temperature", "top_k", "top_p", "timesteps", "length", "pad_after_eos"),
-    *("num_rounds", "commit_threshold", "commit_budget", "block_length", "fresh_noise"),
+    *LOOPS,
     *("guidance_model", "guidance_revision", "guidance_scale"),
     *("max_length", "keep_special_tokens", "scorer_dtype", "dtype", "revision"),
 )
@@ -39,10 +39,9 @@ _PUBLISHED_SCORER, _PUBLISHED_NUM_SAMPLES = "gpt2-large", 1024
 def describe_sampling(args: EvaluationArguments, model: PreTrainedModel) -> dict[str, Any]:
     """How texts are made and scored: what is in effect, be it from a flag or from the model's own configuration."""
     values = {name: getattr(args, name) for name in _SAMPLING}
-    loops = ("num_rounds", "commit_threshold", "commit_budget", "block_length", "fresh_noise")
     says_loop = args.num_rounds is not None or args.block_length is not None  # which then counts, and not the model's
     for name in GENERATION:
-        if name in loops and says_loop:
+        if name in LOOPS and says_loop:
             continue
         values[name] = getattr(model.generation_config, name) if values[name] is None else values[name]
     values["gamma"] = float(values["gamma"] or 0)
