@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel
 
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, FLMGenerationOutput
+from .likelihood_flm import FLMLikelihoodOutput
 from .modeling_flm import FLMModel, FLMOutput, FMLMModel, FMLMTwoNetworkModel
 from .pipeline_flm import FLMPipeline
 from .rewards import ClassifierReward, LanguageModelReward
@@ -51,6 +52,7 @@ __all__ = [
     "FLMGenerationConfig",
     "FLMGenerationMixin",
     "FLMGenerationOutput",
+    "FLMLikelihoodOutput",
     "FLMModel",
     "FLMOutput",
     "FLMPipeline",

@@ -15,6 +15,7 @@
 
 import copy
 import difflib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,6 +43,22 @@ from .sampling_flm import Sampler, SamplerConfig, StochasticFlowMapSamplerConfig
 
 
 logger = logging.get_logger(__name__)
+
+
+def in_evaluation_mode(method: Callable) -> Callable:
+    """A method of a model that runs without dropout, and leaves every module in the mode that it was in."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    return run
 
 
 def raise_recompile_limit():
@@ -344,6 +361,7 @@ class FLMGenerationMixin:
     _compiled_step: tuple[CompileConfig, Callable] | None = None
 
     @torch.no_grad()
+    @in_evaluation_mode
     def generate(
         self,
         input_ids: torch.LongTensor | None = None,

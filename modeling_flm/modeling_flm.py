@@ -39,6 +39,7 @@ from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .flow import correction_coefficient, expand_times, interpolate
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, raise_recompile_limit
 from .joint_noise import JointNoise
+from .likelihood_flm import FLMLikelihoodMixin, FLMLikelihoodOutput
 from .losses import LossFunction, chunks, head_loss, softcap_logits, softmax_cross_entropy, softmax_divergence
 from .posterior_flm import Posterior, times_of
 from .time_reparameterization import TimeMap, build_time_map
@@ -460,7 +461,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         return output
 
 
-class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
+class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
     r"""
     A flow-based language model: a diffusion transformer \\(D_t(x)\\) that is shown a noised text and predicts, for every
     position at once, the distribution of the clean token. [`~FLMModel.generate`] follows the flow of this denoiser from
@@ -473,7 +474,7 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin):
 
     def __init__(self, config: FLMConfig):
         super().__init__(config)
-        self.time_map = build_time_map(config.time_reparameterization, config.vocab_size)
+        self.time_map = build_time_map(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.time_embedding = FLMTimeEmbedding(config)
         self.layers = nn.ModuleList([FLMLayer(config) for _ in range(config.num_hidden_layers)])
@@ -604,7 +605,12 @@ class FMLMModel(FLMModel):
         """
         check_is_flm(masked_model, "masked_model")
         vocab_size = masked_model.config.vocab_size - 1
-        any_order = {"per_token_timesteps": True, "time_reparameterization": None, "vocab_size": vocab_size}
+        any_order = {
+            "per_token_timesteps": True,
+            "time_reparameterization": None,
+            "time_reparameterization_end": None,
+            "vocab_size": vocab_size,
+        }
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(masked_model.config, name) == vocab_size:
                 any_order[name] = None  # it is the mask
@@ -648,7 +654,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 
     def __init__(self, config: FMLMTwoNetworkConfig):
         super().__init__(config)
-        self.time_map = build_time_map(config.time_reparameterization, config.vocab_size)
+        self.time_map = build_time_map(config)
         self.flow = FLMModel(config).requires_grad_(False)
         self.correction = FMLMModel(config)
         self.generation_config.num_steps = 1
@@ -734,6 +740,10 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 
     def log_loss_weight(self, tau_s):
         return self.correction.log_loss_weight(tau_s)
+
+    def log_likelihood(self, *args, **kwargs) -> FLMLikelihoodOutput:
+        """That of the flow, which the model is where both times are equal: see [`FLMModel.log_likelihood`]."""
+        return self.flow.log_likelihood(*args, **kwargs)
 
 
 def load_network(model: FMLMModel, weights: dict[str, torch.Tensor], config_overrides: dict):

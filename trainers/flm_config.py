@@ -48,6 +48,10 @@ class FLMTrainingArguments(TrainingArguments):
         prompts_from_labels (`bool`, *optional*, defaults to `False`):
             Whether tokens whose label is -100 and that are not padding are known, in training and in evaluation: the
             question in a text that is a question and its answer. Otherwise they are noised as the others are.
+        eval_likelihood_times (`int`, *optional*, defaults to 0):
+            Log the bound on the negative log-likelihood of the evaluation texts, in nats per token, as `eval_nll`, and
+            `eval_perplexity`, its exponential: how many times each text is noised for it, such as 32, with a forward pass
+            each. 0 does not. `metric_for_best_model` takes either. See [`~FLMLikelihoodMixin.log_likelihood`].
         sample_steps (`int`, *optional*, defaults to 0):
             Write samples to `samples.jsonl` in `output_dir` every so many optimizer steps. 0 writes none.
         sample_num_samples (`int`, *optional*, defaults to 4):
@@ -98,6 +102,12 @@ class FLMTrainingArguments(TrainingArguments):
     prompts_from_labels: bool = field(
         default=False, metadata={"help": "Tokens whose label is -100, and that are not padding, are known."}
     )
+    eval_likelihood_times: int = field(
+        default=0,
+        metadata={
+            "help": "Log the bound on the likelihood of evaluation texts, with so many noised versions of each; 0 does not."
+        },
+    )
     sample_steps: int = field(
         default=0, metadata={"help": "Write samples to samples.jsonl every so many steps; 0 writes none."}
     )
@@ -115,6 +125,11 @@ class FLMTrainingArguments(TrainingArguments):
     def __getstate__(self):
         # `Trainer` pickles its arguments beside the model, where a token has no business.
         return {**self.__dict__, "hub_token": None}
+
+    @property
+    def selects_by_likelihood(self) -> bool:
+        """Whether `metric_for_best_model` is the likelihood of the evaluation texts."""
+        return (self.metric_for_best_model or "").removeprefix("eval_") in ("nll", "perplexity")
 
     @property
     def selects_by_gen_ppl(self) -> bool:
@@ -152,7 +167,16 @@ class FLMTrainingArguments(TrainingArguments):
             self._check_selection_by_gen_ppl()
             if self.greater_is_better is None and "gen_ppl" in self.metric_for_best_model:
                 self.greater_is_better = False  # `TrainingArguments` would take it for a score
+        if self.greater_is_better is None and self.selects_by_likelihood:
+            self.greater_is_better = False
         super().__post_init__()
+        if self.eval_likelihood_times != 0 and self.eval_likelihood_times < 2:
+            raise ValueError(f"`eval_likelihood_times` must be at least 2, or 0, got {self.eval_likelihood_times}.")
+        if self.selects_by_likelihood and self.eval_likelihood_times == 0:
+            raise ValueError(
+                f"`metric_for_best_model={self.metric_for_best_model!r}` needs the likelihood of the evaluation texts: pass "
+                "`eval_likelihood_times`, such as 32."
+            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be at least 0 and below 1, or `None`, got {self.ema_decay}.")
         if not 0 <= self.prompt_fraction <= 1:

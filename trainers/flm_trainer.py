@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
@@ -462,11 +463,15 @@ class FLMTrainer(Trainer):
         """
         self._eval_step = 0
         self._joint_noise = None  # the weights are the averaged ones
-        means_of_training, self._means = self._means, self._new_means()
+        means_of_training, self._means = self._means, TokenMeans(("loss", *self.kinds, "nll"), self.args.device)
         with preparing(self.accelerator):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._joint_noise = None
         means, self._means = self._means.pop(self.accelerator), means_of_training
+        if "nll" in means:
+            nll = means.pop("nll")
+            output.metrics[f"{metric_key_prefix}_nll"] = nll
+            output.metrics[f"{metric_key_prefix}_perplexity"] = float(np.exp(nll))
         for name, mean in means.items():
             output.metrics[f"{metric_key_prefix}_loss" + f"_{name}" * (name != "loss")] = mean
         return output
@@ -481,8 +486,30 @@ class FLMTrainer(Trainer):
             inputs["labels"][len(positions) - repeated :] = -100
         uniforms = low_discrepancy_uniforms(positions.start, len(positions), self.num_uniforms)
         self._draw_examples(inputs, uniforms, positions, (self.args.seed, _EVAL))
+        if self.args.eval_likelihood_times > 0:
+            self._add_likelihood(model, inputs["examples"])
         inputs["with_logits"] = not prediction_loss_only
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _add_likelihood(self, model: nn.Module, batch: FlowBatch):
+        """Adds the bound on the likelihood of evaluation texts to the means; texts without labels do not count."""
+        known = batch.tau_s == 1 if batch.tau_s.dim() == 2 else torch.zeros_like(batch.mask)
+        generators = [torch.Generator().manual_seed(seed) for seed in batch.noise_seeds]
+        with self.accelerator.autocast():
+            output = through_forward(
+                model,
+                self.model,
+                lambda: self.model.log_likelihood(
+                    batch.input_ids,
+                    batch.attention_mask,
+                    known,
+                    num_times=self.args.eval_likelihood_times,
+                    batch_size=len(known),
+                    generator=generators,
+                ),
+            )
+        counts = batch.mask.any(dim=1)
+        self._means.add("nll", -output.log_likelihood * counts, output.num_tokens * counts)
 
     # The moving average of the weights
 

@@ -1,0 +1,232 @@
+"""The bound on the likelihood: against integrals on a grid, exact distributions, and itself in other batches."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_flm
+from test_fmlm import ExactFlowMap
+from test_losses import set_chunk
+from train_tiny import build, logged
+
+from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
+from modeling_flm.joint_noise import JointNoise
+from modeling_flm.likelihood_flm import last_signal, whitening_of
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def texts_of(flm, num_texts: int = 5) -> torch.LongTensor:
+    return torch.randint(flm.config.vocab_size, (num_texts, 12), generator=generator(1))
+
+
+def integral(model, token: int) -> float:
+    """The bound of a text of one token: trapezoids over signal levels, Gauss-Hermite quadrature over two-dimensional noise."""
+    embedding = model.state_embedding.double()
+    vocab_size, width = embedding.shape
+    if vocab_size <= width:  # one-hot space, of two tokens
+        noise_map, errors_of = embedding, lambda delta: delta - torch.eye(vocab_size)[token]
+        end = 8.0
+    else:  # two columns: in the coordinates in which the noise is white
+        covariance = embedding.T @ embedding
+        values, vectors = torch.linalg.eigh(covariance)
+        noise_map = (vectors * values.sqrt()) @ vectors.T
+        inverse = (vectors / values.sqrt()) @ vectors.T
+        errors_of = lambda delta: (delta - torch.eye(vocab_size)[token]).double() @ embedding @ inverse  # noqa: E731
+        end = 8.0 / (embedding @ inverse).norm(dim=1).min().item()
+    t = model.time_map.tau_to_t(torch.tensor(1 - 1e-4, dtype=torch.float64)).item()
+    end = min(end, t / (1 - t))
+    nodes, weights = (torch.tensor(values) for values in np.polynomial.hermite_e.hermegauss(24))
+    noise = torch.tensor(list(itertools.product(nodes.tolist(), repeat=2)), dtype=torch.float64)
+    weights = (weights[:, None] * weights).flatten() / (2 * math.pi)
+
+    def expectation(a: float, function) -> float:
+        t = a / (1 + a)
+        state = (1 - t) * noise @ noise_map + t * embedding[token]
+        tau = model.time_map.t_to_tau(torch.tensor([t], dtype=torch.float64)).float().expand(len(noise))
+        with torch.no_grad():
+            delta = model.posterior(state[:, None].float(), tau, tau).dense()[:, 0]
+        return (weights * function(delta)).sum().item()
+
+    levels = torch.linspace(0, end, 400, dtype=torch.float64)
+    errors = [a * expectation(a, lambda delta: errors_of(delta).square().sum(-1)) for a in levels.tolist()]
+    rest = expectation(end, lambda delta: -delta[:, token].log().double())
+    return torch.trapezoid(torch.tensor(errors, dtype=torch.float64), levels).item() + rest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time_reparameterization", ["argmax", None])
+@pytest.mark.parametrize(("vocab_size", "width"), [(2, 4), (4, 2)])
+def test_log_likelihood_is_the_integral(vocab_size, width, time_reparameterization):
+    torch.manual_seed(3)
+    sizes = {"vocab_size": vocab_size, "hidden_size": width, "num_attention_heads": 1, "num_hidden_layers": 1}
+    model = build_flm(**sizes, max_position_embeddings=1, time_reparameterization=time_reparameterization)
+    expected = integral(model, token=1)
+    output = model.log_likelihood(
+        torch.ones(4000, 1, dtype=torch.long), num_times=128, batch_size=20_000, generator=generator()
+    )
+    error = output.log_likelihood.std().item() / math.sqrt(4000)
+    assert error < 1.5e-3 * expected
+    assert abs(-output.log_likelihood.mean().item() - expected) < 1e-3 * expected + 2 * error
+
+
+class TestExactPosterior:
+    texts, weights = ((0, 0), (1, 1), (0, 3)), (0.5, 0.3, 0.2)
+
+    def sample(self, num_texts: int) -> torch.LongTensor:
+        chosen = torch.multinomial(torch.tensor(self.weights), num_texts, replacement=True, generator=generator())
+        return torch.tensor(self.texts)[chosen]
+
+    def test_log_likelihood_is_the_entropy(self):
+        model = ExactFlowMap(self.texts, self.weights)
+        output = model.log_likelihood(self.sample(4000), batch_size=20_000, generator=generator())
+        entropy = -sum(weight * math.log(weight) for weight in self.weights)
+        assert abs(-output.log_likelihood.mean().item() - entropy) < 0.005 * entropy + 3 * self.error(output)
+        # Of each text as well, as they are so different
+        assert (output.num_tokens == 2).all()
+
+    def test_conditional_bounds_add_up(self):
+        model, texts = ExactFlowMap(self.texts, self.weights), self.sample(4000)
+        first = torch.tensor([[1, 0]]).expand(4000, 2)
+        output = model.log_likelihood(texts, prompt_mask=first, batch_size=20_000, generator=generator())
+        # The first token is 0 with probability 0.7, and leaves a choice then.
+        conditional = -0.5 * math.log(5 / 7) - 0.2 * math.log(2 / 7)
+        of_first = -0.7 * math.log(0.7) - 0.3 * math.log(0.3)
+        entropy = -sum(weight * math.log(weight) for weight in self.weights)
+        assert conditional + of_first == pytest.approx(entropy)
+        assert abs(-output.log_likelihood.mean().item() - conditional) < 0.005 * conditional + 3 * self.error(output)
+        certain = output.log_likelihood[texts[:, 0] == 1]
+        assert certain.abs().max() < 1e-6
+        assert (output.num_tokens == 1).all()
+
+    @staticmethod
+    def error(output) -> float:
+        return output.standard_error.square().sum().sqrt().item() / len(output.standard_error)
+
+
+def test_standard_error_of_log_likelihood_is_that_of_repetitions(flm):
+    text = texts_of(flm, 1).expand(400, -1)
+    output = flm.log_likelihood(text, num_times=16, batch_size=1024, generator=generator())
+    ratio = output.standard_error.square().mean().sqrt() / output.log_likelihood.std()
+    assert 0.85 < ratio < 1.3
+
+
+def test_log_likelihood_does_not_depend_on_batches(flm):
+    texts, mask = texts_of(flm), torch.ones(5, 12, dtype=torch.long)
+    mask[1, 7:] = mask[3, 4:] = 0
+    known = torch.zeros_like(mask)
+    known[2, :6] = 1
+    whole = flm.log_likelihood(texts, mask, known, generator=generator())
+    for batch_size in (1, 7):
+        other = flm.log_likelihood(texts, mask, known, batch_size=batch_size, generator=generator())
+        torch.testing.assert_close(other.log_likelihood, whole.log_likelihood, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(other.standard_error, whole.standard_error, rtol=1e-3, atol=1e-4)
+    fewer = flm.log_likelihood(texts[:3], mask[:3], known[:3], generator=generator())
+    torch.testing.assert_close(fewer.log_likelihood, whole.log_likelihood[:3], rtol=1e-4, atol=1e-4)
+    assert whole.num_tokens.tolist() == [12, 7, 6, 4, 12]
+    # What stands under padding does not matter, nor how much of it there is.
+    padded = flm.log_likelihood(texts.masked_fill(mask == 0, -100), mask, known, generator=generator())
+    torch.testing.assert_close(padded.log_likelihood, whole.log_likelihood)
+    generators = [generator(seed) for seed in (1, 3)]
+    rows = torch.tensor([1, 3])
+    long = flm.log_likelihood(texts[rows], mask[rows], generator=generators)
+    generators = [generator(seed) for seed in (1, 3)]
+    short = flm.log_likelihood(texts[rows, :7], mask[rows, :7], generator=generators)
+    torch.testing.assert_close(short.log_likelihood, long.log_likelihood, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_of_log_likelihood(flm, monkeypatch):
+    whole = flm.log_likelihood(texts_of(flm), generator=generator())
+    set_chunk(monkeypatch, 7, 64, flm.config.vocab_size)
+    chunked = flm.log_likelihood(texts_of(flm), generator=generator())
+    torch.testing.assert_close(chunked.log_likelihood, whole.log_likelihood, rtol=1e-4, atol=1e-4)
+
+
+def test_log_likelihood_of_flow_maps_is_that_of_their_diagonal(flm):
+    texts = texts_of(flm)
+    expected = flm.log_likelihood(texts, generator=generator()).log_likelihood
+    for model in (FMLMModel.from_flm(flm), FMLMTwoNetworkModel.from_flm(flm)):
+        # The start of a flow map is its teacher.
+        value = model.log_likelihood(texts, generator=generator()).log_likelihood
+        torch.testing.assert_close(value, expected)
+
+
+def test_log_likelihood_is_in_evaluation_mode_and_leaves_the_mode(flm):
+    texts = texts_of(flm)
+    flm.config.dropout = 0.5
+    expected = flm.log_likelihood(texts, generator=generator()).log_likelihood
+    flm.train()
+    flm.layers[0].eval()
+    torch.testing.assert_close(flm.log_likelihood(texts, generator=generator()).log_likelihood, expected)
+    assert flm.training and flm.layers[1].training and not flm.layers[0].training
+
+
+def test_known_tokens_have_no_log_likelihood(flm):
+    texts = texts_of(flm)
+    output = flm.log_likelihood(texts, prompt_mask=torch.ones_like(texts), generator=generator())
+    assert not output.log_likelihood.any() and not output.standard_error.any() and not output.num_tokens.any()
+
+
+def test_last_signal_is_where_tokens_are_read_or_training_ends():
+    published = build_flm(vocab_size=53, hidden_size=64)
+    assert whitening_of(JointNoise(published.state_embedding)) is None
+    assert 4 < last_signal(published.time_map, None, published.state_embedding) < 8
+    model = build_flm(vocab_size=53, hidden_size=8, time_reparameterization=None)
+    noise = JointNoise(model.state_embedding)
+    leverage = torch.linalg.qr(model.state_embedding.double()).Q.norm(dim=1)
+    value = last_signal(model.time_map, whitening_of(noise), model.state_embedding)
+    assert value == pytest.approx(8 / leverage.min().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": torch.zeros(2, 12)}, "`input_ids` must be an integer tensor"),
+        ({"input_ids": torch.zeros(0, 12, dtype=torch.long)}, "`input_ids` has no tokens"),
+        ({"input_ids": torch.full((2, 12), 53)}, r"`input_ids` must be tokens in \[0, 53\)"),
+        ({"attention_mask": torch.ones(2, 3)}, "`attention_mask` must have the shape of `input_ids`"),
+        ({"prompt_mask": torch.ones(2, 3)}, "`prompt_mask` must have the shape of `input_ids`"),
+        ({"num_times": 1}, "`num_times` must be an integer of at least 2"),
+        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
+    ],
+)
+def test_bad_arguments_of_log_likelihood(flm, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        flm.log_likelihood(**{"input_ids": torch.zeros(2, 12, dtype=torch.long), **arguments})
+
+
+class TestTrainer:
+    @pytest.mark.parametrize("prompt_fraction", [0.0, 1.0])
+    def test_eval_nll_is_that_of_the_averaged_weights(self, prompt_fraction, tmp_path):
+        options = {"eval_likelihood_times": 4, "prompt_fraction": prompt_fraction, "save_strategy": "no"}
+        trainer = build(tmp_path, max_steps=5, ema_decay=0.9, **options)
+        trainer.train()
+        metrics = trainer.evaluate()
+        assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_nll"]))
+        for batch_size in (1, 4):
+            trainer.args.per_device_eval_batch_size = batch_size
+            assert trainer.evaluate()["eval_nll"] == pytest.approx(metrics["eval_nll"], rel=1e-4)
+        if prompt_fraction == 0:  # the estimate of somebody else, with other noise
+            trainer.save_model()
+            model, rows = FLMModel.from_pretrained(tmp_path), list(trainer.eval_dataset["input_ids"])
+            repeated = [torch.tensor([row] * 20) for row in rows]
+            outputs = [model.log_likelihood(row, num_times=4, generator=generator()) for row in repeated]
+            nll = -sum(output.log_likelihood.mean().item() for output in outputs) / sum(map(len, rows))
+            assert metrics["eval_nll"] == pytest.approx(nll, rel=0.05)
+
+    def test_metric_for_best_model_takes_it(self, tmp_path):
+        options = {"eval_likelihood_times": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_nll"}
+        trainer = build(tmp_path, **options)
+        assert trainer.args.greater_is_better is False
+        trainer.train()
+        assert trainer.state.best_metric == min(logged(trainer, "eval_nll"))
+        with pytest.raises(
+            ValueError, match="needs the likelihood of the evaluation texts: pass `eval_likelihood_times`"
+        ):
+            build(tmp_path, metric_for_best_model="perplexity")
+        with pytest.raises(ValueError, match="`eval_likelihood_times` must be at least 2, or 0"):
+            build(tmp_path, eval_likelihood_times=1)
