@@ -202,7 +202,7 @@ def test_bad_arguments_of_log_likelihood(flm, arguments, message):
 class TestTrainer:
     @pytest.mark.parametrize("prompt_fraction", [0.0, 1.0])
     def test_eval_nll_is_that_of_the_averaged_weights(self, prompt_fraction, tmp_path):
-        options = {"eval_likelihood_times": 4, "prompt_fraction": prompt_fraction, "save_strategy": "no"}
+        options = {"eval_likelihood_times": 16, "prompt_fraction": prompt_fraction, "save_strategy": "no"}
         trainer = build(tmp_path, max_steps=5, ema_decay=0.9, **options)
         trainer.train()
         metrics = trainer.evaluate()
@@ -214,9 +214,9 @@ class TestTrainer:
             trainer.save_model()
             model, rows = FLMModel.from_pretrained(tmp_path), list(trainer.eval_dataset["input_ids"])
             repeated = [torch.tensor([row] * 20) for row in rows]
-            outputs = [model.log_likelihood(row, num_times=4, generator=generator()) for row in repeated]
+            outputs = [model.log_likelihood(row, num_times=16, generator=generator()) for row in repeated]
             nll = -sum(output.log_likelihood.mean().item() for output in outputs) / sum(map(len, rows))
-            assert metrics["eval_nll"] == pytest.approx(nll, rel=0.05)
+            assert metrics["eval_nll"] == pytest.approx(nll, rel=0.1)
 
     def test_metric_for_best_model_takes_it(self, tmp_path):
         options = {"eval_likelihood_times": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_nll"}
