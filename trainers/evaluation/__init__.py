@@ -15,6 +15,7 @@
 
 from .arguments import EvaluationArguments, check_arguments
 from .evaluation import GenPPLEvaluation, decode
+from .likelihood import evaluate_likelihood
 from .metric import confidence_intervals, load_gen_ppl
 from .report import describe_evaluation, describe_sampling, plot, table
 from .samples import generate_samples
@@ -28,6 +29,7 @@ __all__ = [
     "decode",
     "describe_evaluation",
     "describe_sampling",
+    "evaluate_likelihood",
     "generate_samples",
     "load_gen_ppl",
     "plot",

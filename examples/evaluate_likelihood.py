@@ -1,0 +1,84 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+How likely a model finds the texts of a file: a bound in nats per token and per word, and in bits per byte.
+
+    python examples/evaluate_likelihood.py --model outputs/quickstart/flm --text_file heldout.txt
+    python examples/evaluate_likelihood.py --model me/fmlm --text_file heldout.jsonl --packing wrapped --output_file bound.json
+
+It is an upper bound of the negative log-likelihood: see `model.log_likelihood`. Of a flow map it is that of its diagonal.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+import modeling_flm  # noqa: F401  so that models of this library load without their own code
+from trainers import find_text_column, load_texts, pack_dataset
+from trainers.evaluation import evaluate_likelihood
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="name or folder of an FLM or a flow map with its tokenizer")
+    parser.add_argument("--text_file", required=True, help="a txt, json, jsonl, csv or parquet file")
+    parser.add_argument("--text_column", help="the column with the texts")
+    parser.add_argument(
+        "--sample_by", default="line", choices=["line", "paragraph", "document"], help="what a text is in txt files"
+    )
+    parser.add_argument(
+        "--packing",
+        default="texts",
+        choices=["texts", "wrapped"],
+        help="each text by itself, cut into parts where it is too long; or blocks of the model's length, as in training",
+    )
+    parser.add_argument("--max_texts", type=int, help="use only so many texts, or blocks")
+    parser.add_argument("--num_times", type=int, default=32, help="how many times each text is noised")
+    parser.add_argument("--batch_size", type=int, default=64, help="the most noised texts in a forward pass")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--output_file", type=Path, help="where to write the figures as JSON")
+    return parser
+
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    model = AutoModel.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    dataset = load_texts(train_file=args.text_file, validation_percentage=0, sample_by=args.sample_by)["train"]
+    column = find_text_column(dataset, args.text_column)
+    length = model.config.max_position_embeddings
+    if args.packing == "wrapped":
+        token_lists = pack_dataset(dataset, tokenizer, length, text_column=column)["input_ids"]
+    else:
+        tokens = tokenizer(list(dataset[column]), verbose=False)["input_ids"]
+        token_lists = [row[start : start + length] for row in tokens for start in range(0, len(row), length)]
+    token_lists = list(token_lists)[: args.max_texts]
+    figures = evaluate_likelihood(model, tokenizer, token_lists, args.num_times, args.batch_size, args.seed)
+    for name, value in figures.items():
+        print(f"{name.replace('_', ' '):>16}  {value:,.4f}" if isinstance(value, float) else f"{name:>16}  {value:,}")
+    if args.output_file is not None:
+        args.output_file.parent.mkdir(parents=True, exist_ok=True)
+        args.output_file.write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+if __name__ == "__main__":
+    try:
+        main(make_parser().parse_args())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error

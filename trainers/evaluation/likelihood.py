@@ -1,0 +1,103 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How likely a model finds texts: per token, per word and per byte."""
+
+import math
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..batches import example_seed
+
+
+# A stream of random numbers that must not meet others, beside those of the trainers and of samples.
+_LIKELIHOOD = 3
+
+
+def evaluate_likelihood(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_lists: list[list[int]],
+    num_times: int = 32,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> dict[str, float]:
+    """
+    The bound on the negative log-likelihood of texts, see [`~FLMLikelihoodMixin.log_likelihood`]. Shows its progress.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): An FLM or a flow map.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, to count words and bytes.
+        token_lists (`list[list[int]]`): The tokens of each text, no longer than those that the model was trained on.
+        num_times (`int`, *optional*, defaults to 32): How many times each text is noised.
+        batch_size (`int`, *optional*, defaults to 64): The most noised texts in a forward pass.
+        seed (`int`, *optional*, defaults to 0): The seed of times and noise; each text has its own.
+
+    Returns:
+        `dict[str, float]`: `nats_per_text`, `nats_per_token`, `nats_per_word`, `bits_per_byte` and `perplexity` (of tokens), all of
+        the bound; `relative_error`, its relative standard error, of times and noise; and how many `texts`, `tokens`,
+        `words` and `bytes` there were. Special tokens count as tokens.
+
+    Raises:
+        `ValueError`: if there are no texts, or one is longer than those that the model was trained on.
+    """
+    longest = max(map(len, token_lists), default=0)
+    if longest == 0:
+        raise ValueError("`token_lists` has no tokens.")
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(
+            f"`token_lists` has a text of {longest} tokens, but the model was trained on "
+            f"{model.config.max_position_embeddings}: cut it into parts."
+        )
+    order = sorted(
+        range(len(token_lists)), key=lambda index: len(token_lists[index])
+    )  # alike ones need little padding
+    total = variance = 0.0
+    rows_at_a_time = max(1, batch_size // 8)
+    for start in tqdm(range(0, len(order), rows_at_a_time), desc="Likelihood", unit="batch"):
+        indices = [index for index in order[start : start + rows_at_a_time] if token_lists[index]]
+        if not indices:
+            continue
+        width = max(len(token_lists[index]) for index in indices)
+        input_ids, attention_mask = torch.zeros(2, len(indices), width, dtype=torch.long)
+        for row, index in enumerate(indices):
+            input_ids[row, : len(token_lists[index])] = torch.tensor(token_lists[index])
+            attention_mask[row, : len(token_lists[index])] = 1
+        generators = [torch.Generator().manual_seed(example_seed(seed, _LIKELIHOOD, index)) for index in indices]
+        output = model.log_likelihood(
+            input_ids,
+            None if attention_mask.all() else attention_mask,
+            num_times=num_times,
+            batch_size=batch_size,
+            generator=generators,
+        )
+        total -= output.log_likelihood.sum().item()
+        variance += output.standard_error.square().sum().item()
+    texts = tokenizer.batch_decode(token_lists, skip_special_tokens=True)
+    counts = {
+        "texts": len(texts),
+        "tokens": sum(map(len, token_lists)),
+        "words": sum(len(text.split()) for text in texts),
+        "bytes": sum(len(text.encode()) for text in texts),
+    }
+    return {
+        "nats_per_text": total / counts["texts"],
+        "nats_per_token": total / counts["tokens"],
+        "nats_per_word": total / max(1, counts["words"]),
+        "bits_per_byte": total / math.log(2) / max(1, counts["bytes"]),
+        "perplexity": math.exp(min(700.0, total / counts["tokens"])),
+        "relative_error": math.sqrt(variance) / total,
+        **counts,
+    }
