@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-THRESHOLD = 0.9  # of posterior refinement
+THRESHOLD = 0.75  # of posterior refinement
 
 
 def measure(measurements: Measurements):

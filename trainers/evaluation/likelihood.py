@@ -23,7 +23,7 @@ from ..batches import example_seed
 
 
 # A stream of random numbers that must not meet others, beside those of the trainers and of samples.
-_LIKELIHOOD = 3
+LIKELIHOOD_STREAM = 3
 
 
 def evaluate_likelihood(
@@ -75,7 +75,7 @@ def evaluate_likelihood(
         for row, index in enumerate(indices):
             input_ids[row, : len(token_lists[index])] = torch.tensor(token_lists[index])
             attention_mask[row, : len(token_lists[index])] = 1
-        generators = [torch.Generator().manual_seed(example_seed(seed, _LIKELIHOOD, index)) for index in indices]
+        generators = [torch.Generator().manual_seed(example_seed(seed, LIKELIHOOD_STREAM, index)) for index in indices]
         output = model.log_likelihood(
             input_ids,
             None if attention_mask.all() else attention_mask,

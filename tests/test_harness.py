@@ -1,0 +1,104 @@
+"""Flow-based language models in the lm-evaluation-harness: against the model's own likelihoods, and on its command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import grammar
+import pytest
+import torch
+from conftest import build_flm
+
+from trainers import train_tokenizer
+from trainers.batches import example_seed
+
+
+harness = pytest.importorskip("trainers.evaluation.harness")
+
+STORY = "max the clever bear lives in a village ."
+CHOICES = ["village .", "forest .", "castle ."]
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    words = {word for choices in grammar._CHOICES.values() for word in choices} | set(grammar.TEMPLATE)
+    tokenizer = train_tokenizer([" ".join(words)], "word", vocab_size=100)
+    torch.manual_seed(0)
+    build_flm(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return harness.FLMHarnessModel(str(folder), num_times=4, num_steps=2)
+
+
+def test_loglikelihood_is_the_conditional_bound(model):
+    context = STORY.removesuffix(" village .")
+    requests = [Request(context, " " + choice) for choice in CHOICES] + [Request("", STORY)]
+    results = model.loglikelihood(requests, disable_tqdm=True)
+    for index, (request, (value, is_greedy)) in enumerate(zip(requests, results)):
+        tokens = torch.tensor([model.tok_encode("".join(request.args))])
+        known = torch.zeros_like(tokens)
+        known[:, : len(model.tok_encode(request.args[0]))] = 1
+        assert known.sum() == (7 if request.args[0] else 0)
+        generator = torch.Generator().manual_seed(example_seed(0, harness.LIKELIHOOD_STREAM, index))
+        output = model.model.log_likelihood(tokens, prompt_mask=known, num_times=4, generator=[generator])
+        assert value == pytest.approx(output.log_likelihood.item(), rel=1e-4)
+        assert is_greedy in (True, False)
+
+
+def test_loglikelihood_rolling_adds_windows(model):
+    long = f"{STORY} {STORY} {STORY}"  # 27 words, for texts of 12
+    values = model.loglikelihood_rolling([Request(STORY), Request(long)], disable_tqdm=True)
+    assert values[1] < values[0] < 0
+    with pytest.raises(ValueError, match="A request has 27 tokens, but the model's texts have 12"):
+        model.loglikelihood([Request("", long)], disable_tqdm=True)
+
+
+def test_generate_until_goes_on_and_stops(model):
+    whole, short, stopped = model.generate_until(
+        [
+            Request("max the clever", {}),
+            Request("max the clever", {"max_gen_toks": 2}),
+            Request("max the clever", {"until": [" "]}),
+        ],
+        disable_tqdm=True,
+    )
+    assert len(whole.split()) <= 9 and len(short.split()) <= 2 and " " not in stopped
+
+
+@pytest.mark.slow
+def test_command_line(folder, tmp_path):
+    rows = [{"context": STORY.removesuffix(" village ."), "choices": CHOICES, "answer": 0}] * 3
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    task = {
+        "task": "places",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "places.yaml").write_text(json.dumps(task))  # which is YAML, too
+    command = [sys.executable, "-m", "trainers.evaluation.harness", "--model", "flm", "--tasks", "places"]
+    command += ["--model_args", f"pretrained={folder},num_times=2,num_steps=1", "--include_path", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run(
+        [*command, "--output_path", str(tmp_path / "results")], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    (results,) = (tmp_path / "results").rglob("results_*.json")
+    assert 0 <= json.loads(results.read_text())["results"]["places"]["acc,none"] <= 1

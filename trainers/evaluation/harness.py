@@ -1,0 +1,180 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Flow-based language models in the lm-evaluation-harness:
+
+    python -m trainers.evaluation.harness --model flm --model_args pretrained=me/fmlm,num_times=64 --tasks arc_easy
+
+takes what `lm_eval` takes. Needs `pip install modeling-flm[lm-eval]`.
+"""
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+import modeling_flm  # noqa: F401  so that models of this library load without their own code
+
+from ..batches import example_seed
+from .likelihood import LIKELIHOOD_STREAM
+
+
+@register_model("flm")
+class FLMHarnessModel(TemplateLM):
+    """
+    A model for the lm-evaluation-harness. Likelihoods are variational bounds, with noise of their own for each request, so that
+    batches do not change them.
+
+    Args:
+        pretrained (`str`): Name or folder of an FLM or a flow map with its tokenizer.
+        num_times (`int`, *optional*, defaults to 32): How many times each text is noised, see [`~FLMLikelihoodMixin.log_likelihood`].
+        num_steps (`int`, *optional*): The number of steps from noise to text where texts are generated.
+        batch_size (`int`, *optional*, defaults to 64):
+            The most texts in a forward pass; at least 8 requests are taken at a time, and 64 of their noised versions, as the
+            harness asks for 1 where nobody has said anything.
+        max_batch_size (`int`, *optional*): Is not used.
+        device (`str`, *optional*): Where to run. By default on an accelerator if there is one.
+        seed (`int`, *optional*, defaults to 0): The seed of all noise.
+        revision (`str`, *optional*): The branch, tag or commit.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        num_times: int = 32,
+        num_steps: int | None = None,
+        batch_size: int | str = 64,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        seed: int = 0,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = found or "cpu"  # the harness asks for CUDA where nobody has said anything
+        self._device = torch.device(device)
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.model = AutoModel.from_pretrained(pretrained, **options).to(self._device)
+        self.tokenizer = AutoTokenizer.from_pretrained(pretrained, **options)
+        self.num_times, self.num_steps, self.seed = num_times, num_steps, seed
+        self.batch_size = max(64, int(batch_size))
+
+    @property
+    def max_length(self) -> int:
+        """The length of the texts that the model was trained on."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        return self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            # Nothing needs to come before a text.
+            known, rest = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
+            pairs.append(((context, continuation), known, rest))
+        return self._loglikelihood_tokens(pairs, disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+        results = {}
+        order = sorted(range(len(requests)), key=lambda index: len(requests[index][1]) + len(requests[index][2]))
+        rows_at_a_time = max(1, self.batch_size // 8)
+        for start in tqdm(range(0, len(order), rows_at_a_time), desc="Likelihood", disable=disable_tqdm):
+            indices = order[start : start + rows_at_a_time]
+            texts = [requests[index][1] + requests[index][2] for index in indices]
+            if longest := [len(text) for text in texts if len(text) > self.max_length]:
+                raise ValueError(f"A request has {max(longest)} tokens, but the model's texts have {self.max_length}.")
+            masks = torch.zeros(3, len(texts), max(map(len, texts)), dtype=torch.long)
+            input_ids, attention_mask, known = masks
+            for row, (index, text) in enumerate(zip(indices, texts)):
+                input_ids[row, : len(text)] = torch.tensor(text)
+                attention_mask[row, : len(text)] = 1
+                known[row, : len(requests[index][1])] = 1
+            options = {"attention_mask": None if attention_mask.all() else attention_mask, "prompt_mask": known}
+            output = self.model.log_likelihood(
+                input_ids,
+                **options,
+                num_times=self.num_times,
+                batch_size=self.batch_size,
+                generator=self._generators(indices),
+            )
+            written = self._write(input_ids, **options, generator=self._generators(indices)).cpu()
+            matches = (written == input_ids) | (attention_mask == 0)
+            for row, index in enumerate(indices):
+                results[index] = (output.log_likelihood[row].item(), bool(matches[row].all()))
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
+        return [results[index] for index in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        # Windows of the model's length, each by itself
+        windows, owners = [], []
+        for owner, (string,) in enumerate(request.args for request in requests):
+            tokens = self.tok_encode(string)
+            for start in range(0, len(tokens), self.max_length):
+                windows.append(((string, ""), [], tokens[start : start + self.max_length]))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
+            totals[owner] += value
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        results = []
+        for index, request in enumerate(tqdm(requests, desc="Generating", disable=disable_tqdm)):
+            context, settings = request.args
+            until = settings.get("until") or []
+            until = [until] if isinstance(until, str) else until
+            tokens = self.tok_encode(context)[-(self.max_length - 1) :]
+            length = min(self.max_length, len(tokens) + settings.get("max_gen_toks", self.max_length))
+            input_ids = torch.tensor([tokens], dtype=torch.long) if tokens else None
+            written = self._write(input_ids, length=length, generator=self._generators([index]))
+            text = self.tokenizer.decode(written[0, len(tokens) :], skip_special_tokens=True)
+            for end in filter(None, until):
+                text = text.split(end)[0]
+            results.append(text)
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return results
+
+    def _write(self, input_ids: torch.LongTensor | None, **options) -> torch.LongTensor:
+        """The model's own completions of what is known."""
+        return self.model.generate(input_ids, num_steps=self.num_steps, batch_size=self.batch_size, **options)
+
+    def _generators(self, indices: list[int]) -> list[torch.Generator]:
+        seeds = [example_seed(self.seed, LIKELIHOOD_STREAM, index) for index in indices]
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def main():
+    """`lm_eval` with this model among those that it knows."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
