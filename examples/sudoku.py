@@ -19,12 +19,13 @@ many puzzles each solves in how many forward passes.
     python examples/sudoku.py --size 9 --hidden_size 512 --num_hidden_layers 8 --num_attention_heads 8 \
         --num_puzzles 200000 --max_steps 50000 --batch_size 256 --bf16   # 9 x 9, on a GPU
 
-Of a training step the flow map's takes longer, by two forward passes for each example that is not on the diagonal, and it has a
-second time embedding. It sees the whole way more often than the preset says, which short trainings need. Models that are in the
-output directory already are not trained again.
+The flow map starts from a masked model that was trained for some of the steps, and takes the others itself. Its steps take longer, by
+two forward passes for each example that is not on the diagonal, and it has a second time embedding. It sees the whole way more often
+than the preset says, which short trainings need. Models that are in the output directory already are not trained again.
 
 A text is a grid, each row after a letter of its own. The letters and the cells of the puzzle are known tokens, in training as
-well, and of the others any may be. Test puzzles are made of grids that are in no training puzzle.
+well, and of the others any may be; so all puzzles to learn from are of the hardest kind. Test puzzles are made of grids that are in
+no training puzzle.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -42,7 +44,7 @@ from datasets import Dataset
 from peers.masked_diffusion import MaskedDiffusionTrainer, new_masked_model, unmask
 from transformers import AutoModel, TrainingArguments, set_seed
 
-from modeling_flm import FMLMConfig, FMLMModel
+from modeling_flm import FLMModel, FMLMConfig, FMLMModel
 from modeling_flm.commitment_flm import PosteriorRefinement
 from trainers import FMLMTrainer, FMLMTrainingArguments
 from trainers.ema import EMACallback
@@ -59,17 +61,19 @@ EMA_DECAY = 0.995  # of both models
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, choices=sorted(sudoku.CLUES), default=4, help="of the grid")
-    parser.add_argument("--num_puzzles", type=int, default=20_000, help="puzzles to train on")
+    parser.add_argument("--num_puzzles", type=int, default=40_000, help="puzzles to train on")
     parser.add_argument("--num_test_puzzles", type=int, default=500, help="puzzles to solve, of each difficulty")
-    parser.add_argument("--max_steps", type=int, default=3000, help="optimizer steps of each model")
+    parser.add_argument("--max_steps", type=int, default=6000, help="optimizer steps of each model, in all")
+    parser.add_argument("--start_steps", type=int, default=1500, help="of these, those of the model to start from")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--learning_rate", type=float, default=2e-3, help="of masked models; half as much of the flow map"
+    )
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--num_hidden_layers", type=int, default=4)
     parser.add_argument("--num_attention_heads", type=int, default=4)
-    parser.add_argument(
-        "--commit_threshold", type=float, default=0.9, help="of posterior refinement and of the masked model"
-    )
+    parser.add_argument("--commit_threshold", type=float, default=0.999, help="of posterior refinement")
+    parser.add_argument("--masked_threshold", type=float, default=0.98, help="of the masked model, which is less sure")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs/sudoku")
@@ -125,17 +129,17 @@ def build_dataset(examples: list[tuple[str, str]]) -> Dataset:
     return Dataset.from_dict({"input_ids": input_ids, "labels": labels})
 
 
-def training_settings(args: argparse.Namespace, name: str) -> dict:
-    """What both trainings have in common."""
+def training_settings(args: argparse.Namespace, name: str, max_steps: int) -> dict:
+    """What all trainings have in common."""
     return {
         "output_dir": f"{args.output_dir}/{name}",
-        "max_steps": args.max_steps,
+        "max_steps": max_steps,
         "per_device_train_batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": "warmup_stable_decay",
-        "lr_scheduler_kwargs": {"num_decay_steps": int(0.3 * args.max_steps), "decay_type": "linear"},
-        "warmup_steps": min(100, args.max_steps // 2),
-        "logging_steps": max(1, args.max_steps // 20),
+        "lr_scheduler_kwargs": {"num_decay_steps": int(0.3 * max_steps), "decay_type": "linear"},
+        "warmup_steps": min(100, max_steps // 2),
+        "logging_steps": max(1, max_steps // 20),
         "save_strategy": "no",
         "report_to": [],
         "bf16": args.bf16,
@@ -143,20 +147,25 @@ def training_settings(args: argparse.Namespace, name: str) -> dict:
     }
 
 
-def train_flow_map(config: FMLMConfig, dataset: Dataset, args: argparse.Namespace):
-    """FMLM+, from scratch and without a teacher."""
-    settings = training_settings(args, "fmlm_plus")
+def train_flow_map(name: str, max_steps: int, start: FLMModel, dataset: Dataset, args: argparse.Namespace):
+    """FMLM+, from a masked model and without a teacher."""
+    settings = training_settings(args, name, max_steps)
     training_args = FMLMTrainingArguments.from_preset(
-        "any_order", **settings, ema_decay=EMA_DECAY, boundary_probability=0.25, prompts_from_labels=True
+        "any_order",
+        **{**settings, "learning_rate": args.learning_rate / 2},
+        ema_decay=EMA_DECAY,
+        boundary_probability=0.25,
+        prompts_from_labels=True,
+        prompt_fraction=0.5,  # of the others nothing but the puzzle is known
     )
-    trainer = FMLMTrainer(FMLMModel(config), training_args, train_dataset=dataset)
+    trainer = FMLMTrainer(FMLMModel.from_masked(start), training_args, train_dataset=dataset)
     trainer.train()
     trainer.save_model()
 
 
-def train_masked(config: FMLMConfig, dataset: Dataset, args: argparse.Namespace):
+def train_masked(name: str, max_steps: int, config: FMLMConfig, dataset: Dataset, args: argparse.Namespace):
     """A masked diffusion model."""
-    settings = training_settings(args, "masked")
+    settings = training_settings(args, name, max_steps)
     average = EMACallback(EMA_DECAY)
     trainer = MaskedDiffusionTrainer(
         new_masked_model(config),
@@ -167,6 +176,19 @@ def train_masked(config: FMLMConfig, dataset: Dataset, args: argparse.Namespace)
     trainer.train()
     with average.applied(trainer.model):
         trainer.save_model()
+
+
+def trained(name: str, max_steps: int, train: Callable, *what):
+    """The model with this name, trained if it is not there."""
+    args = what[-1]
+    folder = Path(args.output_dir, name)
+    if not (folder / "model.safetensors").is_file():
+        print(f"Training {folder}", flush=True)
+        set_seed(args.seed)
+        start = time.perf_counter()
+        train(name, max_steps, *what)
+        print(f"{name} took {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
+    return AutoModel.from_pretrained(folder)
 
 
 def solvers(flow_map: FMLMModel, masked, args: argparse.Namespace) -> dict:
@@ -186,7 +208,7 @@ def solvers(flow_map: FMLMModel, masked, args: argparse.Namespace) -> dict:
         return output.sequences, output.num_forward_passes
 
     def rule(limit: int) -> PosteriorRefinement:
-        return PosteriorRefinement(num_rounds=limit, threshold=args.commit_threshold)
+        return PosteriorRefinement(num_rounds=limit, threshold=args.masked_threshold)
 
     def blocks(input_ids, known, limit):
         num_rows = -(-args.size // limit)
@@ -293,7 +315,7 @@ def main(args: argparse.Namespace):
     rng = random.Random(args.seed)
     difficulties = list(sudoku.CLUES[args.size])
     train_grids, test_grids = split_grids(args.size, rng)
-    examples = sample_puzzles(args.num_puzzles, args.size, train_grids, difficulties, rng)
+    examples = sample_puzzles(args.num_puzzles, args.size, train_grids, ["minimal"], rng)
     tests = {name: sample_puzzles(args.num_test_puzzles, args.size, test_grids, [name], rng) for name in difficulties}
     dataset = build_dataset(examples)
     print(f"Learning from {len(dataset):,} puzzles of {args.size} x {args.size}, such as {examples[0][0]}\n")
@@ -308,18 +330,11 @@ def main(args: argparse.Namespace):
         per_token_timesteps=True,
         time_reparameterization=None,
     )
-    models = []
-    for name, train in (("fmlm_plus", train_flow_map), ("masked", train_masked)):
-        folder = Path(args.output_dir, name)
-        if not (folder / "model.safetensors").is_file():
-            print(f"Training {folder}", flush=True)
-            set_seed(args.seed)
-            start = time.perf_counter()
-            train(config, dataset, args)
-            print(f"{name} took {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
-        models.append(AutoModel.from_pretrained(folder))
+    start = trained("start", args.start_steps, train_masked, config, dataset, args)
+    flow_map = trained("fmlm_plus", args.max_steps - args.start_steps, train_flow_map, start, dataset, args)
+    masked = trained("masked", args.max_steps, train_masked, config, dataset, args)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    flow_map, masked = (model.to(device) for model in models)
+    flow_map, masked = flow_map.to(device), masked.to(device)
 
     print(f"\n{args.num_test_puzzles} puzzles of each difficulty\n")
     print(f"{'difficulty':>10}  {'way':>10}  {'limit':>6}  {'passes':>6}  {'solved':>7}  {'cells':>7}")
