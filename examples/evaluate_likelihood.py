@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> dict[str, float]:
+def main(args: argparse.Namespace):
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = AutoModel.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).to(device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -74,7 +74,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.output_file is not None:
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
         args.output_file.write_text(json.dumps(figures, indent=2) + "\n")
-    return figures
 
 
 if __name__ == "__main__":

@@ -197,3 +197,15 @@ def test_precedence_of_parameters(flm):
     assert flm.generation_config.num_steps == 5 and flm.generation_config.num_samples is None
     with pytest.raises(ValueError, match="Unknown generation parameters `max_new_tokens`"):
         FLMGenerationConfig(max_new_tokens=3)
+
+
+def test_generate_is_in_evaluation_mode_and_leaves_the_mode():
+    flm = build_flm(dropout=0.5)
+    expected = flm.generate(num_samples=4, num_steps=4, generator=seed())
+    flm.train()
+    flm.layers[0].eval()
+    assert torch.equal(flm.generate(num_samples=4, num_steps=4, generator=seed()), expected)
+    assert flm.training and flm.layers[1].training and not flm.layers[0].training
+    with pytest.raises(ValueError, match="got unknown arguments"):
+        flm.generate(num_texts=4)
+    assert flm.training

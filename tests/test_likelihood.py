@@ -1,12 +1,15 @@
 """The bound on the likelihood: against integrals on a grid, exact distributions, and itself in other batches."""
 
 import itertools
+import json
 import math
+import random
 
 import numpy as np
 import pytest
 import torch
 from conftest import build_flm
+from example_scripts import run_here
 from test_fmlm import ExactFlowMap
 from test_losses import set_chunk
 from train_tiny import build, logged
@@ -14,6 +17,8 @@ from train_tiny import build, logged
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.likelihood_flm import last_signal, whitening_of
+from trainers import train_tokenizer
+from trainers.evaluation import evaluate_likelihood
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -230,3 +235,35 @@ class TestTrainer:
             build(tmp_path, metric_for_best_model="perplexity")
         with pytest.raises(ValueError, match="`eval_likelihood_times` must be at least 2, or 0"):
             build(tmp_path, eval_likelihood_times=1)
+
+
+def test_script(tmp_path):
+    words = [f"w{number}" for number in range(40)]
+    tokenizer = train_tokenizer([" ".join(words)], "word", vocab_size=53)
+    model = build_flm(vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=length)) for length in (5, 12, 30)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    arguments = ["--model", tmp_path / "model", "--text_file", tmp_path / "texts.txt", "--num_times", 64]
+    run_here("evaluate_likelihood", *arguments, "--output_file", tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["texts"], figures["words"]) == (5, 47)  # the last in three parts
+    assert figures["bytes"] == sum(len(text.encode()) for text in texts) - 2  # without the spaces between its parts
+    tokens = tokenizer(texts)["input_ids"]
+    assert figures["tokens"] == sum(map(len, tokens))
+    parts = [row[start : start + 12] for row in tokens for start in range(0, len(row), 12)]
+    nats = -sum(
+        model.log_likelihood(torch.tensor([row] * 20), num_times=64, generator=generator())
+        .log_likelihood.mean()
+        .item()
+        for row in parts
+    )
+    assert figures["nats_per_text"] * 5 == pytest.approx(nats, rel=5 * figures["relative_error"] + 0.02)
+    assert figures["nats_per_token"] == pytest.approx(figures["nats_per_text"] * 5 / figures["tokens"])
+    assert figures["bits_per_byte"] * math.log(2) * figures["bytes"] == pytest.approx(figures["nats_per_text"] * 5)
+    with pytest.raises(ValueError, match="a text of 13 tokens, but the model was trained on 12"):
+        evaluate_likelihood(model, tokenizer, [[1] * 13])
+    with pytest.raises(ValueError, match="`token_lists` has no tokens"):
+        evaluate_likelihood(model, tokenizer, [])
