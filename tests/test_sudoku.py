@@ -134,7 +134,20 @@ def test_blocks_keep_to_the_limit():
 
 
 def test_example(tmp_path, capsys):
-    options = ["--max_steps", 2, "--num_puzzles", 40, "--num_test_puzzles", 4, "--batch_size", 8, "--hidden_size", 32]
+    options = [
+        "--max_steps",
+        3,
+        "--start_steps",
+        1,
+        "--num_puzzles",
+        40,
+        "--num_test_puzzles",
+        4,
+        "--batch_size",
+        8,
+        "--hidden_size",
+        32,
+    ]
     run_here("sudoku", *options, "--num_hidden_layers", 1, "--num_attention_heads", 2, "--output_dir", tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())
     assert len(rows) == 4 * 4 * 5

@@ -76,6 +76,62 @@ class MaskedDiffusionTrainer(Trainer):
 
 
 @torch.no_grad()
+def masked_log_likelihood(
+    model: FLMModel, input_ids: torch.LongTensor, num_times: int = 32, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """
+    The variational bound of masked diffusion in continuous time: the loss of the training, summed over a text.
+
+    Args:
+        model ([`FLMModel`]): A masked diffusion model, in evaluation mode.
+        input_ids (`torch.LongTensor` of shape `(num_texts, sequence_length)`): The texts.
+        num_times (`int`, *optional*, defaults to 32): How often each is masked, at stratified shares; a forward pass each.
+        generator (`torch.Generator`, *optional*): The source of shares and masks, on the CPU.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts,)`: lower bounds of the log-likelihoods, in nats.
+    """
+    total = torch.zeros(len(input_ids), device=input_ids.device)
+    for stratum in range(num_times):
+        share = (stratum + torch.rand(len(input_ids), 1, generator=generator)).div(num_times).clamp(min=1e-3)
+        known = (torch.rand(input_ids.shape, generator=generator) >= share).to(input_ids.device)
+        losses = torch.nn.functional.cross_entropy(
+            masked_logits(model, input_ids, known).mT, input_ids, reduction="none"
+        )
+        total += (losses * ~known / share.to(losses)).sum(dim=1)
+    return -total / num_times
+
+
+@torch.no_grad()
+def ancestral_samples(
+    model: FLMModel, num_samples: int, length: int, num_steps: int, generator: torch.Generator | None = None
+) -> torch.LongTensor:
+    """
+    Texts by ancestral sampling: in each of equal steps, every token under a mask is written with the probability that the
+    schedule asks for, drawn from what it may be, independently of the others.
+
+    Args:
+        model ([`FLMModel`]): A masked diffusion model, in evaluation mode.
+        num_samples (`int`): The number of texts.
+        length (`int`): Their length, in tokens.
+        num_steps (`int`): The number of steps, a forward pass each.
+        generator (`torch.Generator`, *optional*): The source of what is drawn, on the CPU.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_samples, length)`.
+    """
+    tokens = torch.zeros(num_samples, length, dtype=torch.long, device=model.device)
+    known = torch.zeros_like(tokens, dtype=torch.bool)
+    for step in range(num_steps):
+        probabilities = masked_logits(model, tokens, known).float().softmax(dim=-1).cpu()
+        drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(num_samples, length)
+        chosen = torch.rand(num_samples, length, generator=generator) < 1 / (num_steps - step)
+        chosen = chosen.to(known.device) & ~known
+        tokens, known = torch.where(chosen, drawn.to(tokens.device), tokens), known | chosen
+    return tokens
+
+
+@torch.no_grad()
 def unmask(
     model: FLMModel, input_ids: torch.LongTensor, known: torch.BoolTensor, rule: PosteriorRefinement
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
