@@ -66,6 +66,23 @@ def raise_recompile_limit():
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
+# What other models of transformers are told, and what says the same here.
+_ELSEWHERE = {
+    "num_return_sequences": "pass `num_samples`, the number of texts in all",
+    "max_new_tokens": "pass `length`, the number of tokens of a text with its prompt",
+    "max_length": "pass `length`",
+    "min_length": "pass `length`; texts end where `pad_after_eos` finds their end",
+    "min_new_tokens": "pass `length`; texts end where `pad_after_eos` finds their end",
+    "do_sample": "leave it out: texts differ by their noise, see `generator`; `BridgeSamplerConfig` draws tokens, too",
+    "num_beams": "leave it out: texts are not written token by token",
+    "repetition_penalty": "pass a `logits_processor`",
+    "seed": "pass `generator=torch.Generator().manual_seed(seed)`",
+    "stopping_criteria": "pass `pad_after_eos=True` for texts that end, or a `callback` to watch every step",
+    "return_full_text": "leave it out: texts have their prompts in them",
+    "num_inference_steps": "pass `num_steps`",
+}
+
+
 class FLMGenerationConfig(GenerationConfig):
     # no-format
     r"""
@@ -168,10 +185,13 @@ class FLMGenerationConfig(GenerationConfig):
         self.validate()
 
     def _suggest(self, names) -> str:
-        """The unknown `names`, each with the parameter that may have been meant."""
+        """The unknown `names`, each with what to pass in its place, or the parameter that may have been meant."""
         known = [name for name in vars(self) if not name.startswith("_")]
         hints = []
         for name in names:
+            if name in _ELSEWHERE:
+                hints.append(f"`{name}` ({_ELSEWHERE[name]})")
+                continue
             close = difflib.get_close_matches(name, known, n=1)
             hints.append(f"`{name}`" + (f" (did you mean `{close[0]}`?)" if close else ""))
         return ", ".join(hints)

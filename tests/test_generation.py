@@ -209,3 +209,21 @@ def test_generate_is_in_evaluation_mode_and_leaves_the_mode():
     with pytest.raises(ValueError, match="got unknown arguments"):
         flm.generate(num_texts=4)
     assert flm.training
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("num_return_sequences", "pass `num_samples`"),
+        ("max_new_tokens", "pass `length`"),
+        ("do_sample", "texts differ by their noise, see `generator`"),
+        ("seed", "manual_seed"),
+        ("stopping_criteria", "`pad_after_eos=True`"),
+        ("return_full_text", "texts have their prompts in them"),
+        ("num_stepz", "did you mean `num_steps`"),
+    ],
+)
+def test_arguments_of_other_models_name_ours(flm, name, hint):
+    for call in (flm.generate, FLMGenerationConfig):
+        with pytest.raises(ValueError, match=rf"`{name}` \(.*{hint}"):
+            call(**{name: 1})
