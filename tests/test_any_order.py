@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import build_flm
 from datasets import Dataset
+from distilling import build_batch, build_trainer, compute_targets, states
+from exact_flows import ExactFlow, ExactFlowMap
 from huggingface_hub.errors import StrictDataclassError
-from test_fmlm import ExactFlowMap, build_batch, build_trainer, compute_targets, relative_error, states
-from test_steering import ExactFlow, build, seed
+from small_models import build_flm, build_model
+from tensors import relative_error, seed
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkModel, IdentityTime, ReparameterizedTime
 from modeling_flm.flow import interpolate
@@ -152,7 +153,7 @@ class TestMasked:
 
     def test_what_the_mask_says_of_itself_does_not_matter(self, tmp_path):
         masked = self.masked_model(final_logit_softcapping=None)
-        trainer = build_trainer_with_mask(tmp_path, build("fmlm"), masked)
+        trainer = build_trainer_with_mask(tmp_path, build_model("fmlm"), masked)
         zero = torch.zeros(3)
         batch = build_batch(torch.randint(53, (3, 12)), torch.randn(3, 12, 32), zero, zero, masked=[0, 1, 2])
         expected = compute_targets(trainer, batch)[0]
@@ -196,7 +197,7 @@ class TestMasked:
         torch.testing.assert_close(target[~known], expected[~known], rtol=1e-5, atol=1e-5)
 
     def test_share_of_examples(self, tmp_path):
-        trainer = build_trainer_with_mask(tmp_path, build("fmlm"), self.masked_model(), masked_probability=0.25)
+        trainer = build_trainer_with_mask(tmp_path, build_model("fmlm"), self.masked_model(), masked_probability=0.25)
         uniforms = torch.rand(4000, 5, generator=seed())
         times, kinds = trainer._draw_times(uniforms, range(4000))
         assert abs(len(kinds["masked"]) - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
@@ -206,7 +207,7 @@ class TestMasked:
 
     def test_is_loaded_by_name_and_refused_for_two_networks(self, tmp_path):
         self.masked_model().save_pretrained(tmp_path / "masked")
-        trainer = build_trainer_with_mask(tmp_path, build("fmlm"), str(tmp_path / "masked"))
+        trainer = build_trainer_with_mask(tmp_path, build_model("fmlm"), str(tmp_path / "masked"))
         assert type(trainer.masked_teacher) is FLMModel
         two = FMLMTwoNetworkModel.from_flm(build_flm())
         options = {"divergence": "squared_error", "diagonal_fraction": 0.0}
@@ -216,7 +217,7 @@ class TestMasked:
     def test_trains_and_logs_its_loss(self, tmp_path):
         rows = torch.randint(53, (64, 12), generator=seed()).tolist()
         trainer = build_trainer_with_mask(
-            tmp_path, build("fmlm", per_token_timesteps=True), self.masked_model(), masked_probability=0.5,
+            tmp_path, build_model("fmlm", per_token_timesteps=True), self.masked_model(), masked_probability=0.5,
             prompt_fraction=1.0, prompt_kinds=["independent"], max_steps=3, logging_steps=1, save_strategy="no",
             dataset=Dataset.from_dict({"input_ids": rows}),
         )  # fmt: skip
@@ -225,12 +226,12 @@ class TestMasked:
         assert losses and all(0 < loss < 10 for loss in losses)
 
     def test_bad_teachers_are_named(self, tmp_path):
-        model = build("fmlm")
+        model = build_model("fmlm")
         for masked, probability, message in (
             (None, 0.5, "`masked_teacher` and `masked_probability` go together"),
             (self.masked_model(), 0.0, "`masked_teacher` and `masked_probability` go together"),
             (build_flm(), 0.5, "`masked_teacher` must be an `FLMModel` with 54 tokens"),
-            (build("fmlm", vocab_size=54), 0.5, "got `FMLMModel` with 54"),
+            (build_model("fmlm", vocab_size=54), 0.5, "got `FMLMModel` with 54"),
         ):
             with pytest.raises(ValueError, match=message):
                 build_trainer_with_mask(tmp_path, model, masked, masked_probability=probability)

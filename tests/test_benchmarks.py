@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from distilling import build_batch, compute_loss
+from train_tiny import build_packed
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 
@@ -16,8 +18,6 @@ sys.path.insert(0, str(BENCHMARKS))
 import dense  # noqa: E402
 import measure  # noqa: E402
 import memory_plan  # noqa: E402
-from test_fmlm import build_batch, compute_loss  # noqa: E402
-from test_losses import build_trainer  # noqa: E402
 
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ class TestDense:
     @pytest.mark.parametrize("preset", ["single_stage", "self_distillation", "two_network", "second_stage"])
     def test_distillation(self, preset, noise, tmp_path):
         # V is below the joint width of all networks: projected noise is one-hot noise.
-        trainer = build_trainer(tmp_path, preset, vocab_size=53)
+        trainer = build_packed(tmp_path, preset, vocab_size=53)
         if preset == "self_distillation":
             trainer._joint_noise = None
         model, teacher = trainer.model.eval(), trainer.teacher

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_flm
 from hub_server import TOKEN
+from small_models import build_flm
 
 import hub.publish
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel

@@ -4,11 +4,9 @@ import os
 
 import pytest
 import torch
-from conftest import build_flm
-from test_fmlm import distillation
-from test_losses import build_trainer
+from small_models import build_flm
 from torch._dynamo.utils import counters
-from train_tiny import build, launch, logged
+from train_tiny import build, build_packed, distillation, launch, logged
 from transformers import CompileConfig
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel, losses
@@ -40,7 +38,7 @@ def test_training(preset, backend, tmp_path):
     trainers = []
     for compiling in ({}, {"torch_compile": True, "torch_compile_backend": backend}):
         torch.manual_seed(0)
-        trainers.append(build_trainer(tmp_path, preset, **options, **compiling))
+        trainers.append(build_packed(tmp_path, preset, **options, **compiling))
         trainers[-1].train()
     eager, trainer = trainers
     assert logged(trainer, "loss") == pytest.approx(logged(eager, "loss"), rel=1e-4)
@@ -126,7 +124,7 @@ def test_generation(model_class, backend, monkeypatch):
 
 def test_each_trainer_compiles_its_model(tmp_path):
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
-    trainers = [build_trainer(tmp_path, None, **compiled) for _ in range(2)]
+    trainers = [build_packed(tmp_path, None, **compiled) for _ in range(2)]
     assert all(trainer.model.layers[0].compiled is not None for trainer in trainers)
 
 

@@ -15,12 +15,13 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm
 from datasets import Dataset
 from example_scripts import run_here
 from hub_server import TOKEN, File, LoopbackHub, Repository, metadata_problems
 from huggingface_hub import EvalResult, ModelCard
+from oracle import SCORER
 from processes import run_processes
+from small_models import build_flm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
@@ -45,9 +46,6 @@ from trainers.evaluation import (
     describe_evaluation,
     describe_sampling,
 )
-
-
-SCORER = str(oracle.FIXTURES / "scorer_tiny")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import grammar
 import pytest
 import torch
 import yaml
-from conftest import build_flm
 from datasets import Dataset
 from example_scripts import run_elsewhere, run_here
 from peers.masked_diffusion import new_masked_model
 from processes import launcher
+from small_models import build_flm
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_flm import FLMModel, FMLMModel

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm, noise_factors
+from small_models import build_flm
+from tensors import noise_factors, relative_error
 
 from modeling_flm.flow import (
     bridge_coefficients,
@@ -20,10 +21,6 @@ from modeling_flm.flow import (
     times_with_known,
 )
 from modeling_flm.joint_noise import noise_size
-
-
-def relative_error(value, expected):
-    return ((value - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize(

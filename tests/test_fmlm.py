@@ -7,13 +7,16 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm, sampling, two_time_denoiser
 from datasets import Dataset
-from train_tiny import build, launch, logged
+from distilling import build_batch, build_trainer, compute_loss, compute_targets, states
+from exact_flows import ExactFlowMap
+from small_models import build_flm, sampling, two_time_denoiser
+from tensors import relative_error
+from train_tiny import distillation, launch, logged
 from transformers import AutoModel
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkConfig, FMLMTwoNetworkModel
-from modeling_flm.flow import flow_map, interpolate, times_with_known
+from modeling_flm.flow import flow_map, interpolate
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.losses import softmax_divergence
 from trainers import (
@@ -25,16 +28,6 @@ from trainers import (
     fmlm_trainer,
     objectives,
 )
-from trainers.batches import FlowBatch
-
-
-def relative_error(value, expected):
-    return ((value - expected).abs().max() / expected.abs().max()).item()
-
-
-def build_trainer(path, model, teacher=None, dataset=None, **options) -> FMLMTrainer:
-    args = FMLMTrainingArguments(path, use_cpu=True, report_to=[], disable_tqdm=True, **options)
-    return FMLMTrainer(model, args, teacher=teacher, train_dataset=dataset, eval_dataset=dataset)
 
 
 def divergence(kind, target, delta):
@@ -43,33 +36,6 @@ def divergence(kind, target, delta):
         return (target - delta).square().sum(-1)
     entropy = torch.xlogy(target, target).sum(-1) if kind == "kl" else 0.0
     return entropy - (target * delta.log()).sum(-1)
-
-
-def build_batch(input_ids, noise, tau_s, tau_t, tau_u=None, known=None, **kinds) -> FlowBatch:
-    tau_u = (tau_s + tau_t) / 2 if tau_u is None else tau_u
-    tau_s, tau_t, tau_u = (times_with_known(tau, known) for tau in (tau_s, tau_t, tau_u))
-    labels = input_ids if known is None else input_ids.masked_fill(known, -100)
-    kinds = kinds or {"off_diagonal": list(range(len(input_ids)))}
-    return FlowBatch(input_ids, labels, tau_s, tau_t, tau_u, noise=noise, kinds=kinds)
-
-
-def compute_targets(trainer, batch: FlowBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The targets and their weights, dense."""
-    with torch.no_grad():
-        target, weights = trainer.compute_targets(batch, trainer._get_joint_noise())
-        return target.dense(), weights
-
-
-def states(trainer, batch: FlowBatch) -> list[torch.Tensor]:
-    """What the networks see."""
-    with torch.no_grad():
-        return [trainer._state(network, batch, trainer._get_joint_noise()) for network in trainer._networks()]
-
-
-def compute_loss(trainer, batch: FlowBatch):
-    """The loss of a batch that has its noise, and the outputs."""
-    trainer._add_noise = lambda batch: batch
-    return trainer.compute_loss(trainer.model, {"examples": batch}, return_outputs=True)
 
 
 class TestModels:
@@ -299,58 +265,6 @@ class TestPublishedValues:
         )
 
 
-class ExactFlowMap(FMLMModel):
-    """
-    The flow map of the texts "0 0" (70 %) and "1 1" (30 %) over two tokens, or of others, in closed form but for a fine
-    integration of its ordinary differential equation; the embedding is the identity, so that states are one-hot states.
-    """
-
-    def __init__(self, texts=((0, 0), (1, 1)), weights=(0.7, 0.3), num_steps=400):
-        vocab_size = 1 + max(max(text) for text in texts)
-        sizes = {"vocab_size": vocab_size, "hidden_size": vocab_size, "num_attention_heads": 1, "num_hidden_layers": 1}
-        super().__init__(FMLMConfig(**sizes, max_position_embeddings=len(texts[0])))
-        self.embed_tokens.weight.data = torch.eye(vocab_size)
-        self.texts = torch.eye(vocab_size, dtype=torch.float64)[torch.tensor(texts)]
-        self.weights = torch.tensor(weights, dtype=torch.float64)
-        self.num_steps = num_steps
-
-    def denoiser(self, x, t):
-        # log p(text | x) = log p(text) + sum of t <x, text> / (1 - t)^2 + const; known tokens leave only texts with them
-        products = torch.einsum("blv,klv->bkl", x.double(), self.texts)
-        t = (t[:, None] if t.dim() == 1 else t)[:, None].double()
-        noisy = torch.where(t < 1, t / (1 - t).clamp(min=1e-30) ** 2 * products, (products - 1) * 1e9)
-        logits = self.weights.log() + noisy.sum(-1)
-        return torch.einsum("bk,klv->blv", logits.softmax(-1), self.texts)
-
-    def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
-        return hidden_states
-
-    def encode(self, state, tau_s, tau_t=None, attention_mask=None):
-        s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t)
-        if torch.equal(s, t):
-            return self.denoiser(state, s).to(state.dtype)
-        # At 0.99 the text is certain, and the velocity still finite.
-        t = torch.where(s < 1, t.clamp(max=0.99), t)
-        axes = (slice(None),) * s.dim() + (None,) * (3 - s.dim())
-
-        def velocity(x, time):  # known tokens do not move
-            rest = (1 - time)[axes]
-            return torch.where(rest > 0, (self.denoiser(x, time) - x) / rest, 0.0)
-
-        x, num_steps = state, self.num_steps
-        step = (t - s) / num_steps
-        half = step[axes] / 2
-        for n in range(num_steps):  # Runge-Kutta of order 4
-            time = s + n * step
-            k1 = velocity(x, time)
-            k2 = velocity(x + half * k1, time + step / 2)
-            k3 = velocity(x + half * k2, time + step / 2)
-            k4 = velocity(x + 2 * half * k3, time + step)
-            x = x + half / 3 * (k1 + 2 * k2 + 2 * k3 + k4)
-        keep = ((1 - t) / (1 - s))[axes]
-        return torch.where(s[axes] < 1, (x - keep * state) / (1 - keep), x).to(state.dtype)
-
-
 class TestExactSolution:
     tau_s = torch.tensor([0.02, 0.1, 0.3, 0.5], dtype=torch.float64)
     tau_t = torch.tensor([0.3, 0.8, 0.5, 0.9], dtype=torch.float64)
@@ -454,49 +368,6 @@ class TestTimes:
         assert abs(s.mean() - 1 / 3) < 0.01 and abs(t.mean() - 2 / 3) < 0.01
         fraction = (u - s) / (t - s)
         assert abs(fraction.mean() - 0.5) < 0.01 and abs(fraction.var() - 1 / 12) < 0.01
-
-
-def distillation(
-    output_dir, preset="single_stage", dropout=0.0, trainer_class=FMLMTrainer, frozen_dtype=torch.float32, **options
-):
-    """The tiny run of train_tiny.py with a flow map in the place of the FLM."""
-    own = set(FMLMTrainingArguments.__annotations__)
-    flm_trainer = build(output_dir, dropout=dropout, **{k: v for k, v in options.items() if k not in own})
-    torch.manual_seed(5)
-    teacher = flm_trainer.model.eval()
-    for parameter in teacher.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    two_network = FMLMTwoNetworkModel.from_flm(teacher, learned_loss_weighting=True, dropout=dropout)
-    if preset == "two_network":
-        model, teacher = two_network, None
-        model.flow.to(frozen_dtype)
-    else:
-        any_order = {"per_token_timesteps": True, "time_reparameterization": None} if preset == "any_order" else {}
-        model = FMLMModel.from_flm(teacher, dropout=dropout, **any_order)
-        torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # so that there is something to learn
-        teachers = {"second_stage": two_network, "self_distillation": None, "any_order": None}
-        teacher = teachers.get(preset, teacher)
-        teacher = None if teacher is None else teacher.to(frozen_dtype)
-    settings = {name: getattr(flm_trainer.args, name) for name in (
-        "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "logging_steps",
-        "eval_strategy", "eval_steps", "save_strategy", "save_steps", "seed", "gradient_accumulation_steps", "ema_decay",
-        "report_to", "use_cpu", "disable_tqdm", "bf16", "prompt_fraction", "eval_gen_ppl_steps", "eval_gen_ppl_num_steps",
-        "eval_gen_ppl_num_samples", "eval_gen_ppl_model", "metric_for_best_model", "greater_is_better",
-        "load_best_model_at_end",
-    )}  # fmt: skip
-    settings.update({name: value for name, value in options.items() if name in own})
-    if preset == "any_order":
-        del settings["prompt_fraction"]  # which is the preset's
-    args = FMLMTrainingArguments.from_preset(preset, output_dir=output_dir, **settings)
-    return trainer_class(
-        model,
-        args,
-        teacher=teacher,
-        train_dataset=flm_trainer.train_dataset,
-        eval_dataset=flm_trainer.eval_dataset,
-        processing_class=flm_trainer.processing_class,
-    )
 
 
 class TestTraining:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import build_flm
+from small_models import build_flm
+from tensors import seed
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -15,10 +16,6 @@ from transformers import (
 )
 
 from modeling_flm import FLMGenerationConfig, FLMGenerationOutput, losses
-
-
-def seed(value: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(value)
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import build_flm
-from test_losses import build_trainer
-from train_tiny import build
+from small_models import build_flm
+from train_tiny import build, build_packed
 from transformers import CompileConfig
 
 from modeling_flm import BridgeSampler, FlowMapSampler, FMLMModel, StochasticFlowMapSampler
@@ -63,7 +62,7 @@ def waiting_is_an_error():
 @pytest.mark.parametrize("preset", [None, "single_stage", "two_network", "second_stage"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_no_training_step_waits(preset, bf16, tmp_path, request):
-    trainer = build_trainer(tmp_path, preset, use_cpu=False, bf16=bf16)
+    trainer = build_packed(tmp_path, preset, use_cpu=False, bf16=bf16)
     batches = iter(trainer.get_train_dataloader())
     model = trainer.accelerator.prepare_model(trainer.model).train()
     for step in range(3):

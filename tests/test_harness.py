@@ -9,7 +9,7 @@ from pathlib import Path
 import grammar
 import pytest
 import torch
-from conftest import build_flm
+from small_models import build_flm
 
 from trainers import train_tokenizer
 from trainers.batches import example_seed

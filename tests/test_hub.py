@@ -10,11 +10,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import build_flm
 from datasets import Dataset
 from hub_server import TOKEN, Fault, File, LoopbackHub, Repository, metadata_problems
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from small_models import build_flm
 from transformers import AutoModel, BertConfig, BertModel
 
 import hub.publish

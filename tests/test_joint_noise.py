@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import noise_factors
+from tensors import noise_factors
 
 from modeling_flm import joint_noise
 from modeling_flm.joint_noise import JointNoise

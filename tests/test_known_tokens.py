@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import FIXTURES
 from safetensors.torch import load_file
-from test_steering import build
+from small_models import build_model
 
 
 VALUES = load_file(FIXTURES / "prompted" / "values.safetensors")
@@ -20,7 +20,7 @@ INPUTS = {
 
 def load(name: str):
     """The model of these samples."""
-    model = build("flm" if name == "weak" else name, **({"hidden_size": 16} if name == "weak" else {}))
+    model = build_model("flm" if name == "weak" else name, **({"hidden_size": 16} if name == "weak" else {}))
     weights = {key.removeprefix(f"{name}."): VALUES[key] for key in VALUES if key.startswith(f"{name}.")}
     model.load_state_dict(weights)
     return model

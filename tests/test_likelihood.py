@@ -8,10 +8,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import build_flm
+from exact_flows import ExactFlowMap
 from example_scripts import run_here
-from test_fmlm import ExactFlowMap
-from test_losses import set_chunk
+from small_models import build_flm
+from tensors import set_chunk
 from train_tiny import build, logged
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel

@@ -5,22 +5,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm, two_time_denoiser
-from datasets import Dataset
+from small_models import build_flm, two_time_denoiser
+from tensors import set_chunk
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from train_tiny import build_packed
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel, losses
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.losses import chunks, head_loss, softcap_logits, softmax_cross_entropy, softmax_divergence
-from trainers import PRESETS, FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+from trainers import PRESETS
 
 
 VOCAB_SIZE = 200
-
-
-def set_chunk(monkeypatch, num_positions: int, batch_size: int, vocab_size: int):
-    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", num_positions * batch_size * vocab_size)
 
 
 @pytest.mark.parametrize("num_positions", [1, 7, 20])
@@ -196,25 +193,10 @@ class Watch(TorchDispatchMode):
         return output
 
 
-def build_trainer(path, preset: str | None, vocab_size: int = VOCAB_SIZE, **options) -> FLMTrainer:
-    """With eight packed texts of twelve tokens, all in a batch."""
-    options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 8, **options}
-    dataset = Dataset.from_dict({"input_ids": torch.randint(vocab_size, (64, 12)).tolist()})
-    flm = build_flm(vocab_size=vocab_size, hidden_size=16, dropout=0.0)
-    if preset is None:
-        return FLMTrainer(flm.train(), FLMTrainingArguments(path, **options), train_dataset=dataset)
-    two_networks = FMLMTwoNetworkModel.from_flm(flm, dropout=0.0)
-    model = two_networks if preset == "two_network" else FMLMModel.from_flm(flm, dropout=0.0)
-    torch.nn.init.normal_((model.correction if preset == "two_network" else model).lm_head.weight)
-    teacher = {"second_stage": two_networks, "single_stage": flm}.get(preset)
-    args = FMLMTrainingArguments.from_preset(preset, output_dir=path, **options)
-    return FMLMTrainer(model, args, teacher=teacher, train_dataset=dataset)
-
-
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_a_step_holds_a_chunk_of_probabilities_and_waits_for_nothing(preset, tmp_path, monkeypatch):
     set_chunk(monkeypatch, 1, 8, VOCAB_SIZE)
-    trainer = build_trainer(tmp_path, preset)
+    trainer = build_packed(tmp_path, preset, VOCAB_SIZE)
     batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     trainer.model.train()
     trainer.model.time_map.tau_to_t(torch.zeros(1))  # makes the table, once
@@ -290,13 +272,13 @@ def test_the_noise_is_made_once_for_each_optimizer_step(preset, tmp_path, monkey
         JointNoise, "__init__", lambda self, *args, **kwargs: made.append(len(args)) or init(self, *args, **kwargs)
     )
     options = {"max_steps": 3, "gradient_accumulation_steps": 2, "save_strategy": "no"}
-    trainer = build_trainer(tmp_path, preset, **options, logging_steps=1)
+    trainer = build_packed(tmp_path, preset, VOCAB_SIZE, **options, logging_steps=1)
     trainer.train()
     assert made == [1 if preset is None else 2] * 3
     trainer.evaluate(trainer.train_dataset)
     assert len(made) == 4
     # With another accumulation the same examples and noise: what is kept has not gone stale.
-    once = build_trainer(tmp_path, preset, **{**options, "gradient_accumulation_steps": 1}, logging_steps=1)
+    once = build_packed(tmp_path, preset, VOCAB_SIZE, **{**options, "gradient_accumulation_steps": 1}, logging_steps=1)
     once.model.load_state_dict(trainer.model.state_dict())
     assert len(made) == 4
 

@@ -8,8 +8,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm, sampling, two_time_denoiser
 from huggingface_hub.errors import StrictDataclassError
+from small_models import build_flm, sampling, two_time_denoiser
 from transformers import AutoConfig, AutoModel
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel

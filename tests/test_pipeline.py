@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import build_flm
+from small_models import build_flm
 from transformers import AutoModel, pipeline
 
 from modeling_flm import FLMGenerationConfig, FLMPipeline, FMLMModel, FMLMTwoNetworkModel

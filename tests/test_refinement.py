@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from conftest import sampling
-from test_fmlm import ExactFlowMap
-from test_released import FOLDER, SIZES, VALUES
-from test_steering import ExactFlow, build, seed
+from exact_flows import ExactFlow, ExactFlowMap, chi_square
+from released import FOLDER, SIZES, VALUES
+from small_models import build_model, sampling
+from tensors import seed
 from transformers import TextDiffusionStreamer
 from transformers.generation.streamers import BaseStreamer
 
@@ -121,13 +121,6 @@ TEXTS = [(0, 0, 0), (0, 1, 1), (1, 1, 0), (1, 0, 1)]  # which no two tokens say 
 WEIGHTS = (0.4, 0.3, 0.2, 0.1)
 
 
-def chi_square(tokens: torch.Tensor, texts=TEXTS, weights=WEIGHTS) -> float:
-    """Of the shares of the texts; infinite where there is a text that cannot be."""
-    counts = torch.tensor([(tokens == torch.tensor(text)).all(dim=1).sum() for text in texts]).double()
-    expected = len(tokens) * torch.tensor(weights, dtype=torch.float64)
-    return ((counts - expected) ** 2 / expected).sum().item() if counts.sum() == len(tokens) else float("inf")
-
-
 LIMIT = 21.1  # of 3 degrees of freedom: 1e-4
 LOOPS = [
     {"num_rounds": 2},
@@ -147,7 +140,7 @@ class TestDistribution:
     def test_is_exact_for_an_exact_flow_map(self, loop):
         model = CertainFlowMap(TEXTS, WEIGHTS, num_steps=40)
         tokens = model.generate(generator=seed(), **{**self.options, **loop})
-        assert chi_square(tokens) < LIMIT
+        assert chi_square(tokens, TEXTS, WEIGHTS) < LIMIT
 
     @pytest.mark.parametrize("loop", LOOPS[1:6:4], ids=str)
     def test_is_exact_with_known_tokens(self, loop):
@@ -203,7 +196,7 @@ class TestGenerate:
     @pytest.mark.parametrize("loop", loops, ids=str)
     @pytest.mark.parametrize("more", [{}, {"gamma": 0.7}, {"sampler_config": BridgeSamplerConfig()}], ids=str)
     def test_texts_do_not_depend_on_batches(self, kind, loop, more):
-        model = build(kind)
+        model = build_model(kind)
         input_ids, prompt_mask = torch.randint(53, (7, 12)), torch.rand(7, 12) < 0.5
         prompt_mask[2], prompt_mask[3, :7] = True, True
         options = {
@@ -228,7 +221,7 @@ class TestGenerate:
 
     @pytest.mark.parametrize("kind", ["flm", "fmlm"])
     def test_one_round_and_one_block_are_plain_generation(self, kind):
-        model = build(kind)
+        model = build_model(kind)
         options = {"num_samples": 5, "num_steps": 3}
         plain = model.generate(generator=seed(), **options)
         assert torch.equal(model.generate(generator=seed(), num_rounds=1, **options), plain)
@@ -244,7 +237,7 @@ class TestGenerate:
         assert output.num_forward_passes.eq(2 * 4 * 5).all()  # no threshold, and no budget
 
     def test_prior_state_is_not_changed(self):
-        model = build("fmlm")
+        model = build_model("fmlm")
         prior = torch.randn(3, 12, 32)
         before = prior.clone()
         tokens = model.generate(prior_state=prior, num_rounds=4, generator=seed())
@@ -252,7 +245,7 @@ class TestGenerate:
         assert torch.equal(tokens, model.generate(prior_state=prior, num_rounds=4, generator=seed()))
 
     def test_guidance(self):
-        model, weak = build("fmlm"), build("flm", hidden_size=16)
+        model, weak = build_model("fmlm"), build_model("flm", hidden_size=16)
         options = {"num_samples": 6, "num_rounds": 3}
         plain = model.generate(generator=seed(), **options)
         guided = {"guidance_model": weak, "guidance_scale": 3.0, **options}
@@ -262,7 +255,7 @@ class TestGenerate:
 
     @pytest.mark.slow
     def test_compiled_texts_are_equal_and_take_one_graph(self):
-        model = build("fmlm", per_token_timesteps=True)
+        model = build_model("fmlm", per_token_timesteps=True)
         input_ids, prompt_mask = torch.randint(53, (5, 12)), torch.rand(5, 12) < 0.5
         options = {"input_ids": input_ids, "prompt_mask": prompt_mask, "num_rounds": 6, "commit_threshold": 0.05}
         expected = model.generate(generator=seed(), **options)
@@ -273,7 +266,7 @@ class TestGenerate:
 
     def test_nothing_is_written_after_a_known_end(self):
         """A text whose third token ends it: from left to right, no block after it costs anything."""
-        model = build("fmlm")
+        model = build_model("fmlm")
         with torch.no_grad():
             model.lm_head.weight.zero_(), model.lm_head.bias.zero_()
             model.lm_head.bias[7] = 25.0  # whatever the state
@@ -290,13 +283,13 @@ class TestGenerate:
         assert model.generate(block_length=2, **{**options, "pad_after_eos": False}).num_forward_passes.eq(6).all()
 
     def test_callback_is_told_of_every_round(self):
-        model, told = build("fmlm"), []
+        model, told = build_model("fmlm"), []
         input_ids = torch.randint(53, (1, 4))
         model.generate(input_ids, block_length=2, num_steps=2, callback=lambda *args: told.append(args[:2]))
         assert told == [(n, 6) for n in range(1, 7)]
 
     def test_callback_is_told_of_rounds(self):
-        model, told = build("fmlm"), []
+        model, told = build_model("fmlm"), []
         tokens = model.generate(num_samples=2, num_rounds=3, num_steps=2, callback=lambda *args: told.append(args))
         assert [args[:2] for args in told] == [(1, 3), (2, 3), (3, 3)]
         assert torch.equal(told[-1][2], tokens)
@@ -316,7 +309,7 @@ class TestGenerate:
             def end(self):
                 self.known.append("end")
 
-        model, streamer = build("fmlm"), Record()
+        model, streamer = build_model("fmlm"), Record()
         output = model.generate(streamer=streamer, generator=seed(), return_dict_in_generate=True, **loop)
         assert streamer.known.pop() == "end"
         assert torch.equal(torch.cat(streamer.known), output.sequences[0])
@@ -327,12 +320,12 @@ class TestGenerate:
         assert shown[-1] == 10 or "num_rounds" in loop
 
     def test_streamer_of_transformers(self, capsys):
-        model, tokenizer = build("fmlm"), train_tokenizer([" ".join(map(str, range(60)))], "word", 60)
+        model, tokenizer = build_model("fmlm"), train_tokenizer([" ".join(map(str, range(60)))], "word", 60)
         model.generate(num_rounds=3, streamer=TextDiffusionStreamer(tokenizer), generator=seed())
         assert "\x1b[33m" in capsys.readouterr().out
 
     def test_bad_combinations_are_named(self):
-        model = build("fmlm")
+        model = build_model("fmlm")
         for options, message in (
             ({"num_rounds": 2, "block_length": 3}, "`num_rounds` does not go with `block_length`"),
             ({"commit_threshold": 0.9}, "`commit_threshold=0.9` needs `num_rounds`"),
@@ -349,7 +342,7 @@ class TestGenerate:
                 model.generate(**options)
 
     def test_what_is_said_last_counts(self, tmp_path):
-        model = build("fmlm")
+        model = build_model("fmlm")
         model.generation_config.num_rounds = 3
         model.save_pretrained(tmp_path)
         model = type(model).from_pretrained(tmp_path)

@@ -3,18 +3,17 @@ The later published code, value by value: capped logits, gamma sampling and sing
 `PyTorchModelHubMixin` writes and from checkpoint files.
 """
 
-import json
 import os
 import subprocess
 import sys
 
 import huggingface_hub.constants
-import oracle
 import pytest
 import torch
-from conftest import sampling
-from safetensors.torch import load_file
-from test_fmlm import build_batch, compute_loss, compute_targets, states
+from distilling import build_batch, compute_loss, compute_targets, states
+from released import FOLDER, SIZES, VALUES
+from small_models import sampling
+from tensors import relative_error
 from transformers import AutoModel
 
 from hub.convert import convert, main
@@ -22,9 +21,6 @@ from modeling_flm.flow import gamma_coefficients
 from trainers import FMLMTrainer, FMLMTrainingArguments
 
 
-FOLDER = oracle.FIXTURES / "released"
-VALUES = load_file(FOLDER / "values.safetensors")
-SIZES = json.loads((FOLDER / "values.json").read_text())
 SOURCES = {"flm": ("flm_hub", "flm.ckpt"), "fmlm": ("fmlm_hub", "fmlm.ckpt")}
 ALL_SOURCES = [(kind, source) for kind, sources in SOURCES.items() for source in sources]
 
@@ -51,10 +47,6 @@ def arguments_of(kind: str) -> dict[str, torch.Tensor]:
     if kind == "flm":
         return {"timesteps": VALUES["flm.tau"]}
     return {"timesteps": VALUES["fmlm.tau_s"], "target_timesteps": VALUES["fmlm.tau_t"]}
-
-
-def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((value - expected).abs().max() / expected.abs().max()).item()
 
 
 class TestForward:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import build_flm
-from test_steering import ExactFlow, assert_shares, build, seed
+from exact_flows import ExactFlow, assert_shares, chi_square
+from small_models import build_flm, build_model
+from tensors import seed
 
 from modeling_flm import (
     BridgeSampler,
@@ -132,25 +133,18 @@ class TestPosterior:
         assert dense.argmax(-1).tolist() == [[3, 0, 0]] and torch.equal(dense.sum(-1), torch.ones(1, 3))
 
 
-WEIGHTS = (0.4, 0.3, 0.2, 0.1)
-
-
-def chi_square(tokens: torch.Tensor) -> float:
-    counts = torch.bincount(tokens.flatten(), minlength=4).double()
-    expected = len(tokens) * torch.tensor(WEIGHTS, dtype=torch.float64)
-    return ((counts - expected) ** 2 / expected).sum().item()
-
-
 class TestDistribution:
     options = {"num_samples": 4000, "batch_size": 4000}
 
     @pytest.mark.parametrize("num_steps", [1, 3, 8])
     def test_bridge_is_exact_for_a_single_token(self, num_steps):
-        model = ExactFlow([(n,) for n in range(4)], WEIGHTS)
+        texts, weights = [(n,) for n in range(4)], (0.4, 0.3, 0.2, 0.1)
+        model = ExactFlow(texts, weights)
         tokens = model.generate(num_steps=num_steps, generator=seed(), **self.options, **BRIDGE)
-        assert chi_square(tokens) < 21.1  # of 3 degrees of freedom: 1e-4
+        assert chi_square(tokens, texts, weights) < 21.1  # of 3 degrees of freedom: 1e-4
         if num_steps < 8:  # Euler's steps follow the flow only where they are short
-            assert chi_square(model.generate(num_steps=num_steps, generator=seed(), **self.options)) > 21.1
+            tokens = model.generate(num_steps=num_steps, generator=seed(), **self.options)
+            assert chi_square(tokens, texts, weights) > 21.1
 
     @pytest.mark.parametrize("num_steps", [1, 3])
     def test_bridge_is_exact_for_the_last_unknown_token(self, num_steps):
@@ -216,7 +210,7 @@ class TestConfigs:
             StochasticFlowMapSamplerConfig(2)
 
     def test_gamma_is_short_for_a_sampler_and_what_is_said_last_counts(self):
-        model = build("fmlm")
+        model = build_model("fmlm")
         options = {"num_samples": 5, "num_steps": 3}
         sample = lambda **more: model.generate(generator=seed(), **options, **more)  # noqa: E731
         plain, fresh, bridge = sample(), sample(gamma=0.7), sample(**BRIDGE)
@@ -232,7 +226,7 @@ class TestConfigs:
 
     @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
     def test_bridge_does_not_depend_on_batches_and_its_last_draft_is_the_text(self, kind):
-        model = build(kind)
+        model = build_model(kind)
         options = {"num_samples": 7, "num_steps": 3, "output_drafts": True, "return_dict_in_generate": True, **BRIDGE}
         output = model.generate(generator=seed(), **options)
         assert torch.equal(output.drafts[:, -1], output.sequences)
@@ -241,7 +235,7 @@ class TestConfigs:
         assert not torch.equal(output.sequences, model.generate(generator=seed(1), **options).sequences)
 
     def test_bridge_goes_with_guidance(self):
-        model, weak = build("flm"), build("flm", hidden_size=16)
+        model, weak = build_model("flm"), build_model("flm", hidden_size=16)
         options = {"num_samples": 7, "num_steps": 3, **BRIDGE}
         plain = model.generate(generator=seed(), **options)
         guided = model.generate(generator=seed(), guidance_model=weak, guidance_scale=2.0, **options)

@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 from accelerate import PartialState, cpu_offload
-from conftest import build_flm, sampling, two_time_denoiser
+from dense_sampler import dense_delta, dense_sample
+from exact_flows import ExactFlow, ExactFlowMap, assert_shares
 from processes import run_processes
-from test_fmlm import ExactFlowMap
+from small_models import build_flm, build_model, sampling
+from tensors import seed
 from torch import nn
 from transformers import (
     BertConfig,
@@ -26,54 +28,16 @@ from modeling_flm import (
     BridgeSamplerConfig,
     ClassifierReward,
     FLMGenerationConfig,
-    FMLMModel,
-    FMLMTwoNetworkModel,
     LanguageModelReward,
 )
 from modeling_flm.joint_noise import JointNoise
 from trainers import generate_samples
 
 
-def seed(value=0):
-    return torch.Generator().manual_seed(value)
-
-
-def build(kind: str, **options):
-    """A model with no weight at its initial zero."""
-    flm = build_flm(**options)
-    if kind == "flm":
-        return flm
-    model = {"fmlm": FMLMModel, "two_network": FMLMTwoNetworkModel}[kind].from_flm(flm).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.2)
-    return model
-
-
-def dense_delta(model, x, tau_s, tau_t, **masks):
-    """The two-time denoiser of a one-hot state."""
-    state = x @ model.state_embedding
-    return two_time_denoiser(model(inputs_embeds=state, timesteps=tau_s, target_timesteps=tau_t, **masks))
-
-
-@torch.no_grad()
-def dense_sample(model, x, num_steps, choose):
-    """The sampler with one-hot states, where `choose` makes the two-time denoiser."""
-    tau = torch.linspace(0, 1, num_steps + 1)
-    t = model.time_map.tau_to_t(tau)
-    for step in range(num_steps):
-        delta = choose(x, tau[step].expand(len(x)), tau[step + 1].expand(len(x)))
-        if step < num_steps - 1:
-            share = (t[step + 1] - t[step]) / (1 - t[step])
-            x = (1 - share) * x + share * delta
-    return delta.argmax(-1)
-
-
 def continue_prompts(indices: list[int]) -> torch.LongTensor:
     """The texts with these numbers, each with a prompt and a mask of its own."""
     torch.manual_seed(0)
-    model, weak = build("fmlm"), build("flm", hidden_size=16)
+    model, weak = build_model("fmlm"), build_model("flm", hidden_size=16)
     input_ids, prompt_mask = torch.randint(53, (7, 12)), torch.rand(7, 12) < 0.5
     return generate_samples(
         model, indices, seed=3, input_ids=input_ids[indices], prompt_mask=prompt_mask[indices], num_steps=3, gamma=0.5,
@@ -89,25 +53,11 @@ def continue_some(output_dir: Path):
     assert state.num_processes == 2
 
 
-def assert_shares(tokens, weights):
-    """That of all texts a share `weights[text]` is `text`."""
-    for text, weight in weights.items():
-        share = (tokens == torch.tensor(text)).all(dim=1).double().mean().item()
-        assert abs(share - weight) < 4 * (weight * (1 - weight) / len(tokens)) ** 0.5 + 0.005
-
-
-class ExactFlow(ExactFlowMap):
-    """The denoiser of these texts, as an FLM has it."""
-
-    def encode(self, state, tau_s, tau_t=None, attention_mask=None):
-        return self.denoiser(state, self.time_map.tau_to_t(tau_s)).to(state.dtype)
-
-
 class TestAutoguidance:
     @pytest.mark.parametrize("kinds", [("flm", "flm"), ("fmlm", "flm"), ("fmlm", "fmlm"), ("flm", "two_network")])
     @pytest.mark.parametrize("num_steps", [1, 4])
     def test_equals_the_dense_formula(self, kinds, num_steps):
-        strong, weak = build(kinds[0]), build(kinds[1], hidden_size=16)
+        strong, weak = build_model(kinds[0]), build_model(kinds[1], hidden_size=16)
         prior = torch.randn(6, 12, 53)
 
         def choose(x, tau_s, tau_t):
@@ -121,7 +71,7 @@ class TestAutoguidance:
         assert not torch.equal(tokens, strong.generate(**options))
 
     def test_no_change_without_scale_or_by_an_equal_model(self):
-        model, weak = build("flm"), build("flm", hidden_size=16)
+        model, weak = build_model("flm"), build_model("flm", hidden_size=16)
         options = {"num_samples": 20, "num_steps": 4}
         plain = model.generate(generator=seed(), **options)
         assert torch.equal(model.generate(generator=seed(), guidance_model=weak, guidance_scale=0, **options), plain)
@@ -134,7 +84,7 @@ class TestAutoguidance:
 
     def test_both_see_the_same_noise(self):
         """By the covariance of the drawn states, against that of one noise in one-hot space."""
-        model, weak = build("flm", vocab_size=200), build("flm", vocab_size=200, hidden_size=16)
+        model, weak = build_model("flm", vocab_size=200), build_model("flm", vocab_size=200, hidden_size=16)
         states = []
         for network in (model, weak):
             encode = network.encode
@@ -147,7 +97,7 @@ class TestAutoguidance:
         assert (covariance - expected).abs().max() < 6 * expected.diagonal().max() / len(drawn) ** 0.5
 
     def test_processors_bind_both(self):
-        model, weak = build("flm"), build("flm")
+        model, weak = build_model("flm"), build_model("flm")
         processor = LogitsProcessorList([SuppressTokensLogitsProcessor(list(range(30)))])
         options = {"guidance_model": weak, "guidance_scale": 30.0, "logits_processor": processor}
         assert (model.generate(num_samples=20, num_steps=3, **options) >= 30).all()
@@ -155,7 +105,7 @@ class TestAutoguidance:
 
 class TestReward:
     def test_moves_the_noise_as_in_one_hot_space(self):
-        model = build("fmlm")
+        model = build_model("fmlm")
         prior, weights = torch.randn(5, 12, 53), torch.randn(12, 53)
         reward = lambda delta: (delta * weights).sum(dim=(1, 2)).sin()  # noqa: E731
         x, scale = prior, 3.0
@@ -201,7 +151,7 @@ class TestReward:
         assert abs(tokens[:, 0].double().mean().item() - expected) < 0.07  # 0.16 above what it is without
 
     def test_zero_is_plain_sampling(self):
-        model = build("flm")
+        model = build_model("flm")
         options = {"num_samples": 9, "num_steps": 3}
         reward = lambda delta: delta[..., 3].sum(dim=1)  # noqa: E731
         plain = model.generate(generator=seed(), **options)
@@ -212,7 +162,7 @@ class TestReward:
         assert torch.equal(tokens, model.generate(generator=seed(), **options, **{**batches, "batch_size": 9}))
 
     def test_is_shown_what_is_given_as_it_is(self):
-        model, seen = build("flm"), []
+        model, seen = build_model("flm"), []
         input_ids = torch.randint(53, (2, 5))
         reward = lambda delta: seen.append(delta.detach()) or delta[..., 3].sum(dim=1)  # noqa: E731
         model.generate(input_ids, num_steps=2, reward=reward, reward_scale=1.0)
@@ -250,7 +200,7 @@ class TestReward:
         torch.testing.assert_close(ClassifierReward(classifier, 1)(soft), expected)
         torch.testing.assert_close(LanguageModelReward(scorer)(soft), torch.stack(
             [-scorer(row[None], labels=row[None]).loss for row in input_ids]))  # fmt: skip
-        model = build("fmlm")
+        model = build_model("fmlm")
         for reward in (ClassifierReward(classifier, "b"), LanguageModelReward(scorer)):
             assert model.generate(num_samples=2, num_steps=2, reward=reward, reward_scale=1.0).shape == (2, 12)
         # Shorter texts are as if there were no padding.
@@ -273,7 +223,7 @@ class TestReward:
 
 class TestFreshNoise:
     def test_gamma_zero_is_plain_sampling_and_batches_do_not_matter(self):
-        model = build("fmlm")
+        model = build_model("fmlm")
         options = {"num_samples": 7, "num_steps": 4}
         plain = model.generate(generator=seed(), **options)
         assert torch.equal(model.generate(generator=seed(), gamma=0.0, **options), plain)
@@ -294,7 +244,7 @@ class TestFreshNoise:
 
 class TestTimes:
     def test_grid(self):
-        model = build("fmlm")
+        model = build_model("fmlm")
         prior = torch.randn(4, 12, 53)
         even = model.generate(prior_state=prior, num_steps=4)
         assert torch.equal(model.generate(prior_state=prior, timesteps=[0, 0.25, 0.5, 0.75, 1]), even)
@@ -307,7 +257,7 @@ class TestTimes:
             assert torch.equal(output.sequences, dense_delta(model, x, middle, one).argmax(-1))
 
     def test_what_is_said_last_counts(self):
-        model = build("fmlm")
+        model = build_model("fmlm")
         model.generation_config.timesteps = [0.0, 0.5, 1.0]
         passes = lambda **options: model.generate(return_dict_in_generate=True, **options).num_forward_passes[0]  # noqa: E731
         assert passes() == 2
@@ -320,7 +270,7 @@ class TestPrompts:
     @pytest.mark.parametrize("per_token_timesteps", [False, True])
     def test_equals_the_dense_sampler_with_known_positions_clean(self, kind, per_token_timesteps):
         """Known tokens are clamped here after every step; a network without times per token is told the time of the others."""
-        model = build(kind, per_token_timesteps=per_token_timesteps)
+        model = build_model(kind, per_token_timesteps=per_token_timesteps)
         prior, input_ids = torch.randn(5, 12, 53), torch.randint(53, (5, 12))
         prompt_mask = torch.rand(5, 12) < 0.5
         clean = nn.functional.one_hot(input_ids, 53).float()
@@ -341,7 +291,7 @@ class TestPrompts:
         x = torch.randn(5, 12, 53)
         times = torch.rand(5, 12), torch.ones(5, 12)
         for kind in ("flm", "fmlm", "two_network"):
-            plain, told = build(kind), build(kind, per_token_timesteps=True)
+            plain, told = build_model(kind), build_model(kind, per_token_timesteps=True)
             told.load_state_dict(plain.state_dict())
             earliest = times[0].amin(dim=1)
             with torch.no_grad():
@@ -355,7 +305,7 @@ class TestPrompts:
 
     @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
     def test_come_back_unchanged_whatever_else(self, kind):
-        model, weak = build(kind), build("flm", hidden_size=16)
+        model, weak = build_model(kind), build_model("flm", hidden_size=16)
         guided = {"guidance_model": weak, "guidance_scale": 20.0}
         rewarded = {"reward": lambda delta: delta[..., 3].sum(dim=1), "reward_scale": 100.0}
         rng = random.Random(0)
@@ -386,7 +336,7 @@ class TestPrompts:
         assert torch.equal(tokens, continue_prompts(list(range(7))))
 
     def test_padding_may_be_on_either_side(self):
-        model = build("flm")
+        model = build_model("flm")
         prompts = [[5, 6, 7], [8], [9, 10]]
         prior = torch.randn(3, 12, 53)
         expected = torch.cat(
@@ -406,7 +356,7 @@ class TestPrompts:
             assert torch.equal(tokens, expected)
 
     def test_sizes(self):
-        model = build("flm")
+        model = build_model("flm")
         input_ids = torch.randint(53, (2, 4))
         prompt_mask = torch.tensor([[1, 0, 0, 1]] * 2)
         assert model.generate(input_ids, num_steps=1).shape == (2, 12)
@@ -425,7 +375,7 @@ class TestPrompts:
         )
 
     def test_offloaded_models_complete_prompts_too(self):
-        model, weak = build("flm", per_token_timesteps=True), build("flm", hidden_size=16)
+        model, weak = build_model("flm", per_token_timesteps=True), build_model("flm", hidden_size=16)
         options = {
             "prompt_mask": torch.rand(2, 12) < 0.5,
             "guidance_model": weak,
@@ -440,7 +390,7 @@ class TestPrompts:
         assert torch.equal(model.generate(input_ids, generator=seed(), **options), expected)
 
     def test_tokenizers_of_bert(self, caplog):
-        model = build("flm")
+        model = build_model("flm")
         tokens = {
             "input_ids": torch.tensor([[1, 5, 2], [1, 2, 0]]),
             "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
@@ -475,7 +425,7 @@ class TestPrompts:
 
 class TestLengths:
     def test_padding_is_as_if_it_were_not_there(self):
-        model = build("flm")
+        model = build_model("flm")
         prior = torch.randn(3, 12, 53)
         lengths = [12, 5, 8]
         attention_mask = torch.arange(12) < torch.tensor(lengths)[:, None]
@@ -494,7 +444,7 @@ class TestLengths:
         assert torch.equal(tokens[1], torch.cat([part[0], torch.full((7,), 7)]))
 
     def test_texts_end(self):
-        model = build("flm", vocab_size=6, max_position_embeddings=40)
+        model = build_model("flm", vocab_size=6, max_position_embeddings=40)
         options = {"num_samples": 30, "num_steps": 2}
         plain = model.generate(generator=seed(), **options)
         for tokens in ({"eos_token_id": 2, "pad_token_id": 5}, {"eos_token_id": [2, 3], "pad_token_id": 5}):
@@ -516,7 +466,7 @@ class TestLengths:
 
 @pytest.mark.slow
 def test_compiled_steps_are_the_same():
-    model, weak = build("fmlm", per_token_timesteps=True), build("flm", hidden_size=16)
+    model, weak = build_model("fmlm", per_token_timesteps=True), build_model("flm", hidden_size=16)
     input_ids = torch.randint(53, (3, 4))
     for options in (
         {"guidance_model": weak, "guidance_scale": 2.0},
@@ -532,7 +482,7 @@ def test_compiled_steps_are_the_same():
 
 
 def test_saved_scales_are_for_calls_with_a_guide():
-    model, weak = build("flm"), build("flm", hidden_size=16)
+    model, weak = build_model("flm"), build_model("flm", hidden_size=16)
     plain, guided = (
         model.generate(num_steps=3, num_samples=4, generator=seed(), **options)
         for options in ({}, {"guidance_model": weak, "guidance_scale": 5.0})
@@ -544,13 +494,13 @@ def test_saved_scales_are_for_calls_with_a_guide():
 
 
 def test_states_of_equal_embeddings_are_one():
-    model = build("flm", vocab_size=200)
+    model = build_model("flm", vocab_size=200)
     embedding = model.state_embedding.detach()
     assert JointNoise(embedding).size == 32
     calls = []
     encode = model.encode
     model.encode = lambda state, *args: calls.append(state.shape[-1]) or encode(state, *args)
-    model.generate(num_steps=1, guidance_model=copy.deepcopy(build("flm", vocab_size=200)), guidance_scale=1.0)
+    model.generate(num_steps=1, guidance_model=copy.deepcopy(build_model("flm", vocab_size=200)), guidance_scale=1.0)
     assert calls == [32]
 
 

@@ -8,9 +8,9 @@ import pytest
 import sudoku as sudoku_example
 import sudoku_puzzles as sudoku
 import torch
-from conftest import build_flm
 from example_scripts import run_here
 from peers.masked_diffusion import MaskedDiffusionTrainer, masked_logits, new_masked_model, unmask
+from small_models import build_flm
 from transformers import TrainingArguments
 
 from modeling_flm import FMLMConfig, FMLMModel

@@ -5,15 +5,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_flm, noise_factors
 from datasets import Dataset
+from oracle import SCORER
 from processes import run_processes
 from safetensors.torch import load_file
-from train_tiny import RecordingTrainer, build, launch, logged
+from small_models import build_flm
+from tensors import noise_factors
+from train_tiny import RecordingTrainer, build, distillation, launch, logged
 from transformers import AutoModel, EarlyStoppingCallback, TrainerCallback
 
 from modeling_flm import FLMModel, FMLMModel
@@ -28,9 +29,6 @@ from trainers import (
     train_tokenizer,
 )
 from trainers.batches import draw_known_masks, draw_noise, example_seed, low_discrepancy_uniforms, stratified_uniforms
-
-
-SCORER = str(oracle.FIXTURES / "scorer_tiny")
 
 
 class TestNoise:
@@ -399,8 +397,6 @@ def figures(log: list[dict], name: str) -> dict[int, float]:
 class TestSelectionByGenPPL:
     @staticmethod
     def build(output_dir, distill, **options) -> FLMTrainer:
-        from test_fmlm import distillation
-
         return (distillation if distill else build)(output_dir, **by_gen_ppl(**options))
 
     @pytest.mark.parametrize("metric", ["eval_gen_ppl_1", "gen_ppl_2", "eval_entropy_1"])
@@ -571,7 +567,7 @@ class TestProcesses:
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "ema_decay": 0.9, "sample_steps": 4}
         options |= {"load_best_model_at_end": True}
         options |= {"eval_gen_ppl_steps": 4, "eval_gen_ppl_num_samples": 3, "eval_gen_ppl_num_steps": [2]}
-        options |= {"eval_gen_ppl_model": str(oracle.FIXTURES / "scorer_tiny")}
+        options |= {"eval_gen_ppl_model": SCORER}
         whole = build(tmp_path / "one", per_device_train_batch_size=16, **options)
         whole.train()
         whole.save_model()
@@ -603,8 +599,6 @@ class TestProcesses:
     @pytest.mark.slow
     @pytest.mark.parametrize("distill", [False, True])
     def test_mixed_precision_is_the_same_with_sharded_weights(self, distill, tmp_path):
-        from test_fmlm import distillation
-
         options = {"max_steps": 4, "eval_steps": 2, "save_strategy": "no", "bf16": True}
         log = launch(tmp_path, 2, fsdp=True, distill=distill, **options)[0]["log"]
         low, exact = (

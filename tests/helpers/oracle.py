@@ -11,6 +11,7 @@ from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+SCORER = str(FIXTURES / "scorer_tiny")
 
 
 def values() -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["test_fmlm", "test_steering", "test_trainer"])
+_CONTEXT.set_forkserver_preload(["train_tiny", "test_steering", "test_trainer"])
 
 
 def launcher_flags(num_processes: int = 2, fsdp: bool = False) -> list[str]:

@@ -9,9 +9,10 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from processes import run_processes
+from small_models import build_flm
 
-from modeling_flm import FLMConfig, FLMModel
-from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, train_tokenizer
+from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel
+from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments, train_tokenizer
 
 
 class Recording:
@@ -91,6 +92,64 @@ def build(
     )
 
 
+def distillation(
+    output_dir, preset="single_stage", dropout=0.0, trainer_class=FMLMTrainer, frozen_dtype=torch.float32, **options
+):
+    """The same run with a flow map in the place of the FLM."""
+    own = set(FMLMTrainingArguments.__annotations__)
+    flm_trainer = build(output_dir, dropout=dropout, **{k: v for k, v in options.items() if k not in own})
+    torch.manual_seed(5)
+    teacher = flm_trainer.model.eval()
+    for parameter in teacher.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    two_network = FMLMTwoNetworkModel.from_flm(teacher, learned_loss_weighting=True, dropout=dropout)
+    if preset == "two_network":
+        model, teacher = two_network, None
+        model.flow.to(frozen_dtype)
+    else:
+        any_order = {"per_token_timesteps": True, "time_reparameterization": None} if preset == "any_order" else {}
+        model = FMLMModel.from_flm(teacher, dropout=dropout, **any_order)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # so that there is something to learn
+        teachers = {"second_stage": two_network, "self_distillation": None, "any_order": None}
+        teacher = teachers.get(preset, teacher)
+        teacher = None if teacher is None else teacher.to(frozen_dtype)
+    settings = {name: getattr(flm_trainer.args, name) for name in (
+        "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "logging_steps",
+        "eval_strategy", "eval_steps", "save_strategy", "save_steps", "seed", "gradient_accumulation_steps", "ema_decay",
+        "report_to", "use_cpu", "disable_tqdm", "bf16", "prompt_fraction", "eval_gen_ppl_steps", "eval_gen_ppl_num_steps",
+        "eval_gen_ppl_num_samples", "eval_gen_ppl_model", "metric_for_best_model", "greater_is_better",
+        "load_best_model_at_end",
+    )}  # fmt: skip
+    settings.update({name: value for name, value in options.items() if name in own})
+    if preset == "any_order":
+        del settings["prompt_fraction"]  # which is the preset's
+    args = FMLMTrainingArguments.from_preset(preset, output_dir=output_dir, **settings)
+    return trainer_class(
+        model,
+        args,
+        teacher=teacher,
+        train_dataset=flm_trainer.train_dataset,
+        eval_dataset=flm_trainer.eval_dataset,
+        processing_class=flm_trainer.processing_class,
+    )
+
+
+def build_packed(path, preset: str | None, vocab_size: int = 200, **options) -> FLMTrainer:
+    """A trainer with eight packed texts of twelve tokens, all in a batch."""
+    options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 8, **options}
+    dataset = Dataset.from_dict({"input_ids": torch.randint(vocab_size, (64, 12)).tolist()})
+    flm = build_flm(vocab_size=vocab_size, hidden_size=16, dropout=0.0)
+    if preset is None:
+        return FLMTrainer(flm.train(), FLMTrainingArguments(path, **options), train_dataset=dataset)
+    two_networks = FMLMTwoNetworkModel.from_flm(flm, dropout=0.0)
+    model = two_networks if preset == "two_network" else FMLMModel.from_flm(flm, dropout=0.0)
+    torch.nn.init.normal_((model.correction if preset == "two_network" else model).lm_head.weight)
+    teacher = {"second_stage": two_networks, "single_stage": flm}.get(preset)
+    args = FMLMTrainingArguments.from_preset(preset, output_dir=path, **options)
+    return FMLMTrainer(model, args, teacher=teacher, train_dataset=dataset)
+
+
 def launch(output_dir: Path, num_processes: int, fsdp: bool = False, **options) -> list[dict]:
     """Trains in so many processes; what each of them wrote."""
     run_processes(train, str(output_dir), options, fsdp, num_processes=num_processes, fsdp=fsdp)
@@ -100,8 +159,6 @@ def launch(output_dir: Path, num_processes: int, fsdp: bool = False, **options) 
 def train(output_dir: str, options: dict, fsdp: bool):
     """The training of one of these processes."""
     if options.pop("distill", False):
-        from test_fmlm import distillation
-
         trainer = distillation(output_dir, trainer_class=RecordingDistillation, **options)
     else:
         trainer = build(output_dir, trainer_class=RecordingTrainer, **options)
