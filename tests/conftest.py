@@ -3,9 +3,11 @@ import pytest
 import torch
 import transformers.utils.hub
 from hub_server import LoopbackHub
+from oracle import SCORER
 from small_models import build_flm
 
 from modeling_flm import FLMModel, backbone_flm, losses, modeling_flm
+from trainers import load_gen_ppl
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +24,12 @@ def connection_of_its_own(monkeypatch):
 @pytest.fixture
 def flm() -> FLMModel:
     return build_flm()
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Three texts and their times."""
+    return {"input_ids": torch.randint(53, (3, 12)), "timesteps": torch.tensor([0.1, 0.5, 0.9])}
 
 
 @pytest.fixture
@@ -48,3 +56,10 @@ def path(request, monkeypatch) -> str | int:
         monkeypatch.setattr(modeling_flm, "chunks", chunks)
         monkeypatch.setattr(backbone_flm, "chunks", chunks)
     return request.param
+
+
+@pytest.fixture(scope="module")
+def gen_ppl():
+    """The metric with the tiny scorer."""
+    metric = load_gen_ppl()
+    return lambda texts, **options: metric.compute(predictions=texts, model_id=SCORER, device="cpu", **options)

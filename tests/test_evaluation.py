@@ -1,28 +1,23 @@
-"""Generative perplexity: the metric, the script that tabulates it, the callback that logs it."""
+"""Evaluation by generative perplexity: the script that tabulates it, the published protocol, cards and intervals."""
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
-import oracle
 import pytest
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from example_scripts import run_here
-from hub_server import TOKEN, File, LoopbackHub, Repository, metadata_problems
+from hub_server import TOKEN, File, Repository, metadata_problems
 from huggingface_hub import EvalResult, ModelCard
 from oracle import SCORER
 from processes import run_processes
 from small_models import build_flm
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from hub.card import add_results
@@ -34,7 +29,6 @@ from trainers import (
     FMLMTrainer,
     FMLMTrainingArguments,
     generate_samples,
-    load_gen_ppl,
     train_tokenizer,
 )
 from trainers.batches import example_seed
@@ -46,112 +40,6 @@ from trainers.evaluation import (
     describe_evaluation,
     describe_sampling,
 )
-
-
-@pytest.fixture(scope="module")
-def gen_ppl():
-    metric = load_gen_ppl()
-    return lambda texts, **options: metric.compute(predictions=texts, model_id=SCORER, device="cpu", **options)
-
-
-class TestMetric:
-    published = oracle.read_json("gen_ppl_tiny.json")
-
-    @pytest.mark.parametrize("max_length", [32, 1024])
-    @pytest.mark.parametrize("batch_size", [1, 5, 100])
-    def test_published_perplexity(self, max_length, batch_size, gen_ppl):
-        texts = self.published["texts"]
-        result = gen_ppl(texts, max_length=max_length, batch_size=batch_size)
-        assert result["gen_ppl"] == pytest.approx(self.published[f"gen_ppl_max_length_{max_length}"], rel=1e-6)
-        again = gen_ppl(texts[::-1], max_length=max_length, batch_size=batch_size)
-        assert again["gen_ppl"] == pytest.approx(result["gen_ppl"], rel=1e-6)
-        assert again["perplexities"][::-1] == pytest.approx(result["perplexities"], rel=1e-5)
-        assert result["num_truncated"] == (10 if max_length == 32 else 0)
-
-    def test_published_entropy(self, gen_ppl):
-        tokens = self.published["token_ids"]
-        result = gen_ppl(["a b"] * len(tokens), token_ids=tokens)
-        assert result["entropy"] == pytest.approx(self.published["mean_token_entropy_nats"], rel=1e-6)
-        assert result["entropies"][0] == 0  # one token over and over
-
-    def test_against_one_text_at_a_time(self, gen_ppl):
-        """Every token but the first, and the first end-of-text token after the text."""
-        texts = ["time back us was", "come day years at back he over", "i what only your the must those first"]
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(SCORER).eval(), AutoTokenizer.from_pretrained(SCORER)
-        result = gen_ppl(texts)
-        sequences = [tokenizer(text)["input_ids"] for text in texts]
-        longest = max(map(len, sequences))
-        totals, counts = 0, 0
-        for tokens, ppl, count in zip(sequences, result["perplexities"], result["token_counts"]):
-            tokens = tokens + [tokenizer.eos_token_id] * (len(tokens) < longest)
-            with torch.no_grad():
-                logits = model(torch.tensor([tokens])).logits[0]
-            losses = F.cross_entropy(logits[:-1], torch.tensor(tokens[1:]), reduction="none")
-            assert ppl == pytest.approx(losses.mean().exp().item(), rel=1e-5) and count == len(losses)
-            totals, counts = totals + losses.sum().item(), counts + len(losses)
-        assert result["gen_ppl"] == pytest.approx(math.exp(totals / counts), rel=1e-5)
-        assert result["num_tokens"] == counts
-
-    def test_empty_and_short_texts(self, gen_ppl):
-        result = gen_ppl(["", "t", "time back", ""])
-        assert result["num_texts"] == 4 and result["num_empty"] == 2
-        assert result["perplexities"][0] is None and result["perplexities"][1] > 1
-        assert result["token_counts"][:2] == [0, 1]  # the end of the text after its only token
-        assert result["entropies"][0] is None and result["entropies"][1] == 0
-        alone = gen_ppl(["", ""])
-        assert math.isnan(alone["gen_ppl"]) and math.isnan(alone["entropy"]) and alone["num_empty"] == 2
-        assert gen_ppl(["t"])["num_empty"] == 1  # the longest text is not followed by anything
-
-    def test_distinct(self, gen_ppl):
-        tokens = [[1, 2, 1, 2, 3], [1, 2], [5]]
-        result = gen_ppl(["a"] * 3, token_ids=tokens)
-        assert result["distinct_1"] == 4 / 8  # 1 2 3 5
-        assert result["distinct_2"] == 3 / 5  # 12 21 23
-        assert result["distinct_3"] == 3 / 3
-        # Without tokens of the model it is about those of the scorer.
-        text = self.published["texts"][0]
-        ids = AutoTokenizer.from_pretrained(SCORER)(text)["input_ids"]
-        shares = np.array(list(Counter(ids).values())) / len(ids)
-        result = gen_ppl([text])
-        assert result["entropy"] == pytest.approx(-(shares * np.log(shares)).sum())
-        assert result["distinct_1"] == len(set(ids)) / len(ids)
-
-    def test_mistakes_are_explained(self, gen_ppl):
-        with pytest.raises(ValueError, match="`token_ids` has 1 texts, but `predictions` 2"):
-            gen_ppl(["a", "b"], token_ids=[[1]])
-        with pytest.raises(ValueError, match="`max_length` must be at least 2, and at most the 1024"):
-            gen_ppl(["a"], max_length=4096)
-        with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
-            gen_ppl(["a"], batch_size=0)
-        with pytest.raises(ValueError, match="`predictions` is empty"):
-            gen_ppl([])
-
-
-def test_metric_loads_from_a_space(gen_ppl, tmp_path):
-    texts = ["time back us was", "come day years at back he over"]
-    script = f"""
-import evaluate, json
-metric = evaluate.load("tester/gen_ppl")
-print(json.dumps(metric.compute(predictions={texts}, model_id={SCORER!r}, device="cpu")))
-"""
-    with LoopbackHub() as server:
-        space = server.repositories["tester/gen_ppl"] = Repository()
-        folder = Path(__file__).parents[1] / "hub" / "gen_ppl"
-        space.commit(
-            "main", {path.name: File(path.read_bytes()) for path in folder.iterdir() if path.is_file()}, "Space"
-        )
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": server.url,
-            "HF_HOME": str(tmp_path),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-        command = [sys.executable, "-c", script]
-        process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout) == gen_ppl(texts)
-    card = ModelCard((folder / "README.md").read_text())
-    assert card.data.sdk == "gradio" and "metric" in card.data.tags and (folder / card.data.app_file).is_file()
 
 
 def test_intervals_cover():
@@ -602,55 +490,6 @@ class TestProtocol:
         assert texts == legacy.batch_decode(tokens) and texts[-1] == "[CLS] it's not, he don't. [SEP]"
         args.protocol = None
         assert decode(tokenizer, tokens, args) == tokenizer.batch_decode(tokens) != texts
-
-
-class TestCallback:
-    def test_logs_the_metric_of_the_averaged_weights(self, tmp_path, gen_ppl):
-        tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", 100)
-        args = FLMTrainingArguments(
-            tmp_path,
-            max_steps=4,
-            per_device_train_batch_size=4,
-            learning_rate=0.05,
-            eval_gen_ppl_steps=2,
-            eval_gen_ppl_num_steps=[1, 3],
-            eval_gen_ppl_num_samples=5,
-            eval_gen_ppl_model=SCORER,
-            save_strategy="no",
-            logging_steps=1,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        dataset = Dataset.from_dict({"input_ids": torch.randint(53, (16, 12)).tolist()})
-        trainer = FLMTrainer(build_flm(), args, train_dataset=dataset, processing_class=tokenizer)
-        trainer.train()
-        logs = {row["step"]: row for row in trainer.state.log_history if "eval_gen_ppl_1" in row}
-        assert set(logs) == {2, 4} and trainer.model.training
-        assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3, 4]
-        average = trainer.ema.averaged.module.eval()
-        for num_steps in (1, 3):
-            tokens = generate_samples(average, list(range(5)), args.seed, num_steps=num_steps).tolist()
-            expected = gen_ppl(tokenizer.batch_decode(tokens, skip_special_tokens=True), token_ids=tokens)
-            assert logs[4][f"eval_gen_ppl_{num_steps}"] == pytest.approx(expected["gen_ppl"], rel=1e-6)
-            assert logs[4][f"eval_entropy_{num_steps}"] == pytest.approx(expected["entropy"], rel=1e-6)
-        assert logs[2] != logs[4]
-
-    def test_a_scorer_that_is_not_there_shows_at_the_start(self, tmp_path):
-        tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", 100)
-        options = {"eval_gen_ppl_steps": 2, "eval_gen_ppl_model": str(tmp_path / "nowhere"), "report_to": []}
-        args = FLMTrainingArguments(tmp_path, max_steps=2, use_cpu=True, disable_tqdm=True, **options)
-        dataset = Dataset.from_dict({"input_ids": torch.randint(53, (16, 12)).tolist()})
-        trainer = FLMTrainer(build_flm(), args, train_dataset=dataset, processing_class=tokenizer)
-        with pytest.raises(OSError, match="nowhere"):
-            trainer.train()
-        assert trainer.state.global_step == 0
-
-    def test_mistakes_are_explained(self, tmp_path):
-        with pytest.raises(ValueError, match="`eval_gen_ppl_steps` needs a tokenizer"):
-            FLMTrainer(build_flm(), FLMTrainingArguments(tmp_path, eval_gen_ppl_steps=1))
-        with pytest.raises(ValueError, match="`eval_gen_ppl_num_steps` must be numbers of at least 1"):
-            FLMTrainingArguments(tmp_path, eval_gen_ppl_num_steps=[0, 1])
 
 
 def test_samples_do_not_depend_on_who_makes_them(flm):

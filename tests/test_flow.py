@@ -1,10 +1,7 @@
-"""The projected noise and the flow map against the same in V dimensions, written out here."""
+"""The interpolant and the flow map: how they compose, precision, and every factor of the papers."""
 
 import pytest
 import torch
-import torch.nn.functional as F
-from small_models import build_flm
-from tensors import noise_factors, relative_error
 
 from modeling_flm.flow import (
     bridge_coefficients,
@@ -20,74 +17,6 @@ from modeling_flm.flow import (
     semigroup_weight,
     times_with_known,
 )
-from modeling_flm.joint_noise import noise_size
-
-
-@pytest.mark.parametrize(
-    "vocab_size, sizes", [(300, [16]), (300, [16, 24]), (20, [16, 24]), (10, [16]), (40, [16, 24, 8])]
-)
-def test_factors_give_the_covariance_of_dense_noise(vocab_size, sizes):
-    embeddings = [torch.randn(vocab_size, size) for size in sizes]
-    factors = noise_factors(*embeddings)
-    width = noise_size(*embeddings)
-    assert width == min(vocab_size, sum(sizes))
-    for first, e1 in zip(factors, embeddings):
-        assert first.shape == (width, e1.shape[1])
-        for second, e2 in zip(factors, embeddings):
-            assert relative_error(first.T @ second, e1.T @ e2) < 1e-6
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e3])
-def test_factors_of_coinciding_embeddings(scale):
-    # A student at its initialization and its teacher: the same noise must reach both.
-    embedding = scale * torch.randn(300, 16)
-    first, second = noise_factors(embedding, embedding.clone())
-    assert relative_error(first.T @ second, embedding.T @ embedding) < 1e-6
-    noise = torch.randn(1000, first.shape[0])
-    assert relative_error(noise @ first, noise @ second) < 1e-5
-
-
-def test_factors_of_different_vocabularies_are_refused():
-    with pytest.raises(ValueError, match="share one vocabulary"):
-        noise_factors(torch.randn(10, 4), torch.randn(11, 4))
-
-
-def test_mean_gradient_is_that_of_dense_noise_and_less_noisy():
-    # The loss of a fixed nonlinear network on the noised state, differentiated in the embedding.
-    vocab_size, size, draws = 30, 4, 40_000
-    embedding = torch.randn(vocab_size, size, requires_grad=True)
-    weight = torch.randn(size, vocab_size)
-    tokens = torch.randint(vocab_size, (draws,))
-    t = torch.full((draws,), 0.4)
-
-    def gradients(noise_state):
-        state = interpolate(noise_state, embedding[tokens], t)
-        losses = F.cross_entropy(torch.tanh(state) @ weight, tokens, reduction="none")
-        parts = losses.view(40, -1).mean(dim=1)
-        return torch.stack([torch.autograd.grad(part, embedding, retain_graph=True)[0] for part in parts])
-
-    dense = gradients(torch.randn(draws, vocab_size) @ embedding)
-    (factor,) = noise_factors(embedding)
-    projected = gradients(torch.randn(draws, size) @ factor)
-
-    standard_error = (dense.var(dim=0) / len(dense) + projected.var(dim=0) / len(projected)).sqrt()
-    deviations = (dense.mean(dim=0) - projected.mean(dim=0)) / standard_error
-    assert deviations.abs().max() < 5
-    assert deviations.pow(2).mean() < 1.5
-    # The clean tokens' share of the gradient is common to both; the rest is far smaller.
-    assert projected.var(dim=0).sum() < dense.var(dim=0).sum()
-
-
-def test_gradient_is_the_conditional_expectation_of_the_dense_one():
-    # For given noise n = eps R, the dense gradient is (x0 | x0 E = n)ᵀ g with E[x0 | n] = n (EᵀE)⁻¹ Eᵀ.
-    embedding = torch.randn(50, 6, dtype=torch.float64, requires_grad=True)
-    (factor,) = noise_factors(embedding)
-    eps, upstream = torch.randn(2, 100, 6, dtype=torch.float64)
-    noise = eps @ factor
-    (gradient,) = torch.autograd.grad((noise * upstream).sum(), embedding)
-    gram = (embedding.T @ embedding).detach()
-    conditional = noise.detach() @ torch.linalg.solve(gram, embedding.T.detach())
-    torch.testing.assert_close(gradient, conditional.T @ upstream, rtol=1e-6, atol=1e-8)
 
 
 def test_flow_map_is_linear_in_the_state_and_composes():
@@ -116,29 +45,18 @@ def test_semigroup_weight_makes_two_maps_one():
     torch.testing.assert_close(flow_map(state, combined, s, t), two_maps, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("vocab_size", [53, 20])
-@pytest.mark.parametrize("num_steps", [1, 3, 16])
-def test_embedding_space_sampler_equals_the_dense_sampler(vocab_size, num_steps):
-    model = build_flm(vocab_size=vocab_size)
-    prior = torch.randn(4, 12, vocab_size)
-
-    # The paper's sampler: one-hot states, dense updates, Euler steps of dx/dt = (D_t(x) - x) / (1 - t).
-    x = prior
-    tau = torch.linspace(0, 1, num_steps + 1)
-    t = model.time_map.tau_to_t(tau)
-    embedding = model.embed_tokens.weight.detach()
-    drafts = []
-    for step in range(num_steps):
-        with torch.no_grad():
-            denoised = model(inputs_embeds=x @ embedding, timesteps=tau[step].expand(4)).logits.softmax(-1)
-        drafts.append(denoised.argmax(-1))
-        x = x + (t[step + 1] - t[step]) * (denoised - x) / (1 - t[step])
-    output = model.generate(prior_state=prior, num_steps=num_steps, return_dict_in_generate=True, output_drafts=True)
-    assert torch.equal(output.sequences, x.argmax(-1))
-    assert torch.equal(output.drafts, torch.stack(drafts, dim=1))
-    assert output.num_forward_passes.eq(num_steps).all()
-    # The same prior given as a state
-    assert torch.equal(model.generate(prior_state=prior @ embedding, num_steps=num_steps), x.argmax(-1))
+def test_flow_of_a_low_precision_state_keeps_its_times():
+    noise, clean = torch.randn(2, 64, 5, 3).to(torch.bfloat16)
+    s = torch.linspace(0, 0.999, 64)
+    t = 1 - (1 - s) * 0.9
+    for function, times in ((interpolate, (t,)), (flow_map, (s, t))):
+        value = function(noise, clean, *times)
+        expected = function(noise.double(), clean.double(), *(time.double() for time in times))
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
+        # The state says what comes out, not the times.
+        assert function(noise.float(), clean.float(), *(time.double() for time in times)).dtype == torch.float32
+        assert function(noise.double(), clean.double(), *times).dtype == torch.float64
 
 
 class TestFactors:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from small_models import build_flm
+from dense_sampler import dense_delta
+from small_models import build_flm, build_model, sampling
 from tensors import seed
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -15,7 +17,7 @@ from transformers import (
     TextStreamer,
 )
 
-from modeling_flm import FLMGenerationConfig, FLMGenerationOutput, losses
+from modeling_flm import BridgeSamplerConfig, FLMGenerationConfig, FLMGenerationOutput, losses
 
 
 @pytest.fixture
@@ -224,3 +226,139 @@ def test_arguments_of_other_models_name_ours(flm, name, hint):
     for call in (flm.generate, FLMGenerationConfig):
         with pytest.raises(ValueError, match=rf"`{name}` \(.*{hint}"):
             call(**{name: 1})
+
+
+class TestTimesteps:
+    def test_grid(self):
+        model = build_model("fmlm")
+        prior = torch.randn(4, 12, 53)
+        even = model.generate(prior_state=prior, num_steps=4)
+        assert torch.equal(model.generate(prior_state=prior, timesteps=[0, 0.25, 0.5, 0.75, 1]), even)
+        output = model.generate(prior_state=prior, timesteps=[0, 0.7, 1], return_dict_in_generate=True)
+        assert output.num_forward_passes.eq(2).all()
+        t = model.time_map.tau_to_t(torch.tensor([0.0, 0.7, 1.0]))
+        zero, middle, one = (torch.full((4,), tau) for tau in (0.0, 0.7, 1.0))
+        with torch.no_grad():
+            x = (1 - t[1]) * prior + t[1] * dense_delta(model, prior, zero, middle)
+            assert torch.equal(output.sequences, dense_delta(model, x, middle, one).argmax(-1))
+
+    def test_what_is_said_last_counts(self):
+        model = build_model("fmlm")
+        model.generation_config.timesteps = [0.0, 0.5, 1.0]
+        passes = lambda **options: model.generate(return_dict_in_generate=True, **options).num_forward_passes[0]  # noqa: E731
+        assert passes() == 2
+        assert passes(num_steps=5) == 5
+        assert passes(timesteps=[0, 1]) == 1
+
+
+class TestLengths:
+    def test_padding_is_as_if_it_were_not_there(self):
+        model = build_model("flm")
+        prior = torch.randn(3, 12, 53)
+        lengths = [12, 5, 8]
+        attention_mask = torch.arange(12) < torch.tensor(lengths)[:, None]
+        tokens = model.generate(attention_mask=attention_mask, prior_state=prior, num_steps=3, pad_token_id=7)
+        for row, length in enumerate(lengths):
+            expected = model.generate(prior_state=prior[row : row + 1, :length], num_steps=3)
+            assert torch.equal(tokens[row, :length], expected[0])
+            assert (tokens[row, length:] == 7).all()
+        # Infills of texts of different lengths
+        input_ids, prompt_mask = torch.randint(53, (3, 12)), torch.rand(3, 12) < 0.5
+        options = {"prior_state": prior, "num_steps": 3, "pad_token_id": 7}
+        tokens = model.generate(input_ids, prompt_mask=prompt_mask, attention_mask=attention_mask, **options)
+        part = model.generate(
+            input_ids[1:2, :5], prompt_mask=prompt_mask[1:2, :5], prior_state=prior[1:2, :5], num_steps=3
+        )
+        assert torch.equal(tokens[1], torch.cat([part[0], torch.full((7,), 7)]))
+
+    def test_texts_end(self):
+        model = build_model("flm", vocab_size=6, max_position_embeddings=40)
+        options = {"num_samples": 30, "num_steps": 2}
+        plain = model.generate(generator=seed(), **options)
+        for tokens in ({"eos_token_id": 2, "pad_token_id": 5}, {"eos_token_id": [2, 3], "pad_token_id": 5}):
+            ends = torch.tensor(tokens["eos_token_id"]).flatten()
+            short = model.generate(generator=seed(), pad_after_eos=True, **tokens, **options)
+            for row, text in zip(short.tolist(), plain.tolist()):
+                end = min([n for n, token in enumerate(text) if token in ends] + [len(text)])
+                assert row == text[: end + 1] + [5] * (len(text) - end - 1)
+        # Where one token begins and ends texts, the first one begins it; what is given does not end it.
+        prompt = torch.tensor([[2, 1, 2, 4]])
+        tokens = model.generate(
+            prompt, num_samples=30, num_steps=2, pad_after_eos=True, eos_token_id=2, bos_token_id=2
+        )
+        assert torch.equal(tokens[:, :4], prompt.expand(30, -1))
+        assert (tokens[:, 4] != 2).any()
+        with pytest.raises(ValueError, match="`pad_after_eos` needs an `eos_token_id`"):
+            model.generate(pad_after_eos=True)
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_same():
+    model, weak = build_model("fmlm", per_token_timesteps=True), build_model("flm", hidden_size=16)
+    input_ids = torch.randint(53, (3, 4))
+    for options in (
+        {"guidance_model": weak, "guidance_scale": 2.0},
+        {"gamma": 0.5},
+        {"sampler_config": BridgeSamplerConfig(), "temperature": 0.5},
+        {"reward": lambda delta: delta[..., 3].sum(dim=1), "reward_scale": 10.0},
+    ):
+        plain, compiled = (
+            model.generate(input_ids, num_steps=3, generator=seed(), **options, **way)
+            for way in ({}, sampling("compiled"))
+        )
+        assert torch.equal(plain, compiled)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, "`input_ids` must be an integer tensor .* got list"),
+        ({"input_ids": torch.tensor([1, 2])}, "`input_ids` must be an integer tensor of shape"),
+        ({"input_ids": torch.tensor([[1, 53]])}, "`input_ids` must be tokens of the model, from 0 to 52"),
+        ({"input_ids": torch.ones(1, 13, dtype=int)}, "`input_ids` has 13 tokens, but texts have 12"),
+        ({"input_ids": torch.ones(2, 3, dtype=int), "num_samples": 3}, "`num_samples=3` is not a multiple of the 2 rows of `input_ids`"),
+        ({"input_ids": torch.ones(2, 3, dtype=int), "attention_mask": torch.ones(2, 4)}, "`attention_mask` of shape .2, 4. does not go"),
+        ({"input_ids": torch.ones(2, 3, dtype=int), "prompt_mask": torch.ones(3)}, "`prompt_mask` must be a tensor with two"),
+        ({"prompt_mask": torch.ones(2, 4)}, "`prompt_mask` says which of the `input_ids`"),
+        ({"attention_mask": torch.ones(2, 4), "length": 5}, "`attention_mask` has 4 positions"),
+        ({"attention_mask": torch.ones(2, 4), "num_samples": 3}, "not a multiple of the 2 rows of `attention_mask`"),
+        ({"input_ids": torch.ones(2, 3, dtype=int), "prior_state": torch.randn(3, 12, 53)}, "not a multiple of the 2 rows"),
+        ({"guidance_scale": 1.0}, "`guidance_scale=1.0` needs a `guidance_model`"),
+        ({"guidance_model": build_flm()}, "`guidance_model` needs a `guidance_scale`"),
+        ({"guidance_model": build_flm(vocab_size=20), "guidance_scale": 1.0}, "`guidance_model` has 20 tokens, but the model has 53"),
+        ({"guidance_model": nn.Linear(2, 2), "guidance_scale": 1.0}, "`guidance_model` must be a flow-based language model, got `Linear`"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number"),
+        ({"reward_scale": 1.0}, "`reward_scale=1.0` needs a `reward`"),
+        ({"reward": lambda delta: delta.sum((1, 2))}, "`reward` needs a `reward_scale`"),
+        ({"reward": 3, "reward_scale": 1.0}, "`reward` must be a function"),
+        ({"reward": lambda delta: delta.sum(), "reward_scale": 1.0}, "`reward` must return a tensor of shape .1,.*got .."),
+        ({"reward": lambda delta: delta.argmax(-1).sum(-1), "reward_scale": 1.0}, "`reward` must be differentiable"),
+        (
+            {"reward": lambda delta: nn.Embedding(53, 1)(delta.argmax(-1)).sum((1, 2)), "reward_scale": 1.0},
+            "`reward` must be differentiable",
+        ),
+        (
+            {"reward": lambda delta: delta[:, 0, 0].log(), "reward_scale": 1.0, "top_k": 1},
+            "The gradient of `reward` is not finite",
+        ),
+        ({"reward": build_flm(), "reward_scale": 1.0}, "`reward` must be a function of soft tokens.*got `FLMModel`"),
+        (
+            {"input_ids": torch.ones(1, 3, dtype=int), "attention_mask": torch.tensor([[1, 0, 1]])},
+            "`attention_mask` must be 0 on the sides of a prompt only.*`prompt_mask`",
+        ),
+        ({"gamma": 1.5}, "`gamma` must be a number in .0, 1."),
+        ({"gamma": 0.5, "sampler_config": BridgeSamplerConfig()}, "`gamma=0.5` does not go with a `sampler_config`"),
+        ({"sampler_config": "bridge"}, "`sampler_config` must be one of FlowMapSamplerConfig, .*got 'bridge'"),
+        (
+            {"sampler_config": BridgeSamplerConfig(), "reward": lambda delta: delta.sum((1, 2)), "reward_scale": 1.0},
+            "`reward` does not go with `BridgeSampler`",
+        ),
+        ({"timesteps": [0, 0.5]}, "`timesteps` must increase from 0 to 1"),
+        ({"timesteps": [0, 0.5, 0.5, 1]}, "`timesteps` must increase from 0 to 1"),
+        ({"timesteps": 4}, "`timesteps` must be a list of numbers"),
+        ({"timesteps": [0, 0.5, 1], "num_steps": 3}, "`num_steps=3` does not go with the 3 `timesteps`"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused(flm, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        flm.generate(**{"num_steps": 2, **arguments} if "timesteps" not in arguments else arguments)

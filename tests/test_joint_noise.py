@@ -1,11 +1,13 @@
-"""The joint noise against a reference in float64: an orthonormal basis of the columns of all embeddings, from their QR."""
+"""The joint noise against a reference in float64, an orthonormal basis of all columns from their QR, and against dense noise."""
 
 import pytest
 import torch
-from tensors import noise_factors
+import torch.nn.functional as F
+from tensors import noise_factors, relative_error
 
 from modeling_flm import joint_noise
-from modeling_flm.joint_noise import JointNoise
+from modeling_flm.flow import interpolate
+from modeling_flm.joint_noise import JointNoise, noise_size
 
 
 VOCAB_SIZE, SIZE = 3000, 24  # several chunks of rows, one of them smaller
@@ -160,3 +162,73 @@ def test_embeddings_without_a_factorization_give_nan():
     first, second = embeddings_of("two")
     first[3, 3] = torch.inf
     assert all(factor.isnan().all() for factor in noise_factors(first, second))
+
+
+class TestDenseNoise:
+    """Against the noise of V dimensions, written out here."""
+
+    @pytest.fixture(autouse=True)
+    def small_blocks(self):
+        """Blocks are as large as they are: these embeddings are small."""
+
+    @pytest.mark.parametrize(
+        "vocab_size, sizes", [(300, [16]), (300, [16, 24]), (20, [16, 24]), (10, [16]), (40, [16, 24, 8])]
+    )
+    def test_factors_give_the_covariance_of_dense_noise(self, vocab_size, sizes):
+        embeddings = [torch.randn(vocab_size, size) for size in sizes]
+        factors = noise_factors(*embeddings)
+        width = noise_size(*embeddings)
+        assert width == min(vocab_size, sum(sizes))
+        for first, e1 in zip(factors, embeddings):
+            assert first.shape == (width, e1.shape[1])
+            for second, e2 in zip(factors, embeddings):
+                assert relative_error(first.T @ second, e1.T @ e2) < 1e-6
+
+    @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e3])
+    def test_factors_of_coinciding_embeddings(self, scale):
+        # A student at its initialization and its teacher: the same noise must reach both.
+        embedding = scale * torch.randn(300, 16)
+        first, second = noise_factors(embedding, embedding.clone())
+        assert relative_error(first.T @ second, embedding.T @ embedding) < 1e-6
+        noise = torch.randn(1000, first.shape[0])
+        assert relative_error(noise @ first, noise @ second) < 1e-5
+
+    def test_factors_of_different_vocabularies_are_refused(self):
+        with pytest.raises(ValueError, match="share one vocabulary"):
+            noise_factors(torch.randn(10, 4), torch.randn(11, 4))
+
+    def test_mean_gradient_is_that_of_dense_noise_and_less_noisy(self):
+        # The loss of a fixed nonlinear network on the noised state, differentiated in the embedding.
+        vocab_size, size, draws = 30, 4, 40_000
+        embedding = torch.randn(vocab_size, size, requires_grad=True)
+        weight = torch.randn(size, vocab_size)
+        tokens = torch.randint(vocab_size, (draws,))
+        t = torch.full((draws,), 0.4)
+
+        def gradients(noise_state):
+            state = interpolate(noise_state, embedding[tokens], t)
+            losses = F.cross_entropy(torch.tanh(state) @ weight, tokens, reduction="none")
+            parts = losses.view(40, -1).mean(dim=1)
+            return torch.stack([torch.autograd.grad(part, embedding, retain_graph=True)[0] for part in parts])
+
+        dense = gradients(torch.randn(draws, vocab_size) @ embedding)
+        (factor,) = noise_factors(embedding)
+        projected = gradients(torch.randn(draws, size) @ factor)
+
+        standard_error = (dense.var(dim=0) / len(dense) + projected.var(dim=0) / len(projected)).sqrt()
+        deviations = (dense.mean(dim=0) - projected.mean(dim=0)) / standard_error
+        assert deviations.abs().max() < 5
+        assert deviations.pow(2).mean() < 1.5
+        # The clean tokens' share of the gradient is common to both; the rest is far smaller.
+        assert projected.var(dim=0).sum() < dense.var(dim=0).sum()
+
+    def test_gradient_is_the_conditional_expectation_of_the_dense_one(self):
+        # For given noise n = eps R, the dense gradient is (x0 | x0 E = n)ᵀ g with E[x0 | n] = n (EᵀE)⁻¹ Eᵀ.
+        embedding = torch.randn(50, 6, dtype=torch.float64, requires_grad=True)
+        (factor,) = noise_factors(embedding)
+        eps, upstream = torch.randn(2, 100, 6, dtype=torch.float64)
+        noise = eps @ factor
+        (gradient,) = torch.autograd.grad((noise * upstream).sum(), embedding)
+        gram = (embedding.T @ embedding).detach()
+        conditional = noise.detach() @ torch.linalg.solve(gram, embedding.T.detach())
+        torch.testing.assert_close(gradient, conditional.T @ upstream, rtol=1e-6, atol=1e-8)

@@ -65,6 +65,23 @@ def test_is_that_of_all_logits(softcap, kind, num_positions, monkeypatch):
         assert not head_loss(function, weights, hidden_states, head.weight, head.bias)[0].requires_grad
 
 
+def test_divergences():
+    target, logits = torch.randn(5, 7).softmax(-1), torch.randn(5, 7, requires_grad=True)
+    log_delta = logits.log_softmax(-1)
+    one_hot = F.one_hot(torch.arange(5), 7).float()
+    for kind, expected in (
+        ("kl", F.kl_div(log_delta, target, reduction="none").sum(-1)),
+        ("cross_entropy", F.cross_entropy(logits, target, reduction="none")),
+        ("squared_error", F.mse_loss(log_delta.exp(), target, reduction="none").sum(-1)),
+    ):
+        losses, gradients = softmax_divergence(kind, logits.detach().clone(), target)
+        torch.testing.assert_close(losses, expected.detach())
+        expected = torch.autograd.grad(expected.sum(), logits, retain_graph=True)[0]
+        torch.testing.assert_close(gradients, expected)
+        losses, gradients = softmax_divergence(kind, logits.detach().clone(), one_hot)
+        assert torch.isfinite(losses).all() and torch.isfinite(gradients).all()
+
+
 def test_products_are_in_the_precision_of_autocast():
     hidden_states, head = torch.randn(3, 20, 16, requires_grad=True), torch.nn.Linear(16, VOCAB_SIZE)
     labels = torch.randint(VOCAB_SIZE, (3, 20))
@@ -218,28 +235,6 @@ def test_samples_hold_a_chunk_of_probabilities_and_no_step_waits(monkeypatch):
         assert watch.largest <= 8 * 12 * 64 < 8 * 12 * VOCAB_SIZE
         waits.append(watch.waits)
     assert waits[0] == waits[1] == ["equal"]  # whether the noise is that of the embedding, once
-
-
-def test_eager_attention_holds_the_weights_of_a_chunk(flm, monkeypatch):
-    state, tau = torch.randn(6, 12, 32), torch.full((6,), 0.5)
-    mask = torch.ones(6, 12, dtype=torch.long)
-    mask[2:, 7:] = 0
-    with torch.no_grad():
-        expected, expected_masked = flm.encode(state, tau), flm.encode(state, tau, attention_mask=mask)
-    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 2 * 4 * 12**2)  # two texts, four heads
-    softmax, seen = F.softmax, []
-    monkeypatch.setattr(
-        F, "softmax", lambda weights, **kwargs: seen.append(len(weights)) or softmax(weights, **kwargs)
-    )
-    with torch.no_grad():
-        torch.testing.assert_close(flm.encode(state, tau), expected)
-        torch.testing.assert_close(flm.encode(state, tau, attention_mask=mask), expected_masked)
-        assert seen == [2] * 3 * 2 * 2
-        weights = flm(inputs_embeds=state, timesteps=tau, output_attentions=True).attentions
-    assert len(weights) == 2 and weights[0].shape == (6, 4, 12, 12)
-    seen.clear()
-    flm.encode(state, tau)
-    assert seen == [6] * 2
 
 
 def test_second_derivatives_are_refused(flm):

@@ -1,4 +1,4 @@
-"""The model: published values, saving and loading, attention, precision, compilation."""
+"""The models: published values, starts of flow maps, saving and loading, precision, compilation."""
 
 import json
 import subprocess
@@ -10,16 +10,11 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from small_models import build_flm, sampling, two_time_denoiser
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
-from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel
+from modeling_flm import FLMConfig, FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkConfig, FMLMTwoNetworkModel
 from modeling_flm.backbone_flm import FLMLayer
 from modeling_flm.guidance_flm import Autoguidance
-
-
-@pytest.fixture
-def batch():
-    return {"input_ids": torch.randint(53, (3, 12)), "timesteps": torch.tensor([0.1, 0.5, 0.9])}
 
 
 class TestPublishedValues:
@@ -50,6 +45,13 @@ class TestPublishedValues:
         values = oracle.values()
         tokens = oracle.flm().generate(prior_state=values["prior_state"], num_steps=num_steps, **sampling(path))
         assert torch.equal(tokens, values[f"flm.tokens_{num_steps}"])
+
+    @pytest.mark.parametrize("stage, build_model", [("stage1", oracle.two_network_fmlm), ("stage2", oracle.fmlm)])
+    @pytest.mark.parametrize("num_steps", [1, 2, 4])
+    def test_tokens_of_flow_maps(self, stage, build_model, num_steps, path):
+        values = oracle.values()
+        tokens = build_model().generate(prior_state=values["prior_state"], num_steps=num_steps, **sampling(path))
+        assert torch.equal(tokens, values[f"{stage}.tokens_{num_steps}"])
 
 
 class TestForward:
@@ -145,32 +147,126 @@ class TestForward:
             flm.make_state(batch["input_ids"], batch["timesteps"], torch.randn(3, 12, 53))
 
 
-class TestConfig:
+class TestFlowMaps:
+    @pytest.mark.parametrize("model_class", [FMLMModel, FMLMTwoNetworkModel])
+    def test_starts_as_its_teacher(self, flm, model_class):
+        model = model_class.from_flm(flm).eval()
+        tau_s, tau_t = torch.tensor([0.1, 0.5, 0.7]), torch.tensor([0.1, 0.9, 1.0])
+        input_ids = torch.randint(53, (3, 12))
+        delta = two_time_denoiser(model(input_ids, tau_s, tau_t))
+        assert torch.equal(delta, flm(input_ids, tau_s).logits.softmax(-1))
+        prior = torch.randn(3, 12, 53)
+        expected = flm.generate(prior_state=prior, num_steps=3)
+        assert torch.equal(model.generate(prior_state=prior, num_steps=3), expected)
+
+    def test_copies_what_the_teacher_is(self, flm):
+        flm.config.eos_token_id = 2
+        student = FMLMModel.from_flm(flm, dropout=0.0, learned_loss_weighting=True)
+        assert student.config.model_type == "fmlm" and student.config.eos_token_id == 2
+        assert student.config.dropout == 0.0 and student.config.hidden_size == 32
+        assert student.embed_tokens.weight.data_ptr() != flm.embed_tokens.weight.data_ptr()
+        assert not student.target_time_embedding.linear_2.weight.any()
+        assert student.target_time_embedding.linear_1.weight.any()
+        with pytest.raises(ValueError, match="FMLMConfig has no setting dorpout"):
+            FMLMModel.from_flm(flm, dorpout=0.0)
+        for size in (1, 3):
+            with pytest.raises(ValueError, match="must leave all sizes as they are"):
+                FMLMModel.from_flm(flm, num_hidden_layers=size)
+        assert FMLMTwoNetworkModel.from_flm(flm).config.learned_loss_weighting
+        sdpa = FMLMModel.from_flm(build_flm(attn_logit_softcapping=None))
+        assert sdpa.config._attn_implementation == "sdpa"
+
+    def test_one_step_by_default(self, flm):
+        for model in (FMLMModel.from_flm(flm), FMLMTwoNetworkModel.from_flm(flm)):
+            assert model.generate(return_dict_in_generate=True).num_forward_passes.eq(1).all()
+            assert model.generate(num_steps=3, return_dict_in_generate=True).num_forward_passes.eq(3).all()
+
     @pytest.mark.parametrize(
-        "options, message",
-        [
-            ({"vocab_size": 1}, "vocab_size"),
-            ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size"),
-            ({"hidden_size": 12, "num_attention_heads": 4}, "hidden_size"),
-            ({"timestep_embedding_size": 255}, "timestep_embedding_size"),
-            ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping"),
-            ({"tie_word_embeddings": True}, "tie_word_embeddings"),
-            ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters"),
-        ],
+        "model_class, config_class", [(FMLMModel, FMLMConfig), (FMLMTwoNetworkModel, FMLMTwoNetworkConfig)]
     )
-    def test_bad_sizes(self, options, message):
-        with pytest.raises(Exception, match=message):
-            FLMConfig(**options)
+    def test_saves_loads_checkpoints_and_compiles(self, model_class, config_class, flm, tmp_path):
+        model = model_class.from_flm(flm, learned_loss_weighting=True).eval()
+        torch.nn.init.normal_(
+            model.get_submodule("correction" if "Two" in model_class.__name__ else "").lm_head.weight
+        )
+        batch = {
+            "input_ids": torch.randint(53, (3, 12)),
+            "timesteps": torch.tensor([0.1, 0.5, 0.7]),
+            "target_timesteps": torch.tensor([0.1, 0.9, 1.0]),
+        }
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+            "AutoConfig": f"configuration_flm.{config_class.__name__}",
+            "AutoModel": f"modeling_flm.{model_class.__name__}",
+        }
+        reloaded = AutoModel.from_pretrained(tmp_path)
+        assert type(reloaded) is model_class and type(reloaded.config) is config_class
+        output, expected = reloaded(**batch), model(**batch)
+        assert torch.equal(two_time_denoiser(output), two_time_denoiser(expected))
+        log_weights = [each.log_loss_weight(batch["timesteps"]) for each in (reloaded, model)]
+        assert torch.equal(*log_weights) and log_weights[0].shape == (3,)
+        assert reloaded.generation_config.num_steps == 1
+        if model_class is FMLMTwoNetworkModel:
+            reloaded.train()
+            assert not any(p.requires_grad for p in reloaded.flow.parameters()) and not reloaded.flow.training
+            assert all(p.requires_grad for p in reloaded.correction.parameters()) and reloaded.correction.training
+        compiled = torch.compile(model, fullgraph=True)
+        with torch.no_grad():
+            output = compiled(**batch)
+            torch.testing.assert_close(two_time_denoiser(output), two_time_denoiser(expected), rtol=1e-4, atol=1e-4)
+        noise = torch.randn(3, 12, 53 if model_class is FMLMTwoNetworkModel else 32)
+        input_ids = batch.pop("input_ids")
 
-    def test_size_of_the_published_models(self):
-        with torch.device("meta"):
-            model = FLMModel(FLMConfig(vocab_size=50258, max_position_embeddings=1024))
-        assert 165e6 < model.num_parameters() < 175e6
+        def run():
+            torch.manual_seed(0)
+            state = model.make_state(input_ids, batch["timesteps"], noise)
+            two_time_denoiser(model(inputs_embeds=state, **batch)).square().sum().backward()
 
-    def test_saves_and_loads(self, tmp_path):
-        config = FLMConfig(vocab_size=100, attn_logit_softcapping=None, eos_token_id=2)
-        config.save_pretrained(tmp_path)
-        assert AutoConfig.from_pretrained(tmp_path).to_dict() == {**config.to_dict(), "_name_or_path": str(tmp_path)}
+        model.train()
+        run()
+        gradient = model.embeddings[-1].weight.grad.clone()
+        model.zero_grad()
+        model.activation_checkpointing_enable()
+        run()
+        torch.testing.assert_close(model.embeddings[-1].weight.grad, gradient)
+
+    @pytest.mark.parametrize("model_class", [FMLMModel, FMLMTwoNetworkModel])
+    def test_bfloat16(self, flm, model_class, tmp_path):
+        flm.save_pretrained(tmp_path / "flm")
+        teacher = FLMModel.from_pretrained(tmp_path / "flm", dtype=torch.bfloat16)
+        model = model_class.from_flm(teacher, learned_loss_weighting=True).eval()
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        batch = (torch.randint(53, (3, 12)), torch.tensor([0.1, 0.5, 0.7]), torch.tensor([0.1, 0.9, 1.0]))
+        expected = teacher(*batch[:2]).logits
+        tolerance = 0.03 * expected.abs().max().item()
+        delta = two_time_denoiser(model(*batch))
+        torch.testing.assert_close(delta.log(), expected.log_softmax(-1), rtol=0, atol=tolerance)
+        model.save_pretrained(tmp_path / "model")
+        low = model_class.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+        torch.testing.assert_close(two_time_denoiser(low(*batch)).log(), delta.log(), rtol=0, atol=tolerance)
+        assert low.generate(num_samples=2).shape == (2, 12)
+
+    def test_loss_against_labels_is_a_cross_entropy(self, flm):
+        input_ids, tau = torch.randint(53, (3, 12)), torch.tensor([0.1, 0.5, 0.7])
+        expected = flm(input_ids, tau, labels=input_ids).loss
+        for model in (FMLMModel.from_flm(flm), FMLMTwoNetworkModel.from_flm(flm)):
+            loss = model.eval()(input_ids, tau, torch.ones(3), labels=input_ids).loss
+            torch.testing.assert_close(loss, expected)
+
+    def test_needs_the_time_to_go_to(self, flm):
+        with pytest.raises(ValueError, match="Pass `target_timesteps`"):
+            FMLMModel.from_flm(flm)(torch.ones(1, 3).long(), torch.rand(1))
+
+    def test_processors_bind_the_correction_too(self, flm):
+        from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+
+        model = FMLMTwoNetworkModel.from_flm(flm).eval()
+        torch.nn.init.normal_(model.correction.lm_head.weight, std=10)
+        tokens = model.generate(num_samples=20, num_steps=2, generator=torch.Generator().manual_seed(0))
+        banned = tokens.unique()[:5].tolist()
+        processor = LogitsProcessorList([SuppressTokensLogitsProcessor(banned, device="cpu")])
+        tokens = model.generate(num_samples=20, num_steps=2, logits_processor=processor)
+        assert not torch.isin(tokens, torch.tensor(banned)).any()
 
 
 class TestFinalLogitSoftcapping:
@@ -319,61 +415,6 @@ torch.save((logits, tokens), {str(tmp_path / "result.pt")!r})
         assert torch.equal(
             model.generate(num_samples=2, num_steps=3, generator=torch.Generator().manual_seed(0)), expected
         )
-
-
-class TestAttention:
-    def test_softcap_defaults_to_eager_and_refuses_sdpa(self, flm):
-        assert flm.config._attn_implementation == "eager"
-        with pytest.raises(ValueError, match="'sdpa'` cannot apply `attn_logit_softcapping=50.0`"):
-            flm.set_attn_implementation("sdpa")
-        with pytest.raises(ValueError, match="attn_logit_softcapping"):
-            AutoModel.from_config(flm.config, attn_implementation="sdpa")
-
-    def test_no_softcap_defaults_to_sdpa_which_equals_eager(self, batch):
-        model = build_flm(attn_logit_softcapping=None)
-        assert model.config._attn_implementation == "sdpa"
-        mask = torch.ones(3, 12, dtype=torch.long)
-        mask[1, 5:] = 0
-        fast = model(**batch, attention_mask=mask).logits[:, :5]
-        model.set_attn_implementation("eager")
-        torch.testing.assert_close(model(**batch, attention_mask=mask).logits[:, :5], fast)
-
-    def test_softcap_is_applied(self, batch):
-        hard = build_flm(attn_logit_softcapping=0.01)
-        soft = build_flm(attn_logit_softcapping=None)
-        soft.load_state_dict(hard.state_dict())
-        hidden = torch.randn(3, 12, 32)
-        attention = hard.layers[0].self_attn
-        query = key = value = torch.randn(3, 4, 12, 8)
-        from modeling_flm.backbone_flm import eager_attention_forward
-
-        _, weights = eager_attention_forward(attention, query, key, value, None, scaling=10.0, softcap=0.01)
-        logits = (query @ key.transpose(2, 3) * 10.0).double()
-        expected = (0.01 * torch.tanh(logits / 0.01)).softmax(-1)
-        torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-6)
-        assert not torch.allclose(
-            hard(inputs_embeds=hidden, timesteps=batch["timesteps"]).logits,
-            soft(inputs_embeds=hidden, timesteps=batch["timesteps"]).logits,
-        )
-
-    @pytest.mark.parametrize("softcap", [0.5, None])
-    def test_flex_attention_equals_eager(self, batch, softcap):
-        model = build_flm(attn_logit_softcapping=softcap, attn_implementation="eager").requires_grad_(False)
-        mask = torch.ones(3, 12, dtype=torch.long)
-        mask[1, 5:] = 0
-        for attention_mask in (None, mask):
-            model.set_attn_implementation("eager")
-            eager = model(**batch, attention_mask=attention_mask).logits
-            model.set_attn_implementation("flex_attention")
-            flex = model(**batch, attention_mask=attention_mask).logits
-            torch.testing.assert_close(flex[0], eager[0], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(flex[1, :5], eager[1, :5], rtol=1e-4, atol=1e-5)
-
-    def test_missing_flash_attention_is_a_clear_error(self, flm):
-        if torch.cuda.is_available():
-            pytest.skip("flash attention may be installed")
-        with pytest.raises((ImportError, ValueError), match="(?i)flash.?attention"):
-            flm.set_attn_implementation("flash_attention_2")
 
 
 class TestPrecisionAndSpeed:

@@ -1,8 +1,8 @@
-"""Samplers: a step without a network, and the distribution of what they write against exact ones."""
+"""Samplers: a step without a network, states of one-hot space, and the distribution of what they write against exact ones."""
 
 import pytest
 import torch
-from exact_flows import ExactFlow, assert_shares, chi_square
+from exact_flows import ExactFlow, ExactFlowMap, assert_shares, chi_square
 from small_models import build_flm, build_model
 from tensors import seed
 
@@ -16,7 +16,7 @@ from modeling_flm import (
     StochasticFlowMapSampler,
     StochasticFlowMapSamplerConfig,
 )
-from modeling_flm.posterior_flm import Posterior
+from modeling_flm.flow import bridge_coefficients
 from modeling_flm.sampling_flm import load_sampler_config
 
 
@@ -64,8 +64,6 @@ class TestStep:
 
     def test_bridge_composes(self):
         """From s to t by way of u, and at once: equal means and variances for a given text."""
-        from modeling_flm.flow import bridge_coefficients
-
         s, u, t = (torch.tensor([time], dtype=torch.float64) for time in (0.15, 0.4, 0.75))
         a1, b1, c1 = bridge_coefficients(s, u)
         a2, b2, c2 = bridge_coefficients(u, t)
@@ -78,59 +76,50 @@ class TestStep:
         torch.testing.assert_close((a * (1 - s)) ** 2 + c**2, (1 - t) ** 2)
 
 
-class TestPosterior:
-    probabilities = torch.rand(3, 10, 7, generator=seed()).pow(3).softmax(-1)
+@pytest.mark.parametrize("vocab_size", [53, 20])
+@pytest.mark.parametrize("num_steps", [1, 3, 16])
+def test_embedding_space_sampler_equals_the_dense_sampler(vocab_size, num_steps):
+    model = build_flm(vocab_size=vocab_size)
+    prior = torch.randn(4, 12, vocab_size)
 
-    def posterior(self, probabilities=None, width=3) -> Posterior:
-        dense = self.probabilities if probabilities is None else probabilities
-        chunks = [slice(start, min(start + width, dense.shape[1])) for start in range(0, dense.shape[1], width)]
-        return Posterior(lambda chunk: dense[:, chunk].clone(), chunks, dense.device)
+    # The paper's sampler: one-hot states, dense updates, Euler steps of dx/dt = (D_t(x) - x) / (1 - t).
+    x = prior
+    tau = torch.linspace(0, 1, num_steps + 1)
+    t = model.time_map.tau_to_t(tau)
+    embedding = model.embed_tokens.weight.detach()
+    drafts = []
+    for step in range(num_steps):
+        with torch.no_grad():
+            denoised = model(inputs_embeds=x @ embedding, timesteps=tau[step].expand(4)).logits.softmax(-1)
+        drafts.append(denoised.argmax(-1))
+        x = x + (t[step + 1] - t[step]) * (denoised - x) / (1 - t[step])
+    output = model.generate(prior_state=prior, num_steps=num_steps, return_dict_in_generate=True, output_drafts=True)
+    assert torch.equal(output.sequences, x.argmax(-1))
+    assert torch.equal(output.drafts, torch.stack(drafts, dim=1))
+    assert output.num_forward_passes.eq(num_steps).all()
+    # The same prior given as a state
+    assert torch.equal(model.generate(prior_state=prior @ embedding, num_steps=num_steps), x.argmax(-1))
 
-    @pytest.mark.parametrize("width", [1, 3, 10])
-    def test_readings_are_those_of_the_dense_one(self, width):
-        posterior, embedding = self.posterior(width=width), torch.randn(7, 4)
-        assert torch.equal(posterior.dense(), self.probabilities)
-        assert torch.equal(posterior.argmax(), self.probabilities.argmax(-1))
-        assert torch.equal(posterior.confidence(), self.probabilities.amax(-1))
-        torch.testing.assert_close(posterior.mean(embedding), self.probabilities @ embedding)
-        uniforms = torch.rand(3, 10)
-        assert torch.equal(posterior.draw(uniforms), self.posterior(width=10).draw(uniforms))
-        doubled = posterior.map(lambda part, chunk: 2 * part)
-        torch.testing.assert_close(doubled.dense(), 2 * self.probabilities)
-        weights = torch.rand(3, 10, 1)
-        combined = posterior.combine(doubled, lambda one, two, chunk: one + weights[:, chunk] * two)
-        torch.testing.assert_close(combined.dense(), self.probabilities * (1 + 2 * weights))
 
-    def test_a_chunk_is_made_once_for_several_readings(self):
-        made = []
-        posterior = self.posterior().map(lambda part, chunk: made.append(chunk) or part)
-        posterior.read(lambda part, chunk: part.sum(-1), lambda part, chunk: part.amax(-1))
-        assert made == posterior.chunks
+class TestGamma:
+    def test_gamma_zero_is_plain_sampling_and_batches_do_not_matter(self):
+        model = build_model("fmlm")
+        options = {"num_samples": 7, "num_steps": 4}
+        plain = model.generate(generator=seed(), **options)
+        assert torch.equal(model.generate(generator=seed(), gamma=0.0, **options), plain)
+        fresh = model.generate(generator=seed(), gamma=0.7, **options)
+        assert not torch.equal(fresh, plain)
+        assert torch.equal(model.generate(generator=seed(), gamma=0.7, batch_size=2, **options), fresh)
+        generators = [seed(n) for n in range(7)]
+        fresh = model.generate(generator=generators, gamma=0.7, **options)
+        assert torch.equal(model.generate(generator=[seed(3)], gamma=0.7, num_steps=4), fresh[3:4])
 
-    def test_draws_have_the_distribution(self):
-        probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).expand(1, 20_000, -1)
-        tokens = self.posterior(probabilities, 20_000).draw(torch.rand(1, 20_000, generator=seed()))
-        counts = torch.bincount(tokens.flatten(), minlength=6).double()
-        assert counts[[0, 2, 5]].sum() == 0
-        expected = 20_000 * torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-        assert ((counts[[1, 3, 4]] - expected) ** 2 / expected).sum() < 18.4  # of 2 degrees of freedom: 1e-4
-
-    def test_extreme_uniforms_draw_no_impossible_token(self):
-        probabilities = torch.tensor([0.0, 0.3, 0.7, 0.0]).expand(1, 2, -1)
-        for scale in (1.0, 0.3, 3.0):  # also where a combination does not sum to 1
-            tokens = self.posterior(scale * probabilities).draw(torch.tensor([[0.0, 1 - 2**-24]]))
-            assert tokens.tolist() == [[1, 2]]
-
-    def test_what_leaves_the_simplex_counts_as_zero(self):
-        probabilities = torch.tensor([-0.5, 0.6, -0.1, 1.0]).expand(1, 4000, -1)
-        tokens = self.posterior(probabilities).draw(torch.rand(1, 4000, generator=seed()))
-        assert set(tokens.unique().tolist()) == {1, 3}
-        assert abs((tokens == 1).double().mean() - 0.6 / 1.6) < 4 * (0.25 / 4000) ** 0.5
-
-    def test_of_tokens_is_certain(self):
-        tokens = torch.tensor([[3, -100, 0]])
-        dense = Posterior.of_tokens(tokens, 5, [slice(0, 2), slice(2, 3)]).dense()
-        assert dense.argmax(-1).tolist() == [[3, 0, 0]] and torch.equal(dense.sum(-1), torch.ones(1, 3))
+    @pytest.mark.parametrize("gamma", [0.0, 1.0])  # between them, only where delta is the text
+    def test_gamma_keeps_the_distribution_of_an_exact_flow_map(self, gamma):
+        texts, weights = [(0, 0), (0, 1), (1, 1)], (0.5, 0.2, 0.3)
+        model = ExactFlowMap(texts, weights, num_steps=100)
+        tokens = model.generate(num_samples=1500, batch_size=1500, generator=seed(), num_steps=4, gamma=gamma)
+        assert_shares(tokens, dict(zip(texts, weights)))
 
 
 class TestDistribution:

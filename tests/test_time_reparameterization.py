@@ -6,10 +6,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import build_flm
 from huggingface_hub.errors import StrictDataclassError
+from small_models import build_flm
 
-from modeling_flm import ReparameterizedTime
+from modeling_flm import IdentityTime, ReparameterizedTime
+from modeling_flm.time_reparameterization import translate_tau
 
 
 def hit_probability(t: float, vocab_size: int) -> float:
@@ -84,6 +85,14 @@ def test_bad_arguments():
         ReparameterizedTime(1)
     with pytest.raises(TypeError, match="`tau` must be a floating point tensor"):
         ReparameterizedTime(5).tau_to_t(torch.tensor([0, 1]))
+
+
+def test_translation():
+    tau = torch.linspace(0, 1, 11)
+    time = ReparameterizedTime(53)
+    assert translate_tau(tau, time, ReparameterizedTime(53)) is tau
+    torch.testing.assert_close(translate_tau(tau, time, IdentityTime()), time.tau_to_t(tau))
+    torch.testing.assert_close(translate_tau(time.tau_to_t(tau), IdentityTime(), time), tau, rtol=0, atol=1e-5)
 
 
 class TestContinued:

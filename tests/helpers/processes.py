@@ -16,7 +16,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["train_tiny", "test_steering", "test_trainer"])
+# The modules whose functions are called
+_CONTEXT.set_forkserver_preload(["train_tiny", "test_flm_trainer", "test_prompts"])
 
 
 def launcher_flags(num_processes: int = 2, fsdp: bool = False) -> list[str]:

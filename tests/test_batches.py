@@ -1,0 +1,96 @@
+"""What batches are made of: times, noise, and which tokens are known."""
+
+import torch
+
+from trainers.batches import draw_known_masks, draw_noise, example_seed, low_discrepancy_uniforms, stratified_uniforms
+
+
+class TestNoise:
+    def test_one_time_in_each_stratum(self):
+        points = stratified_uniforms(1000, 3, 3, 0, 7)
+        for times in points.T:
+            assert torch.equal((times.sort().values * 1000).floor().long(), torch.arange(1000))
+            assert not torch.equal(times, times.sort().values)
+        assert torch.corrcoef(points.T).triu(1).abs().max() < 5 / 1000**0.5
+        assert torch.equal(points, stratified_uniforms(1000, 3, 3, 0, 7))
+        assert not torch.equal(points, stratified_uniforms(1000, 3, 3, 0, 8))
+
+    def test_times_are_uniform_within_their_stratum(self):
+        times = torch.stack([stratified_uniforms(4, 1, 0, step)[:, 0] for step in range(5000)])
+        inside = (times * 4) % 1
+        assert abs(inside.mean() - 0.5) < 5 * (1 / 12 / inside.numel()) ** 0.5
+        assert abs(times[:, 0].mean() - 0.5) < 5 * (1 / 12 / 5000) ** 0.5  # so is each position over all strata
+
+    def test_evaluation_times_spread_evenly_over_any_part(self):
+        times = low_discrepancy_uniforms(0, 1000, 1)[:, 0]
+        assert torch.equal(low_discrepancy_uniforms(400, 100, 1)[:, 0], times[400:500])
+        for part in (times[:50], times[313:363], times):
+            gaps = part.sort().values.diff()
+            assert gaps.max() < 3 / len(part)
+
+    def test_evaluation_points_fill_the_square(self):
+        points = low_discrepancy_uniforms(0, 400, 2)
+        cells = (points * 10).floor().long()
+        counts = torch.bincount(cells[:, 0] * 10 + cells[:, 1], minlength=100)
+        assert counts.min() >= 2 and counts.max() <= 6  # 4 on average
+
+    def test_noise_of_an_example_depends_on_its_seed_alone(self):
+        seeds = [example_seed(0, 1, position) for position in range(6)]
+        assert len(set(seeds)) == 6
+        noise = draw_noise(seeds, 5, 3, device=torch.device("cpu"))
+        assert torch.equal(noise[2:4], draw_noise(seeds[2:4], 5, 3, device=torch.device("cpu")))
+        noise = draw_noise([example_seed(9, n) for n in range(2000)], 10, device=torch.device("cpu")).flatten()
+        assert abs(noise.mean()) < 5 / len(noise) ** 0.5
+        assert abs(noise.var() - 1) < 5 * (2 / len(noise)) ** 0.5
+
+
+class TestKnownTokens:
+    def test_are_beginnings_surroundings_and_random_tokens(self):
+        seeds = [example_seed(0, n) for n in range(6000)]
+        lengths = 3 + torch.arange(6000) % 8
+        real = torch.arange(10) < lengths[:, None]
+        known = draw_known_masks(seeds, real, 10, 0.75)
+        assert not (known & ~real).any()
+        # Those of a few examples, and with more padding, are the same.
+        assert torch.equal(draw_known_masks(seeds[5:9], real[5:9, :6], 10, 0.75), known[5:9, :6])
+        assert not draw_known_masks(seeds, real, 10, 0.0).any()
+
+        num_known, has_prompt = known.sum(dim=1), known.any(dim=1)
+        assert abs(has_prompt.double().mean() - 0.75) < 4 * (0.75 * 0.25 / 6000) ** 0.5
+        assert (num_known < lengths).all()
+        assert not draw_known_masks(
+            seeds, real & (torch.arange(10) < 1), 10, 1.0
+        ).any()  # nothing would be left to learn
+
+        full = known[has_prompt & (lengths == 10)].tolist()
+        sizes = torch.tensor([sum(row) for row in full])
+        assert (torch.bincount(sizes, minlength=10)[1:] > len(full) / 9 / 2).all()  # every number of tokens
+        is_beginning = [row == sorted(row, reverse=True) for row in full]
+        gaps = ["".join("01"[token] for token in row).strip("1") for row in full]
+        is_surrounding = ["1" not in gap for gap in gaps]  # beginnings are, too
+        # A third of each kind; one random choice in four happens to be of another.
+        assert 0.3 < sum(is_beginning) / len(full) < 0.5
+        assert 0.62 < sum(is_surrounding) / len(full) < 0.82
+
+    def test_independent_tokens_have_a_share_of_their_own(self):
+        seeds = [example_seed(0, n) for n in range(4000)]
+        real = torch.ones(4000, 40, dtype=torch.bool)
+        real[:, 30:] = torch.arange(4000)[:, None] % 2 == 0
+        known = draw_known_masks(seeds, real, 40, 1.0, ["independent"])
+        assert not (known & ~real).any()
+        assert torch.equal(draw_known_masks(seeds[5:9], real[5:9], 40, 1.0, ["independent"]), known[5:9])
+        # The number of known ones among n is uniform from 0 to n, if the share is.
+        counts = torch.bincount(known[::2].sum(dim=1), minlength=41).double()
+        assert ((counts - 2000 / 41) ** 2 / (2000 / 41)).sum() < 90  # of 40 degrees of freedom: 1e-5
+        # Given the share tokens are independent, so without it they correlate as E f^2 - (E f)^2 = 1/12.
+        first, second = known[:, :2].double().T
+        assert abs(first.mean() - 0.5) < 0.04 and abs((first * second).mean() - 1 / 3) < 0.04
+
+    def test_kinds_are_equally_often(self):
+        seeds = [example_seed(1, n) for n in range(4000)]
+        real = torch.ones(4000, 20, dtype=torch.bool)
+        only = {kind: draw_known_masks(seeds, real, 20, 1.0, [kind]) for kind in ("prefix", "infill", "independent")}
+        known = draw_known_masks(seeds, real, 20, 1.0, list(only))
+        is_kind = torch.stack([(known == mask).all(dim=1) for mask in only.values()])
+        assert is_kind.any(dim=0).all()
+        assert (is_kind.double().mean(dim=1) > 0.3).all()

@@ -1,0 +1,35 @@
+"""The configuration: sizes that are refused, saving and loading."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from modeling_flm import FLMConfig, FLMModel
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"vocab_size": 1}, "vocab_size"),
+            ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size"),
+            ({"hidden_size": 12, "num_attention_heads": 4}, "hidden_size"),
+            ({"timestep_embedding_size": 255}, "timestep_embedding_size"),
+            ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping"),
+            ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+            ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters"),
+        ],
+    )
+    def test_bad_sizes(self, options, message):
+        with pytest.raises(Exception, match=message):
+            FLMConfig(**options)
+
+    def test_size_of_the_published_models(self):
+        with torch.device("meta"):
+            model = FLMModel(FLMConfig(vocab_size=50258, max_position_embeddings=1024))
+        assert 165e6 < model.num_parameters() < 175e6
+
+    def test_saves_and_loads(self, tmp_path):
+        config = FLMConfig(vocab_size=100, attn_logit_softcapping=None, eos_token_id=2)
+        config.save_pretrained(tmp_path)
+        assert AutoConfig.from_pretrained(tmp_path).to_dict() == {**config.to_dict(), "_name_or_path": str(tmp_path)}
