@@ -45,7 +45,7 @@ class TestNoise:
 
 
 class TestKnownTokens:
-    def test_are_beginnings_surroundings_and_random_tokens(self):
+    def test_prompts_are_beginnings_surroundings_and_random_tokens(self):
         seeds = [example_seed(0, n) for n in range(6000)]
         lengths = 3 + torch.arange(6000) % 8
         real = torch.arange(10) < lengths[:, None]
@@ -86,7 +86,7 @@ class TestKnownTokens:
         first, second = known[:, :2].double().T
         assert abs(first.mean() - 0.5) < 0.04 and abs((first * second).mean() - 1 / 3) < 0.04
 
-    def test_kinds_are_equally_often(self):
+    def test_prompt_kinds_are_equally_often(self):
         seeds = [example_seed(1, n) for n in range(4000)]
         real = torch.ones(4000, 20, dtype=torch.bool)
         only = {kind: draw_known_masks(seeds, real, 20, 1.0, [kind]) for kind in ("prefix", "infill", "independent")}

@@ -30,18 +30,18 @@ class TestCommitment:
     def chosen(self, round: int, **rule) -> list[list[int]]:
         return positions(PosteriorRefinement(**rule).commit(round, self.probabilities, self.is_open))
 
-    def test_uniform_budget_leaves_equally_many_to_each_round(self):
+    def test_uniform_commit_budget_leaves_equally_many_to_each_round(self):
         assert self.chosen(0, num_rounds=4) == [[2, 3], [0, 3]]  # 5 and 6 tokens in 4 rounds: 2
         assert self.chosen(2, num_rounds=4) == [[2, 3, 4], [0, 1, 3]]  # in the 2 that are left
         assert self.chosen(3, num_rounds=4) == positions(self.is_open)
 
-    def test_threshold_and_budget_are_both_enough(self):
+    def test_commit_threshold_and_commit_budget_are_both_enough(self):
         assert self.chosen(0, num_rounds=3, threshold=0.4, budget=0) == [[2, 3, 4], [3]]
         assert self.chosen(0, num_rounds=3, threshold=0.4, budget=2) == [[2, 3, 4], [0, 3]]
         assert self.chosen(0, num_rounds=3, threshold=0.99, budget=None) == [[], []]
         assert self.chosen(0, num_rounds=3, budget=100) == positions(self.is_open)
 
-    def test_blocks(self):
+    def test_block_length(self):
         rule = BlockByBlock(block_length=4, length=6)
         assert rule.num_rounds == 2
         assert positions(rule.commit(0, self.probabilities, self.is_open)) == [[1, 2, 3], [0, 1, 2, 3]]
@@ -66,7 +66,7 @@ PATHS = ["whole", *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 7
 
 class TestPublishedValues:
     @pytest.mark.parametrize("name", SIZES["known"])
-    def test_blocks(self, name, path):
+    def test_block_length(self, name, path):
         model = convert(FOLDER / "fmlm_plus.ckpt")
         for block_length, num_steps in SIZES["block_settings"]:
             options = {"prior_state": VALUES["prior_state"], "block_length": block_length, "num_steps": num_steps}
@@ -75,7 +75,7 @@ class TestPublishedValues:
 
     @pytest.mark.parametrize("path", PATHS, indirect=True)
     @pytest.mark.parametrize("name", SIZES["known"])
-    def test_refinement(self, name, path, monkeypatch):
+    def test_num_rounds(self, name, path, monkeypatch):
         model = convert(FOLDER / "fmlm_plus.ckpt")
         monkeypatch.setattr(model, "_draw_states", lambda *args: (None, [Numbered(row) for row in range(3)]))
         settings = [(i, each) for i, each in enumerate(SIZES["refine_settings"]) if each["known"] == name]
@@ -143,7 +143,7 @@ class TestDistribution:
         assert chi_square(tokens, TEXTS, WEIGHTS) < LIMIT
 
     @pytest.mark.parametrize("loop", LOOPS[1:6:4], ids=str)
-    def test_is_exact_with_known_tokens(self, loop):
+    def test_is_exact_with_a_prompt_mask(self, loop):
         texts = list(itertools.product((0, 1), repeat=3))
         weights = torch.tensor([0.25, 0.05, 0.1, 0.15, 0.02, 0.2, 0.13, 0.1])
         model = CertainFlowMap(texts, tuple(weights.tolist()), num_steps=40)
@@ -153,7 +153,7 @@ class TestDistribution:
         conditional = (weights[chosen] / weights[chosen].sum()).tolist()
         assert chi_square(tokens, [texts[index] for index in chosen], conditional) < LIMIT
 
-    def test_kept_noise_is_biased_where_tokens_depend_on_each_other(self):
+    def test_without_fresh_noise_texts_are_biased_where_tokens_depend_on_each_other(self):
         """What a token started from has decided the others, too: it is not independent of those that are known by now."""
         texts, weights = [(0, 0), (0, 1), (1, 1)], (0.5, 0.2, 0.3)
         model = CertainFlowMap(texts, weights, num_steps=40)
@@ -163,7 +163,7 @@ class TestDistribution:
         assert chi_square(fresh, texts, weights) < 18.4 < chi_square(kept, texts, weights)  # of 2: 1e-4
         assert not ((kept[:, 0] == 1) & (kept[:, 1] == 0)).any()  # still nothing that cannot be
 
-    def test_the_denoiser_in_its_place_comes_nearer_with_its_steps(self):
+    def test_num_rounds_of_a_denoiser_come_nearer_with_their_steps(self):
         """An FLM has no jump from noise to text: with too few steps a round its texts are not those of the data."""
         model, deviations = ExactFlow(TEXTS, WEIGHTS), []
         for num_steps in (1, 8, 64):
@@ -174,7 +174,7 @@ class TestDistribution:
             deviations.append((shares - torch.tensor(WEIGHTS)).abs().sum().item() / 2 + (1 - shares.sum().item()) / 2)
         assert deviations[0] > 0.2 and deviations[1] < deviations[0] and deviations[2] < 0.06
 
-    def test_no_token_of_probability_zero_is_committed(self):
+    def test_num_rounds_commit_no_token_of_probability_zero(self):
         class Forbidding(ExactFlow):
             def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
                 return hidden_states * torch.tensor([0.0, 1.0, 1.0, 1.0])
@@ -220,14 +220,14 @@ class TestGenerate:
             assert output.num_forward_passes.tolist() == [2 * number for number in blocks]
 
     @pytest.mark.parametrize("kind", ["flm", "fmlm"])
-    def test_one_round_and_one_block_are_plain_generation(self, kind):
+    def test_num_rounds_1_and_block_length_of_all_are_plain_generation(self, kind):
         model = build_model(kind)
         options = {"num_samples": 5, "num_steps": 3}
         plain = model.generate(generator=seed(), **options)
         assert torch.equal(model.generate(generator=seed(), num_rounds=1, **options), plain)
         assert torch.equal(model.generate(generator=seed(), block_length=12, **options), plain)
 
-    def test_finishes_early_where_all_is_certain(self):
+    def test_num_rounds_end_early_where_all_is_certain(self):
         model = CertainFlowMap(TEXTS, WEIGHTS, num_steps=20)
         options = {"num_samples": 20, "num_rounds": 5, "commit_budget": 0, "return_dict_in_generate": True}
         output = model.generate(generator=seed(), commit_threshold=0.9, **options)
@@ -236,7 +236,7 @@ class TestGenerate:
         output = ExactFlow(TEXTS, WEIGHTS).generate(reward=reward, reward_scale=0.1, num_steps=4, **options)
         assert output.num_forward_passes.eq(2 * 4 * 5).all()  # no threshold, and no budget
 
-    def test_prior_state_is_not_changed(self):
+    def test_prior_state_is_not_changed_by_num_rounds(self):
         model = build_model("fmlm")
         prior = torch.randn(3, 12, 32)
         before = prior.clone()
@@ -244,7 +244,7 @@ class TestGenerate:
         assert torch.equal(prior, before)
         assert torch.equal(tokens, model.generate(prior_state=prior, num_rounds=4, generator=seed()))
 
-    def test_guidance(self):
+    def test_guidance_scale(self):
         model, weak = build_model("fmlm"), build_model("flm", hidden_size=16)
         options = {"num_samples": 6, "num_rounds": 3}
         plain = model.generate(generator=seed(), **options)
@@ -254,7 +254,7 @@ class TestGenerate:
         assert torch.equal(model.generate(generator=seed(), **guided), plain)
 
     @pytest.mark.slow
-    def test_compiled_texts_are_equal_and_take_one_graph(self):
+    def test_compiled_num_rounds_are_equal_and_take_one_graph(self):
         model = build_model("fmlm", per_token_timesteps=True)
         input_ids, prompt_mask = torch.randint(53, (5, 12)), torch.rand(5, 12) < 0.5
         options = {"input_ids": input_ids, "prompt_mask": prompt_mask, "num_rounds": 6, "commit_threshold": 0.05}
@@ -264,7 +264,7 @@ class TestGenerate:
         assert torch.equal(model.generate(generator=seed(), **options, **sampling("compiled")), expected)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
-    def test_nothing_is_written_after_a_known_end(self):
+    def test_block_length_and_num_rounds_write_nothing_after_a_known_end(self):
         """A text whose third token ends it: from left to right, no block after it costs anything."""
         model = build_model("fmlm")
         with torch.no_grad():
@@ -282,13 +282,13 @@ class TestGenerate:
         assert output.sequences[:, 1:].eq(1).all() and output.num_forward_passes.eq(1).all()
         assert model.generate(block_length=2, **{**options, "pad_after_eos": False}).num_forward_passes.eq(6).all()
 
-    def test_callback_is_told_of_every_round(self):
+    def test_callback_with_block_length_is_told_of_every_round(self):
         model, told = build_model("fmlm"), []
         input_ids = torch.randint(53, (1, 4))
         model.generate(input_ids, block_length=2, num_steps=2, callback=lambda *args: told.append(args[:2]))
         assert told == [(n, 6) for n in range(1, 7)]
 
-    def test_callback_is_told_of_rounds(self):
+    def test_callback_with_num_rounds_is_told_of_every_round(self):
         model, told = build_model("fmlm"), []
         tokens = model.generate(num_samples=2, num_rounds=3, num_steps=2, callback=lambda *args: told.append(args))
         assert [args[:2] for args in told] == [(1, 3), (2, 3), (3, 3)]
@@ -319,12 +319,12 @@ class TestGenerate:
         assert shown == [int((output.commit_rounds[0] <= r).long().cumprod(0).sum()) for r in range(1, 6)]
         assert shown[-1] == 10 or "num_rounds" in loop
 
-    def test_streamer_of_transformers(self, capsys):
+    def test_streamer_of_transformers_with_num_rounds(self, capsys):
         model, tokenizer = build_model("fmlm"), train_tokenizer([" ".join(map(str, range(60)))], "word", 60)
         model.generate(num_rounds=3, streamer=TextDiffusionStreamer(tokenizer), generator=seed())
         assert "\x1b[33m" in capsys.readouterr().out
 
-    def test_bad_combinations_are_named(self):
+    def test_bad_combinations_with_num_rounds_and_block_length_are_named(self):
         model = build_model("fmlm")
         for options, message in (
             ({"num_rounds": 2, "block_length": 3}, "`num_rounds` does not go with `block_length`"),
@@ -341,7 +341,7 @@ class TestGenerate:
             with pytest.raises(ValueError, match=message):
                 model.generate(**options)
 
-    def test_what_is_said_last_counts(self, tmp_path):
+    def test_what_is_said_last_of_num_rounds_and_block_length_counts(self, tmp_path):
         model = build_model("fmlm")
         model.generation_config.num_rounds = 3
         model.save_pretrained(tmp_path)

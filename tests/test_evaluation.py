@@ -175,7 +175,7 @@ class TestScript:
         assert sorted(r.metric_type for r in again) == ["accuracy", *["entropy"] * 3, *["perplexity"] * 3]
         assert all(r.metric_args["gamma"] == 0 for r in again if r.metric_type != "accuracy")
 
-    def test_gamma_and_guidance_are_in_the_card_and_never_mixed(self, folder, worse, tmp_path):
+    def test_gamma_and_guidance_scale_are_in_the_card_and_never_mixed(self, folder, worse, tmp_path):
         copy = tmp_path / "model"
         AutoModel.from_pretrained(folder).save_pretrained(copy)
         AutoTokenizer.from_pretrained(folder).save_pretrained(copy)
@@ -280,7 +280,7 @@ class TestSampling:
         assert results["sampling"] == {"gamma": 0.0, "pad_after_eos": True}
 
     @pytest.mark.parametrize("scale", [0, 3])
-    def test_guidance_takes_a_pass_as_well(self, scale, folder, worse, tmp_path):
+    def test_guidance_scale_takes_a_pass_as_well(self, scale, folder, worse, tmp_path):
         flags = ["--guidance_model", worse, "--guidance_scale", scale, "--output_dir", tmp_path / "out"]
         evaluate("--model", folder, *OPTIONS, *flags)
         model, guidance_model = AutoModel.from_pretrained(folder), AutoModel.from_pretrained(worse)
@@ -292,7 +292,7 @@ class TestSampling:
         described = {"guidance_model": str(worse), "guidance_scale": 3.0} if scale else {}
         assert results["sampling"] == {"gamma": 0.0, **described}
 
-    def test_rounds_cost_what_they_take(self, folder, tmp_path):
+    def test_num_rounds_cost_what_they_take(self, folder, tmp_path):
         flags = ["--num_rounds", 3, "--commit_budget", 5, "--output_dir", tmp_path / "out"]
         evaluate("--model", folder, *OPTIONS, *flags)
         options = {"num_rounds": 3, "commit_budget": 5}
@@ -303,7 +303,7 @@ class TestSampling:
         assert [row["num_forward_passes"] for row in results["results"]] == [3, 9]
         assert results["sampling"] == {"gamma": 0.0, **options}
 
-    def test_rounds_of_the_model_do_not_count_where_blocks_are_asked_for(self, folder, tmp_path):
+    def test_num_rounds_of_the_model_do_not_count_where_block_length_is_asked_for(self, folder, tmp_path):
         model = AutoModel.from_pretrained(folder)
         model.generation_config.num_rounds, model.generation_config.commit_threshold = 3, 0.5
         args = EvaluationArguments(str(folder), str(tmp_path))
@@ -311,7 +311,7 @@ class TestSampling:
         args.block_length = 4
         assert describe_sampling(args, model) == {"gamma": 0.0, "block_length": 4}
 
-    def test_budget_may_be_a_number(self, folder, tmp_path):
+    def test_commit_budget_may_be_a_number(self, folder, tmp_path):
         for budget in (4, "4"):
             args = EvaluationArguments(str(folder), str(tmp_path), num_rounds=2, commit_budget=budget)
             check_arguments(args)

@@ -361,12 +361,12 @@ class TestGenerate:
             (("--block_length", 5), {"block_length": 5}),
         ],
     )
-    def test_rounds_and_blocks(self, flags, options, folder, capsys):
+    def test_num_rounds_and_block_length(self, flags, options, folder, capsys):
         _, texts = self.expected(folder, num_samples=3, num_steps=2, **options)
         self.generate(folder, "--num_samples", 3, "--num_steps", 2, "--seed", 7, *flags)
         assert capsys.readouterr().out.splitlines() == texts
 
-    def test_steered(self, folder, capsys):
+    def test_gamma_and_guidance_scale(self, folder, capsys):
         options = ("--num_samples", 3, "--num_steps", 2, "--prompt", "w5 w6", "--gamma", 0.5)
         guidance = ("--guidance_model", folder, "--guidance_scale", 2.0)
         guided = run_elsewhere("generate", folder, *options, *guidance).splitlines()

@@ -19,7 +19,7 @@ from trainers import EMACallback, FLMTrainer, FLMTrainingArguments, train_tokeni
 
 
 class TestPrompts:
-    def test_loss_is_that_of_the_rest_given_the_prompt(self, tmp_path):
+    def test_loss_with_prompt_fraction_is_that_of_the_rest_given_the_prompt(self, tmp_path):
         trainer = build(tmp_path, max_steps=3, gradient_accumulation_steps=2, save_strategy="no", prompt_fraction=0.8)
         model = trainer.model
         initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -71,12 +71,12 @@ class TestPrompts:
         known = trainer._draw_known(labels[:2].masked_fill(attention_mask == 0, -100), attention_mask, [0, 1])
         assert known[:, :5].all() and not known[:, 5:].any()
 
-    def test_bad_kinds_are_named(self, tmp_path):
+    def test_bad_prompt_kinds_are_named(self, tmp_path):
         for kinds in ([], ["suffix"]):
             with pytest.raises(ValueError, match="`prompt_kinds` must be a list of 'prefix', 'infill', 'random'"):
                 FLMTrainingArguments(tmp_path, prompt_kinds=kinds)
 
-    def test_times_per_token_come_with_the_weights_of_a_model_without_them(self, tmp_path):
+    def test_per_token_timesteps_come_with_the_weights_of_a_model_without_them(self, tmp_path):
         flm = build_flm()
         flm.save_pretrained(tmp_path)
         model = FLMModel.from_pretrained(tmp_path, per_token_timesteps=True)

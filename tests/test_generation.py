@@ -252,7 +252,7 @@ class TestTimesteps:
 
 
 class TestLengths:
-    def test_padding_is_as_if_it_were_not_there(self):
+    def test_padding_of_attention_mask_is_as_if_it_were_not_there(self):
         model = build_model("flm")
         prior = torch.randn(3, 12, 53)
         lengths = [12, 5, 8]
@@ -271,7 +271,7 @@ class TestLengths:
         )
         assert torch.equal(tokens[1], torch.cat([part[0], torch.full((7,), 7)]))
 
-    def test_texts_end(self):
+    def test_pad_after_eos_ends_texts(self):
         model = build_model("flm", vocab_size=6, max_position_embeddings=40)
         options = {"num_samples": 30, "num_steps": 2}
         plain = model.generate(generator=seed(), **options)

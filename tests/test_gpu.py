@@ -32,7 +32,7 @@ def test_a_cpu_generator_gives_the_same_noise():
     assert (tokens.cpu() == expected).float().mean() > 0.99  # but for near ties
 
 
-def test_steered_texts_are_those_of_the_cpu():
+def test_prompt_mask_gamma_guidance_scale_and_reward_give_the_texts_of_the_cpu():
     model, weak = build_flm(), build_flm(hidden_size=16)
     input_ids, prompt_mask = torch.randint(53, (8, 12)), torch.rand(8, 12) < 0.5
     options = {"prompt_mask": prompt_mask, "gamma": 0.3, "guidance_scale": 2.0, "num_steps": 4}

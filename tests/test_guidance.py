@@ -18,7 +18,7 @@ from modeling_flm.joint_noise import JointNoise
 class TestAutoguidance:
     @pytest.mark.parametrize("kinds", [("flm", "flm"), ("fmlm", "flm"), ("fmlm", "fmlm"), ("flm", "two_network")])
     @pytest.mark.parametrize("num_steps", [1, 4])
-    def test_equals_the_dense_formula(self, kinds, num_steps):
+    def test_guidance_scale_is_that_of_the_dense_formula(self, kinds, num_steps):
         strong, weak = build_model(kinds[0]), build_model(kinds[1], hidden_size=16)
         prior = torch.randn(6, 12, 53)
 
@@ -32,7 +32,7 @@ class TestAutoguidance:
         assert torch.equal(tokens, expected)
         assert not torch.equal(tokens, strong.generate(**options))
 
-    def test_no_change_without_scale_or_by_an_equal_model(self):
+    def test_guidance_scale_zero_or_an_equal_model_changes_nothing(self):
         model, weak = build_model("flm"), build_model("flm", hidden_size=16)
         options = {"num_samples": 20, "num_steps": 4}
         plain = model.generate(generator=seed(), **options)
@@ -112,7 +112,7 @@ class TestReward:
         expected = 0.3 * math.exp(0.7) / (0.7 + 0.3 * math.exp(0.7))
         assert abs(tokens[:, 0].double().mean().item() - expected) < 0.07  # 0.16 above what it is without
 
-    def test_zero_is_plain_sampling(self):
+    def test_reward_scale_zero_is_plain_sampling(self):
         model = build_model("flm")
         options = {"num_samples": 9, "num_steps": 3}
         reward = lambda delta: delta[..., 3].sum(dim=1)  # noqa: E731
@@ -132,7 +132,7 @@ class TestReward:
             assert torch.equal(delta[:, :5], nn.functional.one_hot(input_ids, 53).float())
 
 
-def test_saved_scales_are_for_calls_with_a_guide():
+def test_saved_guidance_scale_and_reward_scale_are_for_calls_with_a_guide():
     model, weak = build_model("flm"), build_model("flm", hidden_size=16)
     plain, guided = (
         model.generate(num_steps=3, num_samples=4, generator=seed(), **options)

@@ -40,7 +40,7 @@ def continue_some(output_dir: Path):
 class TestPrompts:
     @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
     @pytest.mark.parametrize("per_token_timesteps", [False, True])
-    def test_equals_the_dense_sampler_with_known_positions_clean(self, kind, per_token_timesteps):
+    def test_prompt_mask_equals_the_dense_sampler_with_known_positions_clean(self, kind, per_token_timesteps):
         """Known tokens are clamped here after every step; a network without times per token is told the time of the others."""
         model = build_model(kind, per_token_timesteps=per_token_timesteps)
         prior, input_ids = torch.randn(5, 12, 53), torch.randint(53, (5, 12))
@@ -59,7 +59,7 @@ class TestPrompts:
             tokens = model.generate(input_ids, prompt_mask=prompt_mask, prior_state=prior, num_steps=num_steps)
             assert torch.equal(tokens, expected)
 
-    def test_network_is_told_the_time_of_each_token_or_the_earliest(self):
+    def test_network_is_told_per_token_timesteps_or_the_earliest(self):
         x = torch.randn(5, 12, 53)
         times = torch.rand(5, 12), torch.ones(5, 12)
         for kind in ("flm", "fmlm", "two_network"):
@@ -76,7 +76,7 @@ class TestPrompts:
                 torch.testing.assert_close(dense_delta(told, x, *same), of_texts)
 
     @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
-    def test_come_back_unchanged_whatever_else(self, kind):
+    def test_tokens_of_a_prompt_mask_come_back_unchanged_whatever_else(self, kind):
         model, weak = build_model(kind), build_model("flm", hidden_size=16)
         guided = {"guidance_model": weak, "guidance_scale": 20.0}
         rewarded = {"reward": lambda delta: delta[..., 3].sum(dim=1), "reward_scale": 100.0}
@@ -107,7 +107,7 @@ class TestPrompts:
         tokens = torch.cat([torch.load(tmp_path / f"{index}.pt") for index in (0, 1)])
         assert torch.equal(tokens, continue_prompts(list(range(7))))
 
-    def test_padding_may_be_on_either_side(self):
+    def test_padding_of_attention_mask_may_be_on_either_side(self):
         model = build_model("flm")
         prompts = [[5, 6, 7], [8], [9, 10]]
         prior = torch.randn(3, 12, 53)
@@ -127,7 +127,7 @@ class TestPrompts:
             tokens = model.generate(input_ids, attention_mask=attention_mask, prior_state=prior, num_steps=3)
             assert torch.equal(tokens, expected)
 
-    def test_sizes(self):
+    def test_sizes_with_num_samples_length_and_prompt_mask(self):
         model = build_model("flm")
         input_ids = torch.randint(53, (2, 4))
         prompt_mask = torch.tensor([[1, 0, 0, 1]] * 2)
@@ -174,7 +174,7 @@ class TestPrompts:
         transformers.logging.disable_propagation()
 
     @pytest.mark.parametrize("num_steps", [1, 3])
-    def test_samples_have_the_conditional_distribution(self, num_steps):
+    def test_samples_given_a_prompt_mask_have_the_conditional_distribution(self, num_steps):
         """Texts of three tokens with known probabilities, of which one or two are given."""
         texts = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
         weights = (0.25, 0.05, 0.1, 0.15, 0.02, 0.2, 0.13, 0.1)

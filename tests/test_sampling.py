@@ -182,13 +182,13 @@ class TestDistribution:
 
 
 class TestConfigs:
-    def test_generation_config_keeps_its_sampler(self, tmp_path):
+    def test_generation_config_keeps_its_sampler_config(self, tmp_path):
         for config in (FlowMapSamplerConfig(), StochasticFlowMapSamplerConfig(0.8), BridgeSamplerConfig()):
             FLMGenerationConfig(sampler_config=config).save_pretrained(tmp_path)
             loaded = FLMGenerationConfig.from_pretrained(tmp_path).sampler_config
             assert type(loaded) is type(config) and loaded == config
 
-    def test_sampler_of_other_code_is_taken_by_its_name(self):
+    def test_sampler_config_of_other_code_is_taken_by_its_name(self):
         """Code that comes with a model has classes of its own."""
         other = type("StochasticFlowMapSamplerConfig", (), {})()
         other.gamma = 0.3
