@@ -14,6 +14,7 @@ from train_tiny import build, distillation, launch, logged
 class TestProcesses:
     def test_two_processes_see_and_learn_what_one_does(self, tmp_path):
         options = {"max_steps": 6, "eval_steps": 3, "save_steps": 3, "ema_decay": 0.9, "prompt_fraction": 0.7}
+        options |= {"eval_likelihood_times": 2}
         (one,) = launch(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
         two = launch(tmp_path / "two", 2, per_device_train_batch_size=8, **options)
 
@@ -27,20 +28,21 @@ class TestProcesses:
         np.testing.assert_allclose(logged(two[0]["log"], "loss"), logged(one["log"], "loss"), rtol=1e-4)
         np.testing.assert_allclose(logged(two[0]["log"], "grad_norm"), logged(one["log"], "grad_norm"), rtol=1e-3)
         np.testing.assert_allclose(logged(two[0]["log"], "eval_loss"), logged(one["log"], "eval_loss"), rtol=1e-4)
+        np.testing.assert_allclose(logged(two[0]["log"], "eval_nll"), logged(one["log"], "eval_nll"), rtol=1e-3)
         first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
         for name, tensor in first.items():
             torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
 
     def test_sharded_weights_learn_and_write_what_whole_ones_do(self, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "ema_decay": 0.9, "sample_steps": 4}
-        options |= {"load_best_model_at_end": True}
+        options |= {"load_best_model_at_end": True, "eval_likelihood_times": 2}
         options |= {"eval_gen_ppl_steps": 4, "eval_gen_ppl_num_samples": 3, "eval_gen_ppl_num_steps": [2]}
         options |= {"eval_gen_ppl_model": SCORER}
         whole = build(tmp_path / "one", per_device_train_batch_size=16, **options)
         whole.train()
         whole.save_model()
         log = launch(tmp_path / "two", 2, fsdp=True, **options)[0]["log"]
-        for name in ("loss", "grad_norm", "eval_loss", "eval_gen_ppl_2", "eval_entropy_2"):
+        for name in ("loss", "grad_norm", "eval_loss", "eval_nll", "eval_gen_ppl_2", "eval_entropy_2"):
             assert logged(log, name) == pytest.approx(logged(whole, name), rel=1e-3) != []
         assert (tmp_path / "two" / "samples.jsonl").read_text() == (tmp_path / "one" / "samples.jsonl").read_text()
         # The average, loaded as anybody loads it, and the weights of the training.

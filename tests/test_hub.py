@@ -30,6 +30,7 @@ PUBLISHED = {
     *("tokenizer.json", "tokenizer_config.json"),
     *(
         "commitment_flm.py",
+        "likelihood_flm.py",
         "configuration_flm.py",
         "modeling_flm.py",
         "generation_flm.py",

@@ -181,6 +181,7 @@ class TestFlowMaps:
             assert model.generate(return_dict_in_generate=True).num_forward_passes.eq(1).all()
             assert model.generate(num_steps=3, return_dict_in_generate=True).num_forward_passes.eq(3).all()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "model_class, config_class", [(FMLMModel, FMLMConfig), (FMLMTwoNetworkModel, FMLMTwoNetworkConfig)]
     )
