@@ -17,11 +17,13 @@ import copy
 import difflib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     CompileConfig,
     GenerationConfig,
@@ -45,18 +47,26 @@ from .sampling_flm import Sampler, SamplerConfig, StochasticFlowMapSamplerConfig
 logger = logging.get_logger(__name__)
 
 
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Within this context networks have no dropout; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def in_evaluation_mode(method: Callable) -> Callable:
-    """A method of a model that runs without dropout, and leaves every module in the mode that it was in."""
+    """A method of a model that runs without dropout, in the model and in what networks it is passed."""
 
     @functools.wraps(method)
     def run(self, *args, **kwargs):
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
+        with evaluating(self, *(value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module))):
             return method(self, *args, **kwargs)
-        finally:
-            for module, training in modes:
-                module.training = training
 
     return run
 

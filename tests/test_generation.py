@@ -205,6 +205,12 @@ def test_generate_is_in_evaluation_mode_and_leaves_the_mode():
     flm.layers[0].eval()
     assert torch.equal(flm.generate(num_samples=4, num_steps=4, generator=seed()), expected)
     assert flm.training and flm.layers[1].training and not flm.layers[0].training
+    # Nor has a guide dropout.
+    guidance = {"guidance_model": build_flm(dropout=0.5, hidden_size=16), "guidance_scale": 1.0}
+    expected = flm.generate(num_samples=4, num_steps=4, generator=seed(), **guidance)
+    guidance["guidance_model"].train()
+    assert torch.equal(flm.generate(num_samples=4, num_steps=4, generator=seed(), **guidance), expected)
+    assert guidance["guidance_model"].training
     with pytest.raises(ValueError, match="got unknown arguments"):
         flm.generate(num_texts=4)
     assert flm.training

@@ -15,13 +15,12 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -30,22 +29,9 @@ from .ema import EMACallback
 from .evaluation import generate_samples, load_gen_ppl
 
 
-@contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Within this context the networks have no dropout."""
-    were_training = [network.training for network in networks]
-    for network in networks:
-        network.eval()
-    try:
-        yield
-    finally:
-        for network, was_training in zip(networks, were_training):
-            network.train(was_training)
-
-
 def _from_average(model: PreTrainedModel, ema: EMACallback | None, function: Callable[[], Any]) -> Any:
-    """What `function` returns while `model` is in evaluation mode, and has the averaged weights if there are any."""
-    with evaluating(model), nullcontext() if ema is None else ema.applied(model):
+    """What `function` returns while `model` has the averaged weights, if there are any."""
+    with nullcontext() if ema is None else ema.applied(model):
         return through_forward(model, model, function)
 
 

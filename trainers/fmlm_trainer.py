@@ -19,11 +19,11 @@ from transformers import AutoModel, PreTrainedModel
 from hub.records import is_hub_name
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import remaining_noise
+from modeling_flm.generation_flm import evaluating
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.posterior_flm import Posterior
 
 from .batches import FlowBatch
-from .callbacks import evaluating
 from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
 from .objectives import assemble, eulerian_target, lagrangian_target, masked_posterior, posterior_of, semigroup_target
