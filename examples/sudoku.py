@@ -24,8 +24,8 @@ two forward passes for each example that is not on the diagonal, and it has a se
 than the preset says, which short trainings need. Models that are in the output directory already are not trained again.
 
 A text is a grid, each row after a letter of its own. The letters and the cells of the puzzle are known tokens, in training as
-well, and of the others any may be; so the puzzles to learn from are of the hardest kind that have one solution, and open ones, of which
-any solution counts. Test puzzles are made of grids that are in no training puzzle.
+well, and of the others any may be; so all puzzles to learn from are of the hardest kind. Test puzzles are made of grids that are in
+no training puzzle.
 """
 
 import argparse
@@ -63,8 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, choices=sorted(sudoku.CLUES), default=4, help="of the grid")
     parser.add_argument("--num_puzzles", type=int, default=40_000, help="puzzles to train on")
     parser.add_argument("--num_test_puzzles", type=int, default=500, help="puzzles to solve, of each difficulty")
-    parser.add_argument("--max_steps", type=int, default=7500, help="optimizer steps of each model, in all")
-    parser.add_argument("--start_steps", type=int, default=3000, help="of these, those of the model to start from")
+    parser.add_argument("--max_steps", type=int, default=6000, help="optimizer steps of each model, in all")
+    parser.add_argument("--start_steps", type=int, default=1500, help="of these, those of the model to start from")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument(
         "--learning_rate", type=float, default=2e-3, help="of masked models; half as much of the flow map"
@@ -96,9 +96,8 @@ def sample_puzzles(
     examples = []
     for index in range(number):
         solution = sudoku.sample_solution(size, rng) if grids is None else rng.choice(grids)
-        difficulty = difficulties[index % len(difficulties)]
-        make = sudoku.make_open_puzzle if difficulty == "open" else sudoku.make_puzzle
-        examples.append((make(solution, sudoku.CLUES[size][difficulty], rng), solution))
+        num_clues = sudoku.CLUES[size][difficulties[index % len(difficulties)]]
+        examples.append((sudoku.make_puzzle(solution, num_clues, rng), solution))
     return examples
 
 
@@ -155,7 +154,7 @@ def train_flow_map(name: str, max_steps: int, start: FLMModel, dataset: Dataset,
         "any_order",
         **{**settings, "learning_rate": args.learning_rate / 2},
         ema_decay=EMA_DECAY,
-        boundary_probability=0.5,
+        boundary_probability=0.25,
         prompts_from_labels=True,
         prompt_fraction=0.5,  # of the others nothing but the puzzle is known
     )
@@ -316,7 +315,7 @@ def main(args: argparse.Namespace):
     rng = random.Random(args.seed)
     difficulties = list(sudoku.CLUES[args.size])
     train_grids, test_grids = split_grids(args.size, rng)
-    examples = sample_puzzles(args.num_puzzles, args.size, train_grids, ["minimal", "open"], rng)
+    examples = sample_puzzles(args.num_puzzles, args.size, train_grids, ["minimal"], rng)
     tests = {name: sample_puzzles(args.num_test_puzzles, args.size, test_grids, [name], rng) for name in difficulties}
     dataset = build_dataset(examples)
     print(f"Learning from {len(dataset):,} puzzles of {args.size} x {args.size}, such as {examples[0][0]}\n")

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Sudoku puzzles by difficulty: those that have one solution, and open ones that have many.
+Sudoku puzzles that have one solution, by difficulty.
 
 A puzzle is a string of its cells, row by row, with 0 for blanks: 16 for puzzles of 4 x 4, 81 for 9 x 9.
 """
@@ -24,10 +24,10 @@ from functools import cache
 
 
 # How many of the cells are given, by difficulty and size of the grid. "minimal" puzzles lose their only solution with any
-# further cell, and "open" ones have many from the beginning.
+# further cell.
 CLUES = {
-    4: {"easy": 9, "medium": 7, "hard": 5, "minimal": 0, "open": 2},
-    9: {"easy": 45, "medium": 36, "hard": 28, "minimal": 0, "open": 10},
+    4: {"easy": 9, "medium": 7, "hard": 5, "minimal": 0},
+    9: {"easy": 45, "medium": 36, "hard": 28, "minimal": 0},
 }
 
 
@@ -116,19 +116,6 @@ def make_puzzle(solution: str, num_clues: int, rng: random.Random) -> str:
         if not has_one_solution("".join(cells)):
             cells[cell] = digit
     return "".join(cells)
-
-
-def make_open_puzzle(solution: str, num_clues: int, rng: random.Random) -> str:
-    """
-    A puzzle that this solves, and others may, too.
-
-    Args:
-        solution (`str`): A filled grid.
-        num_clues (`int`): How many of its cells are given.
-        rng (`random.Random`): What decides which.
-    """
-    given = set(rng.sample(range(len(solution)), num_clues))
-    return "".join(digit if cell in given else "0" for cell, digit in enumerate(solution))
 
 
 def is_solved(puzzle: str, answer: str) -> bool:

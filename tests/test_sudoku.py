@@ -32,7 +32,7 @@ class TestPuzzles:
     def test_all_grids_are_found(self):
         assert sorted(sudoku.solutions("0" * 16)) == sorted(self.filled) and len(self.filled) == 288
 
-    @pytest.mark.parametrize("difficulty", sorted(sudoku.CLUES[4].keys() - {"open"}))
+    @pytest.mark.parametrize("difficulty", sudoku.CLUES[4])
     def test_puzzles_have_one_solution_and_their_number_of_clues(self, difficulty):
         rng = random.Random(0)
         for _ in range(20):
@@ -47,16 +47,6 @@ class TestPuzzles:
                 assert not any(map(sudoku.has_one_solution, spared))
             elif difficulty != "hard":
                 assert num_clues == sudoku.CLUES[4][difficulty]
-
-    def test_open_puzzles_have_all_solutions_that_fit(self):
-        rng = random.Random(0)
-        for num_clues in (0, 2, 3):
-            solution = sudoku.sample_solution(4, rng)
-            puzzle = sudoku.make_open_puzzle(solution, num_clues, rng)
-            assert puzzle.count("0") == 16 - num_clues
-            fits = [g for g in self.filled if all(given in ("0", cell) for given, cell in zip(puzzle, g))]
-            assert sorted(sudoku.solutions(puzzle)) == sorted(fits) and solution in fits and len(fits) > 1
-            assert all(sudoku.is_solved(puzzle, grid) for grid in fits)
 
     def test_puzzles_of_9_by_9(self):
         puzzle = sudoku.make_puzzle(sudoku.sample_solution(9, random.Random(1)), 45, random.Random(2))
@@ -160,7 +150,7 @@ def test_example(tmp_path, capsys):
     ]
     run_here("sudoku", *options, "--num_hidden_layers", 1, "--num_attention_heads", 2, "--output_dir", tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert len(rows) == 5 * 4 * 5
+    assert len(rows) == 4 * 4 * 5
     assert all(row["forward_passes"] <= row["limit"] for row in rows)
     assert (tmp_path / "sudoku.png").stat().st_size > 10_000
     assert "after forward pass 1" in capsys.readouterr().out
