@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-THRESHOLD = 0.75  # of posterior refinement
+THRESHOLD, LOWER_THRESHOLD = 0.9, 0.75  # of posterior refinement
 
 
 def measure(measurements: Measurements):
@@ -56,6 +56,8 @@ def measure(measurements: Measurements):
         for num_rounds in (2, 4, 8):
             refined = {"num_rounds": num_rounds, "commit_threshold": THRESHOLD}
             measurements.add("rounds", model, 1, **refined)
+            lower = {**refined, "commit_threshold": LOWER_THRESHOLD}
+            measurements.add("rounds, lower threshold", model, 1, **lower)
             measurements.add("rounds, kept noise", model, 1, **refined, fresh_noise=False)
             measurements.add("rounds, no threshold", model, 1, num_rounds=num_rounds)
             measurements.add("rounds, no budget", model, 1, **refined, commit_budget=0)
