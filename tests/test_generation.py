@@ -152,7 +152,7 @@ def test_progress_bar_only_for_several_batches(flm, capsys):
         ({"temperature": "hot"}, "`temperature` must be a number"),
         (
             {"generation_config": GenerationConfig(max_new_tokens=3)},
-            "Unknown generation parameters `max_new_tokens`.$",
+            r"Unknown generation parameters `max_new_tokens` \(pass `length`",
         ),
         ({"prior_state": torch.randn(2, 12, 53), "num_samples": 3}, "does not go with `num_samples=3`"),
         ({"prior_state": torch.randn(2, 12, 53), "length": 5}, "does not go with"),
