@@ -72,8 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--num_hidden_layers", type=int, default=4)
     parser.add_argument("--num_attention_heads", type=int, default=4)
-    parser.add_argument("--commit_threshold", type=float, default=0.999, help="of posterior refinement")
-    parser.add_argument("--masked_threshold", type=float, default=0.98, help="of the masked model, which is less sure")
+    parser.add_argument(
+        "--commit_threshold", type=float, default=0.999, help="of posterior refinement and of the masked model"
+    )
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs/sudoku")
@@ -208,7 +209,7 @@ def solvers(flow_map: FMLMModel, masked, args: argparse.Namespace) -> dict:
         return output.sequences, output.num_forward_passes
 
     def rule(limit: int) -> PosteriorRefinement:
-        return PosteriorRefinement(num_rounds=limit, threshold=args.masked_threshold)
+        return PosteriorRefinement(num_rounds=limit, threshold=args.commit_threshold)
 
     def blocks(input_ids, known, limit):
         num_rows = -(-args.size // limit)
