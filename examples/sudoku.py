@@ -15,9 +15,9 @@
 Sudoku by a flow map that writes in any order (FMLM+), beside a masked diffusion model of the same size, steps and data: how
 many puzzles each solves in how many forward passes.
 
-    python examples/sudoku.py                                    # 4 x 4, minutes on two cores
+    python examples/sudoku.py                                    # 4 x 4, under an hour on two cores
     python examples/sudoku.py --size 9 --hidden_size 512 --num_hidden_layers 8 --num_attention_heads 8 \
-        --num_puzzles 200000 --max_steps 50000 --batch_size 256 --bf16   # 9 x 9, on a GPU
+        --num_puzzles 50000 --max_steps 50000 --start_steps 12000 --batch_size 256 --bf16   # 9 x 9, on a GPU; not tried yet
 
 The flow map starts from a masked model that was trained for some of the steps, and takes the others itself. Its steps take longer, by
 two forward passes for each example that is not on the diagonal, and it has a second time embedding. It sees the whole way more often
