@@ -20,6 +20,7 @@ What makes it a test of a language model is in the dependencies: names, colors a
 pronoun agrees with the name, and the second verb with the first.
 """
 
+import argparse
 import random
 
 
@@ -82,3 +83,20 @@ def is_valid(story: str) -> bool:
         and found["PRONOUN"] == ("she" if found["NAME"] in GIRLS else "he")
         and found["SECOND_VERB"] == VERBS[found["VERB"]]
     )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Prints stories of the grammar, a line each.")
+    parser.add_argument("--num_stories", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=99, help="another than that of training")
+    return parser
+
+
+def main(args: argparse.Namespace):
+    rng = random.Random(args.seed)
+    for _ in range(args.num_stories):
+        print(sample_story(rng))
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())
