@@ -104,8 +104,13 @@ class _NoiseFactor(torch.autograd.Function):
         cholesky, *joint = ctx.saved_tensors
         inner = gradient.to(cholesky.device).to(cholesky.dtype)  # in this order, as MPS has no float64
         inner = torch.linalg.solve_triangular(cholesky.mT, inner, upper=True)
+        product, start = None, 0
         with _full_precision(joint[0].device):
-            product = torch.cat([rows @ inner.to(rows) for rows in _basis(joint, ctx.near)])
+            for rows in _basis(joint, ctx.near):
+                if product is None:  # as large as an embedding: parts that are put together afterwards take long
+                    product = rows.new_empty(len(joint[0]), inner.shape[1])
+                torch.mm(rows, inner.to(rows), out=product[start : start + len(rows)])
+                start += len(rows)
         return product.to(gradient), *(None for _ in range(3 + len(joint)))
 
 
