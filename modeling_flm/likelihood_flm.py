@@ -147,6 +147,9 @@ def negative_log_probability(tokens: torch.LongTensor) -> Reader:
 class FLMLikelihoodMixin:
     """Gives a model of one network its `log_likelihood()`."""
 
+    # What is kept from one call to the next, with what identifies the embedding that it belongs to
+    _likelihood_space: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor | None, SignalLevels]] | None = None
+
     @torch.no_grad()
     @in_evaluation_mode
     def log_likelihood(
@@ -212,9 +215,7 @@ class FLMLikelihoodMixin:
             input_ids = input_ids.masked_fill(~attention_mask, 0)
         if known is not None:
             counted &= ~known
-        noise = JointNoise(embedding)
-        factor, whitening = noise.factor(0), whitening_of(noise)
-        levels = SignalLevels(len(embedding), last_signal(self.time_map, whitening, embedding), device)
+        factor, whitening, levels = self._get_likelihood_space(embedding)
 
         # 1. Ratios of signal to noise. A text has a generator of its own, so that its likelihood is that in any batch.
         sources = generator if isinstance(generator, list) else [generator] * num_texts
@@ -265,6 +266,17 @@ class FLMLikelihoodMixin:
             standard_error=variance.sqrt(),
             num_tokens=counted.sum(dim=1),
         )
+
+    def _get_likelihood_space(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, SignalLevels]:
+        """The factor of the noise, the whitening and the levels, made again only where the embedding has changed."""
+        fingerprint = embedding.sum(dim=0)
+        known = None if self._likelihood_space is None else self._likelihood_space[0]
+        if known is None or known.device != fingerprint.device or not torch.equal(known, fingerprint):
+            noise = JointNoise(embedding)
+            whitening = whitening_of(noise)
+            levels = SignalLevels(len(embedding), last_signal(self.time_map, whitening, embedding), embedding.device)
+            self._likelihood_space = (fingerprint, (noise.factor(0), whitening, levels))
+        return self._likelihood_space[1]
 
     def _check_texts(self, input_ids, attention_mask, prompt_mask, num_times, batch_size):
         """Raises a `ValueError` that names the argument."""
