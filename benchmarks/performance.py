@@ -367,8 +367,8 @@ class Benchmark:
         flat, flat_labels = hidden_states.flatten(0, 1), labels.flatten()
 
         def library(softcap: float | None):
-            def function(outputs, chunk):
-                return softmax_cross_entropy(outputs, labels[:, chunk], softcap)
+            def function(outputs, chunk, workspace):
+                return softmax_cross_entropy(outputs, labels[:, chunk], softcap, workspace)
 
             return head_loss(function, ones, hidden_states, weight, bias)[0] / labels.numel()
 
@@ -436,13 +436,14 @@ class Benchmark:
         student = (teacher + 1e-4 * torch.randn_like(teacher)).requires_grad_()
         square = torch.randn(hidden_size, hidden_size, device=self.device)
         frozen_gram = JointNoise(student, teacher, frozen=(1,)).frozen_gram
+        no_tokens = torch.zeros(0, dtype=torch.long, device=self.device)
         noises = {
             "one network": partial(JointNoise, student),
             "student and teacher": partial(JointNoise, student, teacher, frozen=(1,), frozen_gram=frozen_gram),
         }
 
         def backward(noise: JointNoise):
-            factor = noise.factor(0, student)
+            factor, _ = noise.factor_and_tokens(0, student, no_tokens)
             torch.autograd.grad(factor, student, torch.ones_like(factor))
 
         functions = {"plain product": lambda: teacher @ square}

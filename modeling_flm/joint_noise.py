@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 
 
 def noise_size(*embeddings: torch.Tensor) -> int:
@@ -91,17 +92,28 @@ def _add_near(columns: torch.Tensor, widths: list[int], near: Near) -> list[torc
 
 
 class _NoiseFactor(torch.autograd.Function):
-    r"""\\(C^{-1} A'^\top E\\), whose value is known, as a function of \\(E\\)."""
+    r"""
+    \\(C^{-1} A'^\top E\\), whose value is known, and rows of \\(E\\), as functions of \\(E\\). Both in one, as the gradient of
+    rows by itself would be another matrix as large as \\(E\\).
+    """
 
     @staticmethod
-    def forward(ctx, embedding: torch.Tensor, value: torch.Tensor, cholesky: torch.Tensor, near: list, *joint):
-        ctx.save_for_backward(cholesky, *joint)
+    def forward(
+        ctx,
+        embedding: torch.Tensor,
+        input_ids: torch.Tensor,
+        value: torch.Tensor,
+        cholesky: torch.Tensor,
+        near: list,
+        *joint,
+    ):
+        ctx.save_for_backward(input_ids, cholesky, *joint)
         ctx.near = near
-        return value.to(embedding)
+        return value.to(embedding), F.embedding(input_ids, embedding)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        cholesky, *joint = ctx.saved_tensors
+    def backward(ctx, gradient: torch.Tensor, rows_gradient: torch.Tensor):
+        input_ids, cholesky, *joint = ctx.saved_tensors
         inner = gradient.to(cholesky.device).to(cholesky.dtype)  # in this order, as MPS has no float64
         inner = torch.linalg.solve_triangular(cholesky.mT, inner, upper=True)
         product, start = None, 0
@@ -111,7 +123,9 @@ class _NoiseFactor(torch.autograd.Function):
                     product = rows.new_empty(len(joint[0]), inner.shape[1])
                 torch.mm(rows, inner.to(rows), out=product[start : start + len(rows)])
                 start += len(rows)
-        return product.to(gradient), *(None for _ in range(3 + len(joint)))
+        product = product.to(gradient)
+        product.index_put_((input_ids,), rows_gradient.to(product), accumulate=True)
+        return product, *(None for _ in range(4 + len(joint)))
 
 
 class JointNoise:
@@ -185,19 +199,34 @@ class JointNoise:
         self.frozen_gram = gram[:frozen_size, :frozen_size].clone()
         return gram.triu() + gram.triu(1).mT
 
-    def factor(self, index: int, embedding: torch.Tensor | None = None) -> torch.Tensor:
+    def factor(self, index: int) -> torch.Tensor:
         r"""
-        The factor \\(R_i\\) of one network.
+        The factor \\(R_i\\) of one network, a constant.
 
         Args:
             index (`int`): Which of the embeddings, i.
-            embedding (`torch.Tensor` of shape `(vocab_size, embedding_size)`, *optional*):
-                The embedding itself, to differentiate in. Without it the factor is a constant.
 
         Returns:
             `torch.Tensor` of shape `(noise_size, embedding_size)`.
         """
-        embedding = self.embeddings[index] if embedding is None else embedding
+        return self.embeddings[index] if self.cholesky is None else self.values[index].to(self.embeddings[index])
+
+    def factor_and_tokens(
+        self, index: int, embedding: torch.Tensor, input_ids: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        The factor \\(R_i\\) of one network and the embedded tokens, both differentiable in the embedding.
+
+        Args:
+            index (`int`): Which of the embeddings, i.
+            embedding (`torch.Tensor` of shape `(vocab_size, embedding_size)`): The embedding itself.
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The tokens.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: the factor, of shape `(noise_size, embedding_size)`, and the embedded
+            tokens, of shape `(batch_size, sequence_length, embedding_size)`.
+        """
         if self.cholesky is None:
-            return embedding
-        return _NoiseFactor.apply(embedding, self.values[index], self.cholesky, self._near, *self._joint)
+            return embedding, F.embedding(input_ids, embedding)
+        values = (self.values[index], self.cholesky, self._near, *self._joint)
+        return _NoiseFactor.apply(embedding, input_ids, *values)

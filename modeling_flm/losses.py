@@ -61,18 +61,21 @@ def softcap_logits(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def _softcap_with_slope(logits: torch.Tensor, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The capped logits, in place, and the derivative of the cap."""
+def _softcap_with_tanh(
+    logits: torch.Tensor, softcap: float | None, workspace: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The capped logits, in `workspace` if there is one, and their hyperbolic tangents, in place of the logits."""
     if softcap is None:
         return logits, None
-    logits = logits.div_(softcap).tanh_()
-    slope = logits.square().neg_().add_(1)
-    return logits.mul_(softcap), slope
+    tanh = logits.div_(softcap).tanh_()
+    return torch.mul(tanh, softcap, out=workspace), tanh
 
 
-def _chain(gradients: torch.Tensor, slope: torch.Tensor | None) -> torch.Tensor:
+def _chain(gradients: torch.Tensor, tanh: torch.Tensor | None) -> torch.Tensor:
     """Gradients in the outputs of the head, from those in the capped logits, in place."""
-    return gradients if slope is None else gradients.mul_(slope)
+    if tanh is None:
+        return gradients
+    return torch.ops.aten.tanh_backward.grad_input(gradients, tanh, grad_input=gradients)
 
 
 def _shift(logits: torch.Tensor) -> torch.Tensor:
@@ -84,7 +87,11 @@ def _shift(logits: torch.Tensor) -> torch.Tensor:
 
 
 def softmax_divergence(
-    kind: str, logits: torch.Tensor, target: torch.Tensor, softcap: float | None = None
+    kind: str,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    softcap: float | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     The divergence of \\(\delta = \mathrm{softmax}(\mathrm{logits})\\) from a target, per token. Logits in float32 are
@@ -97,6 +104,8 @@ def softmax_divergence(
         logits (`torch.Tensor` of shape `(..., vocab_size)`): The logits.
         target (`torch.Tensor` of shape `(..., vocab_size)`): The target \\(p\\).
         softcap (`float`, *optional*): Of the logits, see [`softcap_logits`].
+        workspace (`torch.Tensor` of the shape of `logits`, *optional*):
+            In float32, for the capped logits, so that they need no new memory.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the divergences, of shape `(...)` and in float32, and their gradients in the
@@ -105,7 +114,7 @@ def softmax_divergence(
     if kind not in DIVERGENCES:
         raise ValueError(f"`kind` must be one of {', '.join(DIVERGENCES)}, got {kind!r}.")
     dtype = logits.dtype
-    logits, slope = _softcap_with_slope(logits.float(), softcap)
+    logits, tanh = _softcap_with_tanh(logits.float(), softcap, workspace)
     if kind == "squared_error":
         exponentials = _shift(logits).exp_()
         delta = exponentials.div_(exponentials.sum(dim=-1, keepdim=True))
@@ -113,7 +122,7 @@ def softmax_divergence(
         losses = difference.square().sum(dim=-1)
         difference -= (delta * difference).sum(dim=-1, keepdim=True)
         gradients = delta.mul_(difference).mul_(2)
-        return losses, _chain(gradients, slope).to(dtype)
+        return losses, _chain(gradients, tanh).to(dtype)
     mass = target.sum(dim=-1, keepdim=True)
     chosen = (target * _shift(logits)).sum(dim=-1, keepdim=True)
     exponentials = logits.exp_()
@@ -122,29 +131,32 @@ def softmax_divergence(
     if kind == "kl":
         losses = losses + torch.xlogy(target, target).sum(dim=-1)
     gradients = exponentials.mul_(mass / sums).sub_(target)
-    return losses, _chain(gradients, slope).to(dtype)
+    return losses, _chain(gradients, tanh).to(dtype)
 
 
 def softmax_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     As [`softmax_divergence`], the cross-entropy to `labels` of shape `(...)`. Those of -100 count as 0: give them no weight.
     """
     dtype = logits.dtype
-    logits, slope = _softcap_with_slope(logits.float(), softcap)
+    logits, tanh = _softcap_with_tanh(logits.float(), softcap, workspace)
     labels = labels.masked_fill(labels == -100, 0).unsqueeze(-1)
     chosen = _shift(logits).gather(-1, labels)
     exponentials = logits.exp_()
     sums = exponentials.sum(dim=-1, keepdim=True)
     losses = sums.log() - chosen
     gradients = exponentials.div_(sums).scatter_add_(-1, labels, -torch.ones_like(losses))
-    return losses.squeeze(-1), _chain(gradients, slope).to(dtype)
+    return losses.squeeze(-1), _chain(gradients, tanh).to(dtype)
 
 
-# Outputs of the head, which may be overwritten, and where they stand in the sequences -> losses, and their gradients in the
-# outputs
-LossFunction = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+# Outputs of the head, which may be overwritten; where they stand in the sequences; a workspace of their shape, on a CPU ->
+# losses, and their gradients in the outputs
+LossFunction = Callable[[torch.Tensor, slice, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -169,17 +181,26 @@ class _HeadLoss(torch.autograd.Function):
             dtype = torch.float32
         of_hidden, of_weight, of_bias = (with_gradient and ctx.needs_input_grad[index] for index in (3, 4, 5))
         low_weight, low_bias = weight.to(dtype), bias.to(dtype)
+        on_cpu = device == "cpu"
         hidden_gradients, losses = [], []
         weight_gradient = torch.zeros_like(weight) if of_weight else None
         bias_gradient = torch.zeros_like(bias) if of_bias else None
-        workspace = None  # of all chunks, the first of which is the largest
+        room = workspace = None  # of all chunks, the first of which is the largest
         with torch.autocast(device, enabled=False):
             for chunk in chunks(*hidden_states.shape[:2], weight.shape[0], hidden_states.device):
                 inputs = hidden_states[:, chunk].to(dtype).contiguous()  # for one product of matrices
                 flat = inputs.flatten(0, 1)
-                workspace = flat.new_empty(len(flat), len(weight)) if workspace is None else workspace
-                outputs = torch.addmm(low_bias, flat, low_weight.T, out=workspace[: len(flat)])
-                chunk_losses, gradient = function(outputs.view(*inputs.shape[:2], -1), chunk)
+                if room is None:
+                    room = flat.new_empty(len(flat), len(weight))
+                    workspace = torch.empty_like(room, dtype=torch.float32) if on_cpu else None
+                outputs = room[: len(flat)]
+                if on_cpu and dtype == torch.float32:  # which would write the bias first and read it again
+                    torch.mm(flat, low_weight.T, out=outputs).add_(low_bias)
+                else:
+                    torch.addmm(low_bias, flat, low_weight.T, out=outputs)
+                shape = (*inputs.shape[:2], len(weight))
+                chunk_workspace = None if workspace is None else workspace[: len(flat)].view(shape)
+                chunk_losses, gradient = function(outputs.view(shape), chunk, chunk_workspace)
                 losses.append(chunk_losses)
                 # The weights multiply what is small, the inputs and their gradients.
                 gradient, weights = gradient.flatten(0, 1), token_weights[:, chunk, None]
@@ -195,7 +216,8 @@ class _HeadLoss(torch.autograd.Function):
                     bias_gradient += gradient.T @ weights.to(dtype).flatten()
         losses = torch.cat(losses, dim=1)
         hidden_gradient = torch.cat(hidden_gradients, dim=1).to(hidden_states.dtype) if of_hidden else None
-        ctx.save_for_backward(losses, hidden_gradient, weight_gradient, bias_gradient)
+        ctx.save_for_backward(losses)
+        ctx.gradients = (hidden_gradient, weight_gradient, bias_gradient)
         ctx.mark_non_differentiable(losses)
         return (token_weights * losses).sum(), losses
 
@@ -203,9 +225,13 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, scale: torch.Tensor, _):
         if torch.is_grad_enabled():
             raise RuntimeError("The loss has no second derivatives: pass no `create_graph=True`, or use the logits.")
-        losses, *gradients = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("The loss gives its gradients away: call `backward` once, even with `retain_graph=True`.")
+        (losses,) = ctx.saved_tensors
         of_loss_weights = scale * losses if ctx.needs_input_grad[2] else None
-        of_hidden, of_weight, of_bias = (None if gradient is None else scale * gradient for gradient in gradients)
+        # In place: that of a large head would need as much memory again.
+        of_hidden, of_weight, of_bias = (gradient if gradient is None else gradient.mul_(scale) for gradient in ctx.gradients)
+        ctx.gradients = None
         return None, None, of_loss_weights, of_hidden, of_weight, of_bias
 
 
@@ -222,9 +248,9 @@ def head_loss(
     bfloat16 where autocast or the weight says so, the losses in float32. There are first derivatives only.
 
     Args:
-        function (`Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]`):
-            Takes the outputs of the head, of shape `(batch_size, num_positions, vocab_size)`, and where they stand in the
-            sequences; returns what [`softmax_divergence`] does.
+        function (`Callable[[torch.Tensor, slice, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]`):
+            Takes the outputs of the head, of shape `(batch_size, num_positions, vocab_size)`, where they stand in the
+            sequences, and on a CPU a workspace of their shape; returns what [`softmax_divergence`] does.
         token_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What each loss counts. Differentiable.
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The input of the head.
         weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`): The weight of the head.

@@ -307,22 +307,26 @@ class FLMPreTrainedModel(PreTrainedModel):
         """
         if (noise is None) != (tau is None):
             raise ValueError("`noise` and `tau` go together: pass both to noise the tokens, or none.")
-        embedded = [embedding(input_ids) for embedding in self.embeddings]
-        device = embedded[0].device
-        dtype = torch.promote_types(embedded[0].dtype, torch.float32)
-        clean = torch.cat([part.to(device, dtype) for part in embedded], dim=-1)
         if noise is None:
-            return clean
-        weights = [self.embed_vocabulary(embedding).to(device, dtype) for embedding in self.embeddings]
+            embedded = [embedding(input_ids) for embedding in self.embeddings]
+            device, dtype = embedded[0].device, torch.promote_types(embedded[0].dtype, torch.float32)
+            return torch.cat([part.to(device, dtype) for part in embedded], dim=-1)
+        weights = [self.embed_vocabulary(embedding) for embedding in self.embeddings]
+        device, dtype = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
+        weights = [weight.to(device, dtype) for weight in weights]
         joint_noise = JointNoise(*weights) if joint_noise is None else joint_noise
         expected = (*input_ids.shape, joint_noise.size)
         if noise.shape != expected:
             raise ValueError(f"`noise` must have shape {expected}, got {tuple(noise.shape)}.")
-        with torch.autocast(clean.device.type, enabled=False):
-            factors = [joint_noise.factor(first + index, weight) for index, weight in enumerate(weights)]
+        input_ids = input_ids.to(device)
+        with torch.autocast(device.type, enabled=False):
+            parts = [
+                joint_noise.factor_and_tokens(first + index, weight, input_ids) for index, weight in enumerate(weights)
+            ]
+            factor, clean = (torch.cat(each, dim=-1) for each in zip(*parts))
             noise = noise.to(torch.promote_types(noise.dtype, dtype))
             t = (self.time_map if time_map is None else time_map).tau_to_t(tau)
-            return interpolate(noise @ torch.cat(factors, dim=1).to(noise), clean, t)
+            return interpolate(noise @ factor.to(noise), clean, t)
 
     def posterior(
         self,
@@ -527,10 +531,10 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
         softcap = self.config.final_logit_softcapping
         target = self._as_target(divergence, target, hidden_states)
 
-        def function(outputs, chunk):
+        def function(outputs, chunk, workspace):
             if isinstance(target, torch.Tensor):
-                return self.softmax_cross_entropy(outputs, target[:, chunk].to(outputs.device), softcap)
-            return self.softmax_divergence(divergence, outputs, target.probabilities(chunk), softcap)
+                return self.softmax_cross_entropy(outputs, target[:, chunk].to(outputs.device), softcap, workspace)
+            return self.softmax_divergence(divergence, outputs, target.probabilities(chunk), softcap, workspace)
 
         return self.lm_head(hidden_states, function, token_weights)
 
@@ -720,7 +724,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         if torch.is_grad_enabled() and self.flow.embed_tokens.weight.requires_grad:
             raise ValueError("The flow of a two-network model is frozen, and its `requires_grad` must stay `False`.")
 
-        def function(outputs, chunk):
+        def function(outputs, chunk, workspace):
             scale = self._correction_scale(times_of(tau_s, chunk), times_of(tau_t, chunk), outputs)
             flow = self.flow.predict(flow_states[:, chunk], times_of(tau_s, chunk)).to(outputs.device)
             delta = flow + scale * outputs.float()

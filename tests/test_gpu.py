@@ -105,7 +105,7 @@ def test_head_loss_takes_the_memory_of_a_chunk():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     loss, _ = head_loss(
-        lambda outputs, chunk: softmax_cross_entropy(outputs, labels[:, chunk]),
+        lambda outputs, chunk, workspace: softmax_cross_entropy(outputs, labels[:, chunk]),
         torch.ones(16, 1024, device="cuda"), hidden_states, head.weight, head.bias,
     )  # fmt: skip
     loss.backward()

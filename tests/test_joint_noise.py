@@ -65,7 +65,7 @@ def test_covariances(case, frozen):
     frozen = frozen if len(embeddings) > 1 else ()
     noise = JointNoise(*embeddings, frozen=frozen)
     # bfloat16 embeddings are taken as they are: what their states are rounded to is not the noise's.
-    factors = [noise.factor(index, embedding.float()) for index, embedding in enumerate(embeddings)]
+    factors = [noise.factor(index) for index in range(len(embeddings))]
     assert noise.size == sum(factor.shape[1] for factor in factors)
     check_covariances(factors, embeddings, 1e-5 if case in SINGULAR else 2e-6)
 
@@ -91,6 +91,21 @@ def test_factors_and_gradients_equal_those_of_an_orthonormal_basis(case):
         (value,) = torch.autograd.grad(factor, embedding, gradient)
         expected = basis @ gradient.double()
         assert (value - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("case", REGULAR)
+def test_gradients_of_factors_and_tokens_add_up(case):
+    embeddings = [embedding.requires_grad_() for embedding in embeddings_of(case)]
+    noise, input_ids = JointNoise(*embeddings), torch.randint(len(embeddings[0]), (2, 5))
+    input_ids[1, :2] = input_ids[0, 0]  # repeated tokens
+    for index, embedding in enumerate(embeddings):
+        factor, tokens = noise.factor_and_tokens(index, embedding, input_ids)
+        assert torch.equal(tokens, embedding[input_ids])
+        gradients = torch.randn_like(factor), torch.randn_like(tokens)
+        (value,) = torch.autograd.grad((factor, tokens), embedding, gradients)
+        (of_factor,) = torch.autograd.grad(noise_factors(*embeddings)[index], embedding, gradients[0])
+        (of_tokens,) = torch.autograd.grad(embedding[input_ids], embedding, gradients[1])
+        torch.testing.assert_close(value, of_factor + of_tokens, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", REGULAR + SINGULAR)

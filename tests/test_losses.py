@@ -41,19 +41,21 @@ def test_is_that_of_all_logits(softcap, kind, num_positions, monkeypatch):
         "squared_error": lambda: (log_delta.exp() - target).square().sum(-1),
     }[kind]()
 
-    def function(outputs, chunk):
+    def function(outputs, chunk, workspace):
         assert outputs.shape[1] <= num_positions
         if kind == "labels":
-            return softmax_cross_entropy(outputs, target[:, chunk], softcap)
-        return softmax_divergence(kind, outputs, target[:, chunk], softcap)
+            return softmax_cross_entropy(outputs, target[:, chunk], softcap, workspace)
+        return softmax_divergence(kind, outputs, target[:, chunk], softcap, workspace)
 
     total, each = head_loss(function, weights, hidden_states, head.weight, head.bias)
     torch.testing.assert_close(each, expected)
     assert not each.requires_grad
     torch.testing.assert_close(total, (weights * expected).sum())
     references = torch.autograd.grad(3 * (weights * expected).sum(), leaves, retain_graph=True)
-    for value, reference in zip(torch.autograd.grad(3 * total, leaves), references):
+    for value, reference in zip(torch.autograd.grad(3 * total, leaves, retain_graph=True), references):
         torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="call `backward` once"):
+        total.backward()
     # What is frozen gets no gradient, and nothing does where none is recorded.
     head.requires_grad_(False)
     (gradient,) = torch.autograd.grad(
@@ -87,7 +89,7 @@ def test_products_are_in_the_precision_of_autocast():
     labels = torch.randint(VOCAB_SIZE, (3, 20))
     seen = []
 
-    def function(outputs, chunk):
+    def function(outputs, chunk, workspace):
         seen.append(outputs.dtype)
         return softmax_cross_entropy(outputs, labels[:, chunk])
 
@@ -250,7 +252,7 @@ def test_small_gradients_survive_float16():
     target = torch.randn(2, 4, 50_000).softmax(-1)
 
     def gradient():
-        function = lambda outputs, chunk: softmax_divergence("squared_error", outputs, target[:, chunk])  # noqa: E731
+        function = lambda outputs, chunk, workspace: softmax_divergence("squared_error", outputs, target[:, chunk])  # noqa: E731
         total, _ = head_loss(function, torch.ones(2, 4), hidden_states, head.weight, head.bias)
         return torch.autograd.grad(total, head.bias)[0]
 

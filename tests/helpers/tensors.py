@@ -17,8 +17,8 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 def noise_factors(*embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The factors of the joint noise for all of its networks, differentiable in their embeddings."""
-    noise = JointNoise(*embeddings)
-    return tuple(noise.factor(index, embedding) for index, embedding in enumerate(embeddings))
+    noise, no_tokens = JointNoise(*embeddings), torch.zeros(0, dtype=torch.long)
+    return tuple(noise.factor_and_tokens(index, each, no_tokens)[0] for index, each in enumerate(embeddings))
 
 
 def set_chunk(monkeypatch, num_positions: int, batch_size: int, vocab_size: int):
