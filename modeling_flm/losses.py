@@ -226,11 +226,15 @@ class _HeadLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("The loss has no second derivatives: pass no `create_graph=True`, or use the logits.")
         if ctx.gradients is None:
-            raise RuntimeError("The loss gives its gradients away: call `backward` once, even with `retain_graph=True`.")
+            raise RuntimeError(
+                "The loss gives its gradients away: call `backward` once, even with `retain_graph=True`."
+            )
         (losses,) = ctx.saved_tensors
         of_loss_weights = scale * losses if ctx.needs_input_grad[2] else None
         # In place: that of a large head would need as much memory again.
-        of_hidden, of_weight, of_bias = (gradient if gradient is None else gradient.mul_(scale) for gradient in ctx.gradients)
+        of_hidden, of_weight, of_bias = (
+            gradient if gradient is None else gradient.mul_(scale) for gradient in ctx.gradients
+        )
         ctx.gradients = None
         return None, None, of_loss_weights, of_hidden, of_weight, of_bias
 
