@@ -25,7 +25,7 @@ than the preset says, which short trainings need. Models that are in the output 
 
 A text is a grid, each row after a letter of its own. The letters and the cells of the puzzle are known tokens, in training as
 well, and of the others any may be; so all puzzles to learn from are of the hardest kind. Test puzzles are made of grids that are in
-no training puzzle.
+no training puzzle. Those called open or empty have several solutions, of which any will do.
 """
 
 import argparse
@@ -93,12 +93,16 @@ def split_grids(size: int, rng: random.Random) -> tuple[list[str] | None, list[s
 def sample_puzzles(
     number: int, size: int, grids: list[str] | None, difficulties: list[str], rng: random.Random
 ) -> list[tuple[str, str]]:
-    """Puzzles with their solutions, of these difficulties in turn."""
+    """Puzzles with their solutions, or with one of them, of these difficulties in turn."""
     examples = []
     for index in range(number):
         solution = sudoku.sample_solution(size, rng) if grids is None else rng.choice(grids)
-        num_clues = sudoku.CLUES[size][difficulties[index % len(difficulties)]]
-        examples.append((sudoku.make_puzzle(solution, num_clues, rng), solution))
+        difficulty = difficulties[index % len(difficulties)]
+        if difficulty in sudoku.OPEN_CLUES[size]:
+            puzzle = sudoku.make_open_puzzle(solution, sudoku.OPEN_CLUES[size][difficulty], rng)
+        else:
+            puzzle = sudoku.make_puzzle(solution, sudoku.CLUES[size][difficulty], rng)
+        examples.append((puzzle, solution))
     return examples
 
 
@@ -255,10 +259,9 @@ def measure(ways: dict, examples: list[tuple[str, str]], difficulty: str) -> lis
 def plot(rows: list[dict], path: Path):
     """The share of solved puzzles against forward passes, a panel for each difficulty."""
     difficulties = list(dict.fromkeys(row["difficulty"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(difficulties), figsize=(3.4 * len(difficulties), 3.4), sharey=True, squeeze=False
-    )
-    for axis, difficulty in zip(axes[0], difficulties):
+    num_rows = math.ceil(len(difficulties) / 3)
+    figure, axes = plt.subplots(num_rows, 3, figsize=(10.2, 3.4 * num_rows), sharex=True, sharey=True, squeeze=False)
+    for axis, difficulty in zip(axes.flat, difficulties):
         for name in dict.fromkeys(row["way"] for row in rows):
             points = [
                 (row["forward_passes"], 100 * row["solved"])
@@ -268,10 +271,13 @@ def plot(rows: list[dict], path: Path):
             axis.plot(*zip(*points), marker="o", label=name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(FORWARD_PASSES, labels=[str(number) for number in FORWARD_PASSES])
-        axis.set(title=difficulty, xlabel="forward passes", ylim=(-2, 102))
+        axis.set(title=difficulty, ylim=(-2, 102))
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("% of puzzles solved")
-    axes[0, -1].legend()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("% of puzzles solved")
+    for axis in axes[-1]:
+        axis.set_xlabel("forward passes (mean)")
+    axes[0, 0].legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -314,7 +320,7 @@ def show(flow_map: FMLMModel, puzzle: str, args: argparse.Namespace):
 def main(args: argparse.Namespace):
     set_seed(args.seed)
     rng = random.Random(args.seed)
-    difficulties = list(sudoku.CLUES[args.size])
+    difficulties = [*sudoku.CLUES[args.size], *sudoku.OPEN_CLUES[args.size]]
     train_grids, test_grids = split_grids(args.size, rng)
     examples = sample_puzzles(args.num_puzzles, args.size, train_grids, ["minimal"], rng)
     tests = {name: sample_puzzles(args.num_test_puzzles, args.size, test_grids, [name], rng) for name in difficulties}

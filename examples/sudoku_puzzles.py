@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Sudoku puzzles that have one solution, by difficulty.
+Sudoku puzzles: those that have one solution, by difficulty, and open ones, which have several.
 
 A puzzle is a string of its cells, row by row, with 0 for blanks: 16 for puzzles of 4 x 4, 81 for 9 x 9.
 """
@@ -29,6 +29,8 @@ CLUES = {
     4: {"easy": 9, "medium": 7, "hard": 5, "minimal": 0},
     9: {"easy": 45, "medium": 36, "hard": 28, "minimal": 0},
 }
+# The same of open puzzles: so few that most have many solutions, each of which is right.
+OPEN_CLUES = {4: {"open": 2, "empty": 0}, 9: {"open": 12, "empty": 0}}
 
 
 @cache
@@ -116,6 +118,12 @@ def make_puzzle(solution: str, num_clues: int, rng: random.Random) -> str:
         if not has_one_solution("".join(cells)):
             cells[cell] = digit
     return "".join(cells)
+
+
+def make_open_puzzle(solution: str, num_clues: int, rng: random.Random) -> str:
+    """A puzzle with some cells of a filled grid, which may have other solutions as well."""
+    given = set(rng.sample(range(len(solution)), num_clues))
+    return "".join(digit if cell in given else "0" for cell, digit in enumerate(solution))
 
 
 def is_solved(puzzle: str, answer: str) -> bool:

@@ -32,6 +32,18 @@ class TestPuzzles:
     def test_all_grids_are_found(self):
         assert sorted(sudoku.solutions("0" * 16)) == sorted(self.filled) and len(self.filled) == 288
 
+    @pytest.mark.parametrize("size", [4, 9])
+    def test_open_puzzles_have_several_solutions_and_their_number_of_clues(self, size):
+        rng = random.Random(0)
+        for num_clues in sudoku.OPEN_CLUES[size].values():
+            solution = sudoku.sample_solution(size, rng)
+            puzzle = sudoku.make_open_puzzle(solution, num_clues, rng)
+            assert sum(digit != "0" for digit in puzzle) == num_clues
+            assert not sudoku.has_one_solution(puzzle)
+            assert sudoku.is_solved(puzzle, solution)
+            other = next(each for each in sudoku.solutions(puzzle) if each != solution)
+            assert sudoku.is_solved(puzzle, other)
+
     @pytest.mark.parametrize("difficulty", sudoku.CLUES[4])
     def test_puzzles_have_one_solution_and_their_number_of_clues(self, difficulty):
         rng = random.Random(0)
@@ -150,7 +162,7 @@ def test_example(tmp_path, capsys):
     ]
     run_here("sudoku", *options, "--num_hidden_layers", 1, "--num_attention_heads", 2, "--output_dir", tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert len(rows) == 4 * 4 * 5
+    assert len(rows) == 6 * 4 * 5
     assert all(row["forward_passes"] <= row["limit"] for row in rows)
     assert (tmp_path / "sudoku.png").stat().st_size > 10_000
     assert "after forward pass 1" in capsys.readouterr().out
