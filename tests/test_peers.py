@@ -5,14 +5,41 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peers.masked_diffusion import ancestral_samples, masked_log_likelihood
+from peers.autoregressive import (
+    AutoregressiveTrainer,
+    autoregressive_log_likelihood,
+    autoregressive_samples,
+    new_gpt2,
+)
+from peers.masked_diffusion import (
+    MaskedDiffusionTrainer,
+    ancestral_samples,
+    masked_log_likelihood,
+    new_masked_model,
+)
+from peers.uniform_diffusion import (
+    UniformDiffusionTrainer,
+    noised_tokens,
+    uniform_log_likelihood,
+    uniform_loss,
+    uniform_samples,
+)
+from transformers import TrainingArguments
+
+from modeling_flm import FLMConfig, FLMModel
+from modeling_flm.time_reparameterization import ReparameterizedTime
+
+
+TEXTS = torch.tensor([[0, 0], [1, 1], [0, 3]])  # of four tokens, one of which there is not
+WEIGHTS = torch.tensor([0.5, 0.3, 0.2])
+ENTROPY = -(WEIGHTS * WEIGHTS.log()).sum().item()
+JOINT = torch.zeros(4, 4).index_put(tuple(TEXTS.T), WEIGHTS)
 
 
 class ExactMaskedModel:
     """What a masked diffusion model of a few texts over four tokens says if nothing is left to learn; the mask is the fifth."""
 
-    texts = torch.tensor([[0, 0], [1, 1], [0, 3]])
-    weights = torch.tensor([0.5, 0.3, 0.2])
+    texts, weights = TEXTS, WEIGHTS
     config = SimpleNamespace(vocab_size=5)
     device = torch.device("cpu")
 
@@ -41,9 +68,158 @@ class TestMaskedDiffusion:
     def test_ancestral_samples(self, num_steps):
         """Tokens that are written in the same step are independent: for each pair with probability 1 / num_steps."""
         model = ExactMaskedModel()
-        tokens = ancestral_samples(model, 20_000, 2, num_steps, generator())
+        tokens = ancestral_samples(model, 20_000, 2, num_steps, generator=generator())
         first, second = torch.tensor([0.7, 0.3, 0, 0]), torch.tensor([0.5, 0.3, 0, 0.2])
-        joint = torch.zeros(4, 4).index_put(tuple(model.texts.T), model.weights)
-        expected = joint + (first[:, None] * second - joint) / num_steps
+        expected = JOINT + (first[:, None] * second - JOINT) / num_steps
         shares = torch.zeros(4, 4).index_put(tuple(tokens.T), torch.tensor(1 / 20_000), accumulate=True)
         assert ((shares - expected).abs() < 4.5 * (expected * (1 - expected) / 20_000).sqrt() + 1e-7).all()
+
+    def test_temperature(self):
+        tokens = ancestral_samples(ExactMaskedModel(), 20_000, 2, 1, temperature=0.5, generator=generator())
+        expected = torch.tensor([0.7, 0.3]).square()
+        check_shares(tokens[:, 0], torch.cat([expected / expected.sum(), torch.zeros(2)]))
+
+
+def check_shares(tokens: torch.Tensor, expected: torch.Tensor):
+    """That tokens are drawn with these probabilities, up to 4.5 standard errors."""
+    shares = torch.bincount(tokens.flatten(), minlength=len(expected)) / tokens.numel()
+    assert ((shares - expected).abs() <= 4.5 * (expected * (1 - expected) / tokens.numel()).sqrt() + 1e-7).all()
+
+
+class ExactUniformModel:
+    """What a uniform-state diffusion model says if nothing is left to learn: each token, given the other one's noised one."""
+
+    config = SimpleNamespace(vocab_size=4)
+    device = torch.device("cpu")
+
+    def __call__(self, tokens, timesteps):
+        levels = timesteps[:, None, None]
+        likely = levels * (tokens[:, None] == TEXTS) + (1 - levels) / 4  # (batch_size, num_texts, 2)
+        chances = WEIGHTS[:, None] * likely.flip(-1)
+        one_hot = torch.nn.functional.one_hot(TEXTS, 4).float()
+        logits = torch.einsum("bnl,nlv->blv", chances / chances.sum(1, keepdim=True), one_hot).log()
+        return SimpleNamespace(logits=logits)
+
+
+class TestUniformDiffusion:
+    @pytest.mark.parametrize("level", [0.02, 0.3, 0.9])
+    def test_loss_is_the_limit_of_small_steps(self, level):
+        """The divergence of a step's two posteriors, as matrices, over its length."""
+        step, x, i = 1e-5, 2, torch.arange(5)
+        level = torch.tensor(level, dtype=torch.float64)
+        logits = torch.randn(5, dtype=torch.float64, generator=generator())
+
+        def posterior(prediction):
+            """Of the token at `level + step`, given the token at `level`, the row."""
+            kept = level / (level + step)
+            after = kept * torch.eye(5) + (1 - kept) / 5
+            joint = after * ((level + step) * prediction + (1 - level - step) / 5)
+            return joint / joint.sum(1, keepdim=True)
+
+        of_text, of_model = posterior(torch.nn.functional.one_hot(torch.tensor(x), 5)), posterior(logits.softmax(0))
+        expected = (of_text * (of_text / of_model).log()).sum(1) / step
+        losses = uniform_loss(
+            logits.expand(5, 1, 5).float(), torch.full((5, 1), x), i[:, None], level.float().expand(5, 1)
+        )
+        torch.testing.assert_close(losses[:, 0].double(), expected, rtol=2e-3, atol=1e-4)
+
+    def test_bound_is_the_entropy(self):
+        texts = TEXTS[torch.multinomial(WEIGHTS, 20_000, replacement=True, generator=generator())]
+        bounds = uniform_log_likelihood(ExactUniformModel(), texts, num_times=32, generator=generator())
+        assert -bounds.mean().item() == pytest.approx(ENTROPY, abs=4 * bounds.std().item() / len(texts) ** 0.5)
+        assert bounds.std() < 3
+
+    def test_samples_of_one_step_are_independent_and_of_many_are_right(self):
+        model, marginals = ExactUniformModel(), (JOINT.sum(1), JOINT.sum(0))
+        errors = {}
+        for num_steps in (1, 4, 16, 64):
+            tokens = uniform_samples(model, 20_000, 2, num_steps, generator=generator())
+            shares = torch.zeros(4, 4).index_put(tuple(tokens.T), torch.tensor(1 / 20_000), accumulate=True)
+            errors[num_steps] = (shares - JOINT).abs().sum().item() / 2
+            if num_steps == 1:
+                for position, expected in enumerate(marginals):
+                    check_shares(tokens[:, position], expected)
+                assert (shares - marginals[0][:, None] * marginals[1]).abs().max() < 0.02
+        assert errors[1] > 0.3
+        assert errors[4] < errors[1] / 2 and errors[16] < errors[4] / 2 and errors[64] < 0.03
+
+    def test_a_single_token_is_right_at_any_number_of_steps(self):
+        """Then the network knows nothing but how often tokens are."""
+        chances = torch.tensor([0.6, 0.3, 0.1, 0.0])
+
+        class Model(ExactUniformModel):
+            def __call__(self, tokens, timesteps):
+                return SimpleNamespace(logits=chances.log().expand(*tokens.shape, 4))
+
+        for num_steps in (1, 3, 8):
+            check_shares(uniform_samples(Model(), 20_000, 1, num_steps, generator=generator()), chances)
+
+    def test_levels_are_the_times_of_gaussian_states(self):
+        """The largest entry of a state is the token with the probability of the level, or else any."""
+        levels = torch.full((20_000, 1), 0.4)
+        t = ReparameterizedTime(5).tau_to_t(levels)[..., None]
+        noise = torch.randn(20_000, 1, 5, generator=generator())
+        of_states = (t * torch.nn.functional.one_hot(torch.tensor([[2]]), 5) + (1 - t) * noise).argmax(-1)
+        for tokens in (of_states, noised_tokens(torch.full((20_000, 1), 2), levels, 5, generator())):
+            check_shares(tokens, torch.tensor([0.12, 0.12, 0.52, 0.12, 0.12]))
+
+
+class TestAutoregressive:
+    config = FLMConfig(
+        vocab_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=3
+    )
+
+    def test_as_many_parameters(self):
+        for config in (
+            self.config,
+            FLMConfig(vocab_size=500, hidden_size=96, num_hidden_layers=4, num_attention_heads=4),
+        ):
+            wanted, model = FLMModel(config).num_parameters(), new_gpt2(config)
+            block = model.transformer.h[0]
+            assert abs(model.num_parameters() - wanted) <= sum(each.numel() for each in block.parameters()) / 2
+
+    def test_samples_have_the_likelihoods_of_all_texts(self):
+        torch.manual_seed(0)
+        model = new_gpt2(self.config).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        texts = torch.cartesian_prod(*[torch.arange(4)] * 3)
+        chances = autoregressive_log_likelihood(model, texts).exp()
+        assert chances.sum().item() == pytest.approx(1, abs=1e-5)
+        tokens = autoregressive_samples(model, 20_000, 3, generator=generator())
+        check_shares(tokens @ torch.tensor([16, 4, 1]), chances)
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "masked", "uniform"])
+def test_training_reaches_the_entropy(kind, tmp_path):
+    config = FLMConfig(
+        vocab_size=4,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=2,
+        dropout=0.0,
+    )
+    new_model, trainer_class, log_likelihood = {
+        "autoregressive": (new_gpt2, AutoregressiveTrainer, autoregressive_log_likelihood),
+        "masked": (new_masked_model, MaskedDiffusionTrainer, masked_log_likelihood),
+        "uniform": (FLMModel, UniformDiffusionTrainer, uniform_log_likelihood),
+    }[kind]
+    torch.manual_seed(0)
+    texts = TEXTS[torch.multinomial(WEIGHTS, 2000, replacement=True)]
+    args = TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=250,
+        per_device_train_batch_size=64,
+        learning_rate=3e-3,
+        warmup_steps=20,
+        report_to=[],
+    )
+    dataset = [{"input_ids": text, "labels": text} for text in texts]
+    trainer = trainer_class(new_model(config), args, train_dataset=dataset)
+    trainer.train()
+    model = trainer.model.eval()
+    options = {} if kind == "autoregressive" else {"num_times": 32, "generator": generator()}
+    bounds = log_likelihood(model, texts, **options)
+    error = bounds.std().item() / len(texts) ** 0.5
+    assert ENTROPY - 4 * error < -bounds.mean().item() < 1.08 * ENTROPY + 4 * error

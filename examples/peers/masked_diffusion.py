@@ -104,7 +104,12 @@ def masked_log_likelihood(
 
 @torch.no_grad()
 def ancestral_samples(
-    model: FLMModel, num_samples: int, length: int, num_steps: int, generator: torch.Generator | None = None
+    model: FLMModel,
+    num_samples: int,
+    length: int,
+    num_steps: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> torch.LongTensor:
     """
     Texts by ancestral sampling: in each of equal steps, every token under a mask is written with the probability that the
@@ -115,6 +120,7 @@ def ancestral_samples(
         num_samples (`int`): The number of texts.
         length (`int`): Their length, in tokens.
         num_steps (`int`): The number of steps, a forward pass each.
+        temperature (`float`, *optional*, defaults to 1.0): Divides the logits.
         generator (`torch.Generator`, *optional*): The source of what is drawn, on the CPU.
 
     Returns:
@@ -123,7 +129,7 @@ def ancestral_samples(
     tokens = torch.zeros(num_samples, length, dtype=torch.long, device=model.device)
     known = torch.zeros_like(tokens, dtype=torch.bool)
     for step in range(num_steps):
-        probabilities = masked_logits(model, tokens, known).float().softmax(dim=-1).cpu()
+        probabilities = (masked_logits(model, tokens, known).float() / temperature).softmax(dim=-1).cpu()
         drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(num_samples, length)
         chosen = torch.rand(num_samples, length, generator=generator) < 1 / (num_steps - step)
         chosen = chosen.to(known.device) & ~known

@@ -1,0 +1,129 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+transformers' GPT-2 as what flow maps are compared with: from left to right, with as many parameters, on the same texts of one
+length, each after a token that begins it.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+
+from modeling_flm import FLMConfig, FLMModel
+
+
+def new_gpt2(config: FLMConfig) -> GPT2LMHeadModel:
+    """
+    A GPT-2 of the width, and as nearly as whole blocks allow of the number of parameters, of a flow-based model.
+
+    Args:
+        config ([`FLMConfig`]): That of the flow-based model to compare with. What begins a text is a further token after its vocabulary.
+    """
+
+    def build(num_layers: int) -> GPT2LMHeadModel:
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=config.vocab_size + 1,
+                n_positions=config.max_position_embeddings,
+                n_embd=config.hidden_size,
+                n_layer=num_layers,
+                n_head=config.num_attention_heads,
+                bos_token_id=config.vocab_size,
+                eos_token_id=None,
+                tie_word_embeddings=False,  # as in flow-based models
+                resid_pdrop=config.dropout,
+                embd_pdrop=config.dropout,
+                attn_pdrop=0.0,
+            )
+        )
+
+    with torch.device("meta"):
+        wanted = FLMModel(config).num_parameters()
+        sizes = [build(num_layers).num_parameters() for num_layers in (1, 2)]
+    return build(max(1, round(1 + (wanted - sizes[0]) / (sizes[1] - sizes[0]))))
+
+
+def autoregressive_logits(model: GPT2LMHeadModel, input_ids: torch.LongTensor) -> torch.Tensor:
+    """
+    What each token may be, from those before it.
+
+    Args:
+        model ([`~transformers.GPT2LMHeadModel`]): A model whose last token begins texts.
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The texts.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`: logits of all tokens but the first one's.
+    """
+    begin = model.config.vocab_size - 1
+    return model(F.pad(input_ids[:, :-1], (1, 0), value=begin)).logits[..., :begin]
+
+
+class AutoregressiveTrainer(Trainer):
+    """Trains a GPT-2 on texts of one length, all of whose tokens count."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = autoregressive_logits(model, inputs["input_ids"])
+        loss = F.cross_entropy(logits.mT, inputs["labels"], ignore_index=-100)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+@torch.no_grad()
+def autoregressive_log_likelihood(model: GPT2LMHeadModel, input_ids: torch.LongTensor) -> torch.Tensor:
+    """
+    The log-likelihood, which is exact.
+
+    Args:
+        model ([`~transformers.GPT2LMHeadModel`]): The model, in evaluation mode.
+        input_ids (`torch.LongTensor` of shape `(num_texts, sequence_length)`): The texts.
+
+    Returns:
+        `torch.Tensor` of shape `(num_texts,)`: in nats.
+    """
+    return -F.cross_entropy(autoregressive_logits(model, input_ids).mT, input_ids, reduction="none").sum(dim=1)
+
+
+@torch.no_grad()
+def autoregressive_samples(
+    model: GPT2LMHeadModel,
+    num_samples: int,
+    length: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.LongTensor:
+    """
+    Texts, one token after the other.
+
+    Args:
+        model ([`~transformers.GPT2LMHeadModel`]): The model, in evaluation mode.
+        num_samples (`int`): The number of texts.
+        length (`int`): Their length, in tokens, which is that of the forward passes.
+        temperature (`float`, *optional*, defaults to 1.0): Divides the logits.
+        generator (`torch.Generator`, *optional*): The source of what is drawn, on the CPU.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_samples, length)`.
+    """
+    begin = model.config.vocab_size - 1
+    newest, cache, tokens = torch.full((num_samples, 1), begin, device=model.device), None, []
+    for _ in range(length):
+        output = model(newest, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        probabilities = (output.logits[:, -1, :begin].float() / temperature).softmax(dim=-1).cpu()
+        newest = torch.multinomial(probabilities, 1, generator=generator).to(model.device)
+        tokens.append(newest)
+    return torch.cat(tokens, dim=1)
