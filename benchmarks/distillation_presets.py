@@ -35,7 +35,7 @@ import grammar  # noqa: E402
 import quickstart  # noqa: E402
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel  # noqa: E402
-from trainers import FMLMTrainer, FMLMTrainingArguments  # noqa: E402
+from modeling_flm.trainers import FMLMTrainer, FMLMTrainingArguments  # noqa: E402
 
 
 PRESETS = ("single_stage", "self_distillation", "two_network", "second_stage")

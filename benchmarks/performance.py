@@ -45,23 +45,19 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+import dense
+import measure
 import torch
 import torch.nn.functional as F
 import transformers
 from tqdm.auto import tqdm
 from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel, set_seed
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-import dense  # noqa: E402
-import measure  # noqa: E402
-
-from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel  # noqa: E402
-from modeling_flm.joint_noise import JointNoise  # noqa: E402
-from modeling_flm.losses import head_loss, softmax_cross_entropy  # noqa: E402
-from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments  # noqa: E402
-from trainers.batches import stratified_uniforms  # noqa: E402
+from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel
+from modeling_flm.joint_noise import JointNoise
+from modeling_flm.losses import head_loss, softmax_cross_entropy
+from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+from modeling_flm.trainers.batches import stratified_uniforms
 
 
 GIB = 2**30

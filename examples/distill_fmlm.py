@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, set_seed
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
-from trainers import PRESETS, FMLMTrainer, FMLMTrainingArguments, add_special_tokens
-from trainers.scripts import (
+from modeling_flm.trainers import PRESETS, FMLMTrainer, FMLMTrainingArguments, add_special_tokens
+from modeling_flm.trainers.scripts import (
     DataArguments,
     ScriptParser,
     load_datasets,

@@ -24,12 +24,12 @@ length in tokens of the scorer, and GPT-2 large scores 1024 of them in float32.
 
 The output directory gets the texts (`samples_N.jsonl` for N steps), the table as `results.md` and `results.json`, and a plot
 of quality against time. --reference_file adds a row for texts of people, to compare with. With --update_card the results
-become part of the model: of its folder, from where `hub.publish` takes them into the card, or of its card on the Hub. Every
+become part of the model: of its folder, from where `modeling_flm.hub.publish` takes them into the card, or of its card on the Hub. Every
 flag can also stand in a YAML file, given as the first argument. Needs `pip install modeling-flm[evaluate]`.
 """
 
-from trainers.evaluation import EvaluationArguments, GenPPLEvaluation
-from trainers.scripts import ScriptParser, explained
+from modeling_flm.trainers.evaluation import EvaluationArguments, GenPPLEvaluation
+from modeling_flm.trainers.scripts import ScriptParser, explained
 
 
 def make_parser() -> ScriptParser:

@@ -28,8 +28,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import modeling_flm  # noqa: F401  so that models of this library load without their own code
-from trainers import find_text_column, load_texts, pack_dataset
-from trainers.evaluation import evaluate_likelihood
+from modeling_flm.trainers import find_text_column, load_texts, pack_dataset
+from modeling_flm.trainers.evaluation import evaluate_likelihood
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -35,7 +35,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TextDiffusionStreamer, set_seed
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel
-from trainers import (
+from modeling_flm.trainers import (
     FLMTrainer,
     FLMTrainingArguments,
     FMLMTrainer,

@@ -35,7 +35,7 @@ from quickstart import distillation_settings, load_stories, new_flm, training_se
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from modeling_flm import FLMModel, FMLMModel
-from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen

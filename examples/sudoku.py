@@ -46,8 +46,8 @@ from transformers import AutoModel, TrainingArguments, set_seed
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel
 from modeling_flm.commitment_flm import PosteriorRefinement
-from trainers import FMLMTrainer, FMLMTrainingArguments
-from trainers.ema import EMACallback
+from modeling_flm.trainers import FMLMTrainer, FMLMTrainingArguments
+from modeling_flm.trainers.ema import EMACallback
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen

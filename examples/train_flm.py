@@ -27,8 +27,14 @@ import yaml
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from modeling_flm import FLMConfig, FLMModel
-from trainers import FLMTrainer, FLMTrainingArguments, add_special_tokens, find_text_column, train_tokenizer
-from trainers.scripts import DataArguments, ScriptParser, load_datasets, load_model, pack_datasets, run
+from modeling_flm.trainers import (
+    FLMTrainer,
+    FLMTrainingArguments,
+    add_special_tokens,
+    find_text_column,
+    train_tokenizer,
+)
+from modeling_flm.trainers.scripts import DataArguments, ScriptParser, load_datasets, load_model, pack_datasets, run
 
 
 @dataclass

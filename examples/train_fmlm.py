@@ -27,8 +27,8 @@ from train_flm import ModelArguments, get_model, load_data
 from transformers import AutoModel, set_seed
 
 from modeling_flm import FMLMModel
-from trainers import PRESETS, FMLMTrainer, FMLMTrainingArguments
-from trainers.scripts import DataArguments, ScriptParser, pack_datasets, run
+from modeling_flm.trainers import PRESETS, FMLMTrainer, FMLMTrainingArguments
+from modeling_flm.trainers.scripts import DataArguments, ScriptParser, pack_datasets, run
 
 
 @dataclass

@@ -62,7 +62,7 @@ def build_card(
 
     Args:
         records (`dict[str, dict[str, Any]]`):
-            What is known of the model, from [`~hub.records.read_records`].
+            What is known of the model, from [`~modeling_flm.hub.records.read_records`].
         repo_id (`str`):
             The name of the repository, for the code that shows how to use it.
         model ([`~transformers.PreTrainedModel`]):

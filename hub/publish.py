@@ -14,8 +14,8 @@
 """
 Publishes a model folder as a repository of the Hugging Face Hub, which others load with torch and transformers alone.
 
-    python -m hub.publish --model outputs/fmlm --repo-id me/fmlm
-    python -m hub.publish --model outputs/fmlm --repo-id me/fmlm --dry-run assembled
+    python -m modeling_flm.hub.publish --model outputs/fmlm --repo-id me/fmlm
+    python -m modeling_flm.hub.publish --model outputs/fmlm --repo-id me/fmlm --dry-run assembled
 
 The repository is put together in a temporary folder, where a process that has nothing of this package loads it and
 generates; then it is uploaded in one commit. Publishing again updates it.
@@ -57,7 +57,7 @@ _NUM_ATTEMPTS = 3
 _CHECK = """
 import json, sys
 folder, output, num_samples = sys.argv[1:]
-sys.modules.update(dict.fromkeys(("modeling_flm", "trainers", "hub")))  # importing them fails
+sys.modules["modeling_flm"] = None  # importing it fails
 import torch
 from transformers import pipeline
 pipe = pipeline("text-generation", model=folder, trust_remote_code=True)
@@ -120,7 +120,7 @@ def assemble(
         check (`bool`, *optional*, defaults to `True`):
             Whether to load the result in another process, which also makes the texts. Without, the card has none.
         card:
-            Further arguments of [`~hub.card.build_card`].
+            Further arguments of [`~modeling_flm.hub.card.build_card`].
 
     Raises:
         `PublishError`: if something is missing, or the result cannot be loaded. Then `output` is not made.
@@ -232,7 +232,7 @@ def publish(
         blocking (`bool`, *optional*, defaults to `True`):
             Whether to wait for the upload. What is uploaded is put together in any case before this returns.
         options:
-            Further arguments of [`assemble`] and [`~hub.card.build_card`].
+            Further arguments of [`assemble`] and [`~modeling_flm.hub.card.build_card`].
 
     Returns:
         [`~huggingface_hub.CommitInfo`], or if not `blocking` a `Future` of it.

@@ -7,7 +7,7 @@ from oracle import SCORER
 from small_models import build_flm
 
 from modeling_flm import FLMModel, backbone_flm, losses, modeling_flm
-from trainers import load_gen_ppl
+from modeling_flm.trainers import load_gen_ppl
 
 
 @pytest.fixture(autouse=True)

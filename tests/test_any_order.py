@@ -11,7 +11,7 @@ from tensors import relative_error, seed
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkModel, IdentityTime
 from modeling_flm.flow import interpolate
-from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
 
 
 class TestTimes:

@@ -2,7 +2,13 @@
 
 import torch
 
-from trainers.batches import draw_known_masks, draw_noise, example_seed, low_discrepancy_uniforms, stratified_uniforms
+from modeling_flm.trainers.batches import (
+    draw_known_masks,
+    draw_noise,
+    example_seed,
+    low_discrepancy_uniforms,
+    stratified_uniforms,
+)
 
 
 class TestNoise:

@@ -11,7 +11,7 @@ from small_models import build_flm
 from train_tiny import build, distillation, launch
 from transformers import AutoModel, EarlyStoppingCallback, TrainerCallback
 
-from trainers import (
+from modeling_flm.trainers import (
     FLMTrainer,
     FLMTrainingArguments,
     FMLMTrainingArguments,

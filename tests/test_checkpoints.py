@@ -8,8 +8,8 @@ import pytest
 import torch
 from oracle import STAGE_2, published
 
-from hub.checkpoints import LightningCheckpoint
-from hub.convert import convert, main
+from modeling_flm.hub.checkpoints import LightningCheckpoint
+from modeling_flm.hub.convert import convert, main
 
 
 class _Runs:

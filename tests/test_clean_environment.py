@@ -10,9 +10,8 @@ import torch
 from hub_server import TOKEN
 from small_models import build_flm
 
-import hub.publish
-from modeling_flm import FMLMModel, FMLMTwoNetworkModel
-from trainers import train_tokenizer
+from modeling_flm import FMLMModel, FMLMTwoNetworkModel, hub
+from modeling_flm.trainers import train_tokenizer
 
 
 pytestmark = pytest.mark.slow
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = """
 import importlib.util, sys, torch
 from transformers import AutoModel, AutoTokenizer, pipeline
-for name in ("modeling_flm", "trainers", "hub", "datasets", "accelerate"):
+for name in ("modeling_flm", "datasets", "accelerate"):
     assert importlib.util.find_spec(name) is None, name
 for name in sys.argv[1:]:
     generator = lambda: torch.Generator().manual_seed(0)
@@ -50,8 +49,16 @@ def test_published_models_load_with_torch_and_transformers_alone(server, tmp_pat
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         if model is flm:  # as a user does
-            publish = [sys.executable, "-m", "hub.publish", "--model", tmp_path / name, "--repo-id", f"tester/{name}"]
-            subprocess.run(publish, check=True, cwd=root, env={**os.environ, **connection})
+            publish = [
+                sys.executable,
+                "-m",
+                "modeling_flm.hub.publish",
+                "--model",
+                tmp_path / name,
+                "--repo-id",
+                f"tester/{name}",
+            ]
+            subprocess.run(publish, check=True, cwd=tmp_path, env={**os.environ, **connection})
         else:
             hub.publish.publish(tmp_path / name, f"tester/{name}", token=TOKEN)
         expected[name] = model.generate(num_samples=2, num_steps=4, generator=torch.Generator().manual_seed(0))

@@ -13,9 +13,9 @@ from tensors import seed
 from transformers import TextDiffusionStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from hub.convert import convert
 from modeling_flm import BridgeSamplerConfig, FLMGenerationConfig
 from modeling_flm.commitment_flm import BlockByBlock, PosteriorRefinement
+from modeling_flm.hub.convert import convert
 from modeling_flm.tokenization_flm import train_tokenizer
 
 

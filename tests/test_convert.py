@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import huggingface_hub.constants
 import oracle
@@ -16,9 +15,9 @@ from oracle import FLM, STAGE_1, STAGE_2, published
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
-from hub.checkpoints import CheckpointError
-from hub.convert import convert, main
-from trainers import train_tokenizer
+from modeling_flm.hub.checkpoints import CheckpointError
+from modeling_flm.hub.convert import convert, main
+from modeling_flm.trainers import train_tokenizer
 
 
 RELEASED = oracle.FIXTURES / "released"
@@ -409,7 +408,7 @@ class TestHubFolders:
         assert size > 6.7e8
         script = """
 import json, sys
-from hub.convert import main
+from modeling_flm.hub.convert import main
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 before = status("VmRSS")
@@ -524,7 +523,7 @@ class TestHub:
         # In a process of its own, as the tokenizers of transformers remember where the Hub is.
         script = """
 import sys
-from hub.convert import main
+from modeling_flm.hub.convert import main
 for name in sys.argv[1:]:
     main(["--checkpoint", "me/flm-tiny", "--revision", name, "--output", name])
 main(["--checkpoint", "me/flm-tiny", "--revision", "other", "--tokenizer", "me/tokenizer", "--output", "given"])
@@ -539,7 +538,7 @@ main(["--checkpoint", "me/flm-tiny", "--revision", "other", "--tokenizer", "me/t
         folder = tmp_path / "run"
         folder.mkdir()
         environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
-        environment |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment |= {"HF_HUB_DISABLE_XET": "1"}
         command = [sys.executable, "-c", script, *names]
         process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert process.returncode == 0, process.stderr

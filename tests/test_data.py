@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from trainers import (
+from modeling_flm.trainers import (
     DataCollatorForFLM,
     add_special_tokens,
     detokenize_lm1b,
@@ -60,7 +60,7 @@ class TestPacking:
         script = """
 import datasets
 from transformers import AutoTokenizer
-from trainers import load_texts, pack_dataset
+from modeling_flm.trainers import load_texts, pack_dataset
 texts = load_texts(train_file="train.parquet", validation_percentage=0)["train"]
 packed = pack_dataset(texts, AutoTokenizer.from_pretrained("tokenizer"), 16, preprocessing="lm1b", num_proc=2)
 print(sorted(file["filename"] for file in packed.cache_files))

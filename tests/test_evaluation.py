@@ -20,10 +20,10 @@ from small_models import build_flm
 from transformers import AutoModel, AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from hub.card import add_results
-from hub.records import read_records
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
-from trainers import (
+from modeling_flm.hub.card import add_results
+from modeling_flm.hub.records import read_records
+from modeling_flm.trainers import (
     FLMTrainer,
     FLMTrainingArguments,
     FMLMTrainer,
@@ -31,8 +31,8 @@ from trainers import (
     generate_samples,
     train_tokenizer,
 )
-from trainers.batches import example_seed
-from trainers.evaluation import (
+from modeling_flm.trainers.batches import example_seed
+from modeling_flm.trainers.evaluation import (
     EvaluationArguments,
     check_arguments,
     confidence_intervals,

@@ -20,7 +20,7 @@ from small_models import build_flm
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_flm import FLMModel, FMLMModel
-from trainers import train_tokenizer
+from modeling_flm.trainers import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 from modeling_flm import FLMModel, FMLMModel
 from modeling_flm.flow import interpolate
-from trainers import EMACallback, FLMTrainer, FLMTrainingArguments, train_tokenizer
+from modeling_flm.trainers import EMACallback, FLMTrainer, FLMTrainingArguments, train_tokenizer
 
 
 class TestPrompts:
@@ -178,7 +178,7 @@ class TestBosToken:
     @pytest.mark.parametrize("streaming", [False, True])
     @pytest.mark.parametrize("with_bos", [False, True])
     def test_bos_token_begins_prompts_as_it_begins_texts(self, with_bos, streaming, tmp_path, caplog):
-        caplog.set_level("INFO", "trainers.flm_trainer")
+        caplog.set_level("INFO", "modeling_flm.trainers.flm_trainer")
         trainer = build(tmp_path, **self.options)
         bos = trainer.processing_class.bos_token_id
         rows = trainer.train_dataset.to_dict()["input_ids"]

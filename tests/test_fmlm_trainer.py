@@ -14,7 +14,7 @@ from transformers import AutoModel
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import flow_map
 from modeling_flm.joint_noise import JointNoise
-from trainers import (
+from modeling_flm.trainers import (
     PRESETS,
     FLMTrainer,
     FLMTrainingArguments,
@@ -28,7 +28,7 @@ from trainers import (
 class TestTimes:
     def draw(self, tmp_path, flm, num=4000, **options):
         trainer = build_trainer(tmp_path, FMLMModel.from_flm(flm), teacher=flm, **options)
-        from trainers.batches import stratified_uniforms
+        from modeling_flm.trainers.batches import stratified_uniforms
 
         return trainer._draw_times(stratified_uniforms(num, 4, 0), range(num))
 

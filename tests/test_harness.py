@@ -1,7 +1,6 @@
 """Flow-based language models in the lm-evaluation-harness: against the model's own likelihoods, and on its command line."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,11 @@ import pytest
 import torch
 from small_models import build_flm
 
-from trainers import train_tokenizer
-from trainers.batches import example_seed
+from modeling_flm.trainers import train_tokenizer
+from modeling_flm.trainers.batches import example_seed
 
 
-harness = pytest.importorskip("trainers.evaluation.harness")
+harness = pytest.importorskip("modeling_flm.trainers.evaluation.harness")
 
 STORY = "max the clever bear lives in a village ."
 CHOICES = ["village .", "forest .", "castle ."]
@@ -93,12 +92,10 @@ def test_command_line(folder, tmp_path):
         "metric_list": [{"metric": "acc"}],
     }
     (tmp_path / "places.yaml").write_text(json.dumps(task))  # which is YAML, too
-    command = [sys.executable, "-m", "trainers.evaluation.harness", "--model", "flm", "--tasks", "places"]
+    command = [sys.executable, "-m", "modeling_flm.trainers.evaluation.harness", "--model", "flm", "--tasks", "places"]
     command += ["--model_args", f"pretrained={folder},num_times=2,num_steps=1", "--include_path", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    run = subprocess.run(
-        [*command, "--output_path", str(tmp_path / "results")], capture_output=True, text=True, env=environment
-    )
+    command += ["--output_path", str(tmp_path / "results")]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     (results,) = (tmp_path / "results").rglob("results_*.json")
     assert 0 <= json.loads(results.read_text())["results"]["places"]["acc,none"] <= 1

@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from small_models import build_flm
 from transformers import AutoModel, BertConfig, BertModel
 
-import hub.publish
-from hub.card import MARKER
-from hub.publish import PublishError, assemble, publish
-from modeling_flm import FMLMModel
-from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments, train_tokenizer
+from modeling_flm import FMLMModel, hub
+from modeling_flm.hub.card import MARKER
+from modeling_flm.hub.publish import PublishError, assemble, publish
+from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments, train_tokenizer
 
 
 REPO_ID = "tester/tiny"
@@ -89,7 +88,7 @@ def quick(monkeypatch):
 
 def run_elsewhere(script: str, folder: Path, server: LoopbackHub | None = None, **environment) -> str:
     """Runs a script in a process that can import nothing of this package."""
-    blocked = "import sys; sys.modules.update(dict.fromkeys(('modeling_flm', 'trainers', 'hub')))\n"
+    blocked = "import sys; sys.modules['modeling_flm'] = None\n"
     environment = {**os.environ, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", **environment}
     if server is not None:
         environment["HF_ENDPOINT"] = server.url
@@ -199,10 +198,12 @@ class TestAssemble:
 
         def save_without_the_sampler(self, folder, **kwargs):
             save(self, folder, **kwargs)
-            Path(folder, "flow.py").write_text("import trainers\n")
+            Path(folder, "flow.py").write_text("import modeling_flm.trainers\n")
 
         monkeypatch.setattr(FLMModel, "save_pretrained", save_without_the_sampler)
-        with pytest.raises(PublishError, match="does not work by itself(.|\n)*trainers"):
+        with pytest.raises(
+            PublishError, match="does not work by itself(.|\n)*No module named 'modeling_flm.trainers'"
+        ):
             publish(trained, REPO_ID, token=TOKEN)
         assert server.repositories == {}
 

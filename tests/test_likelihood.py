@@ -17,8 +17,8 @@ from train_tiny import build, logged
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.likelihood_flm import last_signal, whitening_of
-from trainers import train_tokenizer
-from trainers.evaluation import evaluate_likelihood
+from modeling_flm.trainers import train_tokenizer
+from modeling_flm.trainers.evaluation import evaluate_likelihood
 
 
 def generator(seed: int = 0) -> torch.Generator:

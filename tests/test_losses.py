@@ -14,7 +14,7 @@ from train_tiny import build_packed
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel, losses
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.losses import chunks, head_loss, softcap_logits, softmax_cross_entropy, softmax_divergence
-from trainers import PRESETS
+from modeling_flm.trainers import PRESETS
 
 
 VOCAB_SIZE = 200

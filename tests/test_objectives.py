@@ -9,7 +9,7 @@ from distilling import build_batch, build_trainer, compute_loss, compute_targets
 from exact_flows import ExactFlowMap
 from tensors import relative_error
 
-from trainers import FMLMTrainer, objectives
+from modeling_flm.trainers import FMLMTrainer, objectives
 
 
 def divergence(kind, target, delta):

@@ -8,7 +8,7 @@ from small_models import build_flm
 from transformers import AutoModel, pipeline
 
 from modeling_flm import FLMGenerationConfig, FLMPipeline, FMLMModel, FMLMTwoNetworkModel
-from trainers import train_tokenizer
+from modeling_flm.trainers import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tensors import seed
 from torch import nn
 
 from modeling_flm import BridgeSamplerConfig, FLMGenerationConfig
-from trainers import generate_samples
+from modeling_flm.trainers import generate_samples
 
 
 def continue_prompts(indices: list[int]) -> torch.LongTensor:

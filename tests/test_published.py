@@ -13,7 +13,7 @@ import pytest
 from example_scripts import run_here
 from hub_server import File, LoopbackHub, Repository
 
-from trainers import train_tokenizer
+from modeling_flm.trainers import train_tokenizer
 
 
 ROOT = Path(__file__).parents[1]

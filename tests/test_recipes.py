@@ -19,8 +19,8 @@ from example_scripts import EXAMPLES, run_here
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModel, AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
-from trainers import FMLMTrainingArguments
-from trainers.evaluation import check_arguments
+from modeling_flm.trainers import FMLMTrainingArguments
+from modeling_flm.trainers.evaluation import check_arguments
 
 
 RECIPES = EXAMPLES / "recipes"
@@ -242,7 +242,7 @@ def test_evaluations_of_the_released_models_are_as_published():
         assert (args.temperature, args.top_k, args.top_p, args.guidance_model) == (None, None, None, None)
         assert args.output_dir == f"outputs/{path.stem}"
         text = path.read_text()
-        assert f"hub.convert --checkpoint {repository} --output {args.model}\n" in text
+        assert f"modeling_flm.hub.convert --checkpoint {repository} --output {args.model}\n" in text
         assert f"examples/recipes/{path.name}\n" in text
 
 

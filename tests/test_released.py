@@ -16,9 +16,9 @@ from small_models import sampling
 from tensors import relative_error
 from transformers import AutoModel
 
-from hub.convert import convert, main
 from modeling_flm.flow import gamma_coefficients
-from trainers import FMLMTrainer, FMLMTrainingArguments
+from modeling_flm.hub.convert import convert, main
+from modeling_flm.trainers import FMLMTrainer, FMLMTrainingArguments
 
 
 SOURCES = {"flm": ("flm_hub", "flm.ckpt"), "fmlm": ("fmlm_hub", "fmlm.ckpt")}
@@ -231,7 +231,7 @@ class TestAnyOrder:
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-sys.modules.update(dict.fromkeys(("modeling_flm", "trainers", "hub")))
+sys.modules["modeling_flm"] = None
 from transformers import AutoModel
 for folder in Path().glob("*/batch.pt"):
     folder = folder.parent

@@ -42,10 +42,10 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 
-from hub.publish import PublishError, assemble, publish
-from hub.records import TRAINING_NAME
 from modeling_flm import FLMModel, FLMOutput, FMLMModel
 from modeling_flm.flow import times_with_known
+from modeling_flm.hub.publish import PublishError, assemble, publish
+from modeling_flm.hub.records import TRAINING_NAME
 from modeling_flm.joint_noise import JointNoise, noise_size
 from modeling_flm.posterior_flm import Posterior
 
@@ -590,7 +590,7 @@ class FLMTrainer(Trainer):
 
         Args:
             model_name (`str`, *optional*): The name of the repository. By default the one that `push_to_hub` takes.
-            kwargs: The metadata of the card, see [`~hub.card.build_card`].
+            kwargs: The metadata of the card, see [`~modeling_flm.hub.card.build_card`].
         """
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
@@ -611,7 +611,7 @@ class FLMTrainer(Trainer):
         **kwargs,
     ):
         """
-        Saves the model and publishes it as [`~hub.publish.publish`] does, with `args.hub_model_id`, `args.hub_token`,
+        Saves the model and publishes it as [`~modeling_flm.hub.publish.publish`] does, with `args.hub_model_id`, `args.hub_token`,
         `args.hub_revision` and `args.hub_private_repo`, unless they are given here.
 
         Args:
@@ -620,7 +620,7 @@ class FLMTrainer(Trainer):
             token (`str`, *optional*): A token with the right to write.
             revision (`str`, *optional*): The branch to commit to.
             private (`bool`, *optional*): Whether a repository that is created is private.
-            kwargs: The metadata of the card, see [`~hub.card.build_card`].
+            kwargs: The metadata of the card, see [`~modeling_flm.hub.card.build_card`].
 
         Returns:
             [`~huggingface_hub.CommitInfo`], or if not `blocking` a `Future` of it; nothing but on the first process.

@@ -16,10 +16,10 @@
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from hub.records import is_hub_name
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import remaining_noise
 from modeling_flm.generation_flm import evaluating
+from modeling_flm.hub.records import is_hub_name
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.posterior_flm import Posterior
 

@@ -27,7 +27,7 @@ import yaml
 from transformers import AutoModel, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from hub.records import DATA_SETTINGS_NAME
+from modeling_flm.hub.records import DATA_SETTINGS_NAME
 
 from .data import PREPROCESSING, load_texts, pack_dataset
 from .flm_config import FLMTrainingArguments

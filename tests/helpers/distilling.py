@@ -3,8 +3,8 @@
 import torch
 
 from modeling_flm.flow import times_with_known
-from trainers import FMLMTrainer, FMLMTrainingArguments
-from trainers.batches import FlowBatch
+from modeling_flm.trainers import FMLMTrainer, FMLMTrainingArguments
+from modeling_flm.trainers.batches import FlowBatch
 
 
 def build_trainer(path, model, teacher=None, dataset=None, **options) -> FMLMTrainer:

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from trainers.scripts import ScriptParser
+from modeling_flm.trainers.scripts import ScriptParser
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from hub.checkpoints import LightningCheckpoint
-from hub.convert import convert
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
+from modeling_flm.hub.checkpoints import LightningCheckpoint
+from modeling_flm.hub.convert import convert
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

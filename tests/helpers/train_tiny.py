@@ -12,7 +12,7 @@ from processes import run_processes
 from small_models import build_flm
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel
-from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments, train_tokenizer
+from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments, train_tokenizer
 
 
 class Recording:

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hub.card import add_results
+from modeling_flm.hub.card import add_results
 
 from ..data import find_text_column, load_texts
 from .arguments import GENERATION, EvaluationArguments, check_arguments

@@ -14,7 +14,7 @@
 """
 Flow-based language models in the lm-evaluation-harness:
 
-    python -m trainers.evaluation.harness --model flm --model_args pretrained=me/fmlm,num_times=64 --tasks arc_easy
+    python -m modeling_flm.trainers.evaluation.harness --model flm --model_args pretrained=me/fmlm,num_times=64 --tasks arc_easy
 
 takes what `lm_eval` takes. Needs `pip install modeling-flm[lm-eval]`.
 """

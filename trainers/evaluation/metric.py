@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-import hub
+from modeling_flm import hub
 
 
 def load_gen_ppl():
