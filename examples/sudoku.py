@@ -47,7 +47,6 @@ from transformers import AutoModel, TrainingArguments, set_seed
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel
 from modeling_flm.commitment_flm import PosteriorRefinement
 from modeling_flm.trainers import FMLMTrainer, FMLMTrainingArguments
-from modeling_flm.trainers.ema import EMACallback
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen
@@ -171,16 +170,14 @@ def train_flow_map(name: str, max_steps: int, start: FLMModel, dataset: Dataset,
 def train_masked(name: str, max_steps: int, config: FMLMConfig, dataset: Dataset, args: argparse.Namespace):
     """A masked diffusion model."""
     settings = training_settings(args, name, max_steps)
-    average = EMACallback(EMA_DECAY)
     trainer = MaskedDiffusionTrainer(
         new_masked_model(config),
         TrainingArguments(**settings, remove_unused_columns=False),
         train_dataset=dataset,
-        callbacks=[average],
+        ema_decay=EMA_DECAY,
     )
     trainer.train()
-    with average.applied(trainer.model):
-        trainer.save_model()
+    trainer.save_model()
 
 
 def trained(name: str, max_steps: int, train: Callable, *what):

@@ -18,9 +18,11 @@ length, each after a token that begins it.
 
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_flm import FLMConfig, FLMModel
+
+from .averaging import AveragedTrainer
 
 
 def new_gpt2(config: FLMConfig) -> GPT2LMHeadModel:
@@ -69,12 +71,8 @@ def autoregressive_logits(model: GPT2LMHeadModel, input_ids: torch.LongTensor) -
     return model(F.pad(input_ids[:, :-1], (1, 0), value=begin)).logits[..., :begin]
 
 
-class AutoregressiveTrainer(Trainer):
+class AutoregressiveTrainer(AveragedTrainer):
     """Trains a GPT-2 on texts of one length, all of whose tokens count."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits = autoregressive_logits(model, inputs["input_ids"])

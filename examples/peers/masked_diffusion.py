@@ -18,11 +18,12 @@ each of them as if it knew nothing of the others.
 """
 
 import torch
-from transformers import Trainer
 
 from modeling_flm import FLMConfig, FLMModel
 from modeling_flm.commitment_flm import PosteriorRefinement
 from modeling_flm.modeling_flm import flm_settings
+
+from .averaging import AveragedTrainer
 
 
 def new_masked_model(config: FLMConfig) -> FLMModel:
@@ -53,16 +54,11 @@ def masked_logits(model: FLMModel, input_ids: torch.LongTensor, known: torch.Boo
     return model(tokens, timesteps=times).logits[..., :mask_token]
 
 
-class MaskedDiffusionTrainer(Trainer):
+class MaskedDiffusionTrainer(AveragedTrainer):
     """
     Trains a masked diffusion model: in each text a share of the tokens is masked that is uniform in (0, 1], and their
     cross-entropy counts in inverse proportion to it. Tokens whose label is -100 are known.
     """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # Each batch has a mean of its own, and accumulated ones are averaged.
-        self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         input_ids, is_target = inputs["input_ids"], inputs["labels"] != -100

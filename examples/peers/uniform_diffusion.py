@@ -23,10 +23,11 @@ The network says what each token would be, \\(x_\theta\\), if its own noised tok
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer
 
 from modeling_flm import FLMModel
 from modeling_flm.time_reparameterization import ReparameterizedTime
+
+from .averaging import AveragedTrainer
 
 
 # Levels are drawn from within these: at 0 and 1 the loss is finite, but the terms of which it is made are not.
@@ -78,7 +79,7 @@ def uniform_loss(
     return divergence.sum(dim=-1) / (vocab_size * levels[..., 0])
 
 
-class UniformDiffusionTrainer(Trainer):
+class UniformDiffusionTrainer(AveragedTrainer):
     """
     Trains a uniform-state diffusion model. For the first part of the training the network sees, in the place of the
     noised tokens, soft ones: a softmax of the Gaussian states whose largest entries the tokens are.
@@ -92,8 +93,6 @@ class UniformDiffusionTrainer(Trainer):
     def __init__(self, *args, curriculum_fraction: float = 0.5, curriculum_temperature: float = 1e-3, **kwargs):
         super().__init__(*args, **kwargs)
         self.curriculum_fraction, self.curriculum_temperature = curriculum_fraction, curriculum_temperature
-        # Each batch has a mean of its own, and accumulated ones are averaged.
-        self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         input_ids, vocab_size = inputs["input_ids"], self.accelerator.unwrap_model(model).config.vocab_size

@@ -1,0 +1,65 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The moving average of the weights, which all models that are compared have."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+
+from modeling_flm.trainers.ema import EMACallback
+
+
+class AveragedTrainer(Trainer):
+    """
+    A [`~transformers.Trainer`] that evaluates and saves, as [`~modeling_flm.trainers.FLMTrainer`] does, a moving average of the
+    weights. Checkpoints have both, so that trainings go on as if they had not been interrupted.
+
+    Args:
+        ema_decay (`float`, *optional*): The decay of the average. `None` for none.
+    """
+
+    def __init__(self, *args, ema_decay: float | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Each batch has a mean of its own, and accumulated ones are averaged.
+        self.model_accepts_loss_kwargs = False
+        self.ema = None if ema_decay is None else EMACallback(ema_decay)
+        if self.ema is not None:
+            self.add_callback(self.ema)
+
+    def evaluate(self, *args, **kwargs):
+        if self.ema is None:
+            return super().evaluate(*args, **kwargs)
+        with self.ema.applied(self.model):
+            return super().evaluate(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        if self.ema is None:
+            return super().save_model(output_dir, _internal_call)
+        if _internal_call:  # a checkpoint, which keeps the weights of the training
+            super().save_model(output_dir, _internal_call)
+            weights = {name: tensor.clone() for name, tensor in self.ema.averaged.module.state_dict().items()}
+            save_file(weights, Path(output_dir, "ema.safetensors"), {"num_updates": str(self.ema.num_updates)})
+            return None
+        with self.ema.applied(self.model):
+            return super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is not None:
+            path = Path(resume_from_checkpoint, "ema.safetensors")
+            with safe_open(path, framework="pt") as file:
+                self.ema.start(self.model, int(file.metadata()["num_updates"]))
+            self.ema.averaged.module.load_state_dict(load_file(path))

@@ -1,0 +1,88 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+r"""
+The definitions of WordNet, a dictionary of English, as texts: "word: definition", one a line.
+
+    python examples/wordnet.py definitions.txt
+
+It reads the database of Debian's `wordnet-base` or Homebrew's `wordnet`, which has to be there: `apt install wordnet-base` or `brew
+install wordnet`. Its licence allows any use.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+
+PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
+FOLDERS = ("/usr/share/wordnet", "/opt/homebrew/opt/wordnet/dict", "/usr/local/opt/wordnet/dict")
+
+
+def find_wordnet(folder: str | None = None) -> Path:
+    """
+    The folder with the database.
+
+    Args:
+        folder (`str`, *optional*): Where it is. By default where Debian and Homebrew put it.
+
+    Raises:
+        `FileNotFoundError`: if it is not there.
+    """
+    folders = FOLDERS if folder is None else (folder,)
+    for path in map(Path, folders):
+        if all((path / f"data.{part}").is_file() for part in PARTS_OF_SPEECH):
+            return path
+    raise FileNotFoundError(
+        f"No WordNet in {' or '.join(folders)}: install it (`apt install wordnet-base`, `brew install wordnet`), or name the "
+        "folder that has its file data.noun."
+    )
+
+
+def parse_line(line: str) -> tuple[list[str], str]:
+    """
+    The words that a line of a data file is about, and what they mean, without examples.
+
+    Args:
+        line (`str`): Such as `"00001740 03 n 01 entity 0 000 | that which exists; "an example""`. The fourth field is the number of words,
+            in hexadecimal; each is followed by a number.
+    """
+    fields, _, gloss = line.partition(" | ")
+    fields = fields.split(" ")
+    words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+    # Adjectives may say where they stand, as "galore(ip)" does.
+    words = [re.sub(r"\((a|p|ip)\)$", "", word).replace("_", " ") for word in words]
+    definition = re.split(r';?\s*"', gloss, maxsplit=1)[0]
+    return words, " ".join(definition.split()).strip(" ;:")
+
+
+def definitions(folder: Path) -> Iterator[str]:
+    """All definitions as texts: the first of the words, a colon, and what it means."""
+    for part in PARTS_OF_SPEECH:
+        with open(folder / f"data.{part}", encoding="utf-8") as file:
+            for line in file:
+                if not line.startswith("  "):  # the licence
+                    words, definition = parse_line(line)
+                    if definition:
+                        yield f"{words[0]}: {definition}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", help="the text file to write")
+    parser.add_argument("--folder", help="where WordNet is, if not where Debian and Homebrew put it")
+    args = parser.parse_args()
+    texts = list(dict.fromkeys(definitions(find_wordnet(args.folder))))
+    Path(args.output).write_text("\n".join(texts) + "\n", encoding="utf-8")
+    print(f"{len(texts):,} definitions in {args.output}")
