@@ -89,9 +89,12 @@ class StudyArguments:
     wordnet_dir: str | None = field(default=None, metadata={"help": "Where WordNet is, if not where Debian puts it."})
     tokenizer: str = field(
         default="bpe",
-        metadata={"help": "bpe: a text at a time; text8: 27 characters, packed.", "choices": ["bpe", "text8"]},
+        metadata={
+            "help": "bpe, or char for characters: a text at a time; text8: 27 characters, packed.",
+            "choices": ["bpe", "char", "text8"],
+        },
     )
-    vocab_size: int = field(default=4096, metadata={"help": "Of a bpe tokenizer."})
+    vocab_size: int = field(default=4096, metadata={"help": "Of a tokenizer that is not text8."})
     length: int = field(default=32, metadata={"help": "Tokens of a text; longer ones are left out, unless packed."})
     num_held_out: int = field(default=2000, metadata={"help": "Texts for validation, and as many for the test."})
 
@@ -326,7 +329,7 @@ def train_scorer(data: Data, args: StudyArguments):
         TrainingArguments(**settings),
         train_dataset=dataset["train"],
         eval_dataset=dataset["validation"],
-        data_collator=DataCollatorForFLM(tokenizer),
+        data_collator=DataCollatorForFLM(tokenizer.pad_token_id),
         processing_class=tokenizer,
         ema_decay=args.ema_decay,
     )

@@ -36,7 +36,13 @@ from peers.uniform_diffusion import UniformDiffusionTrainer, uniform_log_likelih
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel
-from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+from modeling_flm.trainers import (
+    DataCollatorForFLM,
+    FLMTrainer,
+    FLMTrainingArguments,
+    FMLMTrainer,
+    FMLMTrainingArguments,
+)
 
 
 # A short distillation should often see the whole way, which one step takes.
@@ -87,9 +93,10 @@ def new_peer_trainer(
     """The trainer of a model that is no flow."""
     return trainer_class(
         new_model(config),
-        TrainingArguments(**settings, remove_unused_columns=False, eval_on_start=False),
+        TrainingArguments(**settings, remove_unused_columns=False),
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"],
+        data_collator=DataCollatorForFLM(tokenizer.pad_token_id),
         processing_class=tokenizer,
         ema_decay=ema_decay,
     )

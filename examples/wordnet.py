@@ -15,6 +15,7 @@ r"""
 The definitions of WordNet, a dictionary of English, as texts: "word: definition", one a line.
 
     python examples/wordnet.py definitions.txt
+    python examples/wordnet.py words.txt --headwords
 
 It reads the database of Debian's `wordnet-base` or Homebrew's `wordnet`, which has to be there: `apt install wordnet-base` or `brew
 install wordnet`. Its licence allows any use.
@@ -45,7 +46,7 @@ def find_wordnet(folder: str | None = None) -> Path:
         if all((path / f"data.{part}").is_file() for part in PARTS_OF_SPEECH):
             return path
     raise FileNotFoundError(
-        f"No WordNet in {' or '.join(folders)}: install it (`apt install wordnet-base`, `brew install wordnet`), or name the "
+        f"No WordNet in {' or '.join(map(str, folders))}: install it (`apt install wordnet-base`, `brew install wordnet`), or name the "
         "folder that has its file data.noun."
     )
 
@@ -78,11 +79,23 @@ def definitions(folder: Path) -> Iterator[str]:
                         yield f"{words[0]}: {definition}"
 
 
+def headwords(folder: Path) -> Iterator[str]:
+    """All words that are defined and that consist of the letters from a to z."""
+    for part in PARTS_OF_SPEECH:
+        with open(folder / f"data.{part}", encoding="utf-8") as file:
+            for line in file:
+                if not line.startswith("  "):
+                    yield from (word for word in parse_line(line)[0] if re.fullmatch("[a-z]+", word))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="the text file to write")
+    parser.add_argument(
+        "--headwords", action="store_true", help="only the words that are defined, those of letters alone"
+    )
     parser.add_argument("--folder", help="where WordNet is, if not where Debian and Homebrew put it")
     args = parser.parse_args()
-    texts = list(dict.fromkeys(definitions(find_wordnet(args.folder))))
+    texts = list(dict.fromkeys((headwords if args.headwords else definitions)(find_wordnet(args.folder))))
     Path(args.output).write_text("\n".join(texts) + "\n", encoding="utf-8")
-    print(f"{len(texts):,} definitions in {args.output}")
+    print(f"{len(texts):,} {'words' if args.headwords else 'definitions'} in {args.output}")

@@ -24,6 +24,7 @@ from peers.uniform_diffusion import (
     uniform_loss,
     uniform_samples,
 )
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from modeling_flm import FLMConfig, FLMModel
@@ -223,3 +224,36 @@ def test_training_reaches_the_entropy(kind, tmp_path):
     bounds = log_likelihood(model, texts, **options)
     error = bounds.std().item() / len(texts) ** 0.5
     assert ENTROPY - 4 * error < -bounds.mean().item() < 1.08 * ENTROPY + 4 * error
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "masked", "uniform"])
+def test_goes_on_as_if_it_had_not_been_interrupted(kind, tmp_path):
+    config = FLMConfig(
+        vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=2
+    )
+    new_model, trainer_class = {
+        "autoregressive": (new_gpt2, AutoregressiveTrainer),
+        "masked": (new_masked_model, MaskedDiffusionTrainer),
+        "uniform": (FLMModel, UniformDiffusionTrainer),
+    }[kind]
+
+    def new_trainer():
+        torch.manual_seed(0)
+        args = TrainingArguments(
+            output_dir=tmp_path, max_steps=6, save_steps=3, per_device_train_batch_size=4, report_to=[], seed=3
+        )
+        dataset = [{"input_ids": text, "labels": text} for text in TEXTS.repeat(10, 1)]
+        return trainer_class(new_model(config), args, train_dataset=dataset, ema_decay=0.9)
+
+    trainer = new_trainer()
+    trainer.train()
+    trainer.save_model(tmp_path / "whole")
+    resumed = new_trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed.save_model(tmp_path / "resumed")
+    whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    # What is saved is the average, and not what the training has.
+    assert any(
+        not torch.equal(whole[name], tensor) for name, tensor in trainer.model.state_dict().items() if name in whole
+    )

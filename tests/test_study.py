@@ -1,0 +1,130 @@
+"""The study: its texts, and all of its stages on a small scale."""
+
+import json
+import random
+
+import grammar
+import pytest
+import study
+import wordnet
+from study_models import CONTENDERS
+
+
+DATA = {
+    "noun": [
+        "  1 This software and database is being provided to you, the LICENSEE",
+        '00001740 03 n 01 entity 0 003 ~ 00001930 n 0000 | that which is perceived to have its own existence; "an example"  ',
+        "00002137 03 n 02 abstraction 0 abstract_entity 0 001 @ 00001740 n 0000 | a general concept; formed by features  ",
+    ],
+    "verb": [
+        "00001740 29 v 04 breathe 0 take_a_breath 0 respire 0 suspire 3 001 * 00005041 v 0000 01 + 02 00 | draw air  "
+    ],
+    "adj": [
+        '00014358 00 s 01 galore(ip) 0 001 & 00013887 a 0000 | in great numbers; "whiskey galore"; "daffodils galore"  '
+    ],
+    "adv": [
+        '00001740 02 r 01 a_cappella 0 001 ;u 07054433 n 0000 | without musical accompaniment; "they performed a cappella"  '
+    ],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for part, lines in DATA.items():
+        (tmp_path / f"data.{part}").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+class TestWordNet:
+    def test_definitions(self, folder):
+        assert list(wordnet.definitions(wordnet.find_wordnet(folder))) == [
+            "entity: that which is perceived to have its own existence",
+            "abstraction: a general concept; formed by features",
+            "breathe: draw air",
+            "galore: in great numbers",
+            "a cappella: without musical accompaniment",
+        ]
+
+    def test_headwords(self, folder):
+        words = ["entity", "abstraction", "breathe", "respire", "suspire", "galore"]
+        assert list(wordnet.headwords(folder)) == words
+
+    def test_says_where_it_looked(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"No WordNet in {tmp_path}: install it"):
+            wordnet.find_wordnet(tmp_path)
+
+
+def test_characters():
+    assert study.to_characters("Élan vital: 2 kinds; see  'A-frame'") == "lan vital kinds see a frame"
+
+
+def test_spread():
+    assert study.spread([1.0, 3.0], 1) == "2.0 ± 1.0"
+    assert study.spread([2.0, None], 2) == "2.00"
+    assert study.spread([None], 2) == "-"
+
+
+@pytest.mark.parametrize("stage", ["search", "train", "sample", "report"])
+def test_stages_need_texts(stage, tmp_path):
+    with pytest.raises(SystemExit, match="run the stage `data` first"):
+        study.main([stage, "--output_dir", str(tmp_path)])
+
+
+def test_unknown_models_and_stages(tmp_path):
+    with pytest.raises(SystemExit, match="there is no gpt3, only gpt2, mdlm"):
+        study.main(["train", "--output_dir", str(tmp_path), "--only", "gpt3"])
+    with pytest.raises(SystemExit, match="say what to do first: data, search"):
+        study.main(["--output_dir", str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["char", "text8"])
+def test_all_stages(tokenizer, tmp_path, capsys):
+    rng = random.Random(0)
+    (tmp_path / "stories.txt").write_text("\n".join(grammar.sample_story(rng)[:20] for _ in range(400)))
+    options = {
+        "output_dir": tmp_path / "study",
+        "train_file": tmp_path / "stories.txt",
+        "tokenizer": tokenizer,
+        "vocab_size": 40,
+        "length": 24,
+        "num_held_out": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "seeds": 0,
+        "batch_size": 8,
+        "max_steps": 8,
+        "distillation_steps": 4,
+        "warmup_steps": 1,
+        "search_steps": 2,
+        "save_steps": 2,
+        "scorer_hidden_size": 16,
+        "scorer_num_hidden_layers": 1,
+        "scorer_max_steps": 4,
+        "num_samples": 6,
+        "num_times": 2,
+        "num_likelihood_texts": 8,
+    }
+    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    flags += ["--learning_rates", "0.001", "0.002", "--num_steps", "1", "2", "--temperatures", "0.7", "1.0"]
+    for stage in study.STAGES:
+        study.main([stage, *flags])
+    folder = tmp_path / "study"
+    report = (folder / "report.md").read_text()
+    for name, contender in CONTENDERS.items():
+        num_steps = [24] if name == "gpt2" else [1, 2]
+        assert all(f"| {name} | {steps} | " in report for steps in num_steps)
+        for part in study.FRACTIONS:
+            model = contender.load(folder / "models" / f"{name}-0" / study.snapshot_name(part))
+            assert model.num_parameters() > 0
+    assert (folder / "study.png").stat().st_size > 10_000
+    # What is there is not made again.
+    before = {path: path.stat().st_mtime_ns for path in (folder / "models").rglob("*") if path.is_file()}
+    for stage in ("data", "search", "train", "sample"):
+        study.main([stage, *flags])
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "models").rglob("*") if path.is_file()}
+    rows = json.loads((folder / "report.json").read_text())
+    assert {row["num_steps"] for row in rows if row["model"] == "mdlm" and row["fraction"] == 1} == {1, 2}
+    # A training that was interrupted goes on as if it had not been.
+    assert "took" in capsys.readouterr().out
