@@ -101,7 +101,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             f"{repository(name, args.owner)} --tokenizer NAME --output {folder}` with its name."
         )
     if not (results / "results.json").is_file():
-        command = [sys.executable, EXAMPLES / "evaluate_gen_ppl.py", EXAMPLES / "recipes" / f"evaluation_{name}.yaml"]
+        command = [
+            sys.executable,
+            "-m",
+            "modeling_flm.trainers.commands.evaluate",
+            EXAMPLES / "recipes" / f"evaluation_{name}.yaml",
+        ]
         flags = ["--model", folder, "--output_dir", results, "--scorer", args.scorer]
         if args.quick:
             steps = [num_steps for num_steps in PUBLISHED[name] if num_steps <= _QUICK_STEPS]

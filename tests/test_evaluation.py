@@ -72,7 +72,7 @@ OPTIONS = ["--num_samples", "7", "--num_steps", "1", "3", "--seeds", "0", "5", "
 
 
 def evaluate(*arguments):
-    run_here("evaluate_gen_ppl", *arguments)
+    run_here("flm-evaluate", *arguments)
 
 
 class TestScript:
@@ -109,7 +109,7 @@ class TestScript:
     def test_two_processes_give_the_same_table(self, folder, tmp_path):
         evaluate("--model", folder, *OPTIONS, "--output_dir", tmp_path / "one")
         flags = [*OPTIONS, "--output_dir", tmp_path / "two"]
-        run_processes(run_here, "evaluate_gen_ppl", "--model", folder, *flags)
+        run_processes(run_here, "flm-evaluate", "--model", folder, *flags)
         results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
         for result in results:
             assert all(row.pop("seconds_per_text") > 0 for row in result["results"])
@@ -120,17 +120,17 @@ class TestScript:
     def test_what_cannot_be_scored_shows_before_the_sampling(self, folder, tmp_path):
         (tmp_path / "people.jsonl").write_text('{"id": 3, "story": "time back us was"}\n')
         reference = ["--reference_file", tmp_path / "people.jsonl"]
-        for flags, error, message in (
-            (["--scorer", tmp_path / "nowhere"], OSError, "nowhere"),
-            (["--max_length", 4096], SystemExit, "--max_length must be at least 2, and at most the 1024"),
-            (["--reference_file", tmp_path / "nowhere.txt"], FileNotFoundError, "nowhere"),
-            ([*reference, "--text_column", "body"], SystemExit, "body"),
-            (reference, SystemExit, "--text_column: not all"),  # the first column has numbers
-            (["--seeds", 1, 1], SystemExit, "--seeds must be different"),
-            (["--num_steps", 2, 2], SystemExit, "--num_steps must be different"),
-            (["--scorer_batch_size", 0], SystemExit, "--scorer_batch_size"),
+        for flags, message in (
+            (["--scorer", tmp_path / "nowhere"], "error: .*nowhere"),
+            (["--max_length", 4096], "--max_length must be at least 2, and at most the 1024"),
+            (["--reference_file", tmp_path / "nowhere.txt"], "error: .*nowhere"),
+            ([*reference, "--text_column", "body"], "body"),
+            (reference, "--text_column: not all"),  # the first column has numbers
+            (["--seeds", 1, 1], "--seeds must be different"),
+            (["--num_steps", 2, 2], "--num_steps must be different"),
+            (["--scorer_batch_size", 0], "--scorer_batch_size"),
         ):
-            with pytest.raises(error, match=message):
+            with pytest.raises(SystemExit, match=message):
                 evaluate("--model", folder, *OPTIONS, "--output_dir", tmp_path / "out", *flags)
             assert not (tmp_path / "out").exists()
         flags = [*reference, "--text_column", "story", "--output_dir", tmp_path / "out"]

@@ -171,7 +171,7 @@ class TestTrainingScripts:
 
     def test_flags_then_resume_then_go_on_from_the_model(self, corpus, tmp_path, capsys):
         options = self.arguments(corpus, tmp_path / "out")
-        run_elsewhere("train_flm", *self.flags(options))
+        run_elsewhere("flm-train", *self.flags(options))
         output = tmp_path / "out"
         names = {path.name for path in output.iterdir()}
         assert {
@@ -185,27 +185,27 @@ class TestTrainingScripts:
         assert json.loads((output / "generation_config.json").read_text())["bos_token_id"] == 1
         losses = self.losses(output / "checkpoint-6")
 
-        run_here("train_flm", *self.flags({**options, "resume_from_checkpoint": output / "checkpoint-3"}))
+        run_here("flm-train", *self.flags({**options, "resume_from_checkpoint": output / "checkpoint-3"}))
         assert self.losses(output / "checkpoint-6") == losses
 
         more = self.arguments(corpus, tmp_path / "more", config_overrides=None, train_tokenizer=None, block_size=None)
-        run_here("train_flm", *self.flags({**more, "model_name_or_path": output, "max_steps": 1}))
+        run_here("flm-train", *self.flags({**more, "model_name_or_path": output, "max_steps": 1}))
         assert "FLMModel: " in capsys.readouterr().out
         assert json.loads((tmp_path / "more" / "config.json").read_text())["max_position_embeddings"] == 16
 
     def test_yaml_file_with_flags_over_it_and_a_stream(self, corpus, tmp_path):
         options = self.arguments(corpus, tmp_path / "out", validation_file=str(corpus), streaming=True, train_tokenizer="bpe", vocab_size=280)  # fmt: skip
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
-        run_here("train_flm", tmp_path / "config.yaml", "--max_steps", 2, "--save_steps", 2)
+        run_here("flm-train", tmp_path / "config.yaml", "--max_steps", 2, "--save_steps", 2)
         assert (tmp_path / "out" / "checkpoint-2").is_dir() and not (tmp_path / "out" / "checkpoint-3").exists()
         assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 280
 
     @pytest.mark.slow
     def test_under_accelerate_launch(self, corpus, tmp_path):
         options = self.arguments(corpus, tmp_path / "two", per_device_train_batch_size=2, vocab_size=60)
-        run_elsewhere("train_flm", *self.flags(options), launcher=launcher())
+        run_elsewhere("flm-train", *self.flags(options), launcher=launcher())
         one = self.arguments(corpus, tmp_path / "one", per_device_train_batch_size=4, vocab_size=60)
-        run_here("train_flm", *self.flags(one))
+        run_here("flm-train", *self.flags(one))
         losses = [self.losses(tmp_path / name / "checkpoint-6") for name in ("one", "two")]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
@@ -220,7 +220,7 @@ class TestTrainingScripts:
     )
     def test_mistakes_are_explained(self, corpus, tmp_path, overrides, message):
         with pytest.raises((SystemExit, ValueError), match=message):
-            run_here("train_flm", *self.flags(self.arguments(corpus, tmp_path, **overrides)))
+            run_here("flm-train", *self.flags(self.arguments(corpus, tmp_path, **overrides)))
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def teacher(corpus, tmp_path_factory) -> Path:
     training = TestTrainingScripts()
     folder = tmp_path_factory.mktemp("teacher") / "flm"
     options = training.arguments(corpus, folder, max_steps=2, save_steps=2, prompt_fraction=0.5)
-    run_here("train_flm", *training.flags(options))
+    run_here("flm-train", *training.flags(options))
     return folder
 
 
@@ -243,7 +243,7 @@ class TestDistillationScript:
 
     def distill(self, output, **overrides):
         """The configuration of a student, and the first row of its log."""
-        run_here("distill_fmlm", *TestTrainingScripts.flags({**self.settings, "output_dir": output, **overrides}))
+        run_here("flm-distill", *TestTrainingScripts.flags({**self.settings, "output_dir": output, **overrides}))
         config = json.loads((output / "config.json").read_text())
         return config, TestTrainingScripts.log(output)[0]
 
@@ -278,7 +278,7 @@ class TestDistillationScript:
     def test_yaml_file_over_the_preset(self, teacher, tmp_path):
         settings = {**self.settings, "teacher": str(teacher), "diagonal_fraction": 1.0}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-        run_elsewhere("distill_fmlm", tmp_path / "config.yaml", "--output_dir", tmp_path / "yaml")
+        run_elsewhere("flm-distill", tmp_path / "config.yaml", "--output_dir", tmp_path / "yaml")
         log = TestTrainingScripts.log(tmp_path / "yaml")[0]
         assert "loss_diagonal" in log and "loss_off_diagonal" not in log
 
@@ -296,7 +296,7 @@ class TestFlowMapScript:
         data = TestTrainingScripts().arguments(corpus, tmp_path)
         names = ("train_file", "train_tokenizer", "vocab_size", "block_size", "config_overrides")
         data = {name: data[name] for name in names if name in data}
-        model, arguments = self.train("train_fmlm", tmp_path / "plus", **data)
+        model, arguments = self.train("flm-train-fmlm", tmp_path / "plus", **data)
         assert type(model) is FMLMModel and model.config.per_token_timesteps
         assert model.config.time_reparameterization is None
         assert (arguments["prompt_fraction"], arguments["prompt_kinds"]) == (1.0, ["independent"])
@@ -305,22 +305,22 @@ class TestFlowMapScript:
         masked.save_pretrained(tmp_path / "masked")
         data = {**data, "masked_model": tmp_path / "masked", "tokenizer_name": tmp_path / "plus"}
         del data["train_tokenizer"], data["config_overrides"]
-        again, arguments = self.train("train_fmlm", tmp_path / "again", masked_probability=0.5, **data)
+        again, arguments = self.train("flm-train-fmlm", tmp_path / "again", masked_probability=0.5, **data)
         assert again.config.vocab_size == model.config.vocab_size and arguments["masked_probability"] == 0.5
         with pytest.raises(SystemExit, match="--masked_probability needs a --masked_model"):
             del data["masked_model"]
-            self.train("train_fmlm", tmp_path / "no", **data, masked_probability=0.5)
+            self.train("flm-train-fmlm", tmp_path / "no", **data, masked_probability=0.5)
 
     def test_from_a_teacher(self, teacher, tmp_path):
-        model, arguments = self.train("distill_fmlm", tmp_path, teacher=teacher, preset="any_order")
+        model, arguments = self.train("flm-distill", tmp_path, teacher=teacher, preset="any_order")
         assert model.config.per_token_timesteps and model.config.time_reparameterization is None
         assert arguments["prompt_kinds"] == ["independent"]
         # It goes on in this preset, and a student that counts time differently does not.
         options = {"teacher": teacher, "preset": "any_order", "student": tmp_path}
-        self.train("distill_fmlm", tmp_path / "again", **options)
-        self.train("distill_fmlm", tmp_path / "other", teacher=teacher)
+        self.train("flm-distill", tmp_path / "again", **options)
+        self.train("flm-distill", tmp_path / "other", teacher=teacher)
         with pytest.raises(SystemExit, match="--student: its time_reparameterization is another than the preset's"):
-            self.train("distill_fmlm", tmp_path / "no", **{**options, "student": tmp_path / "other"})
+            self.train("flm-distill", tmp_path / "no", **{**options, "student": tmp_path / "other"})
 
 
 class TestGenerate:
@@ -331,7 +331,7 @@ class TestGenerate:
         return tmp_path / "m"
 
     def generate(self, *arguments):
-        run_here("generate", *arguments)
+        run_here("flm-generate", *arguments)
 
     def expected(self, folder, **options):
         model = AutoModel.from_pretrained(folder)
@@ -369,7 +369,7 @@ class TestGenerate:
     def test_gamma_and_guidance_scale(self, folder, capsys):
         options = ("--num_samples", 3, "--num_steps", 2, "--prompt", "w5 w6", "--gamma", 0.5)
         guidance = ("--guidance_model", folder, "--guidance_scale", 2.0)
-        guided = run_elsewhere("generate", folder, *options, *guidance).splitlines()
+        guided = run_elsewhere("flm-generate", folder, *options, *guidance).splitlines()
         assert len(guided) == 3 and all(text.startswith("w5 w6 ") for text in guided)
         self.generate(folder, *options)  # equal models change nothing
         assert capsys.readouterr().out.splitlines() == guided
@@ -408,7 +408,7 @@ class TestGenerate:
         assert message in capsys.readouterr().err
 
     def test_wrong_parameters_leave_no_file(self, folder, tmp_path):
-        with pytest.raises(ValueError, match="`num_steps` must be an integer of at least 1"):
+        with pytest.raises(SystemExit, match="error: `num_steps` must be an integer of at least 1"):
             self.generate(folder, "--num_steps", 0, "--output", tmp_path / "x.jsonl")
         assert not (tmp_path / "x.jsonl").exists()
 

@@ -6,13 +6,9 @@ import sys
 from pathlib import Path
 
 import datasets
-import distill_fmlm
-import evaluate_gen_ppl
 import grammar
 import oracle
 import pytest
-import train_flm
-import train_fmlm
 import yaml
 from datasets import Dataset
 from example_scripts import EXAMPLES, run_here
@@ -20,6 +16,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModel, AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
 from modeling_flm.trainers import FMLMTrainingArguments
+from modeling_flm.trainers.commands import distill, evaluate, train, train_fmlm
 from modeling_flm.trainers.evaluation import check_arguments
 
 
@@ -91,10 +88,10 @@ def test_lm1b(run, tmp_path):
 
     data = {"dataset_name": "lm1b", "tokenizer_name": "bert", "block_size": 16, "preprocessing_num_workers": 2}
     flags = {**data, **QUICK, **SCORED, "config_overrides": TINY}
-    run(train_flm, "lm1b_flm", **flags)
+    run("flm-train", "lm1b_flm", **flags)
     prepared = arrow_files(tmp_path / "cache")
     assert prepared
-    run(train_flm, "lm1b_flm", **{**flags, "output_dir": "outputs/again"})
+    run("flm-train", "lm1b_flm", **{**flags, "output_dir": "outputs/again"})
     assert arrow_files(tmp_path / "cache") == prepared
     flm = AutoModel.from_pretrained("outputs/lm1b_flm")
     assert flm.config.vocab_size == len(words)
@@ -106,12 +103,12 @@ def test_lm1b(run, tmp_path):
     } <= logs.keys()
     assert all(torch_equal(flm, AutoModel.from_pretrained("outputs/again")))
 
-    run(distill_fmlm, "lm1b_two_network", **QUICK, eval_gen_ppl_steps=0)
-    run(distill_fmlm, "lm1b_second_stage", **QUICK, **SCORED)
+    run("flm-distill", "lm1b_two_network", **QUICK, eval_gen_ppl_steps=0)
+    run("flm-distill", "lm1b_second_stage", **QUICK, **SCORED)
     assert "eval_gen_ppl_1" in logged("outputs/lm1b_second_stage")
     assert AutoModel.from_pretrained("outputs/lm1b_two_network").config.model_type == "fmlm_two_network"
     run(
-        evaluate_gen_ppl,
+        "flm-evaluate",
         "evaluation_fmlm_lm1b",
         model="outputs/lm1b_second_stage",
         num_steps=[1, 2],
@@ -145,7 +142,7 @@ def test_owt(streaming, run, tmp_path):
     held_out = held_out or {"train_split": "train[:-10]", "validation_split": "train[-10:]"}
     data = {"dataset_name": "owt", "tokenizer_name": "gpt2", "block_size": 32, "streaming": streaming, **held_out}
     flags = {**data, **QUICK, "eval_gen_ppl_steps": 0, "config_overrides": TINY, "preprocessing_num_workers": 2}
-    run(train_flm, "owt_flm", **flags)
+    run("flm-train", "owt_flm", **flags)
     tokenizer = AutoTokenizer.from_pretrained("outputs/owt_flm")
     size = len(AutoTokenizer.from_pretrained("gpt2")) + 1
     assert len(tokenizer) == AutoModel.from_pretrained("outputs/owt_flm").config.vocab_size == size
@@ -156,7 +153,7 @@ def test_owt(streaming, run, tmp_path):
     )
     assert "eval_loss" in logged("outputs/owt_flm")
     if not streaming:
-        run(distill_fmlm, "owt_single_stage", **QUICK, **SCORED)
+        run("flm-distill", "owt_single_stage", **QUICK, **SCORED)
         logs = logged("outputs/owt_single_stage")
         assert {"loss_diagonal", "loss_off_diagonal", "eval_loss"} <= logs.keys()
         (state,) = Path("outputs/owt_single_stage").glob("checkpoint-*/trainer_state.json")
@@ -167,12 +164,12 @@ def test_text8(run, tmp_path):
     text = " ".join("".join(c for c in story if c.isalpha() or c == " ") for story in texts(300))
     for split, part in (("train", text[:30_000]), ("validation", text[30_000:])):
         Dataset.from_dict({"text": [part]}).to_parquet(tmp_path / "text8" / f"{split}.parquet")
-    run(train_flm, "text8_flm", dataset_name="text8", config_overrides=TINY, **QUICK)
+    run("flm-train", "text8_flm", dataset_name="text8", config_overrides=TINY, **QUICK)
     model = AutoModel.from_pretrained("outputs/text8_flm")
     assert (model.config.vocab_size, model.config.max_position_embeddings) == (27, 256)
     sample = AutoTokenizer.from_pretrained("outputs/text8_flm").decode(model.generate(num_steps=1)[0])
     assert len(sample) == 256
-    run(distill_fmlm, "text8_single_stage", **QUICK)
+    run("flm-distill", "text8_single_stage", **QUICK)
     assert "eval_loss" in logged("outputs/text8_single_stage")
     assert AutoModel.from_pretrained("outputs/text8_single_stage").config.model_type == "fmlm"
 
@@ -180,7 +177,7 @@ def test_text8(run, tmp_path):
 def test_a_recipe_on_own_texts(run, tmp_path, capsys):
     (tmp_path / "own.txt").write_text("\n".join(texts(200)))
     flags = {"train_tokenizer": "word", "train_file": "own.txt", "block_size": 16, "config_overrides": TINY}
-    run(train_flm, "text8_flm", **{**flags, **QUICK}, preprocessing="lm1b")
+    run("flm-train", "text8_flm", **{**flags, **QUICK}, preprocessing="lm1b")
     settings = json.loads(Path("outputs/text8_flm/data_settings.json").read_text())
     assert "dataset_name" not in settings and settings["train_file"] == str(tmp_path / "own.txt")
 
@@ -189,10 +186,10 @@ def test_values_of_a_file_are_checked_as_those_of_flags(run, tmp_path, monkeypat
     monkeypatch.setattr(sys.modules[__name__], "RECIPES", tmp_path)
     (tmp_path / "bad.yaml").write_text("teacher: x\npreset: two_networks\noutput_dir: y\n")
     with pytest.raises(SystemExit, match="preset must be one of two_network"):
-        run(distill_fmlm, "bad")
+        run("flm-distill", "bad")
     (tmp_path / "scalar.yaml").write_text("num_steps: 0\n")  # one number, where several are possible
     with pytest.raises(SystemExit, match="must be at least 1"):
-        run(evaluate_gen_ppl, "scalar", model="x", output_dir="y")
+        run("flm-evaluate", "scalar", model="x", output_dir="y")
 
 
 EVALUATIONS = sorted(RECIPES.glob("evaluation_*.yaml"))
@@ -234,7 +231,7 @@ def test_evaluations_of_the_released_models_are_as_published():
     assert [path.stem for path in EVALUATIONS] == sorted(PUBLISHED_EVALUATIONS)
     for path in EVALUATIONS:
         num_steps, gamma, repository = PUBLISHED_EVALUATIONS[path.stem]
-        (args,) = parse(evaluate_gen_ppl, path)
+        (args,) = parse(evaluate, path)
         check_arguments(args)
         assert (args.num_steps, args.gamma, args.protocol) == (num_steps, gamma, "published")
         assert (args.scorer, args.scorer_dtype, args.num_samples) == ("gpt2-large", "float32", 1024)
@@ -248,8 +245,8 @@ def test_evaluations_of_the_released_models_are_as_published():
 
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.stem)
 def test_training_recipes_are_arguments_of_their_scripts(path):
-    scripts = {"flm": train_flm, "any_order": train_fmlm}
-    script = next((script for end, script in scripts.items() if path.stem.endswith(end)), distill_fmlm)
+    scripts = {"flm": train, "any_order": train_fmlm}
+    script = next((script for end, script in scripts.items() if path.stem.endswith(end)), distill)
     *_, args = parse(script, path, use_cpu=True)
     recipe = yaml.safe_load(path.read_text())
     assert args.max_steps == recipe["max_steps"] and args.adam_beta2 == recipe["adam_beta2"]
@@ -259,7 +256,7 @@ def test_training_recipes_are_arguments_of_their_scripts(path):
 @pytest.mark.parametrize("data", ["lm1b", "owt"])
 def test_single_stage_is_as_the_authors_now_train(data):
     path = RECIPES / f"{data}_single_stage.yaml"
-    arguments, _, args = parse(distill_fmlm, path, use_cpu=True)
+    arguments, _, args = parse(distill, path, use_cpu=True)
     assert (args.max_steps, args.adam_beta1, args.adam_beta2, args.learning_rate) == (1_000_000, 0.9, 0.95, 3e-4)
     assert arguments.student is None and arguments.teacher == f"outputs/{data}_flm"  # starts from the teacher
     preset = FMLMTrainingArguments.from_preset(arguments.preset, output_dir="x", use_cpu=True)

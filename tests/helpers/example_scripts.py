@@ -1,9 +1,13 @@
-"""Runs the scripts of `examples/`: in this process, where importing torch and transformers again would take ten seconds."""
+"""
+Runs the commands of the package and the scripts of `examples/`: in this process, where importing torch and transformers again
+would take ten seconds, or as a user does.
+"""
 
 import os
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -14,9 +18,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run_here(script: str | ModuleType, *arguments):
-    """Runs the script with this name in this process, with arguments as on its command line."""
+    """Runs the command or the script with this name in this process, with arguments as on its command line."""
+    arguments = list(map(str, arguments))
+    if isinstance(script, str) and script.startswith("flm-"):
+        (command,) = entry_points(group="console_scripts", name=script)
+        return command.load()(arguments)
     module = import_module(script) if isinstance(script, str) else script
-    parser, arguments = module.make_parser(), list(map(str, arguments))
+    parser = module.make_parser()
     if isinstance(parser, ScriptParser):
         module.main(*parser.parse_args_and_config(arguments))
     else:
@@ -26,7 +34,15 @@ def run_here(script: str | ModuleType, *arguments):
 def run_elsewhere(script: str, *arguments, launcher=(), **options) -> str:
     """Runs it in a process of its own, as a user does; returns what it prints."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, *launcher, str(EXAMPLES / f"{script}.py"), *map(str, arguments)]
-    process = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=280, **options)
+    if not script.startswith("flm-"):
+        command = [sys.executable, *launcher, str(EXAMPLES / f"{script}.py")]
+    elif launcher:
+        (command,) = entry_points(group="console_scripts", name=script)
+        command = [sys.executable, *launcher, "-m", command.module]
+    else:
+        command = [str(Path(sys.executable).with_name(script))]
+    process = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, text=True, capture_output=True, timeout=280, **options
+    )
     assert process.returncode == 0, process.stderr
     return process.stdout

@@ -23,12 +23,13 @@ map starts from the weights of a masked diffusion model on the same network, who
 
 from dataclasses import dataclass, field
 
-from train_flm import ModelArguments, get_model, load_data
 from transformers import AutoModel, set_seed
 
 from modeling_flm import FMLMModel
-from modeling_flm.trainers import PRESETS, FMLMTrainer, FMLMTrainingArguments
-from modeling_flm.trainers.scripts import DataArguments, ScriptParser, pack_datasets, run
+
+from .. import PRESETS, FMLMTrainer, FMLMTrainingArguments
+from ..scripts import DataArguments, ScriptParser, pack_datasets, run
+from .train import ModelArguments, get_model, load_data
 
 
 @dataclass
@@ -50,7 +51,7 @@ def make_parser() -> ScriptParser:
     )
 
 
-def main(model_args: FlowMapArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):
+def train_fmlm(model_args: FlowMapArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):
     set_seed(training_args.seed)
     if training_args.masked_probability > 0 and model_args.masked_model is None:
         raise SystemExit("--masked_probability needs a --masked_model.")
@@ -90,5 +91,9 @@ def main(model_args: FlowMapArguments, data_args: DataArguments, training_args: 
     run(trainer, data_args)
 
 
+def main(arguments: list[str] | None = None):
+    train_fmlm(*make_parser().parse_args_and_config(arguments))
+
+
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    main()

@@ -28,8 +28,9 @@ from dataclasses import dataclass, field
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, set_seed
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
-from modeling_flm.trainers import PRESETS, FMLMTrainer, FMLMTrainingArguments, add_special_tokens
-from modeling_flm.trainers.scripts import (
+
+from .. import PRESETS, FMLMTrainer, FMLMTrainingArguments, add_special_tokens
+from ..scripts import (
     DataArguments,
     ScriptParser,
     load_datasets,
@@ -86,7 +87,7 @@ def make_parser() -> ScriptParser:
     )
 
 
-def main(arguments: DistillationArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):
+def distill(arguments: DistillationArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):
     set_seed(training_args.seed)
     options = {"trust_remote_code": arguments.trust_remote_code}
     if arguments.attn_implementation is not None:
@@ -109,5 +110,9 @@ def main(arguments: DistillationArguments, data_args: DataArguments, training_ar
     run(trainer, data_args)
 
 
+def main(arguments: list[str] | None = None):
+    distill(*make_parser().parse_args_and_config(arguments))
+
+
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    main()

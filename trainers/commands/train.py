@@ -27,14 +27,15 @@ import yaml
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from modeling_flm import FLMConfig, FLMModel
-from modeling_flm.trainers import (
+
+from .. import (
     FLMTrainer,
     FLMTrainingArguments,
     add_special_tokens,
     find_text_column,
     train_tokenizer,
 )
-from modeling_flm.trainers.scripts import DataArguments, ScriptParser, load_datasets, load_model, pack_datasets, run
+from ..scripts import DataArguments, ScriptParser, load_datasets, load_model, pack_datasets, run
 
 
 @dataclass
@@ -122,7 +123,7 @@ def make_parser() -> ScriptParser:
     return ScriptParser([ModelArguments, DataArguments, FLMTrainingArguments])
 
 
-def main(model_args: ModelArguments, data_args: DataArguments, training_args: FLMTrainingArguments):
+def train(model_args: ModelArguments, data_args: DataArguments, training_args: FLMTrainingArguments):
     set_seed(training_args.seed)
     dataset, tokenizer = load_data(model_args, data_args, training_args)
     told = {"per_token_timesteps": True} if training_args.prompt_fraction > 0 else {}
@@ -138,5 +139,9 @@ def main(model_args: ModelArguments, data_args: DataArguments, training_args: FL
     run(trainer, data_args)
 
 
+def main(arguments: list[str] | None = None):
+    train(*make_parser().parse_args_and_config(arguments))
+
+
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    main()

@@ -28,22 +28,26 @@ become part of the model: of its folder, from where `modeling_flm.hub.publish` t
 flag can also stand in a YAML file, given as the first argument. Needs `pip install modeling-flm[evaluate]`.
 """
 
-from modeling_flm.trainers.evaluation import EvaluationArguments, GenPPLEvaluation
-from modeling_flm.trainers.scripts import ScriptParser, explained
+from ..evaluation import EvaluationArguments, GenPPLEvaluation
+from ..scripts import ScriptParser, explained
 
 
 def make_parser() -> ScriptParser:
     return ScriptParser([EvaluationArguments])
 
 
-def main(args: EvaluationArguments):
+def evaluate(args: EvaluationArguments):
     with explained(EvaluationArguments):
         evaluation = GenPPLEvaluation(args)
     evaluation.run()
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None):
     try:
-        main(*make_parser().parse_args_and_config())
+        evaluate(*make_parser().parse_args_and_config(arguments))
     except OSError as error:  # of names that do not exist
         raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

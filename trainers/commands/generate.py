@@ -131,7 +131,7 @@ def generate(
             yield {"text": text, "tokens": tokens, "num_steps": num_passes, "seed": args.seed}
 
 
-def main(args: argparse.Namespace):
+def write_texts(args: argparse.Namespace):
     check_arguments(args)
     options = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
     model = AutoModel.from_pretrained(args.model, dtype=args.dtype, revision=args.revision, **options)
@@ -164,8 +164,12 @@ def main(args: argparse.Namespace):
     print(f"{args.num_samples} texts: {args.output}")
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None):
     try:
-        main(make_parser().parse_args())
+        write_texts(make_parser().parse_args(arguments))
     except (OSError, ValueError) as error:  # of names that do not exist, and parameters that cannot be used
         raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
