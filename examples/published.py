@@ -97,7 +97,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         convert(["--checkpoint", repository(name, args.owner), "--output", str(folder)])
     if not (folder / "tokenizer_config.json").is_file():
         raise SystemExit(
-            f"error: {folder} has no tokenizer. Delete it, and run `python -m modeling_flm.hub.convert --checkpoint "
+            f"error: {folder} has no tokenizer. Delete it, and run `flm-convert --checkpoint "
             f"{repository(name, args.owner)} --tokenizer NAME --output {folder}` with its name."
         )
     if not (results / "results.json").is_file():

@@ -14,9 +14,9 @@
 """
 Turns a model of the paper's published code into a model folder, from a checkpoint file, a folder or the Hub.
 
-    python -m modeling_flm.hub.convert --checkpoint david3684/FMLM-B-LM1B --output fmlm_lm1b
-    python -m modeling_flm.hub.convert --checkpoint lm1b_flm.ckpt --tokenizer bert-base-uncased --output flm_lm1b
-    python -m modeling_flm.hub.convert --checkpoint flm.ckpt --correction stage1.ckpt --output fmlm_two_network
+    flm-convert --checkpoint david3684/FMLM-B-LM1B --output fmlm_lm1b
+    flm-convert --checkpoint lm1b_flm.ckpt --tokenizer bert-base-uncased --output flm_lm1b
+    flm-convert --checkpoint flm.ckpt --correction stage1.ckpt --output fmlm_two_network
 
 What a checkpoint is follows from its tensors, and where they do not tell, from the algorithm that it names. Nothing that is in
 it runs: see `hub/checkpoints.py`.

@@ -14,8 +14,8 @@
 """
 Publishes a model folder as a repository of the Hugging Face Hub, which others load with torch and transformers alone.
 
-    python -m modeling_flm.hub.publish --model outputs/fmlm --repo-id me/fmlm
-    python -m modeling_flm.hub.publish --model outputs/fmlm --repo-id me/fmlm --dry-run assembled
+    flm-publish --model outputs/fmlm --repo-id me/fmlm
+    flm-publish --model outputs/fmlm --repo-id me/fmlm --dry-run assembled
 
 The repository is put together in a temporary folder, where a process that has nothing of this package loads it and
 generates; then it is uploaded in one commit. Publishing again updates it.

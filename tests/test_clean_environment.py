@@ -49,15 +49,8 @@ def test_published_models_load_with_torch_and_transformers_alone(server, tmp_pat
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         if model is flm:  # as a user does
-            publish = [
-                sys.executable,
-                "-m",
-                "modeling_flm.hub.publish",
-                "--model",
-                tmp_path / name,
-                "--repo-id",
-                f"tester/{name}",
-            ]
+            command = Path(sys.executable).with_name("flm-publish")
+            publish = [command, "--model", tmp_path / name, "--repo-id", f"tester/{name}"]
             subprocess.run(publish, check=True, cwd=tmp_path, env={**os.environ, **connection})
         else:
             hub.publish.publish(tmp_path / name, f"tester/{name}", token=TOKEN)

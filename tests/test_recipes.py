@@ -239,7 +239,7 @@ def test_evaluations_of_the_released_models_are_as_published():
         assert (args.temperature, args.top_k, args.top_p, args.guidance_model) == (None, None, None, None)
         assert args.output_dir == f"outputs/{path.stem}"
         text = path.read_text()
-        assert f"modeling_flm.hub.convert --checkpoint {repository} --output {args.model}\n" in text
+        assert f"flm-convert --checkpoint {repository} --output {args.model}\n" in text
         assert f"examples/recipes/{path.name}\n" in text
 
 

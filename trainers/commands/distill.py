@@ -14,12 +14,12 @@
 """
 Distil a trained flow-based language model into a flow map, which writes a whole text in one forward pass.
 
-    python examples/distill_fmlm.py --teacher outputs/flm --preset single_stage --output_dir outputs/fmlm
+    flm-distill --teacher outputs/flm --preset single_stage --output_dir outputs/fmlm
 
 The data are those that the teacher was trained with, where its folder says which, unless flags name others.
 The presets are the paper's recipes: single_stage; two_network and then, with its result as the teacher, second_stage; and
 self_distillation, which needs no trained teacher (here --teacher gives only the architecture and the tokenizer); and any_order,
-FMLM+ with the teacher as its denoiser (examples/train_fmlm.py needs none). Every flag
+FMLM+ with the teacher as its denoiser (`flm-train-fmlm` needs none). Every flag
 can also stand in a YAML file, given as the first argument; flags after it take precedence, and both over the preset.
 """
 

@@ -14,9 +14,9 @@
 """
 Measure the texts of a model at several numbers of steps: generative perplexity, entropy, diversity and time.
 
-    python examples/evaluate_gen_ppl.py --model outputs/fmlm --num_steps 1 2 4 8 --output_dir outputs/fmlm_evaluation
-    accelerate launch examples/evaluate_gen_ppl.py --model me/flm --num_steps 32 128 1024 --output_dir outputs/flm_evaluation
-    python examples/evaluate_gen_ppl.py --model me/fmlm --gamma 0.8 --protocol published --output_dir outputs/as_published
+    flm-evaluate --model outputs/fmlm --num_steps 1 2 4 8 --output_dir outputs/fmlm_evaluation
+    accelerate launch -m modeling_flm.trainers.commands.evaluate --model me/flm --num_steps 32 128 1024 --output_dir outputs/flm_evaluation
+    flm-evaluate --model me/fmlm --gamma 0.8 --protocol published --output_dir outputs/as_published
 
 Parameters of sampling that are not passed are those of the model's `generation_config.json`. --protocol published measures
 as the paper does, for figures that stand beside the paper's: special tokens stay in the texts, these are cut at the model's
@@ -24,7 +24,7 @@ length in tokens of the scorer, and GPT-2 large scores 1024 of them in float32.
 
 The output directory gets the texts (`samples_N.jsonl` for N steps), the table as `results.md` and `results.json`, and a plot
 of quality against time. --reference_file adds a row for texts of people, to compare with. With --update_card the results
-become part of the model: of its folder, from where `modeling_flm.hub.publish` takes them into the card, or of its card on the Hub. Every
+become part of the model: of its folder, from where `flm-publish` takes them into the card, or of its card on the Hub. Every
 flag can also stand in a YAML file, given as the first argument. Needs `pip install modeling-flm[evaluate]`.
 """
 

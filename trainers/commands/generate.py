@@ -14,11 +14,11 @@
 """
 Texts of a model, from its name on the Hub or its folder.
 
-    python examples/generate.py outputs/quickstart/fmlm --num_samples 8
-    python examples/generate.py me/fmlm --num_samples 10000 --num_steps 4 --output samples.jsonl
-    python examples/generate.py me/flm --num_steps 32 --live
-    python examples/generate.py me/fmlm_plus --num_rounds 4 --commit_threshold 0.9 --live
-    python examples/generate.py me/flm --prompt "The cat" --guidance_model me/flm --guidance_revision step-1000 --guidance_scale 2
+    flm-generate outputs/quickstart/fmlm --num_samples 8
+    flm-generate me/fmlm --num_samples 10000 --num_steps 4 --output samples.jsonl
+    flm-generate me/flm --num_steps 32 --live
+    flm-generate me/fmlm_plus --num_rounds 4 --commit_threshold 0.9 --live
+    flm-generate me/flm --prompt "The cat" --guidance_model me/flm --guidance_revision step-1000 --guidance_scale 2
 
 Without --output the texts go to stdout, one after the other. A .jsonl or .parquet file gets a row for each text, with
 `text`, `tokens`, `num_steps` (its forward passes) and `seed`; a .jsonl file has all that was generated so far if the script is interrupted.

@@ -14,11 +14,11 @@
 """
 Train a flow-based language model on a dataset of the Hub or on text files.
 
-    python examples/train_flm.py --train_file corpus.txt --train_tokenizer bpe --vocab_size 2048 --output_dir outputs/flm
+    flm-train --train_file corpus.txt --train_tokenizer bpe --vocab_size 2048 --output_dir outputs/flm
 
 Every flag can also stand in a YAML file, given as the first argument; flags after it take precedence:
 
-    accelerate launch examples/train_flm.py config.yaml --learning_rate 1e-3
+    accelerate launch -m modeling_flm.trainers.commands.train config.yaml --learning_rate 1e-3
 """
 
 from dataclasses import dataclass, field

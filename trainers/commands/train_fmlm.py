@@ -14,9 +14,9 @@
 """
 Train a flow map without a trained FLM: FMLM+, which writes in any order, or one by self-distillation.
 
-    python examples/train_fmlm.py --train_file corpus.txt --train_tokenizer bpe --vocab_size 2048 --output_dir outputs/fmlm_plus
+    flm-train-fmlm --train_file corpus.txt --train_tokenizer bpe --vocab_size 2048 --output_dir outputs/fmlm_plus
 
-Texts and flags are as for examples/train_flm.py, and the presets as for examples/distill_fmlm.py. With --masked_model the flow
+Texts and flags are as for `flm-train`, and the presets as for `flm-distill`. With --masked_model the flow
 map starts from the weights of a masked diffusion model on the same network, whose last token is the mask, and with
 --masked_probability it learns from it as well.
 """
