@@ -214,13 +214,51 @@ class TestTrainingScripts:
         [
             ({"train_tokenizer": None}, "Pass --tokenizer_name, --train_tokenizer or --model_name_or_path"),
             ({"config_overrides": "hiden_size=3"}, "FLMConfig has no hiden_size"),
-            ({"train_file": None}, "either `dataset_name` or `train_file`"),
+            ({"train_file": None}, "either --dataset_name or --train_file"),
             ({"block_size": 5000}, "too few tokens for a single block"),
         ],
     )
     def test_mistakes_are_explained(self, corpus, tmp_path, overrides, message):
-        with pytest.raises((SystemExit, ValueError), match=message):
+        with pytest.raises(SystemExit, match=message):
             run_here("flm-train", *self.flags(self.arguments(corpus, tmp_path, **overrides)))
+
+
+class TestHelp:
+    COMMANDS = ["train", "train-fmlm", "distill", "generate", "evaluate", "publish", "convert"]
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_help_has_the_examples(self, command, capsys):
+        with pytest.raises(SystemExit) as end:
+            run_here(f"flm-{command}", "-h")
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert f"\n    flm-{command} " in text  # an example, of the docstring
+        assert len(text.splitlines()) < 150
+
+    def test_flags_of_the_trainer_are_in_help_all(self, capsys):
+        texts = {}
+        for flag in ("-h", "--help-all"):
+            with pytest.raises(SystemExit) as end:
+                run_here("flm-train", flag)
+            assert end.value.code == 0
+            texts[flag] = capsys.readouterr().out
+        for name in ("--train_tokenizer", "--ema_decay", "--output_dir", "--help-all"):
+            assert name in texts["-h"] and name in texts["--help-all"]
+        for name in ("--adam_beta1", "--torch_compile"):
+            assert name not in texts["-h"] and name in texts["--help-all"]
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (["nowhere.yaml"], "error: .*nowhere.yaml"),
+            (["--train_file", "nowhere.txt", "--train_tokenizer", "char"], "error: .*nowhere.txt"),
+            (["--ema_decay", 2, "--train_tokenizer", "char"], "error: .*--ema_decay"),
+        ],
+    )
+    def test_errors_are_a_line(self, arguments, message, tmp_path):
+        with pytest.raises(SystemExit, match=message) as error:
+            run_here("flm-train", *arguments, "--output_dir", tmp_path, "--use_cpu")
+        assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@
 # limitations under the License.
 """What scripts share: arguments from flags and YAML files, the texts that they name, and the run of a training."""
 
+import argparse
 import json
 import re
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModel, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import cached_file
 
 from modeling_flm.hub.records import DATA_SETTINGS_NAME
@@ -71,20 +72,57 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many validation texts."})
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a description as it is written, and the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class _HelpAll(argparse.Action):
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
+
+
 class ScriptParser(HfArgumentParser):
     """
     A parser of dataclasses, whose values come from flags, over a YAML file, over defaults that follow from both.
 
+    `--help` leaves out the flags of `TrainingArguments`, which `--help-all` shows as well.
+
     Args:
         dataclass_types (`list[type]`): The dataclasses.
         find_defaults (`Callable`, *optional*): Makes further defaults of the arguments that were chosen, as a namespace.
+        kwargs: Arguments of [`~transformers.HfArgumentParser`], such as a `description`.
     """
 
     def __init__(
         self, dataclass_types: list[type], find_defaults: Callable[[Namespace], dict] | None = None, **kwargs
     ):
+        kwargs = {"usage": "%(prog)s [CONFIG.yaml] [--flag VALUE ...]", "formatter_class": _HelpFormatter, **kwargs}
         super().__init__(dataclass_types, **kwargs)
         self.find_defaults = find_defaults
+        if any(issubclass(dataclass_type, TrainingArguments) for dataclass_type in dataclass_types):
+            self.add_argument(
+                "--help-all", action=_HelpAll, help="show the flags of TrainingArguments as well, and exit"
+            )
+
+    def format_help(self, everything: bool = False) -> str:
+        inherited = set() if everything else {definition.name for definition in fields(TrainingArguments)}
+        inherited -= {"output_dir", "help"}
+        hidden = [action for action in self._actions if action.dest in inherited]
+        texts = [action.help for action in hidden]
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in zip(hidden, texts):
+                action.help = text
 
     def parse_args_and_config(self, arguments: list[str] | None = None) -> tuple:
         """
@@ -96,7 +134,10 @@ class ScriptParser(HfArgumentParser):
         Returns:
             `tuple`: an object of each dataclass.
         """
-        arguments = list(sys.argv[1:] if arguments is None else arguments)
+        with explained(*self.dataclass_types):
+            return self._parse_args_and_config(list(sys.argv[1:] if arguments is None else arguments))
+
+    def _parse_args_and_config(self, arguments: list[str]) -> tuple:
         settings = {}
         if arguments and arguments[0].endswith((".yaml", ".yml")):
             source = arguments.pop(0)
@@ -136,12 +177,12 @@ class ScriptParser(HfArgumentParser):
 
 
 @contextmanager
-def explained(arguments_class: type) -> Iterator[None]:
-    """Turns errors about arguments of this dataclass into a line about flags."""
-    flags = "|".join(definition.name for definition in fields(arguments_class))
+def explained(*dataclass_types: type) -> Iterator[None]:
+    """Turns errors about arguments of these dataclasses, and of names that do not exist, into a line about flags."""
+    flags = "|".join(definition.name for each in dataclass_types for definition in fields(each))
     try:
         yield
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit("error: " + re.sub(rf"`({flags})(=[^`]*)?`", r"--\1\2", str(error))) from error
 
 

@@ -33,6 +33,7 @@ from .. import PRESETS, FMLMTrainer, FMLMTrainingArguments, add_special_tokens
 from ..scripts import (
     DataArguments,
     ScriptParser,
+    explained,
     load_datasets,
     load_model,
     pack_datasets,
@@ -83,30 +84,32 @@ def get_student(
 def make_parser() -> ScriptParser:
     return ScriptParser(
         [DistillationArguments, DataArguments, FMLMTrainingArguments],
+        description=__doc__,
         find_defaults=lambda chosen: {**read_data_settings(chosen.teacher, chosen), **PRESETS[chosen.preset]},
     )
 
 
 def distill(arguments: DistillationArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):
-    set_seed(training_args.seed)
-    options = {"trust_remote_code": arguments.trust_remote_code}
-    if arguments.attn_implementation is not None:
-        options["attn_implementation"] = arguments.attn_implementation
-    teacher = AutoModel.from_pretrained(arguments.teacher, **options)
-    tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(arguments.teacher))
-    student = get_student(arguments, teacher, options, training_args.prompt_fraction)
-    packed = pack_datasets(
-        load_datasets(data_args), data_args, tokenizer, teacher.config.max_position_embeddings, training_args
-    )
-    needs_teacher = arguments.preset not in ("two_network", "self_distillation")
-    trainer = FMLMTrainer(
-        model=student,
-        args=training_args,
-        teacher=teacher if needs_teacher else None,
-        train_dataset=packed["train"],
-        eval_dataset=packed.get("validation"),
-        processing_class=tokenizer,
-    )
+    with explained(DistillationArguments, DataArguments, FMLMTrainingArguments):
+        set_seed(training_args.seed)
+        options = {"trust_remote_code": arguments.trust_remote_code}
+        if arguments.attn_implementation is not None:
+            options["attn_implementation"] = arguments.attn_implementation
+        teacher = AutoModel.from_pretrained(arguments.teacher, **options)
+        tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(arguments.teacher))
+        student = get_student(arguments, teacher, options, training_args.prompt_fraction)
+        packed = pack_datasets(
+            load_datasets(data_args), data_args, tokenizer, teacher.config.max_position_embeddings, training_args
+        )
+        needs_teacher = arguments.preset not in ("two_network", "self_distillation")
+        trainer = FMLMTrainer(
+            model=student,
+            args=training_args,
+            teacher=teacher if needs_teacher else None,
+            train_dataset=packed["train"],
+            eval_dataset=packed.get("validation"),
+            processing_class=tokenizer,
+        )
     run(trainer, data_args)
 
 

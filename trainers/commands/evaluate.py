@@ -33,7 +33,7 @@ from ..scripts import ScriptParser, explained
 
 
 def make_parser() -> ScriptParser:
-    return ScriptParser([EvaluationArguments])
+    return ScriptParser([EvaluationArguments], description=__doc__)
 
 
 def evaluate(args: EvaluationArguments):

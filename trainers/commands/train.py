@@ -35,7 +35,7 @@ from .. import (
     find_text_column,
     train_tokenizer,
 )
-from ..scripts import DataArguments, ScriptParser, load_datasets, load_model, pack_datasets, run
+from ..scripts import DataArguments, ScriptParser, explained, load_datasets, load_model, pack_datasets, run
 
 
 @dataclass
@@ -120,22 +120,23 @@ def get_model(
 
 
 def make_parser() -> ScriptParser:
-    return ScriptParser([ModelArguments, DataArguments, FLMTrainingArguments])
+    return ScriptParser([ModelArguments, DataArguments, FLMTrainingArguments], description=__doc__)
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: FLMTrainingArguments):
-    set_seed(training_args.seed)
-    dataset, tokenizer = load_data(model_args, data_args, training_args)
-    told = {"per_token_timesteps": True} if training_args.prompt_fraction > 0 else {}
-    model = get_model(model_args, tokenizer, data_args.block_size, **told)
-    packed = pack_datasets(dataset, data_args, tokenizer, model.config.max_position_embeddings, training_args)
-    trainer = FLMTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=packed["train"],
-        eval_dataset=packed.get("validation"),
-        processing_class=tokenizer,
-    )
+    with explained(ModelArguments, DataArguments, FLMTrainingArguments):
+        set_seed(training_args.seed)
+        dataset, tokenizer = load_data(model_args, data_args, training_args)
+        told = {"per_token_timesteps": True} if training_args.prompt_fraction > 0 else {}
+        model = get_model(model_args, tokenizer, data_args.block_size, **told)
+        packed = pack_datasets(dataset, data_args, tokenizer, model.config.max_position_embeddings, training_args)
+        trainer = FLMTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=packed["train"],
+            eval_dataset=packed.get("validation"),
+            processing_class=tokenizer,
+        )
     run(trainer, data_args)
 
 

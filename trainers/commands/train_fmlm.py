@@ -28,7 +28,7 @@ from transformers import AutoModel, set_seed
 from modeling_flm import FMLMModel
 
 from .. import PRESETS, FMLMTrainer, FMLMTrainingArguments
-from ..scripts import DataArguments, ScriptParser, pack_datasets, run
+from ..scripts import DataArguments, ScriptParser, explained, pack_datasets, run
 from .train import ModelArguments, get_model, load_data
 
 
@@ -47,47 +47,49 @@ class FlowMapArguments(ModelArguments):
 def make_parser() -> ScriptParser:
     return ScriptParser(
         [FlowMapArguments, DataArguments, FMLMTrainingArguments],
+        description=__doc__,
         find_defaults=lambda chosen: PRESETS[chosen.preset],
     )
 
 
 def train_fmlm(model_args: FlowMapArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):
-    set_seed(training_args.seed)
-    if training_args.masked_probability > 0 and model_args.masked_model is None:
-        raise SystemExit("--masked_probability needs a --masked_model.")
-    if model_args.masked_model is not None:
-        if model_args.preset != "any_order":
-            raise SystemExit("--masked_model is for --preset any_order.")
-        for name in ("model_name_or_path", "config_overrides"):
-            if getattr(model_args, name) is not None:
-                raise SystemExit(f"--{name} does not go with --masked_model, which gives weights and sizes.")
-    dataset, tokenizer = load_data(model_args, data_args, training_args)
-    not_reparameterized = {"time_reparameterization": None, "time_reparameterization_end": None}
-    any_order = {"per_token_timesteps": True, **not_reparameterized}
-    told = any_order if model_args.preset == "any_order" else {}
-    masked_model = None
-    if model_args.masked_model is None:
-        model = get_model(model_args, tokenizer, data_args.block_size, "fmlm", **told)
-    else:
-        options = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
-        masked_model = AutoModel.from_pretrained(
-            model_args.masked_model, trust_remote_code=model_args.trust_remote_code, **options
-        )
-        model = FMLMModel.from_masked(masked_model)
-        if len(tokenizer) > model.config.vocab_size:
-            raise SystemExit(
-                f"--tokenizer_name: it has {len(tokenizer)} tokens, but the flow map has {model.config.vocab_size}, those of "
-                "--masked_model without its last, the mask: name a tokenizer without the mask."
+    with explained(FlowMapArguments, DataArguments, FMLMTrainingArguments):
+        set_seed(training_args.seed)
+        if training_args.masked_probability > 0 and model_args.masked_model is None:
+            raise SystemExit("--masked_probability needs a --masked_model.")
+        if model_args.masked_model is not None:
+            if model_args.preset != "any_order":
+                raise SystemExit("--masked_model is for --preset any_order.")
+            for name in ("model_name_or_path", "config_overrides"):
+                if getattr(model_args, name) is not None:
+                    raise SystemExit(f"--{name} does not go with --masked_model, which gives weights and sizes.")
+        dataset, tokenizer = load_data(model_args, data_args, training_args)
+        not_reparameterized = {"time_reparameterization": None, "time_reparameterization_end": None}
+        any_order = {"per_token_timesteps": True, **not_reparameterized}
+        told = any_order if model_args.preset == "any_order" else {}
+        masked_model = None
+        if model_args.masked_model is None:
+            model = get_model(model_args, tokenizer, data_args.block_size, "fmlm", **told)
+        else:
+            options = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+            masked_model = AutoModel.from_pretrained(
+                model_args.masked_model, trust_remote_code=model_args.trust_remote_code, **options
             )
-    packed = pack_datasets(dataset, data_args, tokenizer, model.config.max_position_embeddings, training_args)
-    trainer = FMLMTrainer(
-        model=model,
-        args=training_args,
-        masked_teacher=masked_model if training_args.masked_probability > 0 else None,
-        train_dataset=packed["train"],
-        eval_dataset=packed.get("validation"),
-        processing_class=tokenizer,
-    )
+            model = FMLMModel.from_masked(masked_model)
+            if len(tokenizer) > model.config.vocab_size:
+                raise SystemExit(
+                    f"--tokenizer_name: it has {len(tokenizer)} tokens, but the flow map has {model.config.vocab_size}, those of "
+                    "--masked_model without its last, the mask: name a tokenizer without the mask."
+                )
+        packed = pack_datasets(dataset, data_args, tokenizer, model.config.max_position_embeddings, training_args)
+        trainer = FMLMTrainer(
+            model=model,
+            args=training_args,
+            masked_teacher=masked_model if training_args.masked_probability > 0 else None,
+            train_dataset=packed["train"],
+            eval_dataset=packed.get("validation"),
+            processing_class=tokenizer,
+        )
     run(trainer, data_args)
 
 
