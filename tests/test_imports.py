@@ -65,7 +65,7 @@ def test_every_folder_with_code_is_installed():
 
 @pytest.mark.parametrize("package", [modeling_flm, modeling_flm.hub, modeling_flm.trainers])
 def test_what_is_tested_is_this_checkout(package):
-    assert Path(package.__file__).parent == ROOT / package.__name__.rpartition(".")[2], "run `make install`"
+    assert Path(package.__file__).resolve().parent == ROOT / package.__name__.rpartition(".")[2], "run `make install`"
 
 
 def test_imports_of_remote_code_are_relative():
