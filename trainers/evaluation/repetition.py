@@ -1,0 +1,224 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What texts repeat: each other, and the texts that a model was trained on; and how many of their words are real."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+from tqdm.auto import tqdm
+
+
+_WORD = r"[^\W_]+(?:['’][^\W_]+)*"
+_WORDS = re.compile(_WORD)
+_WORDS_AND_MARKS = re.compile(rf"{_WORD}|\S")
+
+NGRAM_SIZES = (4, 8)
+
+
+def split_words(text: str, with_punctuation: bool = False) -> list[str]:
+    """
+    The words of a text in lower case.
+
+    Args:
+        text (`str`): The text.
+        with_punctuation (`bool`, *optional*, defaults to `False`): Whether every punctuation mark counts as a word.
+    """
+    return (_WORDS_AND_MARKS if with_punctuation else _WORDS).findall(text.lower())
+
+
+def _ngrams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+
+
+def ratio_with_interval(counts: np.ndarray, num_resamples: int = 1000) -> tuple[float, list[float]]:
+    """
+    A share or a mean over all texts, and its 95 % interval by resampling the texts.
+
+    Args:
+        counts (`np.ndarray` of shape `(num_texts, 2)`): A numerator and a denominator for each text.
+        num_resamples (`int`, *optional*, defaults to 1000): How often to resample.
+
+    Returns:
+        `tuple[float, list[float]]`: the sum of the numerators over that of the denominators, and both ends of the interval.
+        NaN where there is nothing to count.
+    """
+    rng = np.random.default_rng(0)
+    indices = rng.integers(len(counts), size=(num_resamples, len(counts)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        numerator, denominator = counts.sum(axis=0)
+        numerators, denominators = (counts[:, column][indices].sum(axis=1) for column in (0, 1))
+        ratios = numerators[denominators > 0] / denominators[denominators > 0]
+        ratio = float(numerator / denominator)
+    return ratio, np.quantile(ratios, [0.025, 0.975]).tolist() if len(ratios) > 0 else [math.nan, math.nan]
+
+
+def self_bleu(texts: Sequence[str], max_size: int = 4) -> np.ndarray:
+    r"""
+    The BLEU of each text with all others as its references: how much texts repeat each other. 1 if every text is there twice.
+
+    It grows with the number of texts: compare equally many. Words and punctuation marks count, n-grams of each size weigh
+    equally, and a size without any match counts as 0.1 matches (the first smoothing method of Chen and Cherry, 2014, which
+    is that of Texygen). For all texts together it takes about as long as reading them: an n-gram's largest count in the
+    *other* texts is the largest in all, or, for the text that has that, the second largest.
+
+    Args:
+        texts (`Sequence[str]`): The texts. Those without words are left out, and so is everything if fewer than two have any.
+        max_size (`int`, *optional*, defaults to 4): The longest n-grams.
+
+    Returns:
+        `np.ndarray` of shape `(num_texts, 2)`: for each text its BLEU, and 1; or 0 and 0 if it has none.
+    """
+    words = [split_words(text, with_punctuation=True) for text in texts]
+    lengths = np.array([len(row) for row in words])
+    filled = np.flatnonzero(lengths)
+    result = np.zeros((len(texts), 2))
+    if len(filled) < 2:
+        return result
+    logs, matched = np.zeros(len(texts)), np.ones(len(texts), dtype=bool)
+    for size in range(1, max_size + 1):
+        counters = {index: Counter(_ngrams(words[index], size)) for index in filled}
+        largest: dict[tuple[str, ...], tuple[int, int, int]] = {}  # the largest count, its text, and the second largest
+        for index, counter in counters.items():
+            for ngram, count in counter.items():
+                first, owner, second = largest.get(ngram, (0, -1, 0))
+                largest[ngram] = (count, index, first) if count > first else (first, owner, max(second, count))
+        for index, counter in counters.items():
+            matches = 0
+            for ngram, count in counter.items():
+                first, owner, second = largest[ngram]
+                matches += min(count, second if owner == index else first)
+            if size == 1 and matches == 0:
+                matched[index] = False
+            logs[index] += math.log((matches or 0.1) / max(1, lengths[index] - size + 1)) / max_size
+    by_length = Counter(lengths[filled].tolist())
+    for index in filled:
+        length = int(lengths[index])
+        others = [other for other, number in by_length.items() if other != length or number > 1]
+        closest = min(others, key=lambda other: (abs(other - length), other))
+        penalty = min(0.0, 1 - closest / length)
+        result[index] = (math.exp(logs[index] + penalty) if matched[index] else 0.0), 1
+    return result
+
+
+def copied_from(
+    text_lists: Sequence[Sequence[str]], training_texts: Iterable[str], sizes: Sequence[int] = NGRAM_SIZES
+) -> list[dict[str, np.ndarray]]:
+    """
+    How much of texts stands word for word in the training texts, which are read once, and of which nothing is kept: they may
+    be a stream. Words are compared in lower case and without punctuation.
+
+    Args:
+        text_lists (`Sequence[Sequence[str]]`): Lists of texts, such as one for each number of steps.
+        training_texts (`Iterable[str]`): What they may be copied from.
+        sizes (`Sequence[int]`, *optional*, defaults to `(4, 8)`): The sizes of n-grams, in words.
+
+    Returns:
+        `list[dict[str, np.ndarray]]`: for each list arrays of shape `(num_texts, 2)`: `copied_N` has the number of a text's
+        n-grams of N words that a training text has, and their number in all; `copied_texts` has 1 if the whole text is
+        within one training text, and 1 if it has any words.
+    """
+    words = [[tuple(split_words(text)) for text in texts] for texts in text_lists]
+    wanted = {size: {ngram for rows in words for row in rows for ngram in _ngrams(row, size)} for size in sizes}
+    found: dict[int, set] = {size: set() for size in sizes}
+    # A whole text is found by its first words, as many as in the longest n-gram.
+    longest = max(sizes, default=8)
+    whole: dict[int, dict[tuple, set]] = defaultdict(lambda: defaultdict(set))
+    for row in {row for rows in words for row in rows if row}:
+        size = min(len(row), longest)
+        whole[size][row[:size]].add(row)
+    copied = set()
+    for text in tqdm(training_texts, desc="Training texts", unit="text"):
+        training = tuple(split_words(text))
+        for size in sorted(wanted.keys() | whole.keys()):
+            here, starts = wanted.get(size, set()), whole.get(size, {})
+            for position, ngram in enumerate(_ngrams(training, size)):
+                if ngram in here:
+                    found[size].add(ngram)
+                for row in list(starts.get(ngram, ())):
+                    if training[position : position + len(row)] == row:
+                        copied.add(row)
+                        starts[ngram].discard(row)  # nothing is looked for once it is found
+    results = []
+    for rows in words:
+        counts = {}
+        for size in sizes:
+            ngrams = [_ngrams(row, size) for row in rows]
+            counts[f"copied_{size}"] = np.array([[sum(n in found[size] for n in row), len(row)] for row in ngrams])
+        counts["copied_texts"] = np.array([[row in copied, len(row) > 0] for row in rows], dtype=int)
+        results.append(counts)
+    return results
+
+
+def _is_alphabetic(word: str) -> bool:
+    return not any(character.isdigit() for character in word)
+
+
+def vocabulary_of(texts: Iterable[str]) -> set[str]:
+    """All words of the texts, in lower case and without numbers, such as those of a word list or of the training texts."""
+    return {word for text in texts for word in split_words(text) if _is_alphabetic(word)}
+
+
+def real_words(texts: Sequence[str], vocabulary: Collection[str]) -> np.ndarray:
+    """
+    How many of the words of each text are in a vocabulary. Numbers do not count.
+
+    Args:
+        texts (`Sequence[str]`): The texts.
+        vocabulary (`Collection[str]`): Words in lower case; see [`vocabulary_of`].
+
+    Returns:
+        `np.ndarray` of shape `(num_texts, 2)`: the number of real words, and of words in all.
+    """
+    counts = np.zeros((len(texts), 2), dtype=int)
+    for index, text in enumerate(texts):
+        words = [word for word in split_words(text) if _is_alphabetic(word)]
+        counts[index] = sum(word in vocabulary for word in words), len(words)
+    return counts
+
+
+def repetition_figures(
+    text_lists: Sequence[Sequence[str]],
+    training_texts: Iterable[str] | None = None,
+    vocabulary: Collection[str] | None = None,
+    sizes: Sequence[int] = NGRAM_SIZES,
+    num_resamples: int = 1000,
+) -> list[dict[str, float | list[float]]]:
+    """
+    Everything of this module, of several lists of texts.
+
+    Args:
+        text_lists (`Sequence[Sequence[str]]`): The lists of texts.
+        training_texts (`Iterable[str]`, *optional*): What they may be copied from. By default copies are not looked for.
+        vocabulary (`Collection[str]`, *optional*): Real words, in lower case. By default they are not counted.
+        sizes (`Sequence[int]`, *optional*, defaults to `(4, 8)`): The sizes of the n-grams that may be copied, in words.
+        num_resamples (`int`, *optional*, defaults to 1000): Resamples for the 95 % intervals.
+
+    Returns:
+        `list[dict[str, float | list[float]]]`: for each list `self_bleu`; `copied_N` for each size and `copied_texts`, if there
+        are training texts; `real_words`, if there is a vocabulary; and the interval of each, such as `self_bleu_interval`.
+    """
+    counts = [{"self_bleu": self_bleu(texts)} for texts in tqdm(text_lists, desc="Self-BLEU", unit="list")]
+    if training_texts is not None:
+        counts = [row | copies for row, copies in zip(counts, copied_from(text_lists, training_texts, sizes))]
+    if vocabulary is not None:
+        counts = [row | {"real_words": real_words(texts, vocabulary)} for row, texts in zip(counts, text_lists)]
+    figures = []
+    for row in counts:
+        figures.append({})
+        for name, values in row.items():
+            figures[-1][name], figures[-1][f"{name}_interval"] = ratio_with_interval(values, num_resamples)
+    return figures
