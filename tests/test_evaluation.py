@@ -4,6 +4,8 @@ import json
 import math
 import random
 from collections import Counter
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import huggingface_hub
@@ -17,10 +19,10 @@ from huggingface_hub import EvalResult, ModelCard
 from oracle import SCORER
 from processes import run_processes
 from small_models import build_flm
-from transformers import AutoModel, AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
-from modeling_flm import FMLMModel, FMLMTwoNetworkModel
+from modeling_flm import BridgeSamplerConfig, FMLMModel, FMLMTwoNetworkModel, StochasticFlowMapSamplerConfig
 from modeling_flm.hub.card import add_results
 from modeling_flm.hub.records import read_records
 from modeling_flm.trainers import (
@@ -33,12 +35,17 @@ from modeling_flm.trainers import (
 )
 from modeling_flm.trainers.batches import example_seed
 from modeling_flm.trainers.evaluation import (
+    CausalSource,
     EvaluationArguments,
     check_arguments,
     confidence_intervals,
     decode,
     describe_evaluation,
     describe_sampling,
+    evaluation,
+    measure_throughput,
+    perplexity_at_entropy,
+    self_bleu,
 )
 
 
@@ -306,14 +313,14 @@ class TestSampling:
     def test_num_rounds_of_the_model_do_not_count_where_block_length_is_asked_for(self, folder, tmp_path):
         model = AutoModel.from_pretrained(folder)
         model.generation_config.num_rounds, model.generation_config.commit_threshold = 3, 0.5
-        args = EvaluationArguments(str(folder), str(tmp_path))
+        args = EvaluationArguments(str(tmp_path), str(folder))
         assert describe_sampling(args, model) == {"gamma": 0.0, "num_rounds": 3, "commit_threshold": 0.5}
         args.block_length = 4
         assert describe_sampling(args, model) == {"gamma": 0.0, "block_length": 4}
 
     def test_commit_budget_may_be_a_number(self, folder, tmp_path):
         for budget in (4, "4"):
-            args = EvaluationArguments(str(folder), str(tmp_path), num_rounds=2, commit_budget=budget)
+            args = EvaluationArguments(str(tmp_path), str(folder), num_rounds=2, commit_budget=budget)
             check_arguments(args)
             assert args.commit_budget == 4
 
@@ -384,6 +391,246 @@ class TestSampling:
         assert error.value.code == 0 and "95 % confidence" in " ".join(capsys.readouterr().out.split())
 
 
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+class TestSweep:
+    def test_temperatures_and_samplers_reach_generate(self, folder, tmp_path, gen_ppl):
+        people = [f"time back us was long some his him they {last}" for last in ("your", "get", "well", "off")]
+        (tmp_path / "people.txt").write_text("\n".join(people))
+        flags = ["--temperatures", 0.3, 2, "--samplers", "flow_map", "bridge", "--gamma", 0.5]
+        flags += ["--reference_file", tmp_path / "people.txt", "--num_steps", 3, "--output_dir", tmp_path / "out"]
+        evaluate("--model", folder, *OPTIONS, *flags)
+        model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        curves, results = {}, results_of(tmp_path / "out")
+        for row, (sampler, temperature) in zip(results["results"], product(("flow_map", "bridge"), (0.3, 2.0))):
+            assert (row["num_steps"], row["sampler"], row["temperature"]) == (3, sampler, temperature)
+            options = {"gamma": 0.5} if sampler == "flow_map" else {"sampler_config": BridgeSamplerConfig()}
+            tokens = directly(model, 3, temperature=temperature, **options)
+            assert read_tokens(tmp_path / "out" / f"samples_{sampler}_3_t{temperature:g}.jsonl") == tokens
+            scored = gen_ppl(tokenizer.batch_decode(tokens, skip_special_tokens=True), token_ids=tokens)
+            assert row["gen_ppl"] == pytest.approx(scored["gen_ppl"], rel=1e-6)
+            curves.setdefault(sampler, []).append(scored)
+        reference = gen_ppl(people, token_ids=tokenizer(people, add_special_tokens=False)["input_ids"])
+        for row, (sampler, curve) in zip(results["at_reference_entropy"], curves.items()):
+            assert (row["num_steps"], row["sampler"]) == (3, sampler)
+            for name, value in perplexity_at_entropy([0.3, 2.0], curve, reference).items():
+                assert row[name] == (None if value is None else pytest.approx(value, rel=1e-5))
+        assert (tmp_path / "out" / "frontier.png").exists()
+        report = (tmp_path / "out" / "results.md").read_text()
+        assert "| steps | sampler | temperature |" in report and "at the reference's entropy" in report
+        reached = [row["gen_ppl"] is not None for row in results["at_reference_entropy"]]
+        assert reached == [False, True] and report.count("not reached: ") == 1
+
+    @pytest.mark.parametrize(
+        "flags, message",
+        [
+            (["--num_steps", 1, 4], "--temperatures change nothing in one step of the flow map"),
+            (["--num_steps", 1, 4, "--samplers", "bridge", "flow_map"], "leave 1 out of --num_steps, or"),
+            (["--temperature", 1], "--temperatures are several, --temperature is one"),
+            (["--update_card"], "--update_card writes one figure .* leave out --temperatures"),
+            (["--samplers", "bridge", "--gamma", 0.5], "--gamma is about --samplers flow_map"),
+            (["--batch_sizes", 0], "--batch_sizes must be at least 1"),
+            (["--mauve_model", SCORER], "--mauve_model needs --reference_file"),
+        ],
+    )
+    def test_what_has_no_temperature_is_refused(self, flags, message, folder, tmp_path):
+        flags = ["--temperatures", 0.7, 1, *flags, "--output_dir", tmp_path / "out"]
+        with pytest.raises(SystemExit, match=message):
+            evaluate("--model", folder, "--scorer", SCORER, *flags)
+        assert not (tmp_path / "out").exists()
+
+    def test_one_step_of_the_bridge_has_a_temperature(self, folder, tmp_path):
+        flags = ["--temperatures", 0.3, 2, "--samplers", "bridge", "--num_steps", 1, "--output_dir", tmp_path / "out"]
+        evaluate("--model", folder, *OPTIONS, *flags)
+        low, high = results_of(tmp_path / "out")["results"]
+        assert low["entropy"] < high["entropy"]
+        assert results_of(tmp_path / "out")["sampling"] == {"sampler": "bridge"}
+
+    def test_samplers_of_the_model_are_described(self, folder, tmp_path):
+        model = AutoModel.from_pretrained(folder)
+        args = EvaluationArguments(str(tmp_path), str(folder))
+        model.generation_config.sampler_config = BridgeSamplerConfig()
+        assert describe_sampling(args, model) == {"sampler": "bridge"}
+        model.generation_config.sampler_config = StochasticFlowMapSamplerConfig(0.6)
+        assert describe_sampling(args, model) == {"gamma": 0.6}
+        args.gamma = 0.0
+        assert describe_sampling(args, model) == {"gamma": 0.0}
+        model.generation_config.sampler_config = BridgeSamplerConfig()
+        assert describe_sampling(args, model) == {"gamma": 0.0}
+
+    def test_batch_sizes_measure_throughput(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(evaluation, "measure_throughput", partial(measure_throughput, min_seconds=0.0))
+        flags = ["--batch_sizes", 1, 4, "--output_dir", tmp_path / "out"]
+        evaluate("--model", folder, *OPTIONS, *flags)
+        rows = results_of(tmp_path / "out")["throughput"]
+        assert [(row["num_steps"], row["batch_size"]) for row in rows] == [(1, 1), (1, 4), (3, 1), (3, 4)]
+        for row in rows:
+            assert (
+                row["tokens_per_second"] == pytest.approx(12 * row["texts_per_second"]) and row["texts_per_second"] > 0
+            )
+        assert "| steps | batch size | texts / s | tokens / s |" in (tmp_path / "out" / "results.md").read_text()
+
+    def test_padding_after_the_end_is_not_in_the_entropy(self, folder, tmp_path):
+        model = AutoModel.from_pretrained(folder)
+        (eos, _), *_ = Counter(token for row in directly(model, 3) for token in row[:6]).most_common()
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = eos, 0
+        model.save_pretrained(tmp_path / "model")
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "model")
+        evaluate("--model", tmp_path / "model", *OPTIONS, "--pad_after_eos", "--output_dir", tmp_path / "out")
+        rows = [row[: row.index(eos) + 1] if eos in row else row for row in directly(model, 3)]
+        frequencies = [np.unique(row, return_counts=True)[1] / len(row) for row in rows]
+        entropy = np.mean([-(p * np.log(p)).sum() for p in frequencies])
+        assert min(map(len, rows)) < 12
+        assert results_of(tmp_path / "out")["results"][1]["entropy"] == pytest.approx(entropy)
+
+
+class TestTextsFromAnywhere:
+    TEXTS = ["time back us was long some his him", "time back us was long some well off", "have used czt 12", ""]
+
+    @pytest.fixture(params=["txt", "jsonl", "parquet"])
+    def samples_file(self, request, tmp_path) -> Path:
+        path = tmp_path / f"samples.{request.param}"
+        if request.param == "txt":
+            path.write_text("\n".join([*self.TEXTS, ""]))
+        elif request.param == "jsonl":
+            path.write_text("".join(json.dumps({"id": 1, "body": text}) + "\n" for text in self.TEXTS))
+        else:
+            Dataset.from_dict({"id": [1] * 4, "body": self.TEXTS}).to_parquet(path)
+        return path
+
+    def test_samples_file(self, samples_file, tmp_path, gen_ppl):
+        (tmp_path / "train.txt").write_text("back us was long some, and have used\nwell off time\n")
+        (tmp_path / "people.jsonl").write_text('{"body": "well off time"}\n{"body": "have used us"}\n')
+        flags = ["--samples_file", samples_file, "--train_file", tmp_path / "train.txt", "--scorer", SCORER]
+        flags += ["--reference_file", tmp_path / "people.jsonl", "--mauve_model", SCORER, "--ngram_sizes", 2, 4]
+        evaluate(*flags, "--text_column", "body", "--output_dir", tmp_path / "out")
+        samples, reference = results_of(tmp_path / "out")["results"]
+        assert (samples["source"], reference["source"]) == ("samples", "reference")
+        expected = gen_ppl(self.TEXTS)
+        for name in ("gen_ppl", "entropy", "distinct_2", "num_texts", "num_empty"):
+            assert samples[name] == pytest.approx(expected[name], rel=1e-6)
+        # Pairs: 4 of 7, 4 of 7 and "well off", 1 of 3; of four words: 2 of 5 twice, and none of 1.
+        assert (samples["copied_2"], samples["copied_4"]) == (pytest.approx(10 / 17), pytest.approx(4 / 11))
+        assert (samples["copied_texts"], reference["copied_texts"]) == (0, 0.5)
+        words = "back us was long some and have used well off time".split()
+        counted = [word for text in self.TEXTS for word in text.split() if word != "12"]
+        assert samples["real_words"] == pytest.approx(sum(word in words for word in counted) / len(counted))
+        assert 0 < samples["mauve"] <= 1 and len(samples["mauve_seeds"]) == 5 and "mauve" not in reference
+        assert samples["self_bleu"] == self_bleu(self.TEXTS)[:3, 0].mean() > 0
+        header, _, row, *_ = (tmp_path / "out" / "results.md").read_text().splitlines()
+        for name in ("self-BLEU", "MAUVE", "copied 2-grams", "copied 4-grams", "copied texts", "real words"):
+            assert f"| {name} |" in header
+        assert header.count("|") == row.count("|")
+
+    def test_tokenizer_sets_the_units_of_the_entropy(self, folder, tmp_path):
+        (tmp_path / "samples.txt").write_text("time time back back\ntime back us was\n")
+        flags = ["--samples_file", tmp_path / "samples.txt", "--scorer", SCORER, "--tokenizer", folder]
+        evaluate(*flags, "--output_dir", tmp_path / "out")
+        (row,) = results_of(tmp_path / "out")["results"]
+        assert row["entropy"] == pytest.approx((math.log(2) + math.log(4)) / 2)
+        evaluate(*flags, "--length", 2, "--output_dir", tmp_path / "cut")
+        (row,) = results_of(tmp_path / "cut")["results"]
+        assert row["entropy"] == pytest.approx((0 + math.log(2)) / 2)
+
+    def test_words_file(self, samples_file, tmp_path):
+        (tmp_path / "words.txt").write_text("Time\nback\nused\n")
+        flags = ["--samples_file", samples_file, "--scorer", SCORER, "--words_file", tmp_path / "words.txt"]
+        evaluate(*flags, "--text_column", "body", "--output_dir", tmp_path / "out")
+        (row,) = results_of(tmp_path / "out")["results"]
+        assert row["real_words"] == pytest.approx(5 / 19)
+
+    @pytest.mark.parametrize(
+        "flags, message",
+        [
+            ([], "Pass either --model or --samples_file, and not both"),
+            (["--samples_file", "x.txt", "--model", "y"], "Pass either --model or --samples_file, and not both"),
+            (["--samples_file", "x.txt", "--num_steps", 2, "--top_k", 3], "leave out --num_steps, --top_k"),
+            (["--samples_file", "x.txt", "--length", 4], "in tokens of --tokenizer: pass one"),
+            (["--samples_file", "x.txt", "--update_card"], "--update_card .* leave out --samples_file"),
+        ],
+    )
+    def test_contradictions_are_refused(self, flags, message, tmp_path):
+        with pytest.raises(SystemExit, match=message):
+            evaluate(*flags, "--output_dir", tmp_path / "out")
+
+
+class TestCausalModel:
+    """Any causal language model writes as many tokens as a flow-based one, by its own `generate()`."""
+
+    FLAGS = ["--model", SCORER, "--length", 9, "--num_samples", 5, "--batch_size", 3, "--scorer", SCORER, "--seeds", 4]
+
+    @staticmethod
+    def ancestral(length: int, temperature: float, sizes: list[int], seed: int) -> list[list[int]]:
+        model, rows = AutoModelForCausalLM.from_pretrained(SCORER).eval(), []
+        for start, size in zip((0, 3), sizes):
+            torch.manual_seed(example_seed(seed, 2, start))
+            tokens = torch.zeros(size, 1, dtype=torch.long)  # its BOS token
+            for _ in range(length):
+                with torch.no_grad():
+                    logits = model(tokens).logits[:, -1]
+                tokens = torch.cat([tokens, (logits / temperature).softmax(-1).multinomial(1)], dim=1)
+            rows += tokens[:, 1:].tolist()
+        return rows
+
+    @pytest.mark.parametrize("temperature", [None, 0.5])
+    def test_causal_model_samples_ancestrally(self, temperature, tmp_path, gen_ppl):
+        flags = [] if temperature is None else ["--temperatures", temperature]
+        state = torch.get_rng_state()
+        evaluate(*self.FLAGS, *flags, "--output_dir", tmp_path / "out")
+        assert torch.equal(torch.get_rng_state(), state)
+        suffix = "" if temperature is None else "_t0.5"
+        tokens = read_tokens(tmp_path / "out" / f"samples{suffix}.jsonl")
+        assert tokens == self.ancestral(9, temperature or 1.0, [3, 2], 4)
+        (row,) = results_of(tmp_path / "out")["results"]
+        texts = AutoTokenizer.from_pretrained(SCORER).batch_decode(tokens, skip_special_tokens=True)
+        expected = gen_ppl(texts, token_ids=tokens)
+        assert row["gen_ppl"] == pytest.approx(expected["gen_ppl"], rel=1e-6)
+        assert row["entropy"] == pytest.approx(expected["entropy"])
+        assert (row["source"], row["num_forward_passes"], row["num_texts"]) == ("ancestral", 9, 5)
+        assert results_of(tmp_path / "out")["sampling"] == {"sampler": "ancestral", "length": 9}
+
+    def test_pad_after_eos_ends_texts(self, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(SCORER)
+        (common, _), *_ = Counter(sum(self.ancestral(9, 1.0, [3, 2], 4), [])).most_common()
+        model.generation_config.eos_token_id = common
+        model.save_pretrained(tmp_path / "model")
+        AutoTokenizer.from_pretrained(SCORER).save_pretrained(tmp_path / "model")
+        flags = [*self.FLAGS, "--model", tmp_path / "model", "--output_dir"]
+        evaluate(*flags, tmp_path / "whole")
+        evaluate(*flags, tmp_path / "ended", "--pad_after_eos")
+        whole, ended = (read_tokens(tmp_path / name / "samples.jsonl") for name in ("whole", "ended"))
+        lengths = [row.index(common) + 1 if common in row else 9 for row in whole]
+        assert min(lengths) < 9
+        assert [row[:length] for row, length in zip(ended, lengths)] == [
+            row[:length] for row, length in zip(whole, lengths)
+        ]
+        (row,) = results_of(tmp_path / "ended")["results"]
+        assert row["num_forward_passes"] == pytest.approx(np.mean(lengths))
+
+    def test_processes_share_whole_batches(self):
+        source = object.__new__(CausalSource)
+        shares = [list(source.batches(range(8), 2, process, 3)) for process in (0, 1)]
+        assert shares == [[[0, 1, 2], [6, 7]], [[3, 4, 5]]]
+
+    @pytest.mark.parametrize(
+        "flags, message",
+        [
+            (
+                ["--num_steps", 4, "--gamma", 0.1],
+                "--model is a causal language model, which has no --num_steps, --gamma",
+            ),
+            (["--length", 4096], "--length is 4096, but the model reads 1024"),
+            (["--update_card"], "--update_card is for flow-based models"),
+        ],
+    )
+    def test_flags_of_flows_are_refused(self, flags, message, tmp_path):
+        with pytest.raises(SystemExit, match=message):
+            evaluate(*self.FLAGS, *flags, "--output_dir", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 class TestProtocol:
     def test_published_protocol(self, folder, tmp_path, gen_ppl):
         """Special tokens stay, and texts are cut at the model's length, be the scorer's longer."""
@@ -435,11 +682,11 @@ class TestProtocol:
         assert "Not comparable" not in describe_evaluation(evaluation)
 
     def test_published_defaults(self, tmp_path):
-        args = EvaluationArguments("x", str(tmp_path), protocol="published")
+        args = EvaluationArguments(str(tmp_path), "x", protocol="published")
         check_arguments(args)
         assert (args.num_samples, args.scorer, args.scorer_dtype) == (1024, "gpt2-large", "float32")
         assert args.keep_special_tokens and not args.pad_after_eos
-        plain = EvaluationArguments("x", str(tmp_path))
+        plain = EvaluationArguments(str(tmp_path), "x")
         check_arguments(plain)
         assert not plain.keep_special_tokens and plain.scorer_dtype is plain.pad_after_eos is None
         assert plain.num_steps == [1, 2, 4, 8]
@@ -464,7 +711,7 @@ class TestProtocol:
 
     def test_what_agrees_is_not_refused(self, tmp_path):
         options = {"keep_special_tokens": True, "scorer_dtype": "float32", "pad_after_eos": False}
-        check_arguments(EvaluationArguments("x", str(tmp_path), protocol="published", **options))
+        check_arguments(EvaluationArguments(str(tmp_path), "x", protocol="published", **options))
 
     def test_a_scorer_that_reads_too_little(self, folder, tmp_path):
         GPT2Config(n_positions=8).save_pretrained(tmp_path / "short")
@@ -484,7 +731,7 @@ class TestProtocol:
         )
         tokens = torch.randint(len(words), (500, 20)).tolist()
         tokens.append(legacy.convert_tokens_to_ids("[CLS] it ' s not , he don ' t . [SEP]".split()))
-        args = EvaluationArguments("x", "y", protocol="published")
+        args = EvaluationArguments("y", "x", protocol="published")
         check_arguments(args)
         texts = decode(tokenizer, tokens, args)
         assert texts == legacy.batch_decode(tokens) and texts[-1] == "[CLS] it's not, he don't. [SEP]"

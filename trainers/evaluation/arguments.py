@@ -17,12 +17,34 @@ from dataclasses import dataclass, field
 
 from modeling_flm import FLMGenerationConfig
 
+from .repetition import NGRAM_SIZES
+
 
 # The parameters of loops around the sampler
 LOOPS = ("num_rounds", "commit_threshold", "commit_budget", "block_length", "fresh_noise")
 
+# The values of `samplers`
+SAMPLERS = ("flow_map", "bridge")
+
 # What `generate()` takes for every number of steps.
 GENERATION = ("length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos", *LOOPS)
+
+# What says nothing where a causal language model writes the texts, and what where they come from a file.
+FLOW_ONLY = ("num_steps", "timesteps", "samplers", "gamma", *LOOPS, "guidance_model", "guidance_scale")
+MODEL_ONLY = (
+    *(
+        "model",
+        "protocol",
+        *FLOW_ONLY,
+        "temperature",
+        "temperatures",
+        "top_k",
+        "top_p",
+        "pad_after_eos",
+        "batch_sizes",
+    ),
+    *("attn_implementation", "keep_special_tokens"),
+)
 
 # What the published evaluation did, and how to say it of a flag that contradicts it.
 PUBLISHED = {
@@ -38,8 +60,15 @@ PUBLISHED = {
 class EvaluationArguments:
     """What to measure."""
 
-    model: str = field(metadata={"help": "Name of a model of the Hub, or its folder."})
-    output_dir: str = field(metadata={"help": "Where to write the texts, the table and the plot."})
+    output_dir: str = field(metadata={"help": "Where to write the texts, the tables and the plot."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Name of a model of the Hub, or its folder: flow-based, or any causal language model."},
+    )
+    samples_file: str | None = field(
+        default=None,
+        metadata={"help": "A txt, json, jsonl, csv or parquet file of texts to measure in the place of a model's."},
+    )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
     protocol: str | None = field(
         default=None, metadata={"help": "published measures as the paper does.", "choices": ["published"]}
@@ -55,8 +84,25 @@ class EvaluationArguments:
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Seeds of the noise; their texts are pooled."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Texts at a time, which does not change them."})
+    batch_size: int = field(
+        default=64,
+        metadata={"help": "Texts at a time, which does not change those of a flow-based model."},
+    )
+    batch_sizes: list[int] | None = field(
+        default=None, metadata={"help": "Measure also texts and tokens a second, with each of these batch sizes."}
+    )
+    samplers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Samplers to compare: flow_map follows the flow, with --gamma; bridge draws tokens at every step.",
+            "choices": [*SAMPLERS],
+        },
+    )
     temperature: float | None = field(default=None, metadata={"help": "Temperature of sampling."})
+    temperatures: list[float] | None = field(
+        default=None,
+        metadata={"help": "Several temperatures, for the frontier of perplexity and entropy, such as 0.7 0.8 0.9 1."},
+    )
     top_k: int | None = field(default=None, metadata={"help": "Top-k of sampling."})
     top_p: float | None = field(default=None, metadata={"help": "Top-p of sampling."})
     gamma: float | None = field(
@@ -100,7 +146,28 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "A txt, jsonl, csv or parquet file of texts to compare with, cut to the model's length."},
     )
-    text_column: str | None = field(default=None, metadata={"help": "The column of --reference_file with the texts."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "A file like it of the training texts, to find what was copied from them."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "The column of these files with the texts."})
+    ngram_sizes: list[int] = field(
+        default_factory=lambda: [*NGRAM_SIZES], metadata={"help": "Sizes of n-grams that may be copied, in words."}
+    )
+    words_file: str | None = field(
+        default=None,
+        metadata={"help": "A list of real words, one a line. By default those of --train_file, if there is one."},
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokenizer for the entropy and the distinct n-grams, to compare models that have different ones. By "
+            "default the model's, and for --samples_file the scorer's."
+        },
+    )
+    mauve_model: str | None = field(
+        default=None,
+        metadata={"help": "Causal language model with whose embeddings to measure MAUVE against --reference_file."},
+    )
     bootstrap: int = field(default=1000, metadata={"help": "Resamples for the 95 %% confidence intervals."})
     update_card: bool = field(default=False, metadata={"help": "Write the results into the model's card."})
 
@@ -115,6 +182,25 @@ def check_arguments(args: EvaluationArguments):
     Raises:
         `ValueError`: for arguments that cannot be used, with their names in backticks.
     """
+    if (args.model is None) == (args.samples_file is None):
+        raise ValueError("Pass either `model` or `samples_file`, and not both.")
+    if args.samples_file is not None:
+        if useless := [name for name in MODEL_ONLY if getattr(args, name) is not None]:
+            raise ValueError(f"`samples_file` has texts already: leave out `{'`, `'.join(useless)}`.")
+        if args.length is not None and args.tokenizer is None:
+            raise ValueError("`length` cuts the texts of `samples_file` in tokens of `tokenizer`: pass one.")
+    if args.mauve_model is not None and args.reference_file is None:
+        raise ValueError("`mauve_model` needs `reference_file`, whose texts it compares with.")
+    if args.temperatures is not None and args.temperature is not None:
+        raise ValueError("`temperatures` are several, `temperature` is one: leave out one of them.")
+    if args.samplers == ["bridge"] and args.gamma:
+        raise ValueError("`gamma` is about `samplers` flow_map, and bridge has none: leave it out.")
+    if args.update_card:
+        for name in ("samples_file", "temperatures", "tokenizer"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"`update_card` writes one figure for each number of steps: leave out `{name}`.")
+        if args.samplers is not None and len(args.samplers) > 1:
+            raise ValueError("`update_card` writes one figure for each number of steps: pass one of `samplers`.")
     if args.timesteps is not None:
         if args.num_steps is not None:
             raise ValueError("`timesteps` sets the number of steps: leave out `num_steps`, also that of a YAML file")
@@ -122,12 +208,17 @@ def check_arguments(args: EvaluationArguments):
     if isinstance(args.commit_budget, str) and args.commit_budget.isdigit():
         args.commit_budget = int(args.commit_budget)
     FLMGenerationConfig(**{name: getattr(args, name) for name in (*GENERATION, "timesteps")})
+    if not all(temperature > 0 for temperature in args.temperatures or []):
+        raise ValueError(f"`temperatures` must be above 0, got {args.temperatures}.")
     args.num_steps = [1, 2, 4, 8] if args.num_steps is None else args.num_steps
     counts = ("num_samples", "batch_size", "scorer_batch_size", "bootstrap")
     if min(*args.num_steps, *(getattr(args, name) for name in counts)) < 1:
         raise ValueError(f"`num_steps`, {', '.join(f'`{name}`' for name in counts)} must be at least 1.")
-    for name in ("num_steps", "seeds"):
-        if len(set(getattr(args, name))) < len(getattr(args, name)):
+    for name in ("ngram_sizes", "batch_sizes"):
+        if min(getattr(args, name) or [1]) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(args, name)}.")
+    for name in ("num_steps", "seeds", "temperatures", "samplers", "batch_sizes", "ngram_sizes"):
+        if len(set(getattr(args, name) or [])) < len(getattr(args, name) or []):
             raise ValueError(f"`{name}` must be different from each other, got {getattr(args, name)}.")
     if args.guidance_model is None:
         for name in ("guidance_scale", "guidance_revision"):

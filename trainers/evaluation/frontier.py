@@ -92,7 +92,9 @@ def perplexity_at_entropy(
         of these. If `reached` is below 0.95, an end of the frontier is so near that there is no interval.
     """
     if len(temperatures) != len(results) or len(results) == 0:
-        raise ValueError(f"`temperatures` has {len(temperatures)} values, but `results` {len(results)}: pass one of each.")
+        raise ValueError(
+            f"`temperatures` has {len(temperatures)} values, but `results` {len(results)}: pass one of each."
+        )
     if num_resamples < 1:
         raise ValueError(f"`num_resamples` must be at least 1, got {num_resamples}.")
     order = np.argsort(temperatures)

@@ -19,6 +19,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
+def check_mauve():
+    """Raises an `ImportError` with the remedy where what clusters embeddings is not installed."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ImportError("MAUVE needs `pip install modeling-flm[mauve]`.") from error
+
+
 @torch.inference_mode()
 def embed_texts(
     texts: list[str],
@@ -83,7 +91,7 @@ def divergence_frontier(p: np.ndarray, q: np.ndarray, scaling: float = 5.0, num_
     return np.array([[0.0, 1.0], *points[::-1], [1.0, 0.0]])
 
 
-def mauve(
+def compute_mauve(
     features: np.ndarray,
     reference_features: np.ndarray,
     num_clusters: int | None = None,
@@ -108,17 +116,18 @@ def mauve(
     Returns:
         `float`
     """
-    try:
-        from sklearn.cluster import KMeans
-        from sklearn.decomposition import PCA
-    except ImportError as error:
-        raise ImportError("MAUVE needs `pip install modeling-flm[mauve]`.") from error
+    check_mauve()
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+
     smaller = min(len(features), len(reference_features))
     if smaller < 2:
         raise ValueError("`features` and `reference_features` must be of at least 2 texts each.")
     num_clusters = max(2, round(smaller / 10)) if num_clusters is None else num_clusters
     if not 2 <= num_clusters <= 2 * smaller:
-        raise ValueError(f"`num_clusters` must be at least 2, and at most the {2 * smaller} texts, got {num_clusters}.")
+        raise ValueError(
+            f"`num_clusters` must be at least 2, and at most the {2 * smaller} texts, got {num_clusters}."
+        )
     points = np.concatenate([features, reference_features]).astype(np.float64)
     points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
     if points.var(axis=0).sum() < 1e-12:

@@ -35,12 +35,13 @@ def confidence_intervals(result: dict[str, Any], num_resamples: int) -> dict[str
     """95 % intervals of the generative perplexity and the entropy, by resampling the texts."""
     counts = np.array(result["token_counts"], dtype=float)
     totals = np.array([0 if ppl is None else math.log(ppl) for ppl in result["perplexities"]]) * counts
-    entropies = np.array([np.nan if value is None else value for value in result["entropies"]])
+    entropies = np.array([0 if value is None else value for value in result["entropies"]], dtype=float)
+    known = np.array([value is not None for value in result["entropies"]])
     rng = np.random.default_rng(0)
     resampled = rng.integers(len(counts), size=(num_resamples, len(counts)))
     with np.errstate(invalid="ignore"):
         draws = {
             "gen_ppl": np.exp(totals[resampled].sum(axis=1) / counts[resampled].sum(axis=1)),
-            "entropy": np.nanmean(entropies[resampled], axis=1),
+            "entropy": entropies[resampled].sum(axis=1) / known[resampled].sum(axis=1),
         }
     return {f"{name}_interval": np.nanquantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()}

@@ -91,7 +91,9 @@ def self_bleu(texts: Sequence[str], max_size: int = 4) -> np.ndarray:
     logs, matched = np.zeros(len(texts)), np.ones(len(texts), dtype=bool)
     for size in range(1, max_size + 1):
         counters = {index: Counter(_ngrams(words[index], size)) for index in filled}
-        largest: dict[tuple[str, ...], tuple[int, int, int]] = {}  # the largest count, its text, and the second largest
+        largest: dict[
+            tuple[str, ...], tuple[int, int, int]
+        ] = {}  # the largest count, its text, and the second largest
         for index, counter in counters.items():
             for ngram, count in counter.items():
                 first, owner, second = largest.get(ngram, (0, -1, 0))

@@ -22,7 +22,7 @@ from ..batches import example_seed
 
 
 # Streams of random numbers that must not meet, beside those of the trainers.
-_SAMPLES = 2
+SAMPLES_STREAM = 2
 
 
 def generate_samples(
@@ -44,6 +44,6 @@ def generate_samples(
     """
     if not indices:
         return torch.empty((0, 0), dtype=torch.long)
-    generators = [torch.Generator().manual_seed(example_seed(seed, _SAMPLES, index)) for index in indices]
+    generators = [torch.Generator().manual_seed(example_seed(seed, SAMPLES_STREAM, index)) for index in indices]
     output = model.generate(num_samples=len(indices), generator=generators, **kwargs)
     return output.cpu() if isinstance(output, torch.Tensor) else output

@@ -1,0 +1,210 @@
+"""The frontier of perplexity and entropy over temperatures, MAUVE, and throughput."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from oracle import SCORER
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_flm.trainers.evaluation import (
+    compute_mauve,
+    divergence_frontier,
+    embed_texts,
+    measure_throughput,
+    perplexity_at_entropy,
+    plot_frontier,
+)
+
+
+def texts(entropy: float, log_ppl: float, number: int = 5) -> dict:
+    """What the metric says of texts that are all alike."""
+    return {
+        "perplexities": [math.exp(log_ppl)] * number,
+        "token_counts": [7] * number,
+        "entropies": [entropy] * number,
+    }
+
+
+class TestPerplexityAtEntropy:
+    def test_perplexity_at_entropy_is_log_linear(self):
+        curve = [texts(4.0, 3.0), texts(5.0, 4.0), texts(5.5, 6.0)]
+        found = perplexity_at_entropy([0.8, 0.9, 1.0], curve, 5.2)
+        assert found["gen_ppl"] == pytest.approx(math.exp(4.0 + 0.4 * 2.0))
+        assert found["temperature"] == pytest.approx(0.94) and found["entropy"] == 5.2
+        assert found["gen_ppl_interval"] == pytest.approx([found["gen_ppl"]] * 2) and found["reached"] == 1
+        shuffled = perplexity_at_entropy([1.0, 0.8, 0.9], [curve[2], curve[0], curve[1]], texts(5.2, 1.0, 3))
+        for name, value in found.items():
+            assert shuffled[name] == pytest.approx(value)
+
+    @pytest.mark.parametrize("target", [3.99, 5.51])
+    def test_perplexity_at_entropy_is_never_extrapolated(self, target):
+        found = perplexity_at_entropy([0.8, 1.0], [texts(4.0, 3.0), texts(5.5, 6.0)], target)
+        assert found["gen_ppl"] is found["gen_ppl_interval"] is found["temperature"] is None
+        assert found["entropies"] == [4.0, 5.5] and found["reached"] == 0
+
+    def test_perplexity_at_entropy_on_a_point(self):
+        assert perplexity_at_entropy([1.0], [texts(4.0, 3.0)], 4.0)["gen_ppl"] == pytest.approx(math.exp(3.0))
+        found = perplexity_at_entropy([0.9, 1.0], [texts(4.0, 3.0), texts(5.0, 2.0)], 5.0)
+        assert found["gen_ppl"] == pytest.approx(math.exp(2.0))
+
+    def test_perplexity_at_entropy_of_the_highest_temperatures(self):
+        """A curve that turns round has an entropy at several temperatures."""
+        curve = [texts(4.0, 1.0), texts(5.0, 2.0), texts(4.0, 4.0)]
+        found = perplexity_at_entropy([0.5, 0.7, 0.9], curve, 4.5)
+        assert found["gen_ppl"] == pytest.approx(math.exp(3.0)) and found["temperature"] == pytest.approx(0.8)
+
+    def test_interval_on_a_line(self):
+        """Where every text is on one line, only the entropy of the reference is uncertain."""
+        rng = np.random.default_rng(0)
+        curve = []
+        for mean in (3.0, 4.0, 5.0):
+            entropies = rng.normal(mean, 0.5, size=400)
+            perplexities = np.exp(1 + 2 * entropies).tolist()
+            curve.append({"perplexities": perplexities, "token_counts": [9] * 400, "entropies": entropies.tolist()})
+        fixed = perplexity_at_entropy([0.7, 0.8, 0.9], curve, 4.3)
+        assert fixed["gen_ppl"] == pytest.approx(math.exp(1 + 2 * 4.3))
+        assert fixed["gen_ppl_interval"] == pytest.approx([fixed["gen_ppl"]] * 2)
+        reference = texts(0, 0, 400) | {"entropies": rng.normal(4.3, 0.3, size=400).tolist()}
+        found = perplexity_at_entropy([0.7, 0.8, 0.9], curve, reference, 2000)
+        low, high = np.log(found["gen_ppl_interval"])
+        assert high - low == pytest.approx(2 * 2 * 1.96 * 0.3 / 400**0.5, rel=0.1)
+        assert low < math.log(found["gen_ppl"]) < high and found["reached"] == 1
+
+    def test_interval_of_texts_that_share_their_noise(self):
+        """What makes a text better at all temperatures alike widens the interval as it does that of one temperature."""
+        rng = np.random.default_rng(0)
+        luck = rng.normal(0, 0.5, size=400)
+        curve = [
+            texts(entropy, 0, 400) | {"perplexities": np.exp(log_ppl + luck).tolist()}
+            for entropy, log_ppl in ((4.0, 3.0), (5.0, 4.0))
+        ]
+        low, high = np.log(perplexity_at_entropy([0.9, 1.0], curve, 4.5, 2000)["gen_ppl_interval"])
+        assert high - low == pytest.approx(2 * 1.96 * 0.5 / 400**0.5, rel=0.1)
+
+    def test_no_interval_where_the_end_is_near(self):
+        rng = np.random.default_rng(0)
+        curve = [texts(4.0, 3.0, 50), texts(5.0, 4.0, 50) | {"entropies": rng.normal(5.0, 0.5, size=50).tolist()}]
+        end = float(np.mean(curve[1]["entropies"]))
+        found = perplexity_at_entropy([0.9, 1.0], curve, end - 1e-3)
+        assert found["gen_ppl"] is not None and found["gen_ppl_interval"] is None and 0.3 < found["reached"] < 0.7
+
+    def test_empty_texts_do_not_count(self):
+        curve = [texts(4.0, 3.0), texts(5.0, 4.0)]
+        curve[1]["perplexities"][2] = curve[1]["entropies"][2] = None
+        curve[1]["token_counts"][2] = 0
+        assert perplexity_at_entropy([0.9, 1.0], curve, 4.5)["gen_ppl"] == pytest.approx(math.exp(3.5))
+
+    def test_mistakes_are_named(self):
+        with pytest.raises(ValueError, match="`temperatures` has 1 values, but `results` 2"):
+            perplexity_at_entropy([1.0], [texts(4.0, 3.0)] * 2, 4.0)
+        with pytest.raises(ValueError, match="`num_resamples` must be at least 1"):
+            perplexity_at_entropy([1.0], [texts(4.0, 3.0)], 4.0, 0)
+
+
+def test_plot_frontier_draws_a_curve_for_each_number_of_steps(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = {}
+    original = Axes.errorbar
+
+    def errorbar(self, x, y, **options):
+        drawn[options["label"]] = (list(x), list(y))
+        return original(self, x, y, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    rows = [
+        {"num_steps": n, "sampler": "bridge", "temperature": t, "entropy": 4 + t, "gen_ppl": 90.0 / n}
+        for n in (1, 8)
+        for t in (1.0, 0.7)
+    ]
+    rows.append({"source": "reference", "entropy": 5.0, "gen_ppl": 20.0})
+    plot_frontier(rows, tmp_path / "frontier.png")
+    assert drawn == {"bridge, 1 step": ([4.7, 5.0], [90.0, 90.0]), "bridge, 8 steps": ([4.7, 5.0], [11.25, 11.25])}
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+
+
+# MAUVE of (40, 30, 15, 10, 5) texts of each kind and of other numbers, by mauve-text 0.4.0.
+MAUVE = {
+    (20, 20, 20, 20, 20): 0.8606751833863442,
+    (35, 30, 15, 10, 10): 0.9983226292452807,
+    (2, 3, 5, 30, 60): 0.09931468099929966,
+}
+
+
+class TestMAUVE:
+    def test_divergence_frontier_by_hand(self):
+        """In the middle, the divergences to the mean of both distributions, which the Jensen-Shannon divergence averages."""
+        p, q = np.array([0.5, 0.5, 0.0]), np.array([0.25, 0.25, 0.5])
+        curve = divergence_frontier(p, q, scaling=2.0, num_points=25)
+        assert curve.shape == (27, 2) and (np.diff(curve[:, 0]) > 0).all() and (np.diff(curve[:, 1]) < 0).all()
+        from_q = 0.5 * math.log(0.25 / 0.375) + 0.5 * math.log(0.5 / 0.25)
+        from_p = math.log(0.5 / 0.375)
+        assert curve[13] == pytest.approx([math.exp(-2 * from_q), math.exp(-2 * from_p)])
+
+    def test_compute_mauve_of_known_clusters(self):
+        """
+        Of what lies in clusters that nobody could confuse, it depends on their frequencies alone, in whatever way they are found.
+        """
+        rng = np.random.default_rng(0)
+        centers = 5 * np.eye(5)
+
+        def embeddings(counts):
+            labels = np.repeat(np.arange(5), counts)
+            return centers[labels] + 0.01 * rng.normal(size=(len(labels), 5))
+
+        first = embeddings([40, 30, 15, 10, 5])
+        for counts, expected in MAUVE.items():
+            assert compute_mauve(first, embeddings(list(counts)), num_clusters=5) == pytest.approx(expected, rel=1e-6)
+            assert compute_mauve(embeddings(list(counts)), first, num_clusters=5) == pytest.approx(expected, rel=1e-6)
+
+    def test_compute_mauve_falls_with_the_distance(self):
+        rng = np.random.default_rng(0)
+        reference = rng.normal(size=(300, 12))
+        values = [compute_mauve(rng.normal(size=(300, 12)) + shift, reference) for shift in (0.0, 0.5, 1.0, 3.0)]
+        assert values == sorted(values, reverse=True) and values[0] > 0.9 and values[-1] < 0.1
+        assert compute_mauve(np.ones((5, 3)), np.ones((4, 3))) == 1
+
+    def test_compute_mauve_names_mistakes(self):
+        with pytest.raises(ValueError, match="at least 2 texts each"):
+            compute_mauve(np.ones((1, 3)), np.ones((4, 3)))
+        with pytest.raises(ValueError, match="`num_clusters` must be at least 2, and at most the 8 texts"):
+            compute_mauve(np.eye(4), np.eye(4), num_clusters=9)
+
+    def test_embed_texts_has_the_last_state_of_each(self):
+        lines = ["the cat sat on the mat", "", "a dog", "the cat"]
+        features = embed_texts(lines, SCORER, batch_size=3, max_length=5, device="cpu")
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(SCORER), AutoTokenizer.from_pretrained(SCORER)
+        for line, row in zip(lines, features):
+            tokens = tokenizer(line)["input_ids"][:5] or [tokenizer.eos_token_id]
+            with torch.no_grad():
+                states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1]
+            assert row == pytest.approx(states[0, -1].numpy(), abs=1e-5)
+
+
+class TestThroughput:
+    def test_measure_throughput(self):
+        calls = []
+
+        def write(batch_size: int) -> int:
+            calls.append(batch_size)
+            time.sleep(0.01)
+            return 12 * batch_size
+
+        rows = measure_throughput(write, [1, 4], min_seconds=0.0, min_repeats=5)
+        assert calls == [1] * 6 + [4] * 6  # the first is to warm up
+        for row, batch_size in zip(rows, (1, 4)):
+            assert row["batch_size"] == batch_size
+            assert 20 * batch_size < row["texts_per_second"] <= 100 * batch_size
+            assert row["tokens_per_second"] == pytest.approx(12 * row["texts_per_second"])
+
+    def test_measure_throughput_where_memory_does_not_suffice(self):
+        def write(batch_size: int) -> int:
+            if batch_size > 8:
+                raise torch.OutOfMemoryError
+            return batch_size
+
+        small, large = measure_throughput(write, [8, 16], min_seconds=0.0)
+        assert small["texts_per_second"] > 0 and large["texts_per_second"] is large["tokens_per_second"] is None

@@ -1,0 +1,121 @@
+"""What texts repeat: self-BLEU, what is copied from the training texts, and real words."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+from modeling_flm.trainers.evaluation import (
+    copied_from,
+    ratio_with_interval,
+    real_words,
+    repetition_figures,
+    self_bleu,
+)
+from modeling_flm.trainers.evaluation.repetition import split_words, vocabulary_of
+
+
+def random_texts(number: int, num_words: int, longest: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    words = [f"w{chr(97 + index)}" for index in range(num_words)]
+    return [" ".join(rng.choices(words, k=rng.randint(0, longest))) for _ in range(number)]
+
+
+def test_split_words():
+    text = "It's 3 o’clock, the well-known 'Cat' sat_down!"
+    assert split_words(text) == ["it's", "3", "o’clock", "the", "well", "known", "cat", "sat", "down"]
+    marks = ["it's", "3", "o’clock", ",", "the", "well", "-", "known", "'", "cat", "'", "sat", "_", "down", "!"]
+    assert split_words(text, with_punctuation=True) == marks
+
+
+class TestSelfBLEU:
+    @pytest.mark.parametrize("num_words, longest", [(3, 9), (6, 30), (26, 12)])
+    def test_self_bleu_is_that_of_nltk(self, num_words, longest):
+        texts = random_texts(40, num_words, longest, seed=longest)
+        result = self_bleu(texts)
+        filled = [text.split() for text in texts if text]
+        expected = [
+            sentence_bleu(filled[:index] + filled[index + 1 :], text, smoothing_function=SmoothingFunction().method1)
+            for index, text in enumerate(filled)
+        ]
+        has_words = np.array([bool(text) for text in texts])
+        assert not has_words.all() or longest > 20  # of the short ones some are empty
+        assert result[has_words, 0] == pytest.approx(expected, rel=1e-9)
+        assert 0 < np.mean(expected) < 1 and result[:, 1].tolist() == has_words.astype(float).tolist()
+
+    def test_self_bleu_by_hand(self):
+        copies = ["a cat sat on the mat .", "A cat sat on the mat."] * 2
+        assert self_bleu(copies)[:, 0] == pytest.approx(1)
+        assert self_bleu(["one two three", "four five six"])[:, 0].tolist() == [0, 0]
+        # 3 of 4 words, 2 of 3 pairs, 1 of 2 triples, and none of one: 0.1.
+        first, _ = self_bleu(["a b c d", "a b c e"])[:, 0]
+        assert first == pytest.approx((3 / 4 * 2 / 3 * 1 / 2 * 0.1) ** (1 / 4))
+
+    def test_self_bleu_needs_two_texts(self):
+        assert not self_bleu(["a b", "", "..."[:0]]).any()
+        (figures,) = repetition_figures([["only one"]])
+        assert math.isnan(figures["self_bleu"])
+
+
+def contains(training: list[str], words: list[str]) -> bool:
+    return any(f" {' '.join(words)} " in f" {' '.join(split_words(text))} " for text in training)
+
+
+class TestCopies:
+    @pytest.mark.parametrize("sizes", [(2, 3), (1, 5), (4,)])
+    def test_copied_from_is_what_a_search_finds(self, sizes):
+        training = random_texts(60, 4, 9, seed=1)
+        lists = [random_texts(80, 4, 7, seed=2), [text[3:] for text in training[:20]]]
+        results = copied_from(lists, iter(training), sizes)
+        for texts, counts in zip(lists, results):
+            rows = [split_words(text) for text in texts]
+            for size in sizes:
+                ngrams = [[row[i : i + size] for i in range(len(row) - size + 1)] for row in rows]
+                expected = [[sum(contains(training, ngram) for ngram in row), len(row)] for row in ngrams]
+                assert counts[f"copied_{size}"].tolist() == expected
+            whole = [[bool(row) and contains(training, row), bool(row)] for row in rows]
+            assert counts["copied_texts"].tolist() == whole
+        assert 0 < results[0]["copied_texts"][:, 0].sum() < 80
+
+    def test_copied_by_hand(self):
+        training = ["The cat sat on the mat, and slept.", "A dog barked"]
+        texts = ["the CAT sat on a mat", "dog barked", "on the mat and slept", "dog barked the"]
+        (counts,) = copied_from([texts], training, sizes=(3,))
+        assert counts["copied_3"].tolist() == [[2, 4], [0, 0], [3, 3], [0, 1]]
+        assert counts["copied_texts"][:, 0].tolist() == [0, 1, 1, 0]
+
+    def test_copied_texts_that_are_longer_than_ngrams(self):
+        training = ["a b c d e f g h i j"]
+        (counts,) = copied_from([["b c d e f g", "b c d e f x", "b c d e f g h i j k"]], training, sizes=(2, 4))
+        assert counts["copied_texts"][:, 0].tolist() == [1, 0, 0]
+
+
+def test_real_words():
+    vocabulary = vocabulary_of(["Cat", "it's", "3rd", "the mat"])
+    assert vocabulary == {"cat", "it's", "the", "mat"}
+    counts = real_words(["The cat, 17 czt!", "it's", "12 3", ""], vocabulary)
+    assert counts.tolist() == [[2, 3], [1, 1], [0, 0], [0, 0]]
+
+
+class TestIntervals:
+    def test_ratio_with_interval_has_the_width_of_theory(self):
+        rng = np.random.default_rng(0)
+        counts = np.stack([rng.random(900) < 0.3, np.ones(900)], axis=1).astype(float)
+        ratio, (low, high) = ratio_with_interval(counts, 2000)
+        assert ratio == counts[:, 0].mean()
+        assert high - low == pytest.approx(2 * 1.96 * (ratio * (1 - ratio) / 900) ** 0.5, rel=0.1)
+        assert low < ratio < high
+
+    def test_ratio_weighs_texts_by_what_they_have(self):
+        ratio, _ = ratio_with_interval(np.array([[1, 1], [0, 9], [0, 0]]))
+        assert ratio == pytest.approx(0.1)
+
+    def test_repetition_figures(self):
+        training = ["a b c d", "e f g h"]
+        first, second = repetition_figures([["a b c d"] * 9, ["a b c x"] * 9], training, {"a", "b"}, sizes=(2,))
+        assert (first["copied_2"], second["copied_2"]) == (1, pytest.approx(2 / 3))
+        assert (first["copied_texts"], second["copied_texts"], second["real_words"]) == (1, 0, 0.5)
+        assert first["self_bleu"] == 1 and first["self_bleu_interval"] == [1, 1]
+        assert repetition_figures([["a b", "c"]])[0].keys() == {"self_bleu", "self_bleu_interval"}
