@@ -31,6 +31,7 @@ from modeling_flm.trainers import (
     FMLMTrainer,
     FMLMTrainingArguments,
     generate_samples,
+    pack_tokens,
     train_tokenizer,
 )
 from modeling_flm.trainers.batches import example_seed
@@ -460,6 +461,22 @@ class TestSweep:
         model.generation_config.sampler_config = BridgeSamplerConfig()
         assert describe_sampling(args, model) == {"gamma": 0.0}
 
+    def test_reference_packing_makes_texts_as_long_as_the_model_s(self, folder, tmp_path, gen_ppl):
+        lines = ["time back us was long", "some his him", "they your get well off have used", "time"] * 4
+        (tmp_path / "people.txt").write_text("\n".join(lines))
+        flags = ["--reference_file", tmp_path / "people.txt", "--reference_packing", "wrapped"]
+        evaluate("--model", folder, *OPTIONS, *flags, "--output_dir", tmp_path / "out")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokens = tokenizer(lines, add_special_tokens=False)["input_ids"]
+        blocks = pack_tokens(tokens, 12, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        expected = gen_ppl(tokenizer.batch_decode(blocks, skip_special_tokens=True), token_ids=blocks)
+        row = results_of(tmp_path / "out")["results"][2]
+        assert row["num_texts"] == len(blocks) > 4 and row["entropy"] == pytest.approx(expected["entropy"])
+        assert row["gen_ppl"] == pytest.approx(expected["gen_ppl"], rel=1e-6)
+        (tmp_path / "people.txt").write_text("time\n")
+        with pytest.raises(SystemExit, match="too few tokens for a single block"):
+            evaluate("--model", folder, *OPTIONS, *flags, "--output_dir", tmp_path / "more")
+
     def test_batch_sizes_measure_throughput(self, folder, tmp_path, monkeypatch):
         monkeypatch.setattr(evaluation, "measure_throughput", partial(measure_throughput, min_seconds=0.0))
         flags = ["--batch_sizes", 1, 4, "--output_dir", tmp_path / "out"]
@@ -548,6 +565,7 @@ class TestTextsFromAnywhere:
             (["--samples_file", "x.txt", "--model", "y"], "Pass either --model or --samples_file, and not both"),
             (["--samples_file", "x.txt", "--num_steps", 2, "--top_k", 3], "leave out --num_steps, --top_k"),
             (["--samples_file", "x.txt", "--length", 4], "in tokens of --tokenizer: pass one"),
+            (["--samples_file", "x.txt", "--reference_packing", "wrapped"], "makes blocks of --length tokens"),
             (["--samples_file", "x.txt", "--update_card"], "--update_card .* leave out --samples_file"),
         ],
     )

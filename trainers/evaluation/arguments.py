@@ -146,6 +146,13 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "A txt, jsonl, csv or parquet file of texts to compare with, cut to the model's length."},
     )
+    reference_packing: str = field(
+        default="texts",
+        metadata={
+            "help": "Each of these texts by itself, cut where it is too long; or blocks of the model's length, as in training.",
+            "choices": ["texts", "wrapped"],
+        },
+    )
     train_file: str | None = field(
         default=None, metadata={"help": "A file like it of the training texts, to find what was copied from them."}
     )
@@ -189,6 +196,8 @@ def check_arguments(args: EvaluationArguments):
             raise ValueError(f"`samples_file` has texts already: leave out `{'`, `'.join(useless)}`.")
         if args.length is not None and args.tokenizer is None:
             raise ValueError("`length` cuts the texts of `samples_file` in tokens of `tokenizer`: pass one.")
+        if args.reference_packing == "wrapped" and args.length is None:
+            raise ValueError("`reference_packing` wrapped makes blocks of `length` tokens: pass it.")
     if args.mauve_model is not None and args.reference_file is None:
         raise ValueError("`mauve_model` needs `reference_file`, whose texts it compares with.")
     if args.temperatures is not None and args.temperature is not None:

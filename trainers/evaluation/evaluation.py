@@ -24,12 +24,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from modeling_flm.hub.card import add_results
 
-from ..data import find_text_column, load_texts
+from ..data import find_text_column, load_texts, pack_dataset
 from .arguments import FLOW_ONLY, EvaluationArguments, check_arguments
 from .frontier import perplexity_at_entropy, plot_frontier
 from .mauve import check_mauve, compute_mauve, embed_texts
@@ -104,7 +105,7 @@ class GenPPLEvaluation:
             if args.samples_file is not None:
                 self.samples = self._load_cut(args.samples_file)
             if args.reference_file is not None:
-                self.reference = self._load_cut(args.reference_file)
+                self.reference = self._load_cut(args.reference_file, args.reference_packing)
             if args.train_file is not None:
                 self.training_texts = load_lines(args.train_file, args.text_column)
             if args.words_file is not None:
@@ -123,14 +124,19 @@ class GenPPLEvaluation:
                 "pass one that reads more."
             )
 
-    def _load_cut(self, path: str) -> tuple[list[str], list[list[int]] | None]:
+    def _load_cut(self, path: str, packing: str = "texts") -> tuple[list[str], list[list[int]] | None]:
         """Texts of a file and their tokens, as many as of the model and as long."""
         args = self.args
-        texts = load_lines(path, args.text_column)[: args.num_samples * len(args.seeds)]
+        number = args.num_samples * len(args.seeds)
+        texts = load_lines(path, args.text_column)
         if self.source is not None:
             tokenizer, length = self.source.tokenizer, self.source.length
         else:
             tokenizer, length = self.entropy_tokenizer, args.length
+        if packing == "wrapped":
+            blocks = pack_dataset(Dataset.from_dict({"text": texts}), tokenizer, length)[:number]["input_ids"]
+            return decode(tokenizer, blocks, args), blocks
+        texts = texts[:number]
         if length is None:
             return texts, None
         tokens = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=length)["input_ids"]
