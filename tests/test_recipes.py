@@ -193,7 +193,8 @@ def test_values_of_a_file_are_checked_as_those_of_flags(run, tmp_path, monkeypat
 
 
 EVALUATIONS = sorted(RECIPES.glob("evaluation_*.yaml"))
-TRAININGS = sorted(path for path in RECIPES.glob("*_*.yaml") if path not in EVALUATIONS)
+STUDIES = sorted(RECIPES.glob("study_*.yaml"))
+TRAININGS = sorted(path for path in RECIPES.glob("*_*.yaml") if path not in (*EVALUATIONS, *STUDIES))
 
 
 def test_global_batches_are_as_published():

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import grammar
 import pytest
@@ -10,6 +11,7 @@ import wordnet
 from study_models import CONTENDERS
 
 
+RECIPES = Path(study.__file__).parent / "recipes"
 DATA = {
     "noun": [
         "  1 This software and database is being provided to you, the LICENSEE",
@@ -75,6 +77,16 @@ def test_unknown_models_and_stages(tmp_path):
         study.main(["train", "--output_dir", str(tmp_path), "--only", "gpt3"])
     with pytest.raises(SystemExit, match="say what to do first: data, search"):
         study.main(["--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("study_*.yaml")), ids=lambda path: path.stem)
+def test_recipes(recipe, monkeypatch):
+    monkeypatch.setitem(study.STAGES, "train", lambda data, args: seen.append(args))
+    monkeypatch.setattr(study.Data, "load", lambda args: None)
+    seen = []
+    study.main(["train", str(recipe)])
+    assert Path(seen[0].output_dir) == Path("outputs", recipe.stem)
+    assert seen[0].hidden_size % seen[0].num_attention_heads == 0
 
 
 @pytest.mark.slow
