@@ -38,6 +38,13 @@ class FLMLayerNorm(nn.Module):
         return F.layer_norm(hidden_states.float(), self.weight.shape, self.weight.float(), None, self.eps)
 
 
+def apply_linear(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """A linear layer with a bias, for inputs of any dtype. It computes in that of its bias: quantized weights have another."""
+    bias = layer.bias
+    # The layers that torch quantizes dynamically have a method in its place, and take float32.
+    return layer(inputs.to(bias.dtype if isinstance(bias, torch.Tensor) else torch.float32))
+
+
 class FLMTimeEmbedding(nn.Module):
     """Embeds times in [0, 1], of shape `(batch_size,)` or `(batch_size, sequence_length)`, into `(..., conditioning_size)`."""
 
@@ -52,7 +59,7 @@ class FLMTimeEmbedding(nn.Module):
         frequencies = torch.exp(-math.log(10000) / self.num_frequencies * exponents)
         angles = times.float()[..., None] * frequencies
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.linear_2(F.silu(self.linear_1(sinusoids.to(self.linear_1.weight.dtype))))
+        return self.linear_2(F.silu(apply_linear(self.linear_1, sinusoids)))
 
 
 class FLMLossWeighting(nn.Module):
@@ -68,18 +75,12 @@ class FLMLossWeighting(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(self.time_embedding(times)))).squeeze(-1)
 
 
-class FLMModulation(nn.Linear):
+def modulations(layer: nn.Module, conditioning: torch.Tensor, num_chunks: int) -> tuple[torch.Tensor, ...]:
     """
     Turns the conditioning, of shape `(batch_size, 1 or sequence_length, conditioning_size)`, into `num_chunks` modulations of
-    shape `(batch_size, 1 or sequence_length, hidden_size)`; starts at zero.
+    shape `(batch_size, 1 or sequence_length, hidden_size)`.
     """
-
-    def __init__(self, config: FLMConfig, num_chunks: int):
-        super().__init__(config.conditioning_size, num_chunks * config.hidden_size)
-        self.num_chunks = num_chunks
-
-    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super().forward(conditioning.to(self.weight.dtype)).chunk(self.num_chunks, dim=-1)
+    return apply_linear(layer, conditioning).chunk(num_chunks, dim=-1)
 
 
 def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -205,7 +206,7 @@ class FLMLayer(GradientCheckpointingLayer):
         self.self_attn = FLMAttention(config)
         self.norm2 = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = FLMMLP(config)
-        self.modulation = FLMModulation(config, num_chunks=6)
+        self.modulation = nn.Linear(config.conditioning_size, 6 * config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.compiled = None  # see `compile_regions`
 
@@ -213,7 +214,7 @@ class FLMLayer(GradientCheckpointingLayer):
         return (self.compiled or FLMLayer.compute)(self, hidden_states, conditioning, **kwargs)
 
     def compute(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, **kwargs) -> torch.Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.modulation, conditioning, 6)
         dtype = hidden_states.dtype
         normed = modulate(self.norm1(hidden_states), shift1, scale1).to(dtype)
         attention, _ = self.self_attn(normed, **kwargs)

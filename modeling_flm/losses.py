@@ -13,7 +13,7 @@
 # limitations under the License.
 """Losses between what a head says of every token and a target, of which only a chunk of tokens is held at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -266,3 +266,81 @@ def head_loss(
     """
     token_weights, hidden_states = token_weights.to(weight.device), hidden_states.to(weight.device)
     return _HeadLoss.apply(function, torch.is_grad_enabled(), token_weights, hidden_states, weight, bias)
+
+
+class _LayerLoss(_HeadLoss):
+    """As [`_HeadLoss`], for a head that is called: its gradients are made by autograd, also a chunk at a time."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        function: LossFunction,
+        with_gradient: bool,
+        token_weights: torch.Tensor,
+        hidden_states: torch.Tensor,
+        head: Callable[[torch.Tensor], torch.Tensor],
+        vocab_size: int,
+        *parameters: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        device = hidden_states.device.type
+        in_bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        _, _, _, of_hidden, _, _, *of_parameters = (with_gradient and needed for needed in ctx.needs_input_grad)
+        trained = [parameter for parameter, needed in zip(parameters, of_parameters) if needed]
+        hidden_gradients, losses, sums = [], [], [torch.zeros_like(parameter) for parameter in trained]
+        for chunk in chunks(*hidden_states.shape[:2], vocab_size, hidden_states.device):
+            inputs = hidden_states[:, chunk].detach().requires_grad_(of_hidden)
+            with torch.set_grad_enabled(of_hidden or len(trained) > 0), torch.autocast(device, enabled=in_bfloat16):
+                outputs = head(inputs)
+            with torch.autocast(device, enabled=False):
+                chunk_losses, gradient = function(outputs.detach().clone(), chunk, None)
+            losses.append(chunk_losses)
+            if outputs.requires_grad:
+                gradient *= token_weights[:, chunk, None]
+                inner = [inputs, *trained] if of_hidden else trained
+                gradients = torch.autograd.grad(outputs, inner, gradient, allow_unused=True)
+                if of_hidden:
+                    hidden_gradients.append(gradients[0])
+                for total, part in zip(sums, gradients[of_hidden:]):
+                    if part is not None:
+                        total += part
+        losses = torch.cat(losses, dim=1)
+        sums = iter(sums)
+        ctx.save_for_backward(losses)
+        ctx.gradients = (
+            torch.cat(hidden_gradients, dim=1) if of_hidden else None,
+            *(None, None),
+            *(next(sums) if needed else None for needed in of_parameters),
+        )
+        ctx.mark_non_differentiable(losses)
+        return (token_weights * losses).sum(), losses
+
+
+def layer_loss(
+    function: LossFunction,
+    token_weights: torch.Tensor,
+    hidden_states: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    parameters: Iterable[torch.Tensor],
+    vocab_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    As [`head_loss`], for any head: one with adapters, or with quantized or offloaded weights.
+
+    Args:
+        function (`Callable[[torch.Tensor, slice, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]`):
+            As for [`head_loss`]; it gets no workspace.
+        token_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What each loss counts. Differentiable.
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The input of the head.
+        head (`Callable[[torch.Tensor], torch.Tensor]`): Makes outputs of a chunk of positions, in float32.
+        parameters (`Iterable[torch.Tensor]`): The parameters of the head; those that are trained get gradients.
+        vocab_size (`int`): The number of outputs of a position.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the sum, a scalar, and the losses, of shape
+        `(batch_size, sequence_length)`, without gradient.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    token_weights = token_weights.to(hidden_states.device)
+    return _LayerLoss.apply(
+        function, torch.is_grad_enabled(), token_weights, hidden_states, head, vocab_size, *trained
+    )

@@ -30,9 +30,10 @@ from .backbone_flm import (
     FLMLayer,
     FLMLayerNorm,
     FLMLossWeighting,
-    FLMModulation,
     FLMTimeEmbedding,
+    apply_linear,
     modulate,
+    modulations,
     rotary_embedding,
 )
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
@@ -40,7 +41,15 @@ from .flow import correction_coefficient, expand_times, interpolate
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, raise_recompile_limit
 from .joint_noise import JointNoise
 from .likelihood_flm import FLMLikelihoodMixin, FLMLikelihoodOutput
-from .losses import LossFunction, chunks, head_loss, softcap_logits, softmax_cross_entropy, softmax_divergence
+from .losses import (
+    LossFunction,
+    chunks,
+    head_loss,
+    layer_loss,
+    softcap_logits,
+    softmax_cross_entropy,
+    softmax_divergence,
+)
 from .posterior_flm import Posterior, times_of
 from .time_reparameterization import TimeMap, build_time_map
 
@@ -78,22 +87,6 @@ class FLMOutput(ModelOutput):
     token_losses: torch.FloatTensor | None = None
 
 
-class FLMHead(nn.Linear):
-    """The output projection, with float32 outputs also under autocast; starts at zero, the uniform distribution."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        loss_function: LossFunction | None = None,
-        token_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The outputs, or with a `loss_function` what [`~losses.head_loss`] makes of them."""
-        if loss_function is not None:
-            return head_loss(loss_function, token_weights, hidden_states, self.weight, self.bias)
-        # Contiguous, as a chunk of positions is not: it becomes one product of matrices, and not one for each sequence.
-        return super().forward(hidden_states.to(self.weight.dtype).contiguous()).float()
-
-
 class FLMPreTrainedModel(PreTrainedModel):
     """
     What flow-based language models have in common: weight initialization, what the backbone supports, states, and `forward`
@@ -108,6 +101,7 @@ class FLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["FLMLayer"]
     _keep_in_fp32_modules_strict = ["lm_head", "norm", "norm1", "norm2", "time_embedding", "loss_weighting"]
+    _keep_in_fp32_modules = [".*lm_head", ".*time_embedding", ".*loss_weighting"]  # what quantization leaves as it is
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -128,7 +122,7 @@ class FLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, (FLMModulation, FLMHead)):
+        if any(module is other for other in self._layers_of_zeros()):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
@@ -140,6 +134,12 @@ class FLMPreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         elif isinstance(module, FLMLayerNorm):
             init.ones_(module.weight)
+
+    def _layers_of_zeros(self) -> list[nn.Module]:
+        """What starts at zero: blocks as the identity, predictions as the uniform distribution."""
+        owners = [module for module in self.modules() if isinstance(module, (FLMLayer, FLMModel))]
+        heads = [module.lm_head for module in owners if isinstance(module, FLMModel)]
+        return [module.modulation for module in owners] + heads
 
     # What a concrete model defines
 
@@ -235,16 +235,18 @@ class FLMPreTrainedModel(PreTrainedModel):
     @property
     def state_sizes(self) -> list[int]:
         """How many of the columns of a state belong to each of the model's networks."""
-        return [embedding.embedding_dim for embedding in self.embeddings]
+        return [self.config.hidden_size for _ in self.embeddings]
 
     def embed_vocabulary(self, embedding: nn.Embedding) -> torch.Tensor:
         """
-        The weight of an embedding, by a call of the module where it is not there otherwise: what `device_map` offloads or
-        FSDP shards is whole only during a call.
+        The weight of an embedding, by a call of the module where it is not there otherwise: adapters add to it, and what
+        `device_map` offloads or FSDP shards is whole only during a call.
         """
-        if type(embedding.weight) is nn.Parameter and embedding.weight.device.type != "meta":
-            return embedding.weight
-        device = "cpu" if embedding.weight.device.type == "meta" else embedding.weight.device
+        weight = embedding.weight
+        is_plain = type(embedding) is nn.Embedding and type(weight) is nn.Parameter
+        if is_plain and weight.device.type != "meta":
+            return weight
+        device = "cpu" if weight.device.type == "meta" else weight.device
         return embedding(torch.arange(self.config.vocab_size, device=device))
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -483,8 +485,9 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
         self.time_embedding = FLMTimeEmbedding(config)
         self.layers = nn.ModuleList([FLMLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.modulation = FLMModulation(config, num_chunks=2)
-        self.lm_head = FLMHead(config.hidden_size, config.vocab_size)
+        # Plain linear layers, which adapters and quantization know
+        self.modulation = nn.Linear(config.conditioning_size, 2 * config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @property
@@ -503,7 +506,7 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
         config = self.config
         conditioning = F.silu(self.embed_times(tau_s, tau_t))
         conditioning = conditioning[:, None] if conditioning.dim() == 2 else conditioning
-        hidden_states = state.to(self.embed_tokens.weight.dtype)
+        hidden_states = state.to(self.dtype)
         attention_mask = create_bidirectional_mask(
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
@@ -521,7 +524,7 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
                 attention_mask=attention_mask,
                 **kwargs,
             )
-        shift, scale = self.modulation(conditioning)
+        shift, scale = modulations(self.modulation, conditioning, 2)
         return modulate(self.norm(hidden_states), shift, scale)
 
     softmax_divergence = staticmethod(softmax_divergence)
@@ -536,11 +539,29 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
                 return self.softmax_cross_entropy(outputs, target[:, chunk].to(outputs.device), softcap, workspace)
             return self.softmax_divergence(divergence, outputs, target.probabilities(chunk), softcap, workspace)
 
-        return self.lm_head(hidden_states, function, token_weights)
+        return self.head_loss(function, token_weights, hidden_states)
+
+    def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The outputs of the head, in float32 also under autocast."""
+        # Contiguous, as a chunk of positions is not: it becomes one product of matrices, and not one for each sequence.
+        return apply_linear(self.lm_head, hidden_states.contiguous()).float()
+
+    def head_loss(
+        self, function: LossFunction, token_weights: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What [`~losses.head_loss`] makes of the outputs of the head."""
+        layer = self.lm_head
+        weight, bias = layer.weight, layer.bias
+        if type(layer) is nn.Linear and type(weight) is nn.Parameter and weight.device.type != "meta":
+            return head_loss(function, token_weights, hidden_states, weight, bias)
+        # Adapters, quantized or offloaded weights
+        return layer_loss(
+            function, token_weights, hidden_states, self.head, layer.parameters(), self.config.vocab_size
+        )
 
     def logits(self, hidden_states: torch.Tensor, logits_processor: LogitsProcessorList | None = None) -> torch.Tensor:
         """The capped and processed logits of what `encode` returned, or of a chunk of its positions, in float32."""
-        logits = softcap_logits(self.lm_head(hidden_states), self.config.final_logit_softcapping)
+        logits = softcap_logits(self.head(hidden_states), self.config.final_logit_softcapping)
         if logits_processor:
             scores = logits.flatten(0, 1)
             prefix = torch.empty((scores.shape[0], 0), dtype=torch.long, device=scores.device)
@@ -705,7 +726,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
         flow_states, correction_states = hidden_states.chunk(2, dim=-1)
         logits = self.flow.logits(flow_states, logits_processor)
-        correction = self.correction.lm_head(correction_states).to(logits.device)  # not logits: no softcap
+        correction = self.correction.head(correction_states).to(logits.device)  # not logits: no softcap
         scale = self._correction_scale(tau_s, tau_t, logits)
         # What a processor ruled out stays so.
         return logits.softmax(dim=-1) + scale * correction.masked_fill(logits == -torch.inf, 0.0)
@@ -721,7 +742,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
             )
         target = self._as_target(divergence, target, hidden_states)
         flow_states, correction_states = hidden_states.chunk(2, dim=-1)
-        if torch.is_grad_enabled() and self.flow.embed_tokens.weight.requires_grad:
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.flow.parameters()):
             raise ValueError("The flow of a two-network model is frozen, and its `requires_grad` must stay `False`.")
 
         def function(outputs, chunk, workspace):
@@ -740,7 +761,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
                 gradient = torch.zeros_like(delta).scatter(-1, labels, torch.where(chosen > tiny, -1 / chosen, 0.0))
             return losses, (scale * gradient).to(outputs.dtype)
 
-        return self.correction.lm_head(correction_states, function, token_weights)
+        return self.correction.head_loss(function, token_weights, correction_states)
 
     def log_loss_weight(self, tau_s):
         return self.correction.log_loss_weight(tau_s)
