@@ -390,6 +390,10 @@ class FLMGenerationMixin:
     _noise_factor: tuple[torch.Tensor, torch.Tensor] | None = None
     _compiled_step: tuple[CompileConfig, Callable] | None = None
 
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """Not used: a `PeftModel` with `task_type="CAUSAL_LM"` looks for it before it hands `generate` on."""
+        raise NotImplementedError("Tokens are not generated one after the other: call `generate`.")
+
     @torch.no_grad()
     @in_evaluation_mode
     def generate(

@@ -232,11 +232,9 @@ class _HeadLoss(torch.autograd.Function):
         (losses,) = ctx.saved_tensors
         of_loss_weights = scale * losses if ctx.needs_input_grad[2] else None
         # In place: that of a large head would need as much memory again.
-        of_hidden, of_weight, of_bias = (
-            gradient if gradient is None else gradient.mul_(scale) for gradient in ctx.gradients
-        )
+        gradients = [gradient if gradient is None else gradient.mul_(scale) for gradient in ctx.gradients]
         ctx.gradients = None
-        return None, None, of_loss_weights, of_hidden, of_weight, of_bias
+        return None, None, of_loss_weights, *gradients
 
 
 def head_loss(

@@ -774,6 +774,11 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 def load_network(model: FMLMModel, weights: dict[str, torch.Tensor], config_overrides: dict):
     """Loads the weights of an FLM into a flow map of the same sizes, which does not depend yet on the time to go to."""
     new = ("target_time_embedding.", "loss_weighting.")
+    if unknown := sorted(weights.keys() - model.state_dict().keys()):
+        raise ValueError(
+            f"The model to start from has weights that a plain one does not have, such as {unknown[0]}: merge its adapters first "
+            "(`merge_and_unload` of the `PeftModel`), or load it without quantization."
+        )
     expected = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(new)}
     if expected != {name: value.shape for name, value in weights.items()}:
         raise ValueError(f"`config_overrides` must leave all sizes as they are, got {config_overrides}.")
@@ -790,7 +795,8 @@ def check_is_flm(teacher: PreTrainedModel, argument: str = "teacher"):
             "FMLMModel": " A flow map is trained on as it is, or loaded twice.",
             "FMLMTwoNetworkModel": f" Pass its flow, `{argument}.flow`.",
         }
-        raise TypeError(f"`{argument}` must be an `FLMModel`, got `{name}`.{hints.get(name, '')}")
+        merge = f" Merge its adapters first, `{argument}.merge_and_unload()`." if name.startswith("Peft") else ""
+        raise TypeError(f"`{argument}` must be an `FLMModel`, got `{name}`.{hints.get(name, merge)}")
 
 
 def flm_settings(config: FLMConfig) -> dict:

@@ -62,7 +62,7 @@ class TestGenPPL:
         logs = {row["step"]: row for row in trainer.state.log_history if "eval_gen_ppl_1" in row}
         assert set(logs) == {2, 4} and trainer.model.training
         assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3, 4]
-        average = trainer.ema.averaged.module.eval()
+        average = trainer.ema.averaged.eval()
         for num_steps in (1, 3):
             tokens = generate_samples(average, list(range(5)), args.seed, num_steps=num_steps).tolist()
             expected = gen_ppl(tokenizer.batch_decode(tokens, skip_special_tokens=True), token_ids=tokens)
@@ -136,7 +136,7 @@ class TestSelectionByGenPPL:
         assert result["gen_ppl" if is_ppl else "entropy"] == pytest.approx(measured[best], rel=1e-6)
         trainer.save_model(tmp_path / "best")
         saved = AutoModel.from_pretrained(tmp_path / "best").state_dict()
-        average = trainer.ema.averaged.module.state_dict()
+        average = trainer.ema.averaged.state_dict()
         for name, tensor in model.state_dict().items():
             assert torch.equal(saved[name], tensor) and torch.equal(average[name], tensor)
         # After the training there is no figure of the weights that it has now.

@@ -409,7 +409,7 @@ class TestPublish:
         one, two = server.files("tester/one"), server.files("tester/two")
         assert one.keys() == two.keys() and server.repositories["tester/two"].messages[-1] == "End of training"
         ours = AutoModel.from_pretrained(tmp_path / "one").state_dict()
-        assert all(torch.equal(x, ours[name]) for name, x in trainer.ema.averaged.module.state_dict().items())
+        assert all(torch.equal(x, ours[name]) for name, x in trainer.ema.averaged.state_dict().items())
         renamed = one["README.md"].replace(b"tester/one", b"tester/two").replace(b"# one", b"# two")
         assert two["README.md"] == renamed.replace(b"model_name: one", b"model_name: two")
         for name in one.keys() - {"model.safetensors", "README.md"}:

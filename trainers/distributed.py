@@ -16,6 +16,7 @@ Several processes: everything that is particular to wrappers of a model, to FSDP
 within a process.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +31,7 @@ from transformers import PreTrainedModel
 
 
 # State dictionaries of whole weights, also where processes have shards of them
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_WHOLE = {"full_state_dict": True, "cpu_offload": True}
 
 
 def through_forward(wrapper: nn.Module, model: PreTrainedModel, function: Callable[[], Any]) -> Any:
@@ -112,20 +113,27 @@ def region_options(backend: str | None, mode: str | None) -> dict[str, Any] | No
     return {name: options[name] for name in names if options.get(name) is not None}
 
 
-def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights, on the CPU; all processes must ask for them where they are sharded."""
-    return get_model_state_dict(model, options=_WHOLE)
+def trained_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights that are trained, on the CPU; all processes must ask for them where they are sharded."""
+    return get_model_state_dict(model, options=StateDictOptions(**_WHOLE, ignore_frozen_params=True))
 
 
 def load_whole_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]):
-    """Loads whole weights into a model that may be sharded."""
-    set_model_state_dict(model, state_dict, options=_WHOLE)
+    """Loads whole weights into a model that may be sharded. Those that `state_dict` does not have stay as they are."""
+    result = set_model_state_dict(model, state_dict, options=StateDictOptions(**_WHOLE, strict=False))
+    if result.unexpected_keys:
+        raise ValueError(
+            f"The checkpoint has weights that the model does not have: {', '.join(result.unexpected_keys)}."
+        )
 
 
 def copy_of_weights(model: nn.Module) -> nn.Module:
-    """What an average of the weights starts from: the model, or where it is sharded, the shards of this process alone."""
+    """
+    What an average of the weights starts from: the model, with weights that are not trained shared, or where it is sharded,
+    the shards of this process alone.
+    """
     if not is_sharded(model):
-        return model
+        return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
     return nn.ParameterList(nn.Parameter(p.detach().clone(), p.requires_grad) for p in model.parameters())
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from .distributed import copy_of_weights, forget_gathered_weights
@@ -26,7 +26,8 @@ from .distributed import copy_of_weights, forget_gathered_weights
 class EMACallback(TrainerCallback):
     """
     Keeps an exponential moving average of the weights. After `n` optimizer steps the decay is
-    `min(decay, (1 + n) / (10 + n))`, so that the start is forgotten quickly.
+    `min(decay, (1 + n) / (10 + n))`, so that the start is forgotten quickly. Weights that are not trained have none, such as
+    those that adapters stand beside: `averaged` is the model with its averaged weights, and shares the others with it.
 
     Args:
         decay (`float`): The largest decay.
@@ -34,38 +35,37 @@ class EMACallback(TrainerCallback):
 
     def __init__(self, decay: float):
         self.decay = decay
-        self.averaged: AveragedModel | None = None
+        self.averaged: nn.Module | None = None
+        self.num_updates = 0  # the optimizer steps that the average has seen
         self.is_applied = False
-
-    @property
-    def num_updates(self) -> int:
-        """How many optimizer steps the average has seen."""
-        # `AveragedModel` counts the initial copy as well.
-        return int(self.averaged.n_averaged) - 1
 
     def start(self, model: PreTrainedModel, num_updates: int = 0):
         """Takes the weights of `model` for the average after `num_updates` steps."""
-        weights = copy_of_weights(model)
-        self.averaged = AveragedModel(weights, multi_avg_fn=self._average).requires_grad_(False)
-        self.averaged.n_averaged.fill_(num_updates + 1)
+        self.averaged = copy_of_weights(model).requires_grad_(False)
+        self.num_updates = num_updates
 
-    @torch.no_grad()
-    def _average(self, averages: list[torch.Tensor], parameters: list[torch.Tensor], num_averaged: torch.Tensor):
-        step = self.num_updates + 1
-        torch._foreach_lerp_(averages, parameters, 1 - min(self.decay, (1 + step) / (10 + step)))
+    def _pairs(self, model: PreTrainedModel) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """The weights that have an average, each with it."""
+        pairs = zip(model.parameters(), self.averaged.parameters(), strict=True)
+        return [(parameter, average) for parameter, average in pairs if parameter is not average]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.averaged is None:
             self.start(model)
 
+    @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.averaged.update_parameters(model)
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        if pairs := self._pairs(model):
+            parameters, averages = map(list, zip(*pairs))
+            torch._foreach_lerp_(averages, parameters, 1 - decay)
 
     @torch.no_grad()
     def _swap(self, model: PreTrainedModel):
         forget_gathered_weights(model)
         # In place, so that wrappers and compiled graphs that hold the parameters see the change.
-        for parameter, average in zip(model.parameters(), self.averaged.module.parameters(), strict=True):
+        for parameter, average in self._pairs(model):
             value = parameter.clone()
             parameter.copy_(average)
             average.copy_(value)

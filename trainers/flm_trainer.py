@@ -49,6 +49,7 @@ from modeling_flm.hub.records import TRAINING_NAME
 from modeling_flm.joint_noise import JointNoise, noise_size
 from modeling_flm.posterior_flm import Posterior
 
+from .adapters import has_added_adapters, load_added_adapters, network_of
 from .batches import (
     FlowBatch,
     draw_known_masks,
@@ -67,7 +68,7 @@ from .distributed import (
     region_options,
     restore_class_name,
     through_forward,
-    whole_state_dict,
+    trained_state_dict,
 )
 from .ema import EMACallback
 from .flm_config import FLMTrainingArguments
@@ -76,8 +77,8 @@ from .metrics import TokenMeans
 
 logger = logging.get_logger(__name__)
 
-# In a checkpoint, `model.safetensors` has the averaged weights, for everybody who loads it, and this file those that the
-# optimizer continues from.
+# In a checkpoint, `model.safetensors` or the adapter has the averaged weights, for everybody who loads it, and this file those
+# that the optimizer continues from.
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 
 # How many of the first training texts are asked whether they begin with the BOS token.
@@ -107,8 +108,9 @@ class FLMTrainer(Trainer):
       those of the training in `training_weights.safetensors`.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `str`):
-            An [`FLMModel`], or the name or path of one.
+        model ([`~transformers.PreTrainedModel`], `PeftModel` or `str`):
+            An [`FLMModel`], also within a `PeftModel` or with an adapter of `model.add_adapter`, or the name or path of one.
+            Of a model with adapters these alone are trained, averaged and saved.
         args ([`FLMTrainingArguments`], *optional*):
             Arguments of the training.
         data_collator (`Callable`, *optional*):
@@ -146,7 +148,7 @@ class FLMTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel | nn.Module | str,
         args: FLMTrainingArguments | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset=None,
@@ -157,13 +159,18 @@ class FLMTrainer(Trainer):
     ):
         if isinstance(model, str):
             model = AutoModel.from_pretrained(model, dtype=torch.float32)
-        if isinstance(model, FMLMModel) and FMLMModel not in self.model_classes:
-            raise TypeError(f"`model` is a flow map, `{type(model).__name__}`: train it with `FMLMTrainer`.")
-        if not isinstance(model, self.model_classes):
+        network = network_of(model)
+        if isinstance(network, FMLMModel) and FMLMModel not in self.model_classes:
+            raise TypeError(f"`model` is a flow map, `{type(network).__name__}`: train it with `FMLMTrainer`.")
+        if not isinstance(network, self.model_classes):
             names = " or ".join(f"`{model_class.__name__}`" for model_class in self.model_classes)
-            raise TypeError(f"`model` must be a {names} for `{type(self).__name__}`, got `{type(model).__name__}`.")
+            raise TypeError(f"`model` must be a {names} for `{type(self).__name__}`, got `{type(network).__name__}`.")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "`model` has no weights to train: load adapters with `is_trainable=True`, or set `requires_grad` of some weights."
+            )
         if args is None:
-            args = FLMTrainingArguments(output_dir=f"{type(model).__name__}-trained")
+            args = FLMTrainingArguments(output_dir=f"{type(network).__name__}-trained")
         if not isinstance(args, FLMTrainingArguments):
             raise TypeError(f"`args` must be `FLMTrainingArguments`, got `{type(args).__name__}`.")
         if processing_class is not None and len(processing_class) > model.config.vocab_size:
@@ -218,7 +225,12 @@ class FLMTrainer(Trainer):
         self._means = self._new_means()
         # Regions in the place of the wrapped model: targets and samples do not go through its `forward`.
         self._compile_options = region_options(args.torch_compile_backend, args.torch_compile_mode)
-        self._compile_regions(model)
+        self._compile_regions(network)
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """The flow-based language model itself, which `self.model` is or wraps."""
+        return network_of(self.model)
 
     def _compile_regions(self, network: PreTrainedModel):
         if self._compile_options is not None:
@@ -236,7 +248,7 @@ class FLMTrainer(Trainer):
 
     def _decide_bos_token(self):
         """Prompts begin with the BOS token if texts do. The first process looks at some, and all do what it says."""
-        config = self.model.generation_config
+        config = self.network.generation_config
         if config.bos_token_id is None:
             return
         is_kept = self._texts_begin_with(config.bos_token_id) if self.is_world_process_zero() else None
@@ -339,7 +351,7 @@ class FLMTrainer(Trainer):
 
     def _longest(self, input_ids: torch.Tensor) -> int:
         """The length to draw random numbers for, so that they do not depend on how far the batch happens to be padded."""
-        return max(input_ids.shape[1], self.model.config.max_position_embeddings)
+        return max(input_ids.shape[1], self.network.config.max_position_embeddings)
 
     def _add_noise(self, batch: FlowBatch) -> FlowBatch:
         """The batch with the noise of its seeds."""
@@ -352,7 +364,7 @@ class FLMTrainer(Trainer):
 
     def _networks(self) -> list[PreTrainedModel]:
         """The networks that see a batch, the model first."""
-        return [self.model]
+        return [self.network]
 
     def _embeddings(self) -> list[tuple[PreTrainedModel, nn.Embedding]]:
         """The embeddings that the noise is drawn for, each with the network that it belongs to."""
@@ -402,7 +414,7 @@ class FLMTrainer(Trainer):
         Returns:
             [`FLMOutput`] with `loss` and `token_losses`.
         """
-        model = self.model
+        model = self.network
         # 1. All networks see the same noise, each through its own embedding
         joint_noise = self._get_joint_noise()
         # 2. What there is to learn: the data, or what networks say of the same noised texts
@@ -499,7 +511,7 @@ class FLMTrainer(Trainer):
             output = through_forward(
                 model,
                 self.model,
-                lambda: self.model.log_likelihood(
+                lambda: self.network.log_likelihood(
                     batch.input_ids,
                     batch.attention_mask,
                     known,
@@ -553,14 +565,17 @@ class FLMTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.ema is None:
             return
-        state_dict = whole_state_dict(self.model)  # on all processes, for those that shard it
+        state_dict = trained_state_dict(self.model)  # on all processes, for those that shard it
         if self.args.should_save:
             state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
             metadata = {"format": "pt", "ema_updates": str(self.ema.num_updates)}
             save_file(state_dict, Path(output_dir) / TRAINING_WEIGHTS_NAME, metadata=metadata)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if has_added_adapters(self.model):
+            load_added_adapters(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / TRAINING_WEIGHTS_NAME
         if not path.is_file():
             if self.ema is not None:
@@ -573,10 +588,15 @@ class FLMTrainer(Trainer):
         load_whole_state_dict(self.model, load_file(path))
 
     def _load_best_model(self):
-        super()._load_best_model()
+        checkpoint = self.state.best_model_checkpoint
         # `Trainer` only warns where the checkpoint is gone; then the average is still the best there is.
-        if self.ema is not None and Path(self.state.best_model_checkpoint).is_dir():
-            self._start_average(self.state.best_model_checkpoint, self.ema.num_updates)
+        exists = Path(checkpoint).is_dir()
+        if has_added_adapters(self.model) and exists:
+            load_added_adapters(self.model, checkpoint)
+        else:
+            super()._load_best_model()
+        if self.ema is not None and exists:
+            self._start_average(checkpoint, self.ema.num_updates)
 
     def _start_average(self, checkpoint: str, num_updates: int):
         """Goes on with the average of a checkpoint that `Trainer` has loaded."""

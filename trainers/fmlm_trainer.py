@@ -14,6 +14,7 @@
 """Trainer of flow maps: every distillation objective of the paper as a target and a divergence."""
 
 import torch
+from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
@@ -23,6 +24,7 @@ from modeling_flm.hub.records import is_hub_name
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.posterior_flm import Posterior
 
+from .adapters import network_of
 from .batches import FlowBatch
 from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
@@ -44,8 +46,9 @@ class FMLMTrainer(FLMTrainer):
     `loss_diagonal`, `loss_off_diagonal`, `loss_boundary` and `loss_masked`.
 
     Args:
-        model ([`FMLMModel`], [`FMLMTwoNetworkModel`] or `str`):
-            The flow map to train, for example from [`~FMLMModel.from_flm`], or the name or path of one.
+        model ([`FMLMModel`], [`FMLMTwoNetworkModel`], `PeftModel` or `str`):
+            The flow map to train, for example from [`~FMLMModel.from_flm`], or the name or path of one; with adapters as in
+            [`FLMTrainer`].
         args ([`FMLMTrainingArguments`], *optional*):
             Arguments of the training; see [`~FMLMTrainingArguments.from_preset`] for the paper's.
         teacher ([`FLMModel`], a flow map, or `str`, *optional*):
@@ -75,7 +78,7 @@ class FMLMTrainer(FLMTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel | nn.Module | str,
         args: FMLMTrainingArguments | None = None,
         teacher: PreTrainedModel | str | None = None,
         masked_teacher: FLMModel | str | None = None,
@@ -87,14 +90,16 @@ class FMLMTrainer(FLMTrainer):
             teacher = AutoModel.from_pretrained(teacher)
         if isinstance(masked_teacher, str):
             masked_teacher = AutoModel.from_pretrained(masked_teacher)
-        if not isinstance(model, self.model_classes):
+        network = network_of(model)
+        teacher, masked_teacher = (None if each is None else network_of(each) for each in (teacher, masked_teacher))
+        if not isinstance(network, self.model_classes):
             raise TypeError(
-                f"`model` must be a flow map, got `{type(model).__name__}`: use `FMLMModel.from_flm(teacher)`."
+                f"`model` must be a flow map, got `{type(network).__name__}`: use `FMLMModel.from_flm(teacher)`."
             )
-        if teacher is model:
+        if teacher is network:
             raise ValueError("`teacher` is frozen, and cannot be `model` itself: pass none for self-distillation.")
         if args is None:
-            args = FMLMTrainingArguments(output_dir=f"{type(model).__name__}-trained")
+            args = FMLMTrainingArguments(output_dir=f"{type(network).__name__}-trained")
         if not isinstance(args, FMLMTrainingArguments):
             raise TypeError(f"`args` must be `FMLMTrainingArguments`, got `{type(args).__name__}`.")
         if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
@@ -112,16 +117,16 @@ class FMLMTrainer(FLMTrainer):
                 )
         if args.target == "teacher" and not isinstance(teacher, (FMLMModel, FMLMTwoNetworkModel)):
             raise ValueError("`target='teacher'` needs a `teacher` that is itself a flow map.")
-        if isinstance(model, FMLMTwoNetworkModel):
+        if isinstance(network, FMLMTwoNetworkModel):
             if masked_teacher is not None:
                 raise ValueError("`masked_teacher` is for an `FMLMModel`: at noise, a two-network model is its flow.")
             if args.divergence != "squared_error":
                 raise ValueError("A two-network model is not a softmax: it needs `divergence='squared_error'`.")
             if args.diagonal_fraction > 0:
                 raise ValueError("A two-network model has its flow on the diagonal: it needs `diagonal_fraction=0`.")
-        if args.target in ("lagrangian", "eulerian") and model.config._attn_implementation != "eager":
+        if args.target in ("lagrangian", "eulerian") and network.config._attn_implementation != "eager":
             raise ValueError(
-                f"`target='{args.target}'` takes forward-mode derivatives, which `{model.config._attn_implementation}` "
+                f"`target='{args.target}'` takes forward-mode derivatives, which `{network.config._attn_implementation}` "
                 "attention does not have: load the model with `attn_implementation='eager'`."
             )
         super().__init__(model=model, args=args, **kwargs)
@@ -182,19 +187,19 @@ class FMLMTrainer(FLMTrainer):
 
     def _networks(self) -> list[PreTrainedModel]:
         """The networks that see a batch: the student, then the teacher, then the network in the targets, if others."""
-        networks = [self.model, self.teacher, self._target_network()]
+        networks = [self.network, self.teacher, self._target_network()]
         return [network for network in dict.fromkeys(networks) if network is not None]
 
     def _target_network(self) -> PreTrainedModel:
         # In evaluation the model itself has the averaged weights, and the average those of the training.
         if self.args.target_network == "student" or self.ema.averaged is None or self.ema.is_applied:
-            return self.model
-        return self.ema.averaged.module
+            return self.network
+        return network_of(self.ema.averaged)
 
     def _state(self, network: PreTrainedModel, batch: FlowBatch, joint_noise: JointNoise) -> torch.Tensor:
         """The noised state of one of the networks. All are noised equally, also where they count time differently."""
         first = [owner for owner, _ in self._embeddings()].index(network)
-        return network.make_state(batch.input_ids, batch.tau_s, batch.noise, joint_noise, first, self.model.time_map)
+        return network.make_state(batch.input_ids, batch.tau_s, batch.noise, joint_noise, first, self.network.time_map)
 
     def compute_targets(self, batch: FlowBatch, joint_noise: JointNoise) -> tuple[Posterior, torch.Tensor]:
         args, autocast, teacher, network = self.args, self.accelerator.autocast, self.teacher, self._target_network()
@@ -202,7 +207,7 @@ class FMLMTrainer(FLMTrainer):
             # 1. The states that the networks of the targets see
             state = self._state(network, batch, joint_noise)
             flow = network if teacher is None else teacher
-            time_map = self.model.time_map  # of the times of the batch; a teacher may have another
+            time_map = self.network.time_map  # of the times of the batch; a teacher may have another
             flow_state = state if teacher is None else self._state(teacher, batch, joint_noise)
             chunks = network.chunks(state)
             weights, parts = torch.ones_like(batch.tau_s), []
@@ -214,7 +219,7 @@ class FMLMTrainer(FLMTrainer):
                     target = masked_posterior(self.masked_teacher, part, autocast)
                 # 3. Where the times are equal: the denoiser of the teacher, or the data
                 elif kind == "diagonal" and teacher is None:
-                    target = Posterior.of_tokens(part.labels, self.model.config.vocab_size, chunks)
+                    target = Posterior.of_tokens(part.labels, self.network.config.vocab_size, chunks)
                 elif kind == "diagonal":
                     target = posterior_of(flow, seen, part.tau_s, part.tau_s, part, autocast, time_map)
                 # 4. Where they differ: an identity that the exact flow map obeys, or the teacher's flow map
