@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from small_models import build_flm, build_model, two_time_denoiser
 from train_tiny import build, distillation, logged
 from transformers import AutoModel
 
-from hub.publish import PublishError, assemble
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer
 
