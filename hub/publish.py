@@ -41,12 +41,13 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 import modeling_flm
 from modeling_flm.modeling_flm import FLMPreTrainedModel
 
 from .card import MARKER, TEMPLATES, build_card
-from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, read_records
+from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, is_hub_name, read_records
 
 
 logger = logging.get_logger(__name__)
@@ -107,8 +108,8 @@ def assemble(
 
     Args:
         folder (`str` or `Path`):
-            A model folder, as `save_pretrained` and the trainers write it. A `README.md` in it that was not generated is
-            kept; otherwise a card is made.
+            A model folder, as `save_pretrained` and the trainers write it, or that of an adapter, which is merged into the model
+            that it names. A `README.md` in it that was not generated is kept; otherwise a card is made.
         output (`str` or `Path`):
             The folder to write, which must not exist.
         repo_id (`str`):
@@ -126,7 +127,7 @@ def assemble(
         `PublishError`: if something is missing, or the result cannot be loaded. Then `output` is not made.
     """
     folder, output = Path(folder), Path(output)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG_NAME)):
         raise PublishError(f"{folder} is not a model folder: it has no config.json.")
     if output.exists():
         raise PublishError(f"{output} exists already: name another folder.")
@@ -141,6 +142,8 @@ def assemble(
     except ValueError as error:  # also what `validate_repo_id` raises
         raise PublishError(str(error)) from error
     model, loaded_tokenizer = _load(folder, folder if tokenizer is None else tokenizer)
+    if is_hub_name(model.name_or_path):  # of what an adapter was merged into
+        card.setdefault("base_model", model.name_or_path)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as unfinished:
@@ -165,20 +168,42 @@ def _read_own_card(path: Path) -> ModelCard | None:
         card = ModelCard.load(path)
     except Exception as error:  # of YAML, of encodings, of metadata
         raise PublishError(f"{path} cannot be read as a model card: {error}") from error
-    return None if MARKER in card.content else card
+    # What peft writes beside an adapter is not about the merged model.
+    return None if MARKER in card.content or card.data.library_name == "peft" else card
+
+
+def _load_merged(folder: Path) -> PreTrainedModel:
+    """The model that an adapter belongs to, with the adapter merged into it."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise PublishError(f"{folder} has an adapter, which needs peft: `pip install peft`.") from error
+    config = PeftConfig.from_pretrained(folder)
+    if not config.base_model_name_or_path:
+        raise PublishError(
+            f"The adapter in {folder} does not name its model, which had been neither saved nor loaded: publish a folder that "
+            "`peft_model.merge_and_unload().save_pretrained(folder)` made."
+        )
+    model = AutoModel.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype="auto")
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def _load(folder: Path, tokenizer: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, complete, and its tokenizer."""
     try:
-        model, info = AutoModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
+            model, info = _load_merged(folder), {}
+        else:
+            model, info = AutoModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
         loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    except PublishError:
+        raise
     except Exception as error:  # of files, of formats, of sizes
         raise PublishError(f"{folder} cannot be loaded: {error}") from error
     if not isinstance(model, FLMPreTrainedModel):
         raise PublishError(f"{folder} has a `{type(model).__name__}`, not a flow-based language model.")
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, info[kind])):
+        if names := sorted(map(str, info.get(kind, []))):
             listed = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
             raise PublishError(
                 f"The weights in {folder} do not fit its configuration, {kind.replace('_', ' ')}: {listed}"

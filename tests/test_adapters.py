@@ -13,7 +13,7 @@ from train_tiny import build, distillation, logged
 from transformers import AutoModel
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
-from trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer
+from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer
 
 
 TARGETS = ["all-linear", "modulation", "lm_head", "embed_tokens", "time_embedding"]
