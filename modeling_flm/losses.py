@@ -285,14 +285,16 @@ class _LayerLoss(_HeadLoss):
         _, _, _, of_hidden, _, _, *of_parameters = (with_gradient and needed for needed in ctx.needs_input_grad)
         trained = [parameter for parameter, needed in zip(parameters, of_parameters) if needed]
         hidden_gradients, losses, sums = [], [], [torch.zeros_like(parameter) for parameter in trained]
+        has_gradient = of_hidden or len(trained) > 0
         for chunk in chunks(*hidden_states.shape[:2], vocab_size, hidden_states.device):
             inputs = hidden_states[:, chunk].detach().requires_grad_(of_hidden)
-            with torch.set_grad_enabled(of_hidden or len(trained) > 0), torch.autocast(device, enabled=in_bfloat16):
+            with torch.set_grad_enabled(has_gradient), torch.autocast(device, enabled=in_bfloat16):
                 outputs = head(inputs)
             with torch.autocast(device, enabled=False):
                 chunk_losses, gradient = function(outputs.detach().clone(), chunk, None)
             losses.append(chunk_losses)
-            if outputs.requires_grad:
+            has_gradient = outputs.requires_grad  # some quantized weights give none
+            if has_gradient:
                 gradient *= token_weights[:, chunk, None]
                 inner = [inputs, *trained] if of_hidden else trained
                 gradients = torch.autograd.grad(outputs, inner, gradient, allow_unused=True)
@@ -305,12 +307,14 @@ class _LayerLoss(_HeadLoss):
         sums = iter(sums)
         ctx.save_for_backward(losses)
         ctx.gradients = (
-            torch.cat(hidden_gradients, dim=1) if of_hidden else None,
+            torch.cat(hidden_gradients, dim=1) if has_gradient and of_hidden else None,
             *(None, None),
             *(next(sums) if needed else None for needed in of_parameters),
         )
-        ctx.mark_non_differentiable(losses)
-        return (token_weights * losses).sum(), losses
+        total = (token_weights * losses).sum()
+        is_differentiable = has_gradient or ctx.needs_input_grad[2]
+        ctx.mark_non_differentiable(*([losses] if is_differentiable else [total, losses]))
+        return total, losses
 
 
 def layer_loss(

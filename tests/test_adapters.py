@@ -1,21 +1,25 @@
 """Adapters of peft: everything that they add reaches the sampler, the noise, the loss, the average and the saved folder."""
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from small_models import build_flm, build_model, two_time_denoiser
+from small_models import build_flm, build_model, two_time_denoiser, without_zeros
 from train_tiny import build, distillation, logged
 from transformers import AutoModel
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
+from modeling_flm.hub.publish import PublishError, assemble
 from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer
 
 
+SIZES = {"token_dim": 32, "num_transformer_submodules": 1, "num_attention_heads": 4, "num_layers": 2}
 TARGETS = ["all-linear", "modulation", "lm_head", "embed_tokens", "time_embedding"]
 
 
@@ -161,7 +165,6 @@ class TestModel:
 
 def with_adapter(model, how: str, targets="all-linear"):
     """The model with an adapter, and what it was."""
-    model.name_or_path = ""
     if how == "add_adapter":
         model.add_adapter(lora(targets))
         return model
@@ -171,7 +174,7 @@ def with_adapter(model, how: str, targets="all-linear"):
 def build_adapted(path, how: str, targets="all-linear", distill=False, **options):
     """A trainer like those of `train_tiny`, of a model whose base is saved in `base`."""
     plain = distillation(path, **options) if distill else build(path, **options)
-    plain.model.save_pretrained(Path(path, "base"))
+    without_zeros(plain.model).save_pretrained(Path(path, "base"))  # a head of zeros gives no gradients
     model = with_adapter(AutoModel.from_pretrained(Path(path, "base")), how, targets)
     settings = {
         "train_dataset": plain.train_dataset,
@@ -213,25 +216,30 @@ class TestTraining:
     @pytest.mark.parametrize("distill", [False, True])
     @pytest.mark.parametrize("how", ["peft", "add_adapter"])
     def test_resumed_training_is_the_same(self, how, distill, tmp_path):
-        options = {"distill": distill, "dropout": 0.1}
+        options = {"distill": distill, "dropout": 0.1, "max_steps": 4, "save_steps": 2, "eval_strategy": "no"}
         if distill:
             options["target_network"] = "ema"
         straight = build_adapted(tmp_path / "straight", how, **options)
+        before = adapter_weights(straight.model)
         straight.train()
+        assert not any(torch.equal(value, before[name]) for name, value in adapter_weights(straight.model).items())
         first = build_adapted(tmp_path / "resumed", how, **options)
         first.train()
         resumed = build_adapted(tmp_path / "resumed", how, **options)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-10"))
-        assert resumed.ema.num_updates == 20
+        resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"))
+        assert resumed.ema.num_updates == 4
         for one, other in ((straight.model, resumed.model), (straight.ema.averaged, resumed.ema.averaged)):
             others = adapter_weights(other)
             assert all(torch.equal(value, others[name]) for name, value in adapter_weights(one).items())
 
     @pytest.mark.parametrize("how", ["peft", "add_adapter"])
     def test_best_model(self, how, tmp_path):
-        options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 2.0}
+        options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
         trainer = build_adapted(tmp_path, how, **options)
         trainer.train()
+        assert trainer.state.best_model_checkpoint.endswith(
+            "checkpoint-10"
+        )  # the loss falls, and the best is the largest
         best = load_file(Path(trainer.state.best_model_checkpoint, "adapter_model.safetensors"))
         trainer.save_model(tmp_path / "best")
         saved = load_file(tmp_path / "best" / "adapter_model.safetensors")
@@ -240,7 +248,9 @@ class TestTraining:
 
     @pytest.mark.parametrize("preset", ["single_stage", "two_network", "self_distillation"])
     def test_distils_with_adapters(self, preset, tmp_path):
-        trainer = build_adapted(tmp_path, "peft", ["qkv_proj", "lm_head", "embed_tokens"], True, preset=preset)
+        trainer = build_adapted(
+            tmp_path, "peft", ["qkv_proj", "lm_head", "embed_tokens"], True, preset=preset, max_steps=3
+        )
         before = adapter_weights(trainer.model)
         trainer.train()
         changed = [
@@ -268,19 +278,64 @@ class TestTraining:
         assert losses[0] == pytest.approx(losses[1])
 
     def test_samples_are_those_of_the_averaged_adapter(self, tmp_path):
-        trainer = build_adapted(tmp_path, "peft", sample_steps=20, sample_num_samples=2, sample_num_steps=2)
+        options = {"eval_strategy": "no", "learning_rate": 0.1, "ema_decay": 0.5}
+        trainer = build_adapted(tmp_path, "peft", **options)
         trainer.train()
-        lines = (tmp_path / "samples.jsonl").read_text().splitlines()
-        assert len(lines) == 2
+        with trainer.ema.applied(trainer.model):
+            expected = texts(trainer.model)
+        assert not torch.equal(expected, texts(trainer.model))
+        trainer.save_model()
+        loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path)
+        assert torch.equal(texts(loaded), expected)
 
     def test_errors(self, tmp_path):
         args = FLMTrainingArguments(tmp_path, use_cpu=True, report_to=[])
         frozen = get_peft_model(build_flm(), lora(inference_mode=True))
         with pytest.raises(ValueError, match="no weights to train: load adapters with `is_trainable=True`"):
             FLMTrainer(frozen, args)
+        virtual = get_peft_model(build_flm(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **SIZES))
+        with pytest.raises(ValueError, match="PROMPT_TUNING, which adds virtual tokens: take one that adapts layers"):
+            FLMTrainer(virtual, args)
         with pytest.raises(TypeError, match="must be a `FLMModel`.*got `Linear`"):
             FLMTrainer(torch.nn.Linear(2, 2), args)
         with pytest.raises(TypeError, match="is a flow map, `FMLMModel`"):
             FLMTrainer(get_peft_model(build_model("fmlm"), lora()), args)
         with pytest.raises(TypeError, match="must be a flow map, got `FLMModel`"):
             FMLMTrainer(get_peft_model(build_flm(), lora()))
+
+
+class TestSavedAdapters:
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory) -> Path:
+        """A base model, and beside it an adapter of a training on it."""
+        folder = tmp_path_factory.mktemp("adapter")
+        trainer = build_adapted(
+            folder, "peft", ["qkv_proj", "embed_tokens", "lm_head"], max_steps=2, learning_rate=0.1
+        )
+        trainer.train()
+        trainer.save_model()
+        return folder
+
+    def test_auto_model_loads_them(self, folder):
+        expected = PeftModel.from_pretrained(AutoModel.from_pretrained(folder / "base"), folder)
+        assert torch.equal(texts(AutoModel.from_pretrained(folder)), texts(expected))
+
+    def test_are_merged_into_what_is_published(self, folder, tmp_path):
+        assemble(
+            folder, tmp_path / "repository", "me/tiny", num_samples=1
+        )  # which loads it without this package and peft
+        expected = PeftModel.from_pretrained(AutoModel.from_pretrained(folder / "base"), folder).merge_and_unload()
+        published = AutoModel.from_pretrained(tmp_path / "repository").state_dict()
+        assert published.keys() == AutoModel.from_pretrained(folder / "base").state_dict().keys()
+        assert all(torch.equal(value, published[name]) for name, value in expected.state_dict().items())
+        card = (tmp_path / "repository" / "README.md").read_text()
+        assert "library_name: transformers" in card and "FLMTrainer" in card
+
+    def test_without_a_saved_model_cannot_be_published(self, folder, tmp_path):
+        copied = tmp_path / "adapter"
+        shutil.copytree(folder, copied)
+        config = json.loads((copied / "adapter_config.json").read_text())
+        (copied / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+        with pytest.raises(PublishError, match="does not name its model.*merge_and_unload"):
+            assemble(copied, tmp_path / "repository", "me/tiny")
+        assert not (tmp_path / "repository").exists()

@@ -115,12 +115,18 @@ def region_options(backend: str | None, mode: str | None) -> dict[str, Any] | No
 
 def trained_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """All weights that are trained, on the CPU; all processes must ask for them where they are sharded."""
-    return get_model_state_dict(model, options=StateDictOptions(**_WHOLE, ignore_frozen_params=True))
+    if is_sharded(model):
+        return get_model_state_dict(model, options=StateDictOptions(**_WHOLE, ignore_frozen_params=True))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: parameter.detach().cpu() for name, parameter in trained.items()}
 
 
 def load_whole_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]):
     """Loads whole weights into a model that may be sharded. Those that `state_dict` does not have stay as they are."""
-    result = set_model_state_dict(model, state_dict, options=StateDictOptions(**_WHOLE, strict=False))
+    if is_sharded(model):
+        result = set_model_state_dict(model, state_dict, options=StateDictOptions(**_WHOLE, strict=False))
+    else:
+        result = model.load_state_dict(state_dict, strict=False)
     if result.unexpected_keys:
         raise ValueError(
             f"The checkpoint has weights that the model does not have: {', '.join(result.unexpected_keys)}."
