@@ -293,11 +293,13 @@ class _LayerLoss(_HeadLoss):
             with torch.autocast(device, enabled=False):
                 chunk_losses, gradient = function(outputs.detach().clone(), chunk, None)
             losses.append(chunk_losses)
-            has_gradient = outputs.requires_grad  # some quantized weights give none
+            has_gradient = outputs.requires_grad
             if has_gradient:
                 gradient *= token_weights[:, chunk, None]
                 inner = [inputs, *trained] if of_hidden else trained
                 gradients = torch.autograd.grad(outputs, inner, gradient, allow_unused=True)
+                # Some quantized weights give none.
+                has_gradient = any(part is not None for part in gradients)
                 if of_hidden:
                     hidden_gradients.append(gradients[0])
                 for total, part in zip(sums, gradients[of_hidden:]):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from transformers import AutoModel
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.hub.publish import PublishError, assemble
-from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer
+from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, train_tokenizer
 
 
 SIZES = {"token_dim": 32, "num_transformer_submodules": 1, "num_attention_heads": 4, "num_layers": 2}
@@ -339,3 +340,23 @@ class TestSavedAdapters:
         with pytest.raises(PublishError, match="does not name its model.*merge_and_unload"):
             assemble(copied, tmp_path / "repository", "me/tiny")
         assert not (tmp_path / "repository").exists()
+
+
+def test_documentation(tmp_path, monkeypatch):
+    """The blocks of docs/adapters.md run as they are printed, one after the other, with small models and few steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    rows = [" ".join(f"w{n}" for n in torch.randint(40, (10,)).tolist()) + " owl end" for _ in range(16)]
+    tokenizer = train_tokenizer(rows, "word", vocab_size=60)
+    for kind in ("flm", "fmlm"):
+        folder = tmp_path / "outputs" / "quickstart" / kind
+        build_model(kind, vocab_size=len(tokenizer)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (tmp_path / "stories.txt").write_text("\n".join(rows))
+    text = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        exec(block.replace("max_steps=100", "max_steps=2"), names)
+    merged_tokens = texts(AutoModel.from_pretrained("owls-merged"))
+    assert (texts(AutoModel.from_pretrained("owls")) == merged_tokens).float().mean() > 0.98
+    assert not torch.equal(merged_tokens, texts(AutoModel.from_pretrained("outputs/quickstart/flm")))

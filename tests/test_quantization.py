@@ -89,6 +89,7 @@ def test_loss_of_a_quantized_head(folders, batch):
     output = model(batch["input_ids"], batch["timesteps"], labels=batch["input_ids"])
     expected = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), batch["input_ids"].flatten())
     torch.testing.assert_close(output.loss, expected)
+    assert not output.loss.requires_grad  # torch has no gradients of it
 
 
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True}])
