@@ -50,7 +50,7 @@ class AveragedTrainer(Trainer):
             return super().save_model(output_dir, _internal_call)
         if _internal_call:  # a checkpoint, which keeps the weights of the training
             super().save_model(output_dir, _internal_call)
-            weights = {name: tensor.clone() for name, tensor in self.ema.averaged.module.state_dict().items()}
+            weights = {name: tensor.clone() for name, tensor in self.ema.averaged.state_dict().items()}
             save_file(weights, Path(output_dir, "ema.safetensors"), {"num_updates": str(self.ema.num_updates)})
             return None
         with self.ema.applied(self.model):
@@ -62,4 +62,4 @@ class AveragedTrainer(Trainer):
             path = Path(resume_from_checkpoint, "ema.safetensors")
             with safe_open(path, framework="pt") as file:
                 self.ema.start(self.model, int(file.metadata()["num_updates"]))
-            self.ema.averaged.module.load_state_dict(load_file(path))
+            self.ema.averaged.load_state_dict(load_file(path))
