@@ -13,7 +13,7 @@
 # limitations under the License.
 """Flow-based language models (FLM) for transformers."""
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, FLMGenerationOutput
@@ -39,7 +39,8 @@ __version__ = "0.1.0.dev0"
 for _config, _model in ((FLMConfig, FLMModel), (FMLMConfig, FMLMModel), (FMLMTwoNetworkConfig, FMLMTwoNetworkModel)):
     # With this package imported, the auto classes load its models from their configuration alone ...
     AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _model)
+    for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+        _auto_class.register(_config, _model)
     # ... and everything that is saved carries the code to be loaded without the package, with `trust_remote_code=True`.
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModel")

@@ -123,6 +123,12 @@ class FLMConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of the validation by `@strict`: sizes that cannot be built."""
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "conditioning_size")
+        for name in (*names, "timestep_embedding_size", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be at least 0 and below 1, got {self.dropout}.")
         if self.vocab_size < 2:
             raise ValueError(f"`vocab_size` must be at least 2, got {self.vocab_size}.")
         if self.hidden_size % (2 * self.num_attention_heads) != 0:

@@ -26,9 +26,14 @@ import torch
 from torch import nn
 from transformers import (
     CompileConfig,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     GenerationConfig,
     LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -40,7 +45,7 @@ from .commitment_flm import BlockByBlock, Commitment, PosteriorRefinement
 from .flow import expand_times, reward_coefficient, times_with_known
 from .guidance_flm import Autoguidance, Reward, reward_gradient
 from .joint_noise import JointNoise
-from .posterior_flm import probability_of
+from .posterior_flm import first_probability, probability_of
 from .sampling_flm import Sampler, SamplerConfig, StochasticFlowMapSamplerConfig, load_sampler_config
 
 
@@ -91,6 +96,24 @@ _ELSEWHERE = {
     "return_full_text": "leave it out: texts have their prompts in them",
     "num_inference_steps": "pass `num_steps`",
 }
+
+# What `transformers.TextGenerationPipeline` passes of its own accord.
+_OF_OTHER_PIPELINES = {"max_new_tokens", "do_sample"}
+
+# Processors that look at what has been written so far, which is nothing: all positions are written at once.
+_NEEDS_PREFIX = (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+
+def _needs_prefix(processor: Callable) -> bool:
+    """Whether a processor does nothing, or a part of its work, because there is no prefix."""
+    if isinstance(processor, SequenceBiasLogitsProcessor):  # also of bad words
+        return any(len(sequence) > 1 for sequence in processor.sequence_bias)
+    return isinstance(processor, _NEEDS_PREFIX)
 
 
 class FLMGenerationConfig(GenerationConfig):
@@ -193,6 +216,24 @@ class FLMGenerationConfig(GenerationConfig):
         if kwargs:
             raise ValueError(f"Unknown generation parameters {self._suggest(kwargs)}.")
         self.validate()
+
+    def __setattr__(self, name: str, value: Any):
+        # Once `__init__` is through: what nobody would read is refused here, not where a saved folder is loaded.
+        if "transformers_version" in vars(self) and not name.startswith("_") and name not in vars(self):
+            raise AttributeError(f"Unknown generation parameter {self._suggest([name])}.")
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As [`~transformers.GenerationConfig.from_dict`]: what a file has that this version does not know is left out."""
+        known = vars(cls())
+        if unknown := sorted(config_dict.keys() - known.keys()):
+            logger.warning(f"generation_config.json has unknown parameters, which are ignored: {', '.join(unknown)}.")
+        return super().from_dict({name: value for name, value in config_dict.items() if name in known}, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The parameters that are not `None`, which are those that are saved."""
+        return {name: value for name, value in super().to_diff_dict().items() if value is not None}
 
     def _suggest(self, names) -> str:
         """The unknown `names`, each with what to pass in its place, or the parameter that may have been meant."""
@@ -378,6 +419,8 @@ class _Run:
     stream: "_TextStream | None"
     callback: Callable[[int, int, torch.LongTensor], None] | None
     compile_config: CompileConfig | None
+    # Whether what the model said was finite, batch by batch: looked at in the end, as that waits for the device.
+    finite: list[torch.Tensor]
 
 
 class FLMGenerationMixin:
@@ -455,11 +498,11 @@ class FLMGenerationMixin:
                 1 where a token of `input_ids` is known, 0 where it is to be generated. By default all are known. With it,
                 `length` is by default that of `input_ids`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                The source of the noise, or one for each text. By default the global generator of the model's device. A CPU
-                generator gives the same noise on every device.
+                The source of the noise, or one for each text: `torch.Generator().manual_seed(seed)` for a seed. By default the
+                global generator of the model's device. A CPU generator gives the same noise on every device.
             logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
                 Applied to the logits of every step before temperature, top-k and top-p, as scores of shape
-                `(num_tokens, vocab_size)` with an empty prefix.
+                `(num_tokens, vocab_size)` with an empty prefix, so that penalties of repetitions have no effect.
             prior_state (`torch.Tensor` of shape `(num_samples, length, vocab_size)` or `(num_samples, length, embedding_size)`, *optional*):
                 The noise to start from: Gaussian in one-hot space, from where it is projected by the embedding, or
                 already a state (where both have the same size, it is taken for the former). By default drawn. It sets
@@ -482,7 +525,8 @@ class FLMGenerationMixin:
                 also where there was nothing left to write.
             compile_config ([`~transformers.CompileConfig`], *optional*):
                 Compiles a step, from one state to the next, as one graph with these arguments of `torch.compile`. The first
-                calls take long; later ones with the same batch size and length are faster.
+                calls take long; later ones with the same batch size and length are faster. `torch.compile(model)` compiles
+                `forward`, which this does not call: pass `compile_config=CompileConfig()` instead.
             kwargs:
                 Further parameters of [`FLMGenerationConfig`], such as `length`, `batch_size` or `temperature`.
 
@@ -491,7 +535,8 @@ class FLMGenerationMixin:
             `return_dict_in_generate=True`.
 
         Raises:
-            `ValueError`: if a parameter is unknown, or has a value that cannot be used.
+            `ValueError`: if a parameter is unknown, or has a value that cannot be used; or if what the model says is not
+            finite, as after a training that diverged.
 
         Example:
 
@@ -509,6 +554,7 @@ class FLMGenerationMixin:
         if num_steps is not None:
             kwargs["num_steps"] = num_steps
         masks = self._check_known(input_ids, attention_mask, prompt_mask)
+        self._check_types(generator, prior_state, streamer, callback)
         explicit = self._explicit(generation_config, kwargs)
         self._set_sizes(kwargs, explicit, input_ids, masks, prior_state)
         config = self._prepare_generation_config(generation_config, kwargs, explicit)
@@ -533,6 +579,11 @@ class FLMGenerationMixin:
         sampler = self._get_sampler(config, explicit)
         commitment = self._get_commitment(config, explicit)
         reward = self._check_reward(reward, config, explicit)
+        is_softmax = model is self and len(self.state_sizes) == 1
+        reads_more = sampler.draws_tokens or commitment.reads_probabilities or reward is not None
+        self._warn_of_no_effect(config, explicit, logits_processor, only_argmax=is_softmax and not reads_more)
+        if compile_config is None:
+            self._warn_of_compiled_forward()
         if reward is not None and not sampler.takes_rewards:
             raise ValueError(
                 f"`reward` does not go with `{type(sampler).__name__}`, whose steps draw tokens: leave out `sampler_config`."
@@ -551,6 +602,7 @@ class FLMGenerationMixin:
             stream=None if streamer is None else _TextStream(streamer),
             callback=callback,
             compile_config=compile_config,
+            finite=[],
         )
         known = self._prepare_known(input_ids, *masks, config, embedding.device)
 
@@ -570,6 +622,11 @@ class FLMGenerationMixin:
                 results.append(self._write(run, state, known[rows], fresh_generators))
                 progress.update(rows.stop - rows.start)
 
+        if not torch.compiler.is_compiling() and not torch.stack(run.finite).all():
+            raise ValueError(
+                "What the model says is not finite, so that there is no text: its weights are not, as after a training that "
+                f"diverged, or they are too large for {self.dtype}."
+            )
         sequences, drafts, num_forward_passes, commit_rounds = (
             None if parts[0] is None else torch.cat(parts) for parts in zip(*results)
         )
@@ -699,6 +756,7 @@ class FLMGenerationMixin:
                 drafts.append(tokens)
             if run.callback is not None:
                 run.callback(step + 1, config.num_steps, tokens)
+        run.finite.append((torch.isfinite(probabilities) | ~known.is_open).all())
         return tokens, probabilities, torch.stack(drafts, dim=1) if drafts else None
 
     @staticmethod
@@ -721,16 +779,21 @@ class FLMGenerationMixin:
         with_tokens: bool,
         with_probabilities: bool,
     ) -> tuple[torch.Tensor | None, torch.LongTensor | None, torch.Tensor | None]:
-        """Steps 3 to 6: the next state, with tokens where they are wanted; or if `is_last` the text, with its probabilities."""
+        """
+        Steps 3 to 6: the next state, with tokens where they are wanted; or if `is_last` the text, with its probabilities, or
+        others that tell as well whether they are finite.
+        """
         tau_s, target_tau, s, t = times
         # 3. What the text may be
         posterior = model.posterior(state, tau_s, target_tau, attention_mask, logits_processor)
         # 6. The text
         if is_last:
             read_tokens = sampler.read_tokens(uniforms)
-            readers = [read_tokens, probability_of(read_tokens)] if with_probabilities else [read_tokens]
-            tokens, *probabilities = posterior.read(*readers)
-            return None, tokens, probabilities[0] if probabilities else None
+            # A state that is not finite is none to the end, and no softmax of what is not finite has a finite entry.
+            tokens, probabilities = posterior.read(
+                read_tokens, probability_of(read_tokens) if with_probabilities else first_probability
+            )
+            return None, tokens, probabilities
         # 4. An estimate of the text
         estimate, tokens = sampler.estimate(posterior, embedding, uniforms, with_tokens)
         # 5. The state at the next time
@@ -838,6 +901,54 @@ class FLMGenerationMixin:
         if config.reward_scale is None:
             raise ValueError("`reward` needs a `reward_scale`, such as 1.0.")
         return reward if config.reward_scale != 0 else None
+
+    @staticmethod
+    def _check_types(generator: Any, prior_state: Any, streamer: Any, callback: Any):
+        """Raises a `ValueError` where one of these is something else."""
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        if not all(isinstance(each, torch.Generator) for each in generators):
+            raise ValueError(
+                f"`generator` must be a `torch.Generator`, or a list of one for each text, got {generator!r}. For a seed pass "
+                "`torch.Generator().manual_seed(seed)`."
+            )
+        if prior_state is not None and not isinstance(prior_state, torch.Tensor):
+            raise ValueError(f"`prior_state` must be a tensor, got `{type(prior_state).__name__}`.")
+        if streamer is not None and not isinstance(streamer, BaseStreamer):
+            raise ValueError(
+                f"`streamer` must be a streamer, such as `TextDiffusionStreamer(tokenizer)`, got {streamer!r}."
+            )
+        if callback is not None and not callable(callback):
+            raise ValueError(f"`callback` must be a function of step, num_steps and tokens, got {callback!r}.")
+
+    @staticmethod
+    def _warn_of_no_effect(
+        config: FLMGenerationConfig,
+        explicit: dict[str, Any],
+        logits_processor: LogitsProcessorList | None,
+        only_argmax: bool,
+    ):
+        """Warns of what this call is passed without effect; `only_argmax` if the last step reads nothing else of the logits."""
+        neutral = {"temperature": 1.0, "top_k": None, "top_p": 1.0}
+        names = [name for name, value in neutral.items() if explicit.get(name, value) != value]
+        if names and config.num_steps == 1 and only_argmax:
+            logger.warning_once(
+                f"`{'`, `'.join(names)}` have no effect in one step, which takes the most likely tokens: take more steps, or "
+                "draw tokens with `sampler_config=BridgeSamplerConfig()`."
+            )
+        if names := sorted({type(each).__name__ for each in logits_processor or [] if _needs_prefix(each)}):
+            logger.warning_once(
+                f"`{'`, `'.join(names)}` looks at tokens that were written before, but all tokens are written at once: it has "
+                "no effect, but on single tokens."
+            )
+
+    def _warn_of_compiled_forward(self):
+        """Warns where `forward` was compiled, which the sampler does not go through."""
+        is_compiled = getattr(vars(self).get("forward"), "_torchdynamo_orig_callable", None) is not None
+        if self._compiled_call_impl is not None or is_compiled:
+            logger.warning_once(
+                "The compiled `forward` is not what `generate()` runs: pass `compile_config=CompileConfig()` to compile its "
+                "steps, or call `model.compile_regions()`."
+            )
 
     def _get_noise_factor(self, embedding: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """The factor of the noise, made again only where the embedding has changed."""
@@ -983,6 +1094,10 @@ class FLMGenerationMixin:
             ids, known, exists = ids.gather(1, order), known.gather(1, order), None
             ids, known = (x[:, : int(known.sum(dim=1).max())] for x in (ids, known))
         size = ids.shape[1]
+        if size == config.length and (known | (False if exists is None else ~exists)).all(dim=1).any():
+            logger.warning_once(
+                f"There is nothing to write in a text whose `input_ids` are as long as texts are ({config.length} tokens)."
+            )
         if size > config.length:
             raise ValueError(f"`input_ids` has {size} tokens, but texts have {config.length} (`length`).")
         if ((ids < 0) | (ids >= self.config.vocab_size))[known].any():
@@ -1040,6 +1155,8 @@ class FLMGenerationMixin:
                 f"`prior_state` must have shape (num_samples, length, {sizes[0]} or {sizes[1]}), got "
                 f"{tuple(prior_state.shape)}."
             )
+        if not torch.compiler.is_compiling() and not torch.isfinite(prior_state).all():
+            raise ValueError("`prior_state` has values that are not finite.")
         for name, size in zip(("num_samples", "length"), prior_state.shape):
             if kwargs.get(name, size) != size:
                 raise ValueError(
@@ -1055,7 +1172,13 @@ class FLMGenerationMixin:
         else:
             config = self._own_generation_config(generation_config)
         if unknown := [name for name in kwargs if name.startswith("_") or name not in vars(config)]:
-            raise ValueError(f"`generate()` got unknown arguments: {config._suggest(unknown)}.")
+            message = f"`generate()` got unknown arguments: {config._suggest(unknown)}."
+            if _OF_OTHER_PIPELINES <= set(unknown):
+                message += (
+                    " If they are from `pipeline()` with a model that is loaded already, pass it "
+                    "`pipeline_class=modeling_flm.FLMPipeline`, or the name or folder of the model."
+                )
+            raise ValueError(message)
         config.update(**kwargs)
         config.update(defaults_only=True, **self.generation_config.to_dict())
         if "num_steps" in explicit and "timesteps" not in explicit:
@@ -1083,7 +1206,8 @@ class FLMGenerationMixin:
                 f"`generation_config` must be a `{self.generation_config_class.__name__}`, got "
                 f"`{type(generation_config).__name__}`."
             )
-        return self.generation_config_class.from_dict(generation_config.to_diff_dict())
+        settings = generation_config.to_diff_dict()
+        return self.generation_config_class(**{name: value for name, value in settings.items() if value is not None})
 
     @staticmethod
     def _prepare_logits_processor(

@@ -258,6 +258,16 @@ class FLMPreTrainedModel(PreTrainedModel):
             "build a model with another `vocab_size`."
         )
 
+    def save_pretrained(self, *args, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.save_pretrained`]. `AutoModelForCausalLM` and `AutoModelForMaskedLM` load the same
+        model as `AutoModel`, for those who look for a text generator there.
+        """
+        name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+        auto_classes = dict.fromkeys(("AutoModelForCausalLM", "AutoModelForMaskedLM"), name)
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_classes}
+        super().save_pretrained(*args, **kwargs)
+
     def compile_regions(self, **options):
         """
         Compiles the blocks, and the divergences of those networks that are a softmax, for all methods of this model. What
@@ -419,7 +429,7 @@ class FLMPreTrainedModel(PreTrainedModel):
             [`FLMOutput`]
 
         Raises:
-            `ValueError`: where these arguments do not go together.
+            `ValueError`: where these arguments do not go together, or times are not in [0, 1].
 
         Example:
 
@@ -451,6 +461,18 @@ class FLMPreTrainedModel(PreTrainedModel):
                 f"`target_timesteps` must have the shape of `timesteps`, {tuple(timesteps.shape)}, got "
                 f"{tuple(target_timesteps.shape)}."
             )
+        if labels is not None and inputs_embeds is None:
+            raise ValueError(
+                "`labels` need noised states, as clean tokens leave nothing to learn: pass `inputs_embeds=model.make_state("
+                "input_ids, timesteps, noise)` in the place of `input_ids`."
+            )
+        if not torch.compiler.is_compiling():  # what follows waits for the device
+            end = timesteps if target_timesteps is None else target_timesteps
+            if not ((timesteps >= 0) & (timesteps <= end) & (end <= 1)).all():
+                raise ValueError(
+                    "`timesteps` must be in [0, 1], and `target_timesteps` at least `timesteps` and at most 1: they are "
+                    "reparameterized times, 0 for noise and 1 for text."
+                )
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         state = self.make_state(input_ids) if inputs_embeds is None else inputs_embeds
         hidden_states = self.encode(state, timesteps, target_timesteps, attention_mask, **kwargs)

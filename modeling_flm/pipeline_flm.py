@@ -14,10 +14,18 @@
 """`pipeline("text-generation")` for flow-based language models."""
 
 import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 # In the configuration, for `pipeline()` to find this file beside the model.
@@ -40,12 +48,26 @@ def encode_prompts(
     """
     begin = [] if bos_token_id is None else [bos_token_id]
     token_lists = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    _warn_of_unknown_words(tokenizer, prompts, token_lists)
     rows = [torch.tensor([*begin, *tokens], dtype=torch.long) for tokens in token_lists]
     # Not by the tokenizer, which may have no padding token
     return {
         "input_ids": pad_sequence(rows, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
     }
+
+
+def _warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase, prompts: list[str], token_lists: list[list[int]]):
+    """Warns of prompts with words that are lost, as texts would seem not to begin with these prompts."""
+    token, token_id = tokenizer.unk_token, tokenizer.unk_token_id
+    if token_id is None:
+        return
+    with_unknown = [prompt for prompt, ids in zip(prompts, token_lists) if token_id in ids and token not in prompt]
+    if with_unknown:
+        logger.warning(
+            f"Prompts have words that the tokenizer does not know, and that become {token}: {with_unknown[0]!r}"
+            + (f", and {len(with_unknown) - 1} more." if len(with_unknown) > 1 else ".")
+        )
 
 
 class FLMPipeline(Pipeline):
@@ -66,7 +88,12 @@ class FLMPipeline(Pipeline):
     [{'generated_text': '...'}, {'generated_text': '...'}]
     >>> pipe("The cat", num_steps=16)
     [{'generated_text': 'The cat ...'}]
+    >>> for rows in pipe(KeyDataset(dataset, "prompt"), batch_size=32):
+    ...     print(rows[0]["generated_text"])
     ```
+
+    A model that is loaded already: `FLMPipeline(model=model, tokenizer=tokenizer)`, or
+    `pipeline("text-generation", model=model, tokenizer=tokenizer, pipeline_class=FLMPipeline)`.
     """
 
     _load_tokenizer = True
@@ -84,13 +111,14 @@ class FLMPipeline(Pipeline):
         # `pipeline()` has put classes into it, with which the configuration could not be saved.
         self.model.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
 
-    def __call__(self, text_inputs: str | list[str] | None = None, **kwargs) -> list:
+    def __call__(self, text_inputs: str | Iterable[str] | None = None, **kwargs) -> list | Iterator[list]:
         """
         Generates texts.
 
         Args:
-            text_inputs (`str` or `list[str]`, *optional*):
-                How texts begin.
+            text_inputs (`str`, `list[str]` or `Iterable[str]`, *optional*):
+                How texts begin. Generators and [`~transformers.pipelines.pt_utils.KeyDataset`] are read while texts are
+                generated, `batch_size` of them at a time.
             add_special_tokens (`bool`, *optional*, defaults to `True`):
                 Whether prompts begin with the `bos_token_id` of the model's generation configuration, if it has one. What
                 the tokenizer adds otherwise is left out, as it may end texts.
@@ -101,16 +129,42 @@ class FLMPipeline(Pipeline):
                 `generator`.
 
         Returns:
-            `list[dict[str, Any]]`: for each of `num_samples` texts a dictionary with `"generated_text"`. For a list of prompts
-            a list of such lists.
+            `list[dict[str, Any]]`: for each of `num_samples` texts a dictionary with `"generated_text"`. For a list of prompts,
+            or a column of a dataset, a list of such lists; for what is read while generating an iterator of them.
 
         Raises:
             `ValueError`: if a parameter is unknown or has a value that cannot be used.
         """
-        is_list = isinstance(text_inputs, (list, tuple))
-        prompts = list(text_inputs) if is_list else [] if text_inputs is None else [text_inputs]
-        if (is_list and not prompts) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"`text_inputs` must be a text or a list of texts, got {text_inputs!r}.")
+        if text_inputs is None or isinstance(text_inputs, str):
+            return self._generate([] if text_inputs is None else [text_inputs], **kwargs)[0]
+        if isinstance(text_inputs, Sequence):  # a list, or a column of a dataset
+            if len(text_inputs) == 0:
+                raise ValueError("`text_inputs` must have at least one text, got none.")
+            return self._generate(list(text_inputs), **kwargs)
+        if isinstance(text_inputs, (Iterable, Dataset)) and not isinstance(text_inputs, Mapping):
+            return self._generate_lazily(text_inputs, **kwargs)
+        raise ValueError(
+            f"`text_inputs` must be a text, a list of texts, a generator or a `KeyDataset`, got `{type(text_inputs).__name__}`."
+        )
+
+    def _generate_lazily(self, text_inputs: Iterable[str] | Dataset, **kwargs) -> Iterator[list[dict[str, Any]]]:
+        """The texts of one prompt after the other, of which as many as make a batch are read at a time."""
+        config = self.model.generation_config
+        size = {**self._forward_params, **kwargs}.get("batch_size") or config.batch_size
+        size = size or config._get_default_generation_params()["batch_size"]
+        is_iterable = isinstance(text_inputs, Iterable)
+        texts = iter(text_inputs) if is_iterable else (text_inputs[index] for index in range(len(text_inputs)))
+        while prompts := list(islice(texts, size)):
+            yield from self._generate(prompts, **kwargs)
+
+    def _generate(self, prompts: list[str], **kwargs) -> list[list[dict[str, Any]]]:
+        """The texts of each prompt; without prompts, one list."""
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise ValueError(
+                    f"`text_inputs` must be a text or a list of texts, got {prompt!r}. Of a dataset pass a column, "
+                    "`dataset['text']`; chats are not supported."
+                )
         preprocess_kwargs, generate_kwargs, decode_kwargs = self._sanitize_parameters(**kwargs)
         generate_kwargs = {**self._forward_params, **generate_kwargs}
         num_samples = generate_kwargs.get("num_samples")
@@ -122,7 +176,7 @@ class FLMPipeline(Pipeline):
         decode_kwargs = {**self._postprocess_params, **decode_kwargs}
         rows = self.run_single(prompts, preprocess_kwargs, generate_kwargs, decode_kwargs)
         size = len(rows) // max(len(prompts), 1)
-        return [rows[start : start + size] for start in range(0, len(rows), size)] if is_list else rows
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _sanitize_parameters(
         self, add_special_tokens=None, skip_special_tokens=None, return_tensors=None, **generate_kwargs

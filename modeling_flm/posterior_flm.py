@@ -75,6 +75,11 @@ def probability_of(read_tokens: Reader) -> Reader:
     return read
 
 
+def first_probability(probabilities: torch.Tensor, chunk: slice) -> torch.Tensor:
+    """Reads how likely the token 0 is, which is not finite where distributions are not."""
+    return probabilities[..., 0]
+
+
 def drawn(uniforms: torch.Tensor) -> Reader:
     """
     Reads tokens drawn from the distributions, by the inverse of their cumulative sums: so a text does not depend on the others

@@ -12,6 +12,9 @@ class TestConfig:
         "options, message",
         [
             ({"vocab_size": 1}, "vocab_size"),
+            ({"num_hidden_layers": -1}, "`num_hidden_layers` must be at least 1, got -1"),
+            ({"max_position_embeddings": 0}, "`max_position_embeddings` must be at least 1"),
+            ({"dropout": 1.0}, "`dropout` must be at least 0 and below 1"),
             ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size"),
             ({"hidden_size": 12, "num_attention_heads": 4}, "hidden_size"),
             ({"timestep_embedding_size": 255}, "timestep_embedding_size"),

@@ -1,5 +1,9 @@
 """`generate()`: what it returns, what it refuses, and that it computes what it says."""
 
+import copy
+import json
+import pickle
+
 import pytest
 import torch
 from dense_sampler import dense_delta
@@ -8,14 +12,19 @@ from tensors import seed
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    AutoModel,
     GenerationConfig,
     LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TextDiffusionStreamer,
     TextIteratorStreamer,
     TextStreamer,
 )
+from transformers.utils import logging
 
 from modeling_flm import BridgeSamplerConfig, FLMGenerationConfig, FLMGenerationOutput, losses
 
@@ -161,6 +170,16 @@ def test_progress_bar_only_for_several_batches(flm, capsys):
             "`logits_processor` must be a `LogitsProcessorList`",
         ),
         ({"generation_config": {"num_steps": 3}}, "`generation_config` must be a `FLMGenerationConfig`"),
+        (
+            {"generator": 0},
+            r"`generator` must be a `torch.Generator`.*For a seed pass `torch.Generator\(\).manual_seed",
+        ),
+        ({"generator": [0, 1], "num_samples": 2}, "`generator` must be a `torch.Generator`"),
+        ({"streamer": True}, "`streamer` must be a streamer"),
+        ({"callback": 3}, "`callback` must be a function"),
+        ({"prior_state": torch.randn(2, 12, 53).numpy()}, "`prior_state` must be a tensor, got `ndarray`"),
+        ({"prior_state": torch.full((2, 12, 53), torch.nan)}, "`prior_state` has values that are not finite"),
+        ({"max_new_tokens": 3, "do_sample": True}, "`pipeline_class=modeling_flm.FLMPipeline`"),
     ],
 )
 def test_bad_arguments(flm, arguments, message):
@@ -232,6 +251,129 @@ def test_arguments_of_other_models_name_ours(flm, name, hint):
     for call in (flm.generate, FLMGenerationConfig):
         with pytest.raises(ValueError, match=rf"`{name}` \(.*{hint}"):
             call(**{name: 1})
+
+
+class TestGenerationConfig:
+    def test_unknown_parameters_are_refused_where_they_are_set(self, flm, tmp_path):
+        with pytest.raises(AttributeError, match=r"Unknown generation parameter `max_new_tokens` \(pass `length`"):
+            flm.generation_config.max_new_tokens = 20
+        with pytest.raises(AttributeError, match="did you mean `num_steps`"):
+            flm.generation_config.num_stepz = 20
+        flm.generation_config.num_steps = 3
+        for config in (copy.deepcopy(flm.generation_config), pickle.loads(pickle.dumps(flm.generation_config))):
+            with pytest.raises(AttributeError):
+                config.do_sample = True
+        flm.save_pretrained(tmp_path)
+        assert AutoModel.from_pretrained(tmp_path).generation_config.num_steps == 3
+
+    def test_files_have_what_is_set_and_nothing_else(self, flm, tmp_path):
+        flm.generation_config.temperature = 0.7
+        flm.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "generation_config.json").read_text())
+        assert saved.keys() == {"temperature", "transformers_version"}
+        assert AutoModel.from_pretrained(tmp_path).generation_config == flm.generation_config
+
+    def test_unknown_parameters_of_a_file_are_ignored_with_a_warning(self, flm, tmp_path, caplog):
+        flm.save_pretrained(tmp_path)
+        path = tmp_path / "generation_config.json"
+        path.write_text(json.dumps({"num_steps": 3, "max_new_tokens": 20, "of_a_later_version": 1}))
+        model = AutoModel.from_pretrained(tmp_path)
+        assert "unknown parameters, which are ignored: max_new_tokens, of_a_later_version" in caplog.text
+        assert model.generate(return_dict_in_generate=True).num_forward_passes == 3
+
+
+class TestNoEffect:
+    """Warnings of what changes nothing, and that it changes nothing."""
+
+    @pytest.fixture(autouse=True)
+    def warns_again(self):
+        logging.get_logger().warning_once.__func__.cache_clear()
+
+    @pytest.mark.parametrize("option", [{"temperature": 0.5}, {"top_k": 1}, {"top_p": 0.5}])
+    def test_in_one_step(self, option, caplog):
+        model = build_model("fmlm")
+        options = {"num_samples": 5, **option}
+        tokens = model.generate(generator=seed(), **options)
+        (name,) = option
+        assert f"`{name}` have no effect in one step" in caplog.text
+        assert torch.equal(tokens, model.generate(num_samples=5, generator=seed()))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"num_steps": 2},
+            {"sampler_config": BridgeSamplerConfig()},
+            {"num_rounds": 2, "commit_threshold": 0.1},
+            {"reward": lambda delta: 9 * delta[..., 3].sum(dim=1), "reward_scale": 9.0},
+            {"guidance_model": build_flm(hidden_size=16), "guidance_scale": 2.0},
+        ],
+    )
+    def test_no_warning_where_there_is_an_effect(self, options, caplog):
+        model = build_model("fmlm", per_token_timesteps=True)
+        options = {"num_samples": 50, "temperature": 0.1, **options}
+        tokens = model.generate(generator=seed(), **options)
+        assert "no effect" not in caplog.text
+        assert not torch.equal(tokens, model.generate(generator=seed(), **{**options, "temperature": 1.0}))
+
+    def test_two_networks_are_not_a_softmax(self, caplog):
+        model = build_model("two_network")
+        tokens = model.generate(num_samples=50, generator=seed(), temperature=0.1)
+        assert "no effect" not in caplog.text
+        assert not torch.equal(tokens, model.generate(num_samples=50, generator=seed()))
+
+    @pytest.mark.parametrize(
+        "processor",
+        [
+            RepetitionPenaltyLogitsProcessor(5.0),
+            NoRepeatNGramLogitsProcessor(2),
+            NoBadWordsLogitsProcessor([[3, 4]]),
+        ],
+    )
+    def test_processors_that_look_back(self, processor, flm, caplog):
+        plain = flm.generate(num_samples=5, num_steps=3, generator=seed())
+        processors = LogitsProcessorList([processor])
+        tokens = flm.generate(num_samples=5, num_steps=3, generator=seed(), logits_processor=processors)
+        assert torch.equal(tokens, plain)
+        assert f"`{type(processor).__name__}` looks at tokens that were written before" in caplog.text
+
+    def test_bad_words_of_one_token(self, flm, caplog):
+        processors = LogitsProcessorList([NoBadWordsLogitsProcessor([[token] for token in range(20)])])
+        tokens = flm.generate(num_samples=5, num_steps=3, logits_processor=processors)
+        assert "looks at" not in caplog.text and (tokens >= 20).all()
+
+    def test_whole_prompts(self, flm, caplog):
+        flm.generate(torch.randint(53, (2, 11)), num_steps=1)
+        assert "nothing to write" not in caplog.text
+        flm.generate(torch.randint(53, (2, 12)), num_steps=1)
+        assert "nothing to write" in caplog.text
+
+    @pytest.mark.parametrize("compile", [lambda model: model.compile(), lambda model: vars(model).update(
+        forward=torch.compile(model.forward))])  # fmt: skip
+    def test_compiled_forward(self, compile, flm, caplog):
+        flm.generate(num_steps=1)
+        assert "compile_config" not in caplog.text
+        compile(flm)
+        flm.generate(num_steps=1)
+        assert "pass `compile_config=CompileConfig()`" in caplog.text
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
+    @pytest.mark.parametrize(
+        "options", [{}, {"sampler_config": BridgeSamplerConfig()}, {"num_rounds": 2}, {"block_length": 5}]
+    )
+    def test_weights(self, kind, options):
+        model = build_model(kind)
+        model.generate(num_samples=3, num_steps=2, **options)
+        network = model.correction if kind == "two_network" else model
+        network.layers[0].mlp.up_proj.weight.data[0] = torch.nan
+        with pytest.raises(ValueError, match="What the model says is not finite"):
+            model.generate(num_samples=3, num_steps=2, **options)
+
+    def test_padding_does_not_count(self, flm):
+        mask = torch.ones(3, 12, dtype=torch.long)
+        mask[1, 2:] = mask[2] = 0
+        assert flm.generate(attention_mask=mask, num_steps=2, pad_token_id=0)[2].eq(0).all()
 
 
 class TestTimesteps:

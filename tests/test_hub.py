@@ -460,12 +460,15 @@ class TestPublish:
 
 LOAD = """
 import torch
-from transformers import AutoModel, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 name, options = "tester/tiny", {"trust_remote_code": True}
 generator = lambda: torch.Generator().manual_seed(5)
 model = AutoModel.from_pretrained(name, **options)
 assert type(model).__module__.startswith("transformers_modules"), type(model)
 tokens = model.generate(num_samples=3, num_steps=4, generator=generator())
+for auto_class in (AutoModelForCausalLM, AutoModelForMaskedLM):
+    other = auto_class.from_pretrained(name, **options)
+    assert torch.equal(other.generate(num_samples=3, num_steps=4, generator=generator()), tokens)
 pipe = pipeline("text-generation", model=name, **options)
 rows = pipe(num_samples=3, num_steps=4, generator=generator())
 texts = AutoTokenizer.from_pretrained(name, **options).batch_decode(tokens, skip_special_tokens=True)

@@ -159,14 +159,16 @@ def test_two_networks_against_labels(monkeypatch):
     flm = build_flm()
     model = FMLMTwoNetworkModel.from_flm(flm, dropout=0.0).train()
     torch.nn.init.normal_(model.correction.lm_head.weight)
-    batch = (torch.randint(53, (3, 12)), torch.tensor([0.1, 0.5, 0.7]), torch.tensor([0.1, 0.9, 1.0]))
-    delta = model(*batch).probabilities
-    expected = -delta.clamp(min=torch.finfo(torch.float32).tiny).gather(-1, batch[0][..., None]).log().mean()
+    input_ids = torch.randint(53, (3, 12))
+    batch = {"timesteps": torch.tensor([0.1, 0.5, 0.7]), "target_timesteps": torch.tensor([0.1, 0.9, 1.0])}
+    batch["inputs_embeds"] = model.make_state(input_ids).detach()
+    delta = model(**batch).probabilities
+    expected = -delta.clamp(min=torch.finfo(torch.float32).tiny).gather(-1, input_ids[..., None]).log().mean()
     expected.backward()
     gradient = model.correction.lm_head.weight.grad.clone()
     model.zero_grad()
     set_chunk(monkeypatch, 5, 3, 53)
-    output = model(*batch, labels=batch[0])
+    output = model(**batch, labels=input_ids)
     assert output.logits is None and output.probabilities is None
     output.loss.backward()
     torch.testing.assert_close(output.loss, expected)
@@ -174,22 +176,27 @@ def test_two_networks_against_labels(monkeypatch):
 
 
 def test_logits_are_there_unless_in_training(flm):
-    batch = {"input_ids": torch.randint(53, (3, 12)), "timesteps": torch.rand(3)}
-    assert flm(**batch, labels=batch["input_ids"]).logits is not None
+    batch = {"inputs_embeds": torch.randn(3, 12, 32), "timesteps": torch.rand(3)}
+    labels = torch.randint(53, (3, 12))
+    assert flm(**batch, labels=labels).logits is not None
     flm.train()
     assert flm(**batch).logits is not None
-    assert flm(**batch, labels=batch["input_ids"]).logits is None
+    assert flm(**batch, labels=labels).logits is None
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         flm(**batch, labels=torch.full((3, 12), -1))
 
 
 def test_offloaded_weights(flm, tmp_path):
-    batch = {"input_ids": torch.randint(53, (3, 12)), "timesteps": torch.rand(3)}
-    expected = flm(**batch, labels=batch["input_ids"]).loss
+    input_ids, tau, noise = torch.randint(53, (3, 12)), torch.rand(3), torch.randn(3, 12, 32)
+
+    def loss(model):
+        return model(inputs_embeds=model.make_state(input_ids, tau, noise), timesteps=tau, labels=input_ids).loss
+
+    expected = loss(flm)
     flm.save_pretrained(tmp_path)
     model = type(flm).from_pretrained(tmp_path, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
     assert model.lm_head.weight.is_meta
-    torch.testing.assert_close(model(**batch, labels=batch["input_ids"]).loss, expected)
+    torch.testing.assert_close(loss(model), expected)
 
 
 class Watch(TorchDispatchMode):
@@ -236,12 +243,14 @@ def test_samples_hold_a_chunk_of_probabilities_and_no_step_waits(monkeypatch):
             model.generate(num_samples=8, num_steps=num_steps)
         assert watch.largest <= 8 * 12 * 64 < 8 * 12 * VOCAB_SIZE
         waits.append(watch.waits)
-    assert waits[0] == waits[1] == ["equal"]  # whether the noise is that of the embedding, once
+    # Whether the noise is that of the embedding, and in the end whether all was finite: once, whatever the number of steps
+    assert waits[0] == waits[1] == ["equal", "_local_scalar_dense"]
 
 
 def test_second_derivatives_are_refused(flm):
     flm.train()
-    loss = flm(torch.randint(53, (3, 12)), torch.rand(3), labels=torch.randint(53, (3, 12))).loss
+    state = torch.randn(3, 12, 32)
+    loss = flm(inputs_embeds=state, timesteps=torch.rand(3), labels=torch.randint(53, (3, 12))).loss
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(loss, flm.lm_head.weight, create_graph=True)
 

@@ -80,8 +80,10 @@ class TestForward:
     def test_loss_ignores_and_averages(self, flm, batch):
         labels = batch["input_ids"].clone()
         labels[0, 3:] = -100
+        batch = {"inputs_embeds": torch.randn(3, 12, 32), "timesteps": batch["timesteps"]}
+        tokens = labels.clamp(min=0)
         output = flm(**batch, labels=labels)
-        losses = -output.logits.log_softmax(-1).gather(-1, batch["input_ids"][..., None])[..., 0]
+        losses = -output.logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
         kept = torch.cat([losses[0, :3], losses[1], losses[2]])
         torch.testing.assert_close(output.loss, kept.mean())
         torch.testing.assert_close(flm(**batch, labels=labels, num_items_in_batch=100).loss, kept.sum() / 100)
@@ -133,6 +135,26 @@ class TestForward:
                     "target_timesteps": torch.rand(3, 4),
                 },
                 "`target_timesteps` must have the shape of `timesteps`",
+            ),
+            (
+                {"input_ids": torch.ones(3, 4).long(), "timesteps": torch.tensor([0.0, 0.5, 5.0])},
+                r"must be in \[0, 1\]",
+            ),
+            (
+                {"input_ids": torch.ones(3, 4).long(), "timesteps": torch.tensor([0.0, -3.0, 1.0])},
+                r"must be in \[0, 1\]",
+            ),
+            (
+                {
+                    "input_ids": torch.ones(3, 4).long(),
+                    "timesteps": torch.tensor([0.1, 0.6, 1.0]),
+                    "target_timesteps": torch.tensor([0.1, 0.5, 1.0]),
+                },
+                "`target_timesteps` at least `timesteps`",
+            ),
+            (
+                {"input_ids": torch.ones(3, 4).long(), "timesteps": torch.rand(3), "labels": torch.ones(3, 4).long()},
+                r"`labels` need noised states.*`inputs_embeds=model.make_state\(",
             ),
         ],
     )
@@ -198,7 +220,9 @@ class TestFlowMaps:
         model.save_pretrained(tmp_path)
         assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
             "AutoConfig": f"configuration_flm.{config_class.__name__}",
-            "AutoModel": f"modeling_flm.{model_class.__name__}",
+            **dict.fromkeys(
+                ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"), f"modeling_flm.{model_class.__name__}"
+            ),
         }
         reloaded = AutoModel.from_pretrained(tmp_path)
         assert type(reloaded) is model_class and type(reloaded.config) is config_class
@@ -249,9 +273,11 @@ class TestFlowMaps:
 
     def test_loss_against_labels_is_a_cross_entropy(self, flm):
         input_ids, tau = torch.randint(53, (3, 12)), torch.tensor([0.1, 0.5, 0.7])
-        expected = flm(input_ids, tau, labels=input_ids).loss
+        noise = torch.randn(3, 12, 32)
+        expected = flm(None, tau, inputs_embeds=flm.make_state(input_ids, tau, noise), labels=input_ids).loss
         for model in (FMLMModel.from_flm(flm), FMLMTwoNetworkModel.from_flm(flm)):
-            loss = model.eval()(input_ids, tau, torch.ones(3), labels=input_ids).loss
+            state = flm.make_state(input_ids, tau, noise).repeat(1, 1, len(model.state_sizes))
+            loss = model.eval()(None, tau, torch.ones(3), inputs_embeds=state, labels=input_ids).loss
             torch.testing.assert_close(loss, expected)
 
     def test_needs_the_time_to_go_to(self, flm):

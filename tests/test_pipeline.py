@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from small_models import build_flm
-from transformers import AutoModel, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 from modeling_flm import FLMGenerationConfig, FLMPipeline, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.trainers import train_tokenizer
@@ -63,6 +65,39 @@ def test_prompts(flm, tokenizer):
     assert row["generated_token_ids"][:2] == [*ids[1], *ids[2][:1]]
 
 
+def test_prompts_of_datasets_and_generators(flm, tokenizer):
+    pipe = FLMPipeline(model=flm, tokenizer=tokenizer, num_steps=2)
+    prompts = ["w5 w6", "w7", "w8 w9", "w1", "w2 w3"]
+    dataset = Dataset.from_dict({"prompt": prompts})
+    expected = pipe(prompts, num_samples=2, generator=generator())
+    assert pipe(dataset["prompt"], num_samples=2, generator=generator()) == expected
+    assert pipe(tuple(prompts), num_samples=2, generator=generator()) == expected
+    assert list(pipe(KeyDataset(dataset, "prompt"), num_samples=2, generator=generator(), batch_size=2)) == expected
+    read = []
+    stream = pipe((read.append(p) or p for p in prompts), num_samples=2, generator=generator(), batch_size=2)
+    assert read == []
+    assert next(stream) == expected[0] and read == prompts[:2]
+    assert list(stream) == expected[1:]
+    assert list(pipe(iter([]))) == []
+
+
+def test_a_model_that_is_loaded_already(flm, tokenizer):
+    pipe = pipeline("text-generation", model=flm, tokenizer=tokenizer, pipeline_class=FLMPipeline)
+    assert pipe("w7", generator=generator()) == FLMPipeline(model=flm, tokenizer=tokenizer)(
+        "w7", generator=generator()
+    )
+    with pytest.raises(ValueError, match="pass it `pipeline_class=modeling_flm.FLMPipeline`"):
+        pipeline("text-generation", model=flm, tokenizer=tokenizer)("w7")
+
+
+def test_unknown_words_of_prompts_are_warned_of(flm, tokenizer, caplog):
+    pipe = FLMPipeline(model=flm, tokenizer=tokenizer, num_steps=1)
+    pipe(["w1 w2", f"w1 {tokenizer.unk_token}"])
+    assert caplog.text == ""
+    pipe(["w1 w2", "w1 dragon", "sleeps"])
+    assert "become [UNK]: 'w1 dragon', and 1 more" in caplog.text
+
+
 def test_task_is_inferred_and_the_pipeline_can_be_saved(folder, tmp_path):
     for _ in range(2):  # `pipeline()` changes the configuration that it is given
         pipe = pipeline(model=str(folder), trust_remote_code=True)
@@ -98,6 +133,15 @@ def test_mistakes_are_explained(flm, tokenizer, folder):
     pipe = FLMPipeline(model=flm, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="`text_inputs` must be a text or a list of texts"):
         pipe([1, 2])
+    with pytest.raises(ValueError, match="got {'role': 'user', 'content': 'w1'}.*chats are not supported"):
+        pipe([{"role": "user", "content": "w1"}])
+    with pytest.raises(ValueError, match="Of a dataset pass a column"):
+        list(pipe(Dataset.from_dict({"prompt": ["w1"]})))
+    with pytest.raises(ValueError, match="must have at least one text"):
+        pipe([])
+    for wrong in (5, {"text": "w1"}):
+        with pytest.raises(ValueError, match=f"a generator or a `KeyDataset`, got `{type(wrong).__name__}`"):
+            pipe(wrong)
     with pytest.raises(ValueError, match="`input_ids` has 13 tokens, but texts have 12"):
         pipe("w1 " * 13)
     with pytest.raises(ValueError, match="`num_step` .did you mean `num_steps`"):
@@ -122,3 +166,11 @@ def test_models_saved_before_there_was_a_pipeline(folder, tokenizer):
     del config["custom_pipelines"]
     (folder / "config.json").write_text(json.dumps(config))
     assert AutoModel.from_pretrained(folder).config.custom_pipelines
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForMaskedLM])
+def test_auto_classes_of_other_text_generators(auto_class, flm, folder):
+    expected = flm.generate(num_steps=2, generator=generator())
+    assert torch.equal(auto_class.from_pretrained(folder).generate(num_steps=2, generator=generator()), expected)
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map[auto_class.__name__] == auto_map["AutoModel"] == "modeling_flm.FLMModel"
