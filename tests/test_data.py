@@ -8,7 +8,7 @@ import sys
 import oracle
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, DatasetInfo, IterableDataset
 from tokenizers import Tokenizer, models
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
@@ -21,6 +21,7 @@ from modeling_flm.trainers import (
     pack_tokens,
     train_tokenizer,
 )
+from trainers.data import describe_dataset, find_text_column
 
 
 TEXTS = ["the cat sat on the mat .", "a dog, a cat and a mat .", "the dog sat .", "Ünïcode costs 5 €!"]
@@ -121,6 +122,66 @@ print(sorted(file["filename"] for file in packed.cache_files))
         tokenizer.bos_token = None
         with pytest.raises(ValueError, match="`tokenizer` needs a BOS"):
             pack_dataset(dataset, tokenizer, block_size=8)
+
+
+class TestWhatIsNotTexts:
+    tokenizer = train_tokenizer(TEXTS, "word", 100)
+
+    @pytest.mark.parametrize(
+        "dataset, message",
+        [
+            (
+                DatasetDict({"train": Dataset.from_dict({"text": TEXTS})}),
+                r"got `DatasetDict`: pass one of its splits, such as `dataset\['train'\]`",
+            ),
+            (TEXTS, r"got `list`: make one of texts with `Dataset.from_dict"),
+            ({"text": TEXTS}, "got `dict`"),
+            (None, "got `NoneType`"),
+            (Dataset.from_dict({"text": [1, 2]}), "`text_column` is 'text', but that has no texts: it has Value"),
+            (Dataset.from_dict({"text": [["a"], ["b"]]}), "`text_column` is 'text', but that has no texts"),
+            (Dataset.from_dict({"text": ["the cat", None]}), "`text_column` 'text' has None, which is not a text"),
+            (Dataset.from_dict({"title": ["a"], "body": ["b"]}), r"Pass `text_column`.* \['title', 'body'\]"),
+            (Dataset.from_dict({"id": [1], "label": [2]}), r"Pass `text_column`.* \['id', 'label'\]"),
+        ],
+    )
+    def test_is_refused(self, dataset, message):
+        with pytest.raises(ValueError, match=message):
+            pack_dataset(dataset, self.tokenizer, block_size=8)
+
+    def test_streams_with_none(self):
+        stream = IterableDataset.from_generator(lambda: iter([{"text": "the cat"}, {"text": None}]))
+        with pytest.raises(ValueError, match="`text_column` 'text' has None"):
+            list(pack_dataset(stream, self.tokenizer, block_size=8))
+
+    def test_the_only_column_with_texts_is_found(self):
+        dataset = Dataset.from_dict({"id": [1, 2], "story": ["a", "b"], "length": [1.0, 2.0]})
+        assert find_text_column(dataset) == "story"
+
+
+class TestDescription:
+    """What the record of a training says of its data."""
+
+    def test_files_and_folders(self, tmp_path):
+        (tmp_path / "corpus.txt").write_text("\n".join(TEXTS * 10))
+        texts = load_texts(train_file=str(tmp_path / "corpus.txt"))
+        for split, size in (("train", 38), ("validation", 2)):
+            assert describe_dataset(texts[split]) == {"num_examples": size, "source": "corpus.txt"}
+        packed = pack_dataset(texts["train"], train_tokenizer(TEXTS, "char", 100), block_size=20)
+        assert describe_dataset(packed) == {"num_examples": len(packed), "source": "corpus.txt"}
+        stream = load_texts(train_file=str(tmp_path / "corpus.txt"), streaming=True)["train"]
+        assert describe_dataset(stream) == {"source": "corpus.txt"}
+        (tmp_path / "stories").mkdir()
+        Dataset.from_dict({"text": TEXTS * 10}).to_parquet(tmp_path / "stories" / "train.parquet")
+        assert describe_dataset(load_texts(str(tmp_path / "stories"))["train"])["source"] == "stories"
+
+    def test_of_datasets(self):
+        rows = {"input_ids": [[1, 2]]}
+        assert describe_dataset(Dataset.from_dict(rows)) == {"num_examples": 1}
+        info = DatasetInfo(builder_name="parquet", dataset_name="wikitext")
+        assert describe_dataset(Dataset.from_dict(rows, info=info)) == {"num_examples": 1, "source": "wikitext"}
+        info.description = "Articles\n of an encyclopedia."
+        assert describe_dataset(Dataset.from_dict(rows, info=info))["source"] == "Articles of an encyclopedia."
+        assert describe_dataset([1, 2, 3]) == {"num_examples": 3} and describe_dataset(None) == {}
 
 
 class TestTokenizers:
@@ -238,6 +299,12 @@ class TestLoading:
         loaded = load_texts(train_file=str(tmp_path / "text.txt"), sample_by="paragraph", validation_percentage=0)
         assert loaded["train"]["text"][:] == ["one\ntwo", "three", "four"]
 
+    def test_a_single_document_is_trained_on(self, tmp_path, caplog):
+        (tmp_path / "book.txt").write_text("\n".join(TEXTS))
+        loaded = load_texts(train_file=str(tmp_path / "book.txt"), sample_by="document")
+        assert loaded["train"]["text"][:] == ["\n".join(TEXTS)] and "validation" not in loaded
+        assert "pass `validation_file`" in caplog.text
+
     def test_errors(self, tmp_path):
         with pytest.raises(ValueError, match="either `dataset_name` or `train_file`"):
             load_texts()
@@ -259,6 +326,15 @@ class TestCollator:
     def test_equal_lengths_need_no_mask(self):
         batch = DataCollatorForFLM()([{"input_ids": [1, 2]}, {"input_ids": [4, 5]}])
         assert "attention_mask" not in batch and torch.equal(batch["labels"], batch["input_ids"])
+
+    def test_tokens_that_the_model_does_not_have(self):
+        collate = DataCollatorForFLM(vocab_size=5)
+        assert collate([{"input_ids": [0, 4]}])["input_ids"].tolist() == [[0, 4]]
+        for token in (5, -1):
+            with pytest.raises(ValueError, match=f"`input_ids` have the token {token}, but the model's are 0 to 4"):
+                collate([{"input_ids": [1, 2]}, {"input_ids": [3, token]}])
+        with pytest.raises(ValueError, match=r"Examples need `input_ids`, and have \['text'\]: pack texts"):
+            collate([{"text": "a cat"}])
 
     def test_keeps_masks_and_labels(self):
         rows = [{"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}, {"input_ids": [4, 5], "labels": [-100, 5]}]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from processes import run_processes
 from small_models import build_flm
 from tensors import noise_factors
@@ -15,7 +15,14 @@ from transformers import AutoModel
 
 from modeling_flm import FLMModel, FMLMModel
 from modeling_flm.flow import interpolate
-from modeling_flm.trainers import EMACallback, FLMTrainer, FLMTrainingArguments, train_tokenizer
+from modeling_flm.trainers import (
+    EMACallback,
+    FLMTrainer,
+    FLMTrainingArguments,
+    FMLMTrainer,
+    FMLMTrainingArguments,
+    train_tokenizer,
+)
 
 
 class TestPrompts:
@@ -328,3 +335,152 @@ class TestArguments:
         trainer.train()
         trainer.save_model()
         assert torch.equal(AutoModel.from_pretrained(tmp_path).embed_tokens.weight, trainer.model.embed_tokens.weight)
+
+
+class Texts(torch.utils.data.Dataset):
+    """A dataset that is not of `datasets`."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.rows[index]}
+
+
+class TestDatasetsThatCannotBeTrainedOn:
+    @staticmethod
+    def make(path, **options) -> FLMTrainer:
+        args = FLMTrainingArguments(path, use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1)
+        return FLMTrainer(build_flm(), args, **options)
+
+    @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+    @pytest.mark.parametrize(
+        "dataset, message",
+        [
+            (Dataset.from_dict({"text": ["a cat"]}), "needs a column `input_ids`, and has text: pack texts with"),
+            (Dataset.from_dict({"text": ["a cat"]}).to_iterable_dataset(), "needs a column `input_ids`"),
+            (Dataset.from_dict({"input_ids": []}), "`{name}` is empty"),
+            (Texts([]), "`{name}` is empty"),
+            (Dataset.from_dict({"input_ids": [[1] * 13]}), "have 13 tokens, but the model was made for at most 12"),
+            (Texts([torch.ones(5).long(), torch.ones(13).long()]), "or build the model with `max_position_embeddings=13`"),
+            (Dataset.from_dict({"input_ids": [[1, 53]]}), "have the token 53, but the model's are 0 to 52"),
+        ],
+    )  # fmt: skip
+    def test_are_refused_at_once(self, name, dataset, message, tmp_path):
+        with pytest.raises(ValueError, match=message.format(name=name)):
+            self.make(tmp_path, **{name: dataset})
+
+    def test_splits(self, tmp_path):
+        splits = DatasetDict({"train": Dataset.from_dict({"input_ids": [[1, 2]]})})
+        with pytest.raises(
+            ValueError, match=r"`train_dataset` has the splits train: pass one, such as `dataset\['train'\]`"
+        ):
+            self.make(tmp_path, train_dataset=splits)
+        with pytest.raises(ValueError, match=r"`eval_dataset\['long'\]`"):
+            long = Dataset.from_dict({"input_ids": [[1] * 20]})
+            self.make(tmp_path, eval_dataset={"train": splits["train"], "long": long})
+
+    def test_examples_that_are_not_among_the_first(self, tmp_path):
+        rows = [[1] * 5] * 40
+        for last, message in (([1] * 13, "have 13 tokens"), ([60], "have the token 60")):
+            trainer = self.make(tmp_path, train_dataset=Dataset.from_dict({"input_ids": [*rows, last]}))
+            trainer.args.per_device_train_batch_size = trainer._train_batch_size = 41
+            with pytest.raises(ValueError, match=message):
+                trainer.train()
+
+    def test_other_collators_may_read_other_columns(self, tmp_path):
+        def collate(examples):
+            input_ids = torch.tensor([[example["number"]] * 12 for example in examples])
+            return {"input_ids": input_ids, "labels": input_ids}
+
+        args = FLMTrainingArguments(
+            tmp_path, use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1, remove_unused_columns=False
+        )
+        dataset = Dataset.from_dict({"number": list(range(20))})
+        trainer = FLMTrainer(build_flm(), args, data_collator=collate, train_dataset=dataset)
+        assert np.isfinite(trainer.train().training_loss)
+
+    def test_numbers_that_are_texts(self, tmp_path):
+        for name in ("learning_rate", "ema_decay", "max_steps"):
+            with pytest.raises(ValueError, match=f"`{name}` must be a number, got the text '1e-3'"):
+                FLMTrainingArguments(tmp_path, **{name: "1e-3"})
+
+
+class TestModelInit:
+    """Models that are made anew at every training."""
+
+    options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 3, "logging_steps": 1, "seed": 3}
+    rows = {"input_ids": torch.arange(480).remainder(53).view(40, 12).tolist()}
+
+    def make(self, path, make_model, **options) -> FLMTrainer:
+        args = FLMTrainingArguments(path, save_strategy="no", **{**self.options, **options})
+        dataset = Dataset.from_dict(self.rows)
+        return FLMTrainer(model_init=make_model, args=args, train_dataset=dataset, eval_dataset=dataset)
+
+    def test_trains_the_same_again(self, tmp_path):
+        trainer = self.make(tmp_path, lambda: build_flm(dropout=0.0))
+        results = []
+        for _ in range(2):
+            trainer.train()
+            results.append((trainer.evaluate()["eval_loss"], logged(trainer, "loss"), trainer.ema.num_updates))
+            trainer.state.log_history.clear()
+        assert results[0] == results[1] and len(results[0][1]) == 3 and results[0][2] == 3
+        # As with a model that is passed
+        torch.manual_seed(3)
+        args = FLMTrainingArguments(tmp_path, save_strategy="no", **self.options)
+        dataset = Dataset.from_dict(self.rows)
+        other = FLMTrainer(build_flm(dropout=0.0), args, train_dataset=dataset, eval_dataset=dataset)
+        other.train()
+        assert other.evaluate()["eval_loss"] == results[0][0]
+
+    def test_models_that_do_not_fit(self, tmp_path):
+        with pytest.raises(TypeError, match="`model` must be a `FLMModel`"):
+            self.make(tmp_path, lambda: torch.nn.Linear(2, 2))
+        with pytest.raises(ValueError, match="Texts of `train_dataset` have 12 tokens"):
+            self.make(tmp_path, lambda: build_flm(max_position_embeddings=6))
+        with pytest.raises(ValueError, match="Pass a `model`, or as `model_init` a function"):
+            FLMTrainer(args=FLMTrainingArguments(tmp_path, **self.options))
+
+    def test_flow_maps(self, tmp_path):
+        teacher = build_flm()
+        args = FMLMTrainingArguments.from_preset("single_stage", output_dir=tmp_path, **self.options)
+        trainer = FMLMTrainer(
+            model_init=lambda: FMLMModel.from_flm(teacher),
+            args=args,
+            teacher=teacher,
+            train_dataset=Dataset.from_dict(self.rows),
+        )
+        for _ in range(2):
+            trainer.train()
+        losses = logged(trainer, "loss")
+        assert len(losses) == 3 and np.isfinite(losses).all()
+
+    def test_hyperparameter_search(self, tmp_path):
+        pytest.importorskip("optuna")
+        widths = []
+
+        def make_model(trial):
+            hidden_size = 32 if trial is None else trial.suggest_categorical("hidden_size", [16, 32])
+            widths.append(hidden_size)
+            return build_flm(hidden_size=hidden_size)
+
+        def space(trial):
+            return {
+                "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True),
+                "ema_decay": trial.suggest_categorical("ema_decay", [0.5, 0.9]),
+            }
+
+        trainer = self.make(tmp_path, make_model, eval_strategy="epoch")
+        decays = []
+        best = trainer.hyperparameter_search(
+            hp_space=space,
+            compute_objective=lambda metrics: decays.append(trainer.ema.decay) or metrics["eval_loss"],
+            n_trials=3,
+            backend="optuna",
+        )
+        assert len(widths) == 4  # one for the trainer, and one for each trial
+        assert np.isfinite(best.objective) and set(best.hyperparameters) >= {"learning_rate", "ema_decay"}
+        assert set(decays) <= {0.5, 0.9} and decays

@@ -273,6 +273,16 @@ class TestTraining:
             build_trainer(tmp_path, FMLMTwoNetworkModel.from_flm(flm), diagonal_fraction=0.0)
         with pytest.raises(ValueError, match="needs `diagonal_fraction=0`"):
             build_trainer(tmp_path, FMLMTwoNetworkModel.from_flm(flm), divergence="squared_error")
+        with pytest.raises(ValueError, match="`target='teacher'` needs a `teacher` that is itself a flow map"):
+            FMLMTrainer(student, FMLMTrainingArguments.from_preset("second_stage", output_dir=tmp_path))
+        for args in (
+            FMLMTrainingArguments.from_preset("single_stage", output_dir=tmp_path),
+            FMLMTrainingArguments(tmp_path, target="lagrangian"),
+        ):
+            with pytest.raises(ValueError, match=r"`teacher` is missing.*from_preset\('self_distillation'"):
+                FMLMTrainer(student, args)
+        for preset in ("self_distillation", "any_order"):
+            FMLMTrainer(student, FMLMTrainingArguments.from_preset(preset, output_dir=tmp_path))
         fast = build_flm(attn_logit_softcapping=None)
         with pytest.raises(ValueError, match="load the model with `attn_implementation='eager'`"):
             build_trainer(tmp_path, FMLMModel.from_flm(fast), teacher=fast, target="lagrangian")

@@ -14,7 +14,7 @@
 """Arguments of [`FLMTrainer`]."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
@@ -163,6 +163,10 @@ class FLMTrainingArguments(TrainingArguments):
             )
 
     def __post_init__(self):
+        for definition in fields(self):
+            value = getattr(self, definition.name)
+            if type(definition.default) in (int, float) and isinstance(value, str):
+                raise ValueError(f"`{definition.name}` must be a number, got the text {value!r}.")
         if self.selects_by_gen_ppl:
             self._check_selection_by_gen_ppl()
             if self.greater_is_better is None and "gen_ppl" in self.metric_for_best_model:

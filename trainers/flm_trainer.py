@@ -40,6 +40,7 @@ from transformers import (
 )
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import HubStrategy, has_length
+from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 
 from modeling_flm import FLMModel, FLMOutput, FMLMModel
@@ -59,7 +60,7 @@ from .batches import (
     stratified_uniforms,
 )
 from .callbacks import GenPPLCallback, SampleCallback
-from .data import DataCollatorForFLM
+from .data import DataCollatorForFLM, check_dataset, check_length, describe_dataset
 from .distributed import (
     check_support,
     is_sharded,
@@ -108,9 +109,10 @@ class FLMTrainer(Trainer):
       those of the training in `training_weights.safetensors`.
 
     Args:
-        model ([`~transformers.PreTrainedModel`], `PeftModel` or `str`):
+        model ([`~transformers.PreTrainedModel`], `PeftModel` or `str`, *optional*):
             An [`FLMModel`], also within a `PeftModel` or with an adapter of `model.add_adapter`, or the name or path of one.
-            Of a model with adapters these alone are trained, averaged and saved.
+            Of a model with adapters these alone are trained, averaged and saved. Needed but with a `model_init`, which makes
+            one at every training.
         args ([`FLMTrainingArguments`], *optional*):
             Arguments of the training.
         data_collator (`Callable`, *optional*):
@@ -148,7 +150,7 @@ class FLMTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | str,
+        model: PreTrainedModel | nn.Module | str | None = None,
         args: FLMTrainingArguments | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset=None,
@@ -159,41 +161,26 @@ class FLMTrainer(Trainer):
     ):
         if isinstance(model, str):
             model = AutoModel.from_pretrained(model, dtype=torch.float32)
-        network = network_of(model)
-        if isinstance(network, FMLMModel) and FMLMModel not in self.model_classes:
-            raise TypeError(f"`model` is a flow map, `{type(network).__name__}`: train it with `FMLMTrainer`.")
-        if not isinstance(network, self.model_classes):
-            names = " or ".join(f"`{model_class.__name__}`" for model_class in self.model_classes)
-            raise TypeError(f"`model` must be a {names} for `{type(self).__name__}`, got `{type(network).__name__}`.")
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
-                "`model` has no weights to train: load adapters with `is_trainable=True`, or set `requires_grad` of some weights."
-            )
+        if model is None and kwargs.get("model_init") is None:
+            raise ValueError("Pass a `model`, or as `model_init` a function that makes one.")
         if args is None:
-            args = FLMTrainingArguments(output_dir=f"{type(network).__name__}-trained")
+            name = self.model_classes[0].__name__ if model is None else type(network_of(model)).__name__
+            args = FLMTrainingArguments(output_dir=f"{name}-trained")
         if not isinstance(args, FLMTrainingArguments):
             raise TypeError(f"`args` must be `FLMTrainingArguments`, got `{type(args).__name__}`.")
-        if processing_class is not None and len(processing_class) > model.config.vocab_size:
-            raise ValueError(
-                f"`processing_class` has {len(processing_class)} tokens, but the model's `vocab_size` is "
-                f"{model.config.vocab_size}. Build the model with `vocab_size=len(tokenizer)`."
-            )
         for name in ("sample_steps", "eval_gen_ppl_steps"):
             if getattr(args, name) > 0 and processing_class is None:
                 raise ValueError(f"`{name}` needs a tokenizer to decode samples with: pass `processing_class`.")
-        if args.ema_decay is not None and any(
-            p.requires_grad and p.dtype != torch.float32 for p in model.parameters()
-        ):
-            raise ValueError(
-                f"`model` has weights in {model.dtype}, in which small steps of their moving average round away: load it "
-                "with `dtype=torch.float32`, and pass `bf16=True` to train in mixed precision."
-            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"`{type(self).__name__}` needs a process for each device: start the script with `accelerate launch`."
             )
-        if data_collator is None:
-            data_collator = DataCollatorForFLM(pad_token_id=model.config.pad_token_id)
+        # `Trainer` sets these, too, but `_check_model` looks at them before.
+        self.args, self.processing_class = args, processing_class
+        # Regions in the place of the wrapped model: targets and samples do not go through its `forward`.
+        self._compile_options = region_options(args.torch_compile_backend, args.torch_compile_mode)
+        if model is not None:  # otherwise `call_model_init` makes and checks it
+            self._check_model(model)
         # Before those of the user, which see the new average of the weights, and the figures of samples in an evaluation.
         own_callbacks: list[TrainerCallback] = []
         self.ema = None if args.ema_decay is None else EMACallback(args.ema_decay)
@@ -218,19 +205,71 @@ class FLMTrainer(Trainer):
             callbacks=[*own_callbacks, *(callbacks or [])],
             **kwargs,
         )
+        if data_collator is None:
+            config = self.model.config
+            self.data_collator = DataCollatorForFLM(config.pad_token_id, config.vocab_size)
+        if data_collator is None or args.remove_unused_columns:  # then examples are `input_ids`
+            self._check_datasets()
         check_support(type(self).__name__, self.accelerator, self.is_deepspeed_enabled, self.is_fsdp_enabled)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the number of tokens in the global batch
         self._joint_noise: JointNoise | None = None
         self._frozen_gram: torch.Tensor | None = None  # what of the noise does not change
         self._means = self._new_means()
-        # Regions in the place of the wrapped model: targets and samples do not go through its `forward`.
-        self._compile_options = region_options(args.torch_compile_backend, args.torch_compile_mode)
-        self._compile_regions(network)
+        if model is not None:
+            self._compile_regions(network_of(model))
 
     @property
     def network(self) -> PreTrainedModel:
         """The flow-based language model itself, which `self.model` is or wraps."""
         return network_of(self.model)
+
+    def _check_model(self, model: PreTrainedModel | nn.Module):
+        """Raises an error where a model, or what it wraps, does not go with this trainer and its arguments."""
+        network = network_of(model)
+        if isinstance(network, FMLMModel) and FMLMModel not in self.model_classes:
+            raise TypeError(f"`model` is a flow map, `{type(network).__name__}`: train it with `FMLMTrainer`.")
+        if not isinstance(network, self.model_classes):
+            names = " or ".join(f"`{model_class.__name__}`" for model_class in self.model_classes)
+            raise TypeError(f"`model` must be a {names} for `{type(self).__name__}`, got `{type(network).__name__}`.")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "`model` has no weights to train: load adapters with `is_trainable=True`, or set `requires_grad` of some weights."
+            )
+        if self.processing_class is not None and len(self.processing_class) > model.config.vocab_size:
+            raise ValueError(
+                f"`processing_class` has {len(self.processing_class)} tokens, but the model's `vocab_size` is "
+                f"{model.config.vocab_size}. Build the model with `vocab_size=len(tokenizer)`."
+            )
+        if self.args.ema_decay is not None and any(
+            p.requires_grad and p.dtype != torch.float32 for p in model.parameters()
+        ):
+            raise ValueError(
+                f"`model` has weights in {model.dtype}, in which small steps of their moving average round away: load it "
+                "with `dtype=torch.float32`, and pass `bf16=True` to train in mixed precision."
+            )
+
+    def _check_datasets(self):
+        """Raises a `ValueError` where a dataset does not go with the model."""
+        if self.train_dataset is not None:
+            check_dataset("train_dataset", self.train_dataset, self.model.config)
+        is_several = isinstance(self.eval_dataset, dict)
+        for name, dataset in self.eval_dataset.items() if is_several else [(None, self.eval_dataset)]:
+            if dataset is not None:
+                check_dataset(f"eval_dataset[{name!r}]" if is_several else "eval_dataset", dataset, self.model.config)
+
+    def call_model_init(self, trial=None):
+        """As [`~transformers.Trainer.call_model_init`]; the average of the weights begins anew with the model."""
+        model = super().call_model_init(trial)
+        self._check_model(model)
+        if self.ema is not None:
+            self.ema.averaged = None
+        self._compile_regions(network_of(model))
+        return model
+
+    def _hp_search_setup(self, trial):
+        super()._hp_search_setup(trial)
+        if self.ema is not None:
+            self.ema.decay = self.args.ema_decay
 
     def _compile_regions(self, network: PreTrainedModel):
         if self._compile_options is not None:
@@ -310,6 +349,7 @@ class FLMTrainer(Trainer):
 
     def _draw_examples(self, batch: dict[str, Any], uniforms: torch.Tensor, positions: range, key: tuple[int, ...]):
         """Adds a [`FlowBatch`] to a batch, as its `examples`; the noise is drawn later. Known tokens lose their labels."""
+        check_length("Texts of the dataset", batch["input_ids"].shape[1], self.model.config)
         times, kinds = self._draw_times(uniforms, positions)
         # Copies that nobody waits for
         times = {name: tau.to(self.args.device, non_blocking=True) for name, tau in times.items()}
@@ -397,7 +437,7 @@ class FLMTrainer(Trainer):
         """
         return batch.labels, torch.ones_like(batch.tau_s)
 
-    def objective(
+    def training_objective(
         self, batch: FlowBatch, num_items: torch.Tensor | int | None = None, with_logits: bool = False
     ) -> FLMOutput:
         r"""
@@ -448,7 +488,7 @@ class FLMTrainer(Trainer):
         # In evaluation each process averages over its own tokens, and `evaluation_loop` puts the averages together.
         num_items = num_items_in_batch if model.training else None
         with_logits = inputs.get("with_logits", False)
-        output = through_forward(model, self.model, lambda: self.objective(batch, num_items, with_logits))
+        output = through_forward(model, self.model, lambda: self.training_objective(batch, num_items, with_logits))
         losses = output.token_losses.detach()
         self._means.add("loss", losses, batch.mask)
         for kind, rows in batch.kinds.items():
@@ -559,7 +599,13 @@ class FLMTrainer(Trainer):
             if field.name not in inherited and not field.name.startswith(("sample_", "eval_gen_ppl_"))
         }
         arguments = {**extract_hyperparameters_from_trainer(self), "bf16": self.args.bf16, **own}
-        return {"trainer": type(self).__name__, "step": self.state.global_step, "arguments": arguments}
+        optimizer = OptimizerNames(self.args.optim).value
+        if "adam" in optimizer:
+            betas = f"{self.args.adam_beta1}, {self.args.adam_beta2}"
+            optimizer += f" (betas {betas}, epsilon {self.args.adam_epsilon}, weight decay {self.args.weight_decay})"
+        record = {"trainer": type(self).__name__, "step": self.state.global_step}
+        data = describe_dataset(self.train_dataset)
+        return {**record, "data": data, "arguments": {**arguments, "optimizer": optimizer}}
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)

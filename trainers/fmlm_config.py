@@ -50,6 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "divergence": "cross_entropy",
         "diagonal_fraction": 0.5,
         "boundary_probability": 1 / 32,
+        "self_distillation": True,
     },
     # The same for FMLM+: in any order, from any tokens that are known; for an `FMLMModel` that is told the time of each token
     "any_order": {
@@ -59,6 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "boundary_probability": 1 / 32,
         "prompt_fraction": 1.0,
         "prompt_kinds": ["independent"],
+        "self_distillation": True,  # or with a teacher
     },
 }
 
@@ -99,6 +101,9 @@ class FMLMTrainingArguments(FLMTrainingArguments):
             The intermediate time of the semigroup target, `"midpoint"` or uniformly `"random"`.
         target_network (`str`, *optional*, defaults to `"student"`):
             The network in the targets: the `"student"`, or its moving average, `"ema"`.
+        self_distillation (`bool`, *optional*, defaults to `False`):
+            Whether an [`FMLMModel`] may learn without a teacher, from the data where `s = t` and otherwise from itself.
+            The presets `"self_distillation"` and `"any_order"` do.
     """
 
     target: str = field(
@@ -126,6 +131,9 @@ class FMLMTrainingArguments(FLMTrainingArguments):
     )
     target_network: str = field(
         default="student", metadata={"help": "The network in the targets.", **_choices("student", "ema")}
+    )
+    self_distillation: bool = field(
+        default=False, metadata={"help": "Learn without a teacher, from the data and the flow map itself."}
     )
 
     def __post_init__(self):

@@ -46,13 +46,14 @@ class FMLMTrainer(FLMTrainer):
     `loss_diagonal`, `loss_off_diagonal`, `loss_boundary` and `loss_masked`.
 
     Args:
-        model ([`FMLMModel`], [`FMLMTwoNetworkModel`], `PeftModel` or `str`):
+        model ([`FMLMModel`], [`FMLMTwoNetworkModel`], `PeftModel` or `str`, *optional*):
             The flow map to train, for example from [`~FMLMModel.from_flm`], or the name or path of one; with adapters as in
-            [`FLMTrainer`].
+            [`FLMTrainer`]. Needed but with a `model_init`.
         args ([`FMLMTrainingArguments`], *optional*):
             Arguments of the training; see [`~FMLMTrainingArguments.from_preset`] for the paper's.
         teacher ([`FLMModel`], a flow map, or `str`, *optional*):
-            A trained model over the same vocabulary. Without one, `model` learns from the data (self-distillation).
+            A trained model over the same vocabulary. An [`FMLMModel`] learns without one, from the data, with
+            `args.self_distillation`.
         masked_teacher ([`FLMModel`] or `str`, *optional*):
             A masked diffusion model on the network of [`FLMModel`], whose last token is the mask. What it says of masked
             tokens is what the denoiser says of pure noise, and is learned in a share `args.masked_probability` of the examples.
@@ -78,7 +79,7 @@ class FMLMTrainer(FLMTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | str,
+        model: PreTrainedModel | nn.Module | str | None = None,
         args: FMLMTrainingArguments | None = None,
         teacher: PreTrainedModel | str | None = None,
         masked_teacher: FLMModel | str | None = None,
@@ -90,24 +91,48 @@ class FMLMTrainer(FLMTrainer):
             teacher = AutoModel.from_pretrained(teacher)
         if isinstance(masked_teacher, str):
             masked_teacher = AutoModel.from_pretrained(masked_teacher)
-        network = network_of(model)
         teacher, masked_teacher = (None if each is None else network_of(each) for each in (teacher, masked_teacher))
+        if args is None:
+            name = self.model_classes[0].__name__ if model is None else type(network_of(model)).__name__
+            args = FMLMTrainingArguments(output_dir=f"{name}-trained")
+        if not isinstance(args, FMLMTrainingArguments):
+            raise TypeError(f"`args` must be `FMLMTrainingArguments`, got `{type(args).__name__}`.")
+        if (masked_teacher is None) != (args.masked_probability == 0):
+            raise ValueError("`masked_teacher` and `masked_probability` go together: pass both, or none.")
+        if args.target == "teacher" and not isinstance(teacher, (FMLMModel, FMLMTwoNetworkModel)):
+            raise ValueError("`target='teacher'` needs a `teacher` that is itself a flow map.")
+        self.teacher = teacher
+        self.masked_teacher = masked_teacher
+        super().__init__(model=model, args=args, **kwargs)
+        if self.is_fsdp_enabled and args.target_network == "ema":
+            raise ValueError(
+                "`target_network='ema'` needs the average as a network, which FSDP shards: use 'student'."
+            )
+        for frozen in (teacher, masked_teacher):
+            if frozen is not None:
+                frozen.requires_grad_(False).eval()
+                self._compile_regions(frozen)
+                self._move_model_to_device(frozen, args.device)
+
+    def _check_model(self, model):
+        args, teacher, masked_teacher, network = self.args, self.teacher, self.masked_teacher, network_of(model)
         if not isinstance(network, self.model_classes):
             raise TypeError(
                 f"`model` must be a flow map, got `{type(network).__name__}`: use `FMLMModel.from_flm(teacher)`."
             )
+        super()._check_model(model)
         if teacher is network:
             raise ValueError("`teacher` is frozen, and cannot be `model` itself: pass none for self-distillation.")
-        if args is None:
-            args = FMLMTrainingArguments(output_dir=f"{type(network).__name__}-trained")
-        if not isinstance(args, FMLMTrainingArguments):
-            raise TypeError(f"`args` must be `FMLMTrainingArguments`, got `{type(args).__name__}`.")
         if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
             raise ValueError(
                 f"`teacher` has {teacher.config.vocab_size} tokens, but the model has {model.config.vocab_size}."
             )
-        if (masked_teacher is None) != (args.masked_probability == 0):
-            raise ValueError("`masked_teacher` and `masked_probability` go together: pass both, or none.")
+        is_taught = teacher is not None or masked_teacher is not None or args.self_distillation
+        if not is_taught and not isinstance(network, FMLMTwoNetworkModel):  # which has a flow of its own
+            raise ValueError(
+                "`teacher` is missing: pass the trained model that is to be distilled. To learn from the data without one, "
+                "take `FMLMTrainingArguments.from_preset('self_distillation', ...)`, or pass `self_distillation=True`."
+            )
         if masked_teacher is not None:
             expected = model.config.vocab_size + 1
             if type(masked_teacher).__name__ != "FLMModel" or masked_teacher.config.vocab_size != expected:
@@ -115,8 +140,6 @@ class FMLMTrainer(FLMTrainer):
                     f"`masked_teacher` must be an `FLMModel` with {expected} tokens, those of the model and the mask, got "
                     f"`{type(masked_teacher).__name__}` with {masked_teacher.config.vocab_size}."
                 )
-        if args.target == "teacher" and not isinstance(teacher, (FMLMModel, FMLMTwoNetworkModel)):
-            raise ValueError("`target='teacher'` needs a `teacher` that is itself a flow map.")
         if isinstance(network, FMLMTwoNetworkModel):
             if masked_teacher is not None:
                 raise ValueError("`masked_teacher` is for an `FMLMModel`: at noise, a two-network model is its flow.")
@@ -129,18 +152,6 @@ class FMLMTrainer(FLMTrainer):
                 f"`target='{args.target}'` takes forward-mode derivatives, which `{network.config._attn_implementation}` "
                 "attention does not have: load the model with `attn_implementation='eager'`."
             )
-        super().__init__(model=model, args=args, **kwargs)
-        if self.is_fsdp_enabled and args.target_network == "ema":
-            raise ValueError(
-                "`target_network='ema'` needs the average as a network, which FSDP shards: use 'student'."
-            )
-        self.teacher = teacher
-        self.masked_teacher = masked_teacher
-        for frozen in (teacher, masked_teacher):
-            if frozen is not None:
-                frozen.requires_grad_(False).eval()
-                self._compile_regions(frozen)
-                self._move_model_to_device(frozen, args.device)
 
     @property
     def divergence(self) -> str:
@@ -248,5 +259,8 @@ class FMLMTrainer(FLMTrainer):
 
     def _training_record(self):
         # A teacher on this machine has no name for others.
-        name = None if self.teacher is None else self.teacher.name_or_path
-        return {**super()._training_record(), "teacher": name if is_hub_name(name) else None}
+        if self.teacher is None:
+            return {**super()._training_record(), "teacher": None}
+        name = self.teacher.name_or_path
+        record = {"teacher": name if is_hub_name(name) else None, "teacher_class": type(self.teacher).__name__}
+        return {**super()._training_record(), **record}

@@ -8,6 +8,7 @@ from modeling_flm.trainers.batches import FlowBatch
 
 
 def build_trainer(path, model, teacher=None, dataset=None, **options) -> FMLMTrainer:
+    options.setdefault("self_distillation", teacher is None)
     args = FMLMTrainingArguments(path, use_cpu=True, report_to=[], disable_tqdm=True, **options)
     return FMLMTrainer(model, args, teacher=teacher, train_dataset=dataset, eval_dataset=dataset)
 

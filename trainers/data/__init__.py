@@ -13,6 +13,7 @@
 # limitations under the License.
 """From texts to batches: loading, packing, collation."""
 
+from .checking import check_dataset, check_length, describe_dataset
 from .collator import DataCollatorForFLM
 from .loading import find_text_column, load_texts
 from .packing import PREPROCESSING, detokenize_lm1b, pack_dataset, pack_tokens
@@ -21,6 +22,9 @@ from .packing import PREPROCESSING, detokenize_lm1b, pack_dataset, pack_tokens
 __all__ = [
     "PREPROCESSING",
     "DataCollatorForFLM",
+    "check_dataset",
+    "check_length",
+    "describe_dataset",
     "detokenize_lm1b",
     "find_text_column",
     "load_texts",

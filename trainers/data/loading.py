@@ -17,7 +17,11 @@ import re
 import sys
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value, load_dataset
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 # How `datasets` reads a file, by its ending.
@@ -79,10 +83,21 @@ def load_texts(
     if validation_split is None and "validation" in dataset:
         splits["validation"] = "validation"
     splits = {name: _take_split(dataset, split) for name, split in splits.items() if split is not None}
+    for split in splits.values():  # for the records of a training
+        split.info.description = _source(dataset_name or train_file, dataset_config_name)
     if "validation" not in splits and not streaming and validation_percentage > 0:
+        if len(splits["train"]) == 1:
+            logger.warning("The only text is trained on, and none is left to evaluate on: pass `validation_file`.")
+            return type(dataset)(splits)
         parts = splits["train"].train_test_split(test_size=validation_percentage / 100, seed=0)
         splits["train"], splits["validation"] = parts["train"], parts["test"]
     return type(dataset)(splits)
+
+
+def _source(name: str | Path, config_name: str | None) -> str:
+    """The name of a dataset, or of the file or folder that it is on this machine, without the way there."""
+    name = Path(name).name if Path(name).exists() else str(name)
+    return name if config_name is None else f"{name} ({config_name})"
 
 
 def _take_split(dataset: DatasetDict | IterableDatasetDict, split: str) -> Dataset | IterableDataset:
@@ -119,14 +134,35 @@ def find_text_column(dataset: Dataset | IterableDataset, text_column: str | None
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The texts.
-        text_column (`str`, *optional*): Its name. By default `"text"`, if there is one, and else the first column.
+        text_column (`str`, *optional*): Its name. By default `"text"`, or the only column with texts.
 
     Returns:
         `str`: the name, which is one of the columns.
     """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        hint = "make one of texts with `Dataset.from_dict({'text': texts})`."
+        if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+            hint = f"pass one of its splits, such as `dataset[{next(iter(dataset))!r}]`."
+        raise ValueError(f"`dataset` must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`: {hint}")
     columns = column_names(dataset)
+    texts = [name for name in columns if _may_have_texts(dataset, name)]
     if text_column is None:
-        text_column = "text" if "text" in columns else columns[0]
+        if "text" not in columns and len(texts) != 1:
+            raise ValueError(f"Pass `text_column`, which of the columns has the texts: the dataset has {columns}.")
+        text_column = "text" if "text" in columns else texts[0]
     if text_column not in columns:
         raise ValueError(f"`text_column` is {text_column!r}, but the dataset has the columns {columns}.")
+    if text_column not in texts:
+        kind = dataset.features[text_column]
+        raise ValueError(
+            f"`text_column` is {text_column!r}, but that has no texts: it has {kind}. Texts have {texts}."
+        )
     return text_column
+
+
+def _may_have_texts(dataset: Dataset | IterableDataset, column: str) -> bool:
+    """Whether the type of a column is that of texts, or not known."""
+    if dataset.features is None:
+        return True
+    feature = dataset.features[column]
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")

@@ -116,6 +116,7 @@ def pack_dataset(
     Returns:
         A dataset like `dataset` with the single column `input_ids`.
     """
+    text_column = find_text_column(dataset, text_column)
     no_boundaries = tokenizer.bos_token_id is None or tokenizer.eos_token_id is None
     if no_boundaries and not has_characters_only(tokenizer):
         raise ValueError(
@@ -127,10 +128,15 @@ def pack_dataset(
         raise ValueError("`preprocessing='characters'` is for a `tokenizer` of single characters and nothing else.")
     if block_size < 3:
         raise ValueError(f"`block_size` must be at least 3, got {block_size}.")
-    text_column = find_text_column(dataset, text_column)
 
     def tokenize_and_pack(batch: dict[str, list]) -> dict[str, list]:
         texts = batch[text_column]
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"`text_column` {text_column!r} has {text!r}, which is not a text: leave such rows out, with "
+                    f"`dataset.filter(lambda row: isinstance(row[{text_column!r}], str))`."
+                )
         if preprocessing is not None:
             texts = list(PREPROCESSING[preprocessing](texts))
         # `verbose`: a text may well be longer than a block.

@@ -1,0 +1,93 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What trainers cannot learn from, said before the training, and what a dataset is, for the record of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import PreTrainedConfig
+from transformers.trainer_utils import has_length
+
+from .collator import check_tokens
+
+
+# How many of the first examples are looked at.
+_NUM_EXAMPLES = 32
+
+
+def check_dataset(name: str, dataset: Any, config: PreTrainedConfig):
+    """
+    Raises a `ValueError` where a dataset is not one of examples for a model, as far as its columns, its length and its first
+    examples tell.
+
+    Args:
+        name (`str`): The argument that it is.
+        dataset ([`~datasets.Dataset`], or any other dataset): The examples, which nothing is read of if it is a stream.
+        config ([`~transformers.PreTrainedConfig`]): The configuration of the model.
+    """
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        raise ValueError(
+            f"`{name}` has the splits {', '.join(dataset)}: pass one, such as `dataset[{next(iter(dataset))!r}]`."
+        )
+    if isinstance(dataset, (Dataset, IterableDataset)):
+        columns = dataset.column_names  # which a stream may not know
+        if columns is not None and "input_ids" not in columns:
+            raise ValueError(
+                f"`{name}` needs a column `input_ids`, and has {', '.join(columns)}: pack texts with `pack_dataset(dataset, "
+                f"tokenizer, block_size={config.max_position_embeddings})`."
+            )
+    if not has_length(dataset):
+        return
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return  # which can perhaps be read only once
+    for index in range(min(_NUM_EXAMPLES, len(dataset))):
+        example = dataset[index]
+        if isinstance(example, Mapping) and "input_ids" in example:
+            input_ids = torch.as_tensor(example["input_ids"])
+            check_length(f"Texts of `{name}`", len(input_ids), config)
+            check_tokens(f"Texts of `{name}`", input_ids, config.vocab_size)
+
+
+def check_length(name: str, length: int, config: PreTrainedConfig):
+    """Raises a `ValueError` where texts are longer than a model will ever write."""
+    longest = config.max_position_embeddings
+    if length > longest:
+        raise ValueError(
+            f"{name} have {length} tokens, but the model was made for at most {longest}: pack them with "
+            f"`block_size={longest}`, or build the model with `max_position_embeddings={length}`."
+        )
+
+
+def describe_dataset(dataset: Any) -> dict[str, Any]:
+    """
+    What is known of a dataset.
+
+    Args:
+        dataset ([`~datasets.Dataset`], or any other dataset): The examples, or `None`.
+
+    Returns:
+        `dict[str, Any]`: `num_examples`, if there is a number, and `source`, what `dataset.info` says: its description, which
+        [`load_texts`] makes the name of the dataset or of the file, or the name of a dataset that is not just a file.
+    """
+    described = {"num_examples": len(dataset)} if has_length(dataset) else {}
+    if isinstance(dataset, (Dataset, IterableDataset)):
+        info = dataset.info
+        name = info.dataset_name if info.dataset_name != info.builder_name else None
+        if source := " ".join((info.description or name or "").split()):
+            described["source"] = source[:300]
+    return described
