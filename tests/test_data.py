@@ -21,7 +21,7 @@ from modeling_flm.trainers import (
     pack_tokens,
     train_tokenizer,
 )
-from trainers.data import describe_dataset, find_text_column
+from modeling_flm.trainers.data import describe_dataset, find_text_column
 
 
 TEXTS = ["the cat sat on the mat .", "a dog, a cat and a mat .", "the dog sat .", "Ünïcode costs 5 €!"]
