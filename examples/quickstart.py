@@ -31,7 +31,7 @@ from pathlib import Path
 import grammar
 import matplotlib
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo
 from transformers import PreTrainedTokenizerBase, TextDiffusionStreamer, set_seed
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel
@@ -80,7 +80,8 @@ def load_stories(seed: int) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
     stories = [grammar.sample_story(rng) for _ in range(50_000)]
     tokenizer = train_tokenizer(stories, "word", vocab_size=1000)
     tokenizer.bos_token = tokenizer.eos_token = None  # every story has the same length, and nothing around it
-    dataset = Dataset.from_dict({"input_ids": tokenizer(stories, add_special_tokens=False)["input_ids"]})
+    info = DatasetInfo(description="stories of 28 words, drawn from the small grammar of modeling-flm's quickstart")
+    dataset = Dataset.from_dict({"input_ids": tokenizer(stories, add_special_tokens=False)["input_ids"]}, info=info)
     return tokenizer, dataset, grammar.NUM_WORDS
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_update
 from transformers import PreTrainedModel
 
-from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, clean_sampling, public_name
+from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, clean_sampling, is_hub_name, public_name
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -51,7 +51,7 @@ def build_card(
     repo_id: str,
     model: PreTrainedModel,
     samples: list[str],
-    license: str = "apache-2.0",
+    license: str | None = None,
     language: str | list[str] | None = None,
     datasets: str | list[str] | None = None,
     base_model: str | None = None,
@@ -69,12 +69,12 @@ def build_card(
             The model.
         samples (`list[str]`):
             Texts of the model, none to leave them out.
-        license (`str`, *optional*, defaults to `"apache-2.0"`):
-            The licence of the weights.
+        license (`str`, *optional*):
+            The licence of the weights, as an identifier of the Hub such as `"mit"`. The card names none by default.
         language (`str` or `list[str]`, *optional*):
             The languages of the texts, as codes.
         datasets (`str` or `list[str]`, *optional*):
-            The names of the datasets that the model was trained on. By default that of the training scripts.
+            The names of the datasets that the model was trained on. By default the one that the records name.
         base_model (`str`, *optional*):
             The name of the model that this one was distilled from. By default the teacher, if it has such a name.
         tags (`str` or `list[str]`, *optional*):
@@ -84,8 +84,12 @@ def build_card(
         [`~huggingface_hub.ModelCard`]
     """
     training, evaluation = records.get(TRAINING_NAME, {}), records.get(EVALUATION_NAME, {})
+    source = training.get("data", {}).get("source")
+    source = None if source is None else _as_cell(source)
     if datasets is None:
         datasets = records.get(DATA_SETTINGS_NAME, {}).get("dataset_name")
+    if datasets is None and source is not None and "/" in source and is_hub_name(source):
+        datasets = source
     if base_model is None:
         base_model = training.get("teacher")
     datasets, config, name = _as_list(datasets), model.config, repo_id.split("/")[-1]
@@ -113,11 +117,27 @@ def build_card(
         blocks=list(map(_as_block, samples)),
         evaluation=evaluation,
         training=training,
+        data=None if datasets else source,
+        num_examples=training.get("data", {}).get("num_examples"),
+        records=sorted(records),
         arguments={name: _as_cell(value) for name, value in training.get("arguments", {}).items()},
         base_model=base_model,
         datasets=datasets,
         license=license,
     )
+
+
+def missing_metadata(card: ModelCard, records: dict[str, dict[str, Any]]) -> list[str]:
+    """What a generated card does not say because nobody has, as arguments to pass, each with what it is."""
+    missing = []
+    if card.data.license is None:
+        missing.append("`license`, such as 'mit', without which nobody knows whether they may use the weights")
+    training = records.get(TRAINING_NAME, {})
+    if training.get("teacher_class") is not None and card.data.base_model is None:
+        missing.append("`base_model`, the name of the model that this one was distilled from")
+    if not card.data.datasets and "source" not in training.get("data", {}):
+        missing.append("`datasets`, the names of the datasets that the model was trained on")
+    return missing
 
 
 def default_num_steps(model: PreTrainedModel) -> int:

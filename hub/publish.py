@@ -46,7 +46,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 import modeling_flm
 from modeling_flm.modeling_flm import FLMPreTrainedModel
 
-from .card import MARKER, TEMPLATES, build_card
+from .card import MARKER, TEMPLATES, build_card, missing_metadata
 from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, is_hub_name, read_records
 
 
@@ -154,7 +154,12 @@ def assemble(
         for name, record in records.items():
             (unfinished / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         samples = _check(unfinished, num_samples) if check else []
-        card = own_card or build_card(records, repo_id, model, samples, **card)
+        if own_card is None:
+            card = build_card(records, repo_id, model, samples, **card)
+            if missing := missing_metadata(card, records):
+                logger.warning_once(f"The card of {repo_id} is not complete. Pass " + "; ".join(missing) + ".")
+        else:
+            card = own_card
         card.save(unfinished / "README.md")
         unfinished.chmod(0o755)
         unfinished.rename(output)
@@ -383,7 +388,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--tokenizer", help="name or folder of the tokenizer (default: the one in the model folder)")
     parser.add_argument("--num-samples", type=int, default=3, help="texts to show in the card (default: 3)")
     card = parser.add_argument_group("metadata of the card")
-    card.add_argument("--license", default="apache-2.0", help="the licence of the weights (default: apache-2.0)")
+    card.add_argument("--license", help="the licence of the weights, such as mit (default: the card names none)")
     card.add_argument("--language", nargs="+", help="codes of the languages of the texts")
     card.add_argument("--datasets", nargs="+", help="names of the datasets that the model was trained on")
     card.add_argument("--base-model", help="name of the model that this one was distilled from")

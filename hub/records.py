@@ -69,10 +69,15 @@ def read_records(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def _clean_training(training: dict[str, Any]) -> dict[str, Any]:
-    teacher = training.get("teacher")
     arguments = {str(name): value for name, value in training["arguments"].items()}
     cleaned = {"trainer": str(training["trainer"]), "step": int(training["step"]), "arguments": arguments}
-    return cleaned | ({"teacher": teacher} if is_hub_name(teacher) else {})
+    teacher, data = training.get("teacher"), training.get("data", {})
+    if is_hub_name(teacher):
+        cleaned["teacher"] = teacher
+    if training.get("teacher_class") is not None:
+        cleaned["teacher_class"] = str(training["teacher_class"])
+    data = {name: kind(data[name]) for name, kind in (("source", str), ("num_examples", int)) if name in data}
+    return {**cleaned, "data": data} if data else cleaned
 
 
 def _clean_evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:

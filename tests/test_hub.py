@@ -10,17 +10,26 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo
 from hub_server import TOKEN, Fault, File, LoopbackHub, Repository, metadata_problems
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from small_models import build_flm
 from transformers import AutoModel, BertConfig, BertModel
+from transformers.utils import logging
 
 from modeling_flm import FMLMModel, hub
 from modeling_flm.hub.card import MARKER
 from modeling_flm.hub.publish import PublishError, assemble, publish
-from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments, train_tokenizer
+from modeling_flm.trainers import (
+    FLMTrainer,
+    FLMTrainingArguments,
+    FMLMTrainer,
+    FMLMTrainingArguments,
+    load_texts,
+    pack_dataset,
+    train_tokenizer,
+)
 
 
 REPO_ID = "tester/tiny"
@@ -52,10 +61,11 @@ def tokenizer_of(vocab_size: int):
     return train_tokenizer([" ".join(f"w{n}" for n in range(vocab_size - 4))], "word", vocab_size=100)
 
 
-def build_trainer(output_dir: Path, **options) -> FLMTrainer:
+def build_trainer(output_dir: Path, dataset: Dataset | None = None, **options) -> FLMTrainer:
     """A trainer that has made two steps."""
     tokenizer = tokenizer_of(53)
-    dataset = Dataset.from_dict({"input_ids": torch.randint(53, (16, 12)).tolist()})
+    if dataset is None:
+        dataset = Dataset.from_dict({"input_ids": torch.randint(53, (16, 12)).tolist()})
     defaults = {"max_steps": 2, "report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
     args = FLMTrainingArguments(output_dir, per_device_train_batch_size=4, **{**defaults, **options})
     model = build_flm(attn_logit_softcapping=None)
@@ -112,7 +122,7 @@ class TestAssemble:
         assert metadata_problems(card.content) == []
         assert card.data.library_name == "transformers"
         assert card.data.pipeline_tag == "text-generation"
-        assert card.data.license == "apache-2.0"
+        assert card.data.license is None
         assert card.data.language == "en"
         assert card.data.datasets == ["me/words"]
         assert {"flm", "tiny", "arxiv:2602.16813"} <= set(card.data.tags)
@@ -122,6 +132,59 @@ class TestAssemble:
         parameters = AutoModel.from_pretrained(assembled).num_parameters()
         assert f"| parameters | {parameters:,} |" in card.text
         assert not re.search(r"\{[{%]|None|Undefined", card.content)
+
+    def test_card_says_what_the_model_was_trained_on(self, tmp_path, quick):
+        (tmp_path / "corpus.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8\n" * 30)
+        described = Dataset.from_dict(
+            {"input_ids": [[5] * 12] * 1200}, info=DatasetInfo(description="stories of a grammar")
+        )
+        texts = load_texts(train_file=str(tmp_path / "corpus.txt"), validation_percentage=0)["train"]
+        packed = pack_dataset(texts, tokenizer_of(53), block_size=12)
+        unknown = Dataset.from_dict({"input_ids": [[5] * 12] * 20})
+        for index, (dataset, expected) in enumerate(
+            [(described, "on 1,200 texts (stories of a grammar)."), (packed, f"on {len(packed)} texts (corpus.txt)."),
+             (unknown, "on 20 texts.")]
+        ):  # fmt: skip
+            folder = tmp_path / f"flm-{index}"
+            build_trainer(folder, dataset).save_model()
+            assemble(folder, tmp_path / f"out-{index}", REPO_ID)
+            card = ModelCard.load(tmp_path / f"out-{index}" / "README.md")
+            assert expected in " ".join(card.text.split()) and card.data.datasets is None
+            assert str(tmp_path) not in card.content
+
+    def test_card_of_a_dataset_of_the_hub(self):
+        training = {
+            "trainer": "FLMTrainer",
+            "step": 3,
+            "arguments": {},
+            "data": {"source": "me/words", "num_examples": 7},
+        }
+        card = hub.card.build_card({"training.json": training}, "me/model", build_flm(), [])
+        assert card.data.datasets == ["me/words"] and "on 7 texts of me/words." in card.text
+        card = hub.card.build_card({"training.json": training}, "me/model", build_flm(), [], datasets="me/others")
+        assert card.data.datasets == ["me/others"] and "me/words" not in card.content
+
+    @pytest.mark.parametrize("license", [None, "mit"])
+    def test_card_asks_for_a_licence(self, license, trained, tmp_path, quick, caplog):
+        logging.get_logger().warning_once.__func__.cache_clear()
+        assemble(trained, tmp_path / "out", REPO_ID, license=license, datasets="me/words")
+        card = ModelCard.load(tmp_path / "out" / "README.md")
+        assert metadata_problems(card.content) == [] and card.data.license == license
+        assert ("The weights are licensed under mit." in card.text) == (license == "mit")
+        assert ("For the weights no licence is named" in card.text) == (license is None)
+        assert ("The card of tester/tiny is not complete. Pass `license`, such as 'mit'" in caplog.text) == (
+            license is None
+        )
+
+    def test_card_names_its_files_and_what_to_cite(self, assembled):
+        text = ModelCard.load(assembled / "README.md").text
+        for path in assembled.iterdir():
+            named = "*.py" if path.suffix == ".py" else path.name
+            assert f"`{named}`" in text or path.name == "README.md", path.name
+        assert "`evaluation.json`" not in text  # there is none
+        assert "eprint = {2602.16813}" in text and "library `modeling-flm`" in " ".join(text.split())
+        assert "unconditionally" not in text
+        assert "| `optimizer` | adamw_torch_fused (betas 0.9, 0.999, epsilon 1e-08, weight decay 0.0) |" in text
 
     @pytest.mark.parametrize("prompt_fraction", [0.0, 0.9, None])
     def test_card_says_whether_prompts_were_trained_for(self, prompt_fraction):
@@ -442,7 +505,7 @@ class TestPublish:
         trainer.push_to_hub()
         assert PUBLISHED < set(server.files(REPO_ID))
 
-    def test_student_names_its_teacher(self, tmp_path, quick):
+    def test_student_names_its_teacher(self, tmp_path, quick, caplog):
         teacher = build_flm()
         tokenizer = tokenizer_of(53)
         for name, expected in (("me/teacher", "me/teacher"), (str(tmp_path), None), ("", None)):
@@ -454,8 +517,14 @@ class TestPublish:
             trainer.create_model_card()
             card = ModelCard.load(tmp_path / "s" / "README.md")
             assert card.data.base_model == expected
+            assert ("Distilled with `FMLMTrainer` from an `FLMModel` whose name is not recorded" in card.text) == (
+                expected is None
+            )
+            assert ("`base_model`, the name of the model" in caplog.text) == (expected is None)
+            caplog.clear()
+            logging.get_logger().warning_once.__func__.cache_clear()
             assert "fmlm" in card.data.tags and "| `target` | semigroup |" in card.text
-            assert ("from `me/teacher`" in card.text) == (expected is not None)
+            assert ("from [`me/teacher`](" in card.text) == (expected is not None)
 
 
 LOAD = """
