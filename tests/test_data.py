@@ -84,6 +84,17 @@ print(sorted(file["filename"] for file in packed.cache_files))
         assert pack_tokens([[7, 8]], 5, 1, 2) == [[1, 7, 8, 2, 2]]
         assert pack_tokens([[7, 8], [9]], 5, 1, 2) == [[1, 7, 8, 2, 2]]
 
+    def test_without_boundaries_texts_of_a_block_stay_as_they_are(self):
+        texts = ["the cat sat on the mat", "a dog and a cat sat"]
+        tokenizer = train_tokenizer(texts, "word", 100)
+        packed = pack_dataset(Dataset.from_dict({"text": texts}), tokenizer, block_size=6, boundaries=False)
+        assert tokenizer.batch_decode(packed[:]["input_ids"]) == texts
+        tokenizer.bos_token = tokenizer.eos_token = None
+        again = pack_dataset(Dataset.from_dict({"text": texts}), tokenizer, block_size=6, boundaries=False)
+        assert again[:] == packed[:]
+        with pytest.raises(ValueError, match="or `boundaries=False` to join texts without"):
+            pack_dataset(Dataset.from_dict({"text": texts}), tokenizer, block_size=6)
+
     @pytest.mark.parametrize("streaming", [False, True])
     def test_dataset(self, streaming):
         tokenizer = train_tokenizer(TEXTS, "word", 100)

@@ -20,7 +20,7 @@ from small_models import build_flm
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_flm import FLMModel, FMLMModel
-from modeling_flm.trainers import train_tokenizer
+from modeling_flm.trainers import FLMTrainer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +319,28 @@ class TestDistillationScript:
         run_elsewhere("flm-distill", tmp_path / "config.yaml", "--output_dir", tmp_path / "yaml")
         log = TestTrainingScripts.log(tmp_path / "yaml")[0]
         assert "loss_diagonal" in log and "loss_off_diagonal" not in log
+
+
+def test_scripts_go_on_from_models_without_boundaries(tmp_path, monkeypatch):
+    """As those of the quickstart are, whose tokenizer has no BOS and EOS tokens."""
+    stories = [" ".join(f"w{(start + n) % 30}" for n in range(12)) for start in range(40)]
+    tokenizer = train_tokenizer(stories, "word", 100)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    build_flm(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    (tmp_path / "stories.txt").write_text("\n".join(stories))
+    seen, train = [], FLMTrainer.train
+    monkeypatch.setattr(FLMTrainer, "train", lambda self, **options: seen.append(self) or train(self, **options))
+    flags = {
+        **TestDistillationScript.settings,
+        "train_file": tmp_path / "stories.txt",
+        "validation_split_percentage": 0,
+    }
+    for script, name in (("flm-train", "model_name_or_path"), ("flm-distill", "teacher")):
+        own = {name: tmp_path / "model", "output_dir": tmp_path / script}
+        run_here(script, *TestTrainingScripts.flags({**flags, **own}))
+        texts = AutoTokenizer.from_pretrained(tmp_path / script).batch_decode(seen[-1].train_dataset[:]["input_ids"])
+        assert texts == stories
 
 
 class TestFlowMapScript:

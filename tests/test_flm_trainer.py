@@ -403,6 +403,12 @@ class TestDatasetsThatCannotBeTrainedOn:
         trainer = FLMTrainer(build_flm(), args, data_collator=collate, train_dataset=dataset)
         assert np.isfinite(trainer.train().training_loss)
 
+    def test_collators_without_labels(self, tmp_path):
+        collate = lambda examples: {"input_ids": torch.tensor([example["input_ids"] for example in examples])}  # noqa: E731
+        rows = Dataset.from_dict({"input_ids": [[1] * 12] * 16})
+        with pytest.raises(ValueError, match="`data_collator` must make `labels`"):
+            self.make(tmp_path, train_dataset=rows, data_collator=collate).train()
+
     def test_numbers_that_are_texts(self, tmp_path):
         for name in ("learning_rate", "ema_decay", "max_steps"):
             with pytest.raises(ValueError, match=f"`{name}` must be a number, got the text '1e-3'"):

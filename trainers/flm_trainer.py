@@ -349,6 +349,10 @@ class FLMTrainer(Trainer):
 
     def _draw_examples(self, batch: dict[str, Any], uniforms: torch.Tensor, positions: range, key: tuple[int, ...]):
         """Adds a [`FlowBatch`] to a batch, as its `examples`; the noise is drawn later. Known tokens lose their labels."""
+        if "labels" not in batch:
+            raise ValueError(
+                "`data_collator` must make `labels`, as `DataCollatorForFLM` does: tokens, and -100 for padding."
+            )
         check_length("Texts of the dataset", batch["input_ids"].shape[1], self.model.config)
         times, kinds = self._draw_times(uniforms, positions)
         # Copies that nobody waits for

@@ -25,14 +25,25 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModel, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.utils import cached_file
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from transformers.utils import cached_file, logging
 
 from modeling_flm.hub.records import DATA_SETTINGS_NAME
+from modeling_flm.tokenization_flm import add_special_tokens, has_characters_only
 
 from .data import PREPROCESSING, load_texts, pack_dataset
 from .flm_config import FLMTrainingArguments
 from .flm_trainer import FLMTrainer
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -225,6 +236,22 @@ def load_model(flag: str, name: str, told: dict, **options) -> PreTrainedModel:
     return model
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """
+    A tokenizer with the special tokens that texts need. One that has none to begin and end texts, as that of the quickstart's
+    models, stays so.
+
+    Args:
+        name (`str`): Its name, or its folder.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    marks = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token, tokenizer.sep_token)
+    if all(token is None for token in marks) and not has_characters_only(tokenizer):
+        logger.warning(f"The tokenizer of {name} has no tokens to begin and end texts, which are joined without.")
+        return tokenizer
+    return add_special_tokens(tokenizer)
+
+
 def pack_datasets(
     dataset: dict,
     arguments: DataArguments,
@@ -245,6 +272,7 @@ def pack_datasets(
                 text_column=arguments.text_column,
                 num_proc=arguments.preprocessing_num_workers,
                 preprocessing=arguments.preprocessing,
+                boundaries=tokenizer.eos_token_id is not None,
             )
             for split in ("train", "validation")
             if split in dataset

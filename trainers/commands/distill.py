@@ -25,17 +25,18 @@ can also stand in a YAML file, given as the first argument; flags after it take 
 
 from dataclasses import dataclass, field
 
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoModel, PreTrainedModel, set_seed
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 
-from .. import PRESETS, FMLMTrainer, FMLMTrainingArguments, add_special_tokens
+from .. import PRESETS, FMLMTrainer, FMLMTrainingArguments
 from ..scripts import (
     DataArguments,
     ScriptParser,
     explained,
     load_datasets,
     load_model,
+    load_tokenizer,
     pack_datasets,
     read_data_settings,
     run,
@@ -96,7 +97,7 @@ def distill(arguments: DistillationArguments, data_args: DataArguments, training
         if arguments.attn_implementation is not None:
             options["attn_implementation"] = arguments.attn_implementation
         teacher = AutoModel.from_pretrained(arguments.teacher, **options)
-        tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(arguments.teacher))
+        tokenizer = load_tokenizer(arguments.teacher)
         student = get_student(arguments, teacher, options, training_args.prompt_fraction)
         packed = pack_datasets(
             load_datasets(data_args), data_args, tokenizer, teacher.config.max_position_embeddings, training_args

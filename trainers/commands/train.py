@@ -31,11 +31,19 @@ from modeling_flm import FLMConfig, FLMModel
 from .. import (
     FLMTrainer,
     FLMTrainingArguments,
-    add_special_tokens,
     find_text_column,
     train_tokenizer,
 )
-from ..scripts import DataArguments, ScriptParser, explained, load_datasets, load_model, pack_datasets, run
+from ..scripts import (
+    DataArguments,
+    ScriptParser,
+    explained,
+    load_datasets,
+    load_model,
+    load_tokenizer,
+    pack_datasets,
+    run,
+)
 
 
 @dataclass
@@ -70,7 +78,7 @@ def get_tokenizer(arguments: ModelArguments, texts, training_args: FLMTrainingAr
         raise SystemExit("Pass --tokenizer_name, --train_tokenizer or --model_name_or_path.")
     if arguments.train_tokenizer is None:
         name = arguments.tokenizer_name or arguments.model_name_or_path
-        return add_special_tokens(AutoTokenizer.from_pretrained(name))
+        return load_tokenizer(name)
     # One process trains it, and the others read what it wrote.
     with training_args.main_process_first(desc="training the tokenizer"):
         if training_args.should_save:

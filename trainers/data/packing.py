@@ -95,6 +95,7 @@ def pack_dataset(
     num_proc: int | None = None,
     batch_size: int = 1000,
     preprocessing: str | None = None,
+    boundaries: bool = True,
 ) -> Dataset | IterableDataset:
     """
     Tokenizes a dataset of texts and packs them into blocks of equal length, see [`pack_tokens`]. `datasets` caches the
@@ -103,7 +104,7 @@ def pack_dataset(
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The texts.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            A tokenizer with a BOS and an EOS token, or of single characters and nothing else.
+            A tokenizer with a BOS and an EOS token, or of single characters and nothing else, or any without `boundaries`.
         block_size (`int`): The length of the blocks.
         text_column (`str`, *optional*): The column with the texts, see [`find_text_column`].
         num_proc (`int`, *optional*): The number of processes. Not for streams.
@@ -112,16 +113,21 @@ def pack_dataset(
         preprocessing (`str`, *optional*):
             `"lm1b"` for texts of the One Billion Word benchmark, see [`detokenize_lm1b`]; `"characters"` for a few very
             long texts and a tokenizer of characters.
+        boundaries (`bool`, *optional*, defaults to `True`):
+            Whether BOS and EOS tokens mark where texts and blocks begin and end. Without them texts that are as long as a
+            block are blocks as they are.
 
     Returns:
         A dataset like `dataset` with the single column `input_ids`.
     """
     text_column = find_text_column(dataset, text_column)
     no_boundaries = tokenizer.bos_token_id is None or tokenizer.eos_token_id is None
-    if no_boundaries and not has_characters_only(tokenizer):
+    if boundaries and no_boundaries and not has_characters_only(tokenizer):
         raise ValueError(
-            "`tokenizer` needs a BOS and an EOS token to pack texts: pass it through `add_special_tokens` first."
+            "`tokenizer` needs a BOS and an EOS token to pack texts: pass it through `add_special_tokens` first, or "
+            "`boundaries=False` to join texts without."
         )
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id) if boundaries else (None, None)
     if preprocessing is not None and preprocessing not in PREPROCESSING:
         raise ValueError(f"`preprocessing` must be one of {', '.join(PREPROCESSING)}, got {preprocessing!r}.")
     if preprocessing == "characters" and not has_characters_only(tokenizer):
@@ -141,7 +147,7 @@ def pack_dataset(
             texts = list(PREPROCESSING[preprocessing](texts))
         # `verbose`: a text may well be longer than a block.
         tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": pack_tokens(tokens, block_size, tokenizer.bos_token_id, tokenizer.eos_token_id)}
+        return {"input_ids": pack_tokens(tokens, block_size, *marks)}
 
     options = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc, "desc": "Tokenizing and packing"}
     packed = dataset.map(
