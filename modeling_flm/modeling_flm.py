@@ -796,9 +796,11 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 def load_network(model: FMLMModel, weights: dict[str, torch.Tensor], config_overrides: dict):
     """Loads the weights of an FLM into a flow map of the same sizes, which does not depend yet on the time to go to."""
     new = ("target_time_embedding.", "loss_weighting.")
-    if unknown := sorted(weights.keys() - model.state_dict().keys()):
+    # What peft and quantization make of the names
+    changed = [name for name in weights if ".base_layer." in name or name.split(".")[-1] not in ("weight", "bias")]
+    if changed:
         raise ValueError(
-            f"The model to start from has weights that a plain one does not have, such as {unknown[0]}: merge its adapters first "
+            f"The model to start from has weights that a plain one does not have, such as {changed[0]}: merge its adapters first "
             "(`merge_and_unload` of the `PeftModel`), or load it without quantization."
         )
     expected = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(new)}
