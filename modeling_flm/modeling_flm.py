@@ -243,7 +243,8 @@ class FLMPreTrainedModel(PreTrainedModel):
         `device_map` offloads or FSDP shards is whole only during a call.
         """
         weight = embedding.weight
-        is_plain = type(embedding) is nn.Embedding and type(weight) is nn.Parameter
+        # By its `forward`, as FSDP derives classes that have the same
+        is_plain = type(embedding).forward is nn.Embedding.forward and type(weight) is nn.Parameter
         if is_plain and weight.device.type != "meta":
             return weight
         device = "cpu" if weight.device.type == "meta" else weight.device
@@ -573,13 +574,25 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What [`~losses.head_loss`] makes of the outputs of the head."""
         layer = self.lm_head
-        weight, bias = layer.weight, layer.bias
-        if type(layer) is nn.Linear and type(weight) is nn.Parameter and weight.device.type != "meta":
-            return head_loss(function, token_weights, hidden_states, weight, bias)
-        # Adapters, quantized or offloaded weights
-        return layer_loss(
-            function, token_weights, hidden_states, self.head, layer.parameters(), self.config.vocab_size
-        )
+
+        def called() -> tuple[torch.Tensor, torch.Tensor]:
+            parameters, vocab_size = layer.parameters(), self.config.vocab_size
+            return layer_loss(function, token_weights, hidden_states, self.head, parameters, vocab_size)
+
+        def forward(hidden_states: torch.Tensor, token_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            del layer.forward
+            if type(layer.weight) is not nn.Parameter:  # but a quantized one
+                return called()
+            return head_loss(function, token_weights, hidden_states, layer.weight, layer.bias)
+
+        if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+            return called()  # with adapters, or with quantized or offloaded weights
+        # In the place of its `forward`, during which FSDP gathers the weights
+        layer.forward = forward
+        try:
+            return layer(hidden_states, token_weights)
+        finally:
+            vars(layer).pop("forward", None)
 
     def logits(self, hidden_states: torch.Tensor, logits_processor: LogitsProcessorList | None = None) -> torch.Tensor:
         """The capped and processed logits of what `encode` returned, or of a chunk of its positions, in float32."""

@@ -82,14 +82,21 @@ def test_saved_again(config, folders, tmp_path):
     assert torch.equal(*texts)
 
 
-def test_loss_of_a_quantized_head(folders, batch):
+@pytest.mark.parametrize("how", ["torch", "torchao"])
+def test_loss_of_a_quantized_head(how, folders, batch):
     """A head that is quantized after all is called, and not read."""
     model = FLMModel.from_pretrained(folders["flm"])
-    model.lm_head = torch.ao.quantization.quantize_dynamic(nn.Sequential(model.lm_head), {nn.Linear})[0]
+    if how == "torch":
+        model.lm_head = torch.ao.quantization.quantize_dynamic(nn.Sequential(model.lm_head), {nn.Linear})[0]
+    else:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
+        assert type(model.lm_head.weight) is not nn.Parameter
     output = model(batch["input_ids"], batch["timesteps"], labels=batch["input_ids"])
     expected = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), batch["input_ids"].flatten())
     torch.testing.assert_close(output.loss, expected)
-    assert not output.loss.requires_grad  # torch has no gradients of it
+    assert output.loss.requires_grad == (how == "torchao")  # torch has no gradients of its own
 
 
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True}])
