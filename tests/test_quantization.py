@@ -13,6 +13,7 @@ from train_tiny import build
 from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
 
 from modeling_flm import FLMModel, FMLMModel
+from modeling_flm.joint_noise import noise_size
 from modeling_flm.trainers import FLMTrainer
 
 
@@ -93,7 +94,9 @@ def test_loss_of_a_quantized_head(how, folders, batch):
 
         quantize_(model, Int8WeightOnlyConfig())
         assert type(model.lm_head.weight) is not nn.Parameter
-    output = model(batch["input_ids"], batch["timesteps"], labels=batch["input_ids"])
+    noise = torch.randn(*batch["input_ids"].shape, noise_size(model.state_embedding))
+    state = model.make_state(batch["input_ids"], batch["timesteps"], noise).detach()
+    output = model(inputs_embeds=state, timesteps=batch["timesteps"], labels=batch["input_ids"])
     expected = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), batch["input_ids"].flatten())
     torch.testing.assert_close(output.loss, expected)
     assert output.loss.requires_grad == (how == "torchao")  # torch has no gradients of its own
