@@ -17,7 +17,7 @@ import copy
 import difflib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,6 +74,16 @@ def in_evaluation_mode(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
 
     return run
+
+
+# Seconds before a batch shows its progress: most are finished by then.
+_PROGRESS_DELAY = 2
+
+
+def _progress(number: int, unit: str) -> Iterable[int]:
+    """The steps or rounds of a batch, with a bar where they take long."""
+    options = {"desc": f"{unit.capitalize()}s", "unit": unit, "delay": _PROGRESS_DELAY, "leave": None}
+    return range(number) if number == 1 else logging.tqdm(range(number), **options)
 
 
 def raise_recompile_limit():
@@ -655,7 +665,7 @@ class FLMGenerationMixin:
         inner = replace(run, output_drafts=False, stream=None, callback=None)
         state, tokens, drafts = state.clone(), known.tokens.clone(), []
         commit_rounds, num_passes = torch.zeros_like(tokens), torch.zeros_like(tokens[:, 0])
-        for round in range(commitment.num_rounds):
+        for round in _progress(commitment.num_rounds, "round"):
             is_open = known.is_open
             rows = commitment.due(round, is_open).any(dim=1).nonzero().flatten()
             if len(rows) > 0:
@@ -718,7 +728,7 @@ class FLMGenerationMixin:
         # 1. Known tokens have the time 1, and a clean state
         state = known.start(state, embedding)
         drafts = []
-        for step in range(config.num_steps):
+        for step in _progress(config.num_steps, "step"):
             is_last = step == config.num_steps - 1
             times = self._times(known, len(state), tau[step], target_tau[step], t[step], t[step + 1])
             # 2. Towards the reward

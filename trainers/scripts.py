@@ -14,11 +14,14 @@
 """What scripts share: arguments from flags and YAML files, the texts that they name, and the run of a training."""
 
 import argparse
+import difflib
 import json
 import re
+import signal
 import sys
+import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -152,8 +155,7 @@ class ScriptParser(HfArgumentParser):
         settings = {}
         if arguments and arguments[0].endswith((".yaml", ".yml")):
             source = arguments.pop(0)
-            with open(source, encoding="utf-8") as file:
-                settings = yaml.safe_load(file) or {}
+            settings = self._read_yaml(source)
             if any(argument.split("=")[0] == "--train_file" for argument in arguments):
                 # A file on the command line stands in for the dataset of the recipe.
                 dataset = (
@@ -165,21 +167,51 @@ class ScriptParser(HfArgumentParser):
                 )
                 settings = {name: value for name, value in settings.items() if name not in dataset}
             self._change_defaults(settings, source)
+        unknown = self.parse_known_args(arguments)[1]
+        if files := [argument for argument in unknown if argument.endswith((".yaml", ".yml"))]:
+            raise ValueError(f"{files[0]} must come before the flags")
+        if unknown:
+            raise ValueError(f"unknown arguments {', '.join(map(self._suggest, unknown))}")
         if self.find_defaults is not None:
             chosen = self.parse_args(arguments)
             self._change_defaults({**self.find_defaults(chosen), **settings}, "defaults")
         return self.parse_args_into_dataclasses(arguments)
 
+    @staticmethod
+    def _read_yaml(source: str) -> dict:
+        with open(source, encoding="utf-8") as file:
+            try:
+                settings = yaml.safe_load(file)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+        if settings is not None and not isinstance(settings, dict):
+            raise ValueError(f"{source} must have settings such as `max_steps: 1000`, got {settings!r:.80}")
+        return settings or {}
+
+    def _suggest(self, name: str) -> str:
+        """An unknown flag or setting, and which may have been meant."""
+        known = [action.dest for action in self._actions]
+        close = difflib.get_close_matches(name.lstrip("-").split("=")[0], known, n=1)
+        prefix = "--" if name.startswith("-") else ""
+        return f"{name} (did you mean {prefix}{close[0]}?)" if close else name
+
     def _change_defaults(self, defaults: dict, source: str):
         known = {action.dest: action for action in self._actions}
         if unknown := sorted(defaults.keys() - known.keys()):
-            raise SystemExit(f"{source}: unknown settings {', '.join(unknown)}")
+            raise SystemExit(f"{source}: unknown settings {', '.join(map(self._suggest, unknown))}")
         for name, value in defaults.items():
             action = known[name]
             action.required = False
             if action.nargs in ("+", "*") and not isinstance(value, list):
                 defaults[name] = [value]
             values = value if isinstance(value, list) else [] if value is None else [value]
+            if action.type in (int, float):  # argparse only looks at texts
+                for each in values:
+                    try:
+                        action.type(each if isinstance(value, list) and action.nargs is None else str(each))
+                    except (TypeError, ValueError) as error:
+                        kind = "an integer" if action.type is int else "a number"
+                        raise SystemExit(f"{source}: {name} must be {kind}, got {value!r}") from error
             if action.choices is not None and any(each not in action.choices for each in values):
                 raise SystemExit(
                     f"{source}: {name} must be one of {', '.join(map(str, action.choices))}, got {value!r}"
@@ -188,13 +220,69 @@ class ScriptParser(HfArgumentParser):
 
 
 @contextmanager
-def explained(*dataclass_types: type) -> Iterator[None]:
-    """Turns errors about arguments of these dataclasses, and of names that do not exist, into a line about flags."""
-    flags = "|".join(definition.name for each in dataclass_types for definition in fields(each))
+def explained(*dataclass_types: type, flags: Iterable[str] = ()) -> Iterator[None]:
+    """Turns errors about these flags and dataclasses, and of names that do not exist, into a line about flags."""
+    flags = "|".join([*flags, *(definition.name for each in dataclass_types for definition in fields(each))])
     try:
         yield
     except (OSError, ValueError) as error:
         raise SystemExit("error: " + re.sub(rf"`({flags})(=[^`]*)?`", r"--\1\2", str(error))) from error
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Within this context SIGTERM, by which launchers and schedulers end a process, is a `KeyboardInterrupt`, as Ctrl-C is."""
+    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+        yield
+        return
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_model(flag: str, name: str):
+    """
+    Raises a `ValueError` for what can only be a folder and is none.
+
+    Args:
+        flag (`str`): The flag that names a model, a tokenizer or a dataset.
+        name (`str`): A name on the Hub, or a folder.
+    """
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if is_path and not Path(name).is_dir():
+        raise ValueError(f"{flag}: there is no folder {name}.")
+
+
+def check_device(flag: str, name: str | None):
+    """
+    Raises a `ValueError` for a device that is not there.
+
+    Args:
+        flag (`str`): The flag that names it.
+        name (`str`, *optional*): Such as `"cuda"` or `"cuda:1"`.
+    """
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{flag}: {name} is no device; pass cpu, cuda or cuda:1, for example.") from error
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    there = (
+        []
+        if accelerator is None
+        else [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+    )
+    if device.type != "cpu" and f"{device.type}:{device.index or 0}" not in there:
+        raise ValueError(
+            f"{flag}: {name} is not here, but {', '.join(['cpu', *there])}; pass one of them, or leave it out."
+        )
 
 
 def load_datasets(arguments: DataArguments) -> dict:
@@ -210,6 +298,7 @@ def load_datasets(arguments: DataArguments) -> dict:
         dataset_revision=arguments.dataset_revision,
         train_split=arguments.train_split,
         validation_split=arguments.validation_split,
+        text_column=arguments.text_column,
     )
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
         if limit is not None and split in dataset:

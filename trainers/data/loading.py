@@ -16,12 +16,10 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value, load_dataset
-from transformers.utils import logging
-
-
-logger = logging.get_logger(__name__)
+from datasets.exceptions import DatasetGenerationError
 
 
 # How `datasets` reads a file, by its ending.
@@ -39,6 +37,7 @@ def load_texts(
     dataset_revision: str | None = None,
     train_split: str = "train",
     validation_split: str | None = None,
+    text_column: str | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """
     Loads a dataset of the Hub, or files, with a `train` and a `validation` split.
@@ -49,20 +48,22 @@ def load_texts(
         train_file (`str`, *optional*): A txt, json, jsonl, csv or parquet file to train on.
         validation_file (`str`, *optional*): A file like it to evaluate on.
         validation_percentage (`int`, *optional*, defaults to 5):
-            How much of the training split becomes the validation split where there is none and none is named. Not for
-            streaming.
+            How much of the training split becomes the validation split where there is none and none is named: texts, or the
+            end of a single text. Not for streaming.
         streaming (`bool`, *optional*, defaults to `False`): Read while training instead of before.
         sample_by (`str`, *optional*, defaults to `"line"`): What a text is in txt files: line, paragraph or document.
         dataset_revision (`str`, *optional*):
             The branch, tag or commit of the dataset. What used to need a script has its tables on `refs/convert/parquet`.
         train_split (`str`, *optional*, defaults to `"train"`): The split to train on, or a part of it, `"train[:-1000]"`.
         validation_split (`str`, *optional*): The same to evaluate on. By default `"validation"`, if there is one.
+        text_column (`str`, *optional*): The column of a single text, see [`find_text_column`].
 
     Returns:
         [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]
 
     Raises:
-        `ValueError`: if neither or both of `dataset_name` and `train_file` are given, or a file has an unknown ending.
+        `ValueError`: if neither or both of `dataset_name` and `train_file` are given, or a file has an unknown ending or
+            cannot be read.
     """
     if (dataset_name is None) == (train_file is None):
         raise ValueError("Pass either `dataset_name` or `train_file`, and not both.")
@@ -73,12 +74,20 @@ def load_texts(
         files = {split: str(file) for split, file in files.items() if file is not None}
         endings = {Path(file).suffix.lstrip(".") for file in files.values()}
         if len(endings) != 1 or not endings <= _BUILDERS.keys():
-            raise ValueError(
-                f"`train_file` and `validation_file` must both be {', '.join(_BUILDERS)} files, got {sorted(files.values())}."
+            names = (
+                "`train_file` must be a" if len(files) == 1 else "`train_file` and `validation_file` must both be a"
             )
+            raise ValueError(f"{names} {', '.join(_BUILDERS)} file, got {', '.join(files.values())}.")
+        for split, file in files.items():
+            if Path(file).is_file() and Path(file).stat().st_size == 0:
+                raise ValueError(f"`{split}_file`: {file} is empty.")
         builder = _BUILDERS[endings.pop()]
         options = {"sample_by": sample_by} if builder == "text" else {}
-        dataset = load_dataset(builder, data_files=files, streaming=streaming, **options)
+        try:
+            dataset = load_dataset(builder, data_files=files, streaming=streaming, **options)
+        except DatasetGenerationError as error:
+            cause = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"{' or '.join(files.values())} cannot be read: {cause}") from error
     splits = {"train": train_split, "validation": validation_split}
     if validation_split is None and "validation" in dataset:
         splits["validation"] = "validation"
@@ -87,18 +96,32 @@ def load_texts(
         split.info.description = _source(dataset_name or train_file, dataset_config_name)
     if "validation" not in splits and not streaming and validation_percentage > 0:
         if len(splits["train"]) == 1:
-            logger.warning("The only text is trained on, and none is left to evaluate on: pass `validation_file`.")
-            return type(dataset)(splits)
-        parts = splits["train"].train_test_split(test_size=validation_percentage / 100, seed=0)
-        splits["train"], splits["validation"] = parts["train"], parts["test"]
+            parts = _split_text(splits["train"], find_text_column(splits["train"], text_column), validation_percentage)
+            splits["train"], splits["validation"] = parts
+        else:
+            parts = splits["train"].train_test_split(test_size=validation_percentage / 100, seed=0)
+            splits["train"], splits["validation"] = parts["train"], parts["test"]
     return type(dataset)(splits)
+
+
+def _split_text(dataset: Dataset, column: str, percentage: float) -> tuple[Dataset, Dataset]:
+    """The single text of a dataset without its end, and the end, which begins with a word."""
+    text = dataset[0][column]
+    place = round(len(text) * (1 - percentage / 100))
+    space = re.compile(r"\s+(?=\S)").search(text, place)
+    before, after = (place, place) if space is None else space.span()
+    bounds = ({"start": 0, "stop": before}, {"start": after, "stop": len(text)})
+    return tuple(dataset.map(_cut, fn_kwargs={"column": column, **each}) for each in bounds)
+
+
+def _cut(row: dict[str, Any], column: str, start: int, stop: int) -> dict[str, str]:
+    return {column: row[column][start:stop]}
 
 
 def _source(name: str | Path, config_name: str | None) -> str:
     """The name of a dataset, or of the file or folder that it is on this machine, without the way there."""
     name = Path(name).name if Path(name).exists() else str(name)
     return name if config_name is None else f"{name} ({config_name})"
-
 
 def _take_split(dataset: DatasetDict | IterableDatasetDict, split: str) -> Dataset | IterableDataset:
     """A split such as "test", or a part of it such as "train[:-1000]", also of a stream."""
