@@ -301,6 +301,31 @@ class TestLoading:
         both = load_texts(train_file=str(path), validation_file=str(path), streaming=streaming)
         assert sum(1 for _ in both["validation"]) == sum(1 for _ in both["train"]) == 40
 
+    @pytest.mark.parametrize("ending", ["txt", "parquet"])
+    def test_a_single_text_is_split_by_position(self, ending, tmp_path):
+        text, path = " ".join(f"word{n:03}" for n in range(200)), tmp_path / f"data.{ending}"
+        if ending == "txt":
+            path.write_text(text)
+        else:
+            Dataset.from_dict({"id": [7], "body": [text]}).to_parquet(path)
+        column = {"txt": "text", "parquet": "body"}[ending]
+        loaded = load_texts(train_file=str(path), validation_percentage=10, text_column=column)
+        (train,), (validation,) = (list(loaded[split][column]) for split in ("train", "validation"))
+        assert f"{train} {validation}" == text  # nothing is lost, and no word is cut
+        assert len(validation.split()) == 20
+        path.with_suffix(".txt").write_text("x" * 100)
+        loaded = load_texts(train_file=str(path.with_suffix(".txt")), validation_percentage=10)
+        assert [len(loaded[split][0]["text"]) for split in ("train", "validation")] == [90, 10]
+
+    def test_files_that_cannot_be_read(self, tmp_path):
+        (tmp_path / "empty.txt").write_text("")
+        (tmp_path / "whole.txt").write_text("a")
+        (tmp_path / "half.csv").write_text('a,b\n"')
+        with pytest.raises(ValueError, match="`validation_file`: .*empty.txt is empty"):
+            load_texts(train_file=str(tmp_path / "whole.txt"), validation_file=str(tmp_path / "empty.txt"))
+        with pytest.raises(ValueError, match="half.csv cannot be read: .*EOF"):
+            load_texts(train_file=str(tmp_path / "half.csv"))
+
     def test_a_folder_and_paragraphs(self, tmp_path):
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS * 10))

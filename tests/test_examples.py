@@ -21,6 +21,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from modeling_flm import FLMModel, FMLMModel
 from modeling_flm.trainers import FLMTrainer, train_tokenizer
+from modeling_flm.trainers.batches import example_seed
+from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +195,17 @@ class TestTrainingScripts:
         assert "FLMModel: " in capsys.readouterr().out
         assert json.loads((tmp_path / "more" / "config.json").read_text())["max_position_embeddings"] == 16
 
+    def test_one_long_document_is_split_by_position(self, corpus, tmp_path):
+        document = tmp_path / "document.txt"
+        document.write_text(" ".join(corpus.read_text().split()))
+        options = self.arguments(document, tmp_path / "out", max_steps=1, validation_split_percentage=10)
+        run_here("flm-train", *self.flags(options))
+        training = json.loads((tmp_path / "out" / "train_results.json").read_text())
+        assert (
+            "eval_loss" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+            and "train_loss" in training
+        )
+
     def test_yaml_file_with_flags_over_it_and_a_stream(self, corpus, tmp_path):
         options = self.arguments(corpus, tmp_path / "out", validation_file=str(corpus), streaming=True, train_tokenizer="bpe", vocab_size=280)  # fmt: skip
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
@@ -253,9 +266,50 @@ class TestHelp:
             (["nowhere.yaml"], "error: .*nowhere.yaml"),
             (["--train_file", "nowhere.txt", "--train_tokenizer", "char"], "error: .*nowhere.txt"),
             (["--ema_decay", 2, "--train_tokenizer", "char"], "error: .*--ema_decay"),
+            (["--train_file", "empty.txt", "--train_tokenizer", "char"], "error: --train_file: empty.txt is empty"),
+            (["--train_file", "half.jsonl", "--train_tokenizer", "char"], "error: half.jsonl cannot be read: JSON"),
+            (["--train_file", "text.md", "--train_tokenizer", "char"], "error: --train_file must be a txt, .*text.md"),
+            (["--train_file", "text.txt", "--tokenizer_name", "/no/folder"], "error: --tokenizer_name: .* /no/folder"),
+            (["--model_name_or_path", "./no"], "error: --model_name_or_path: there is no folder ./no"),
+            (
+                ["--config_overrides", "a=[", "--train_file", "text.txt", "--train_tokenizer", "char"],
+                "error: .*parsing",
+            ),
+            (["--max_stps", 3], r"error: unknown arguments --max_stps \(did you mean --max_steps\?\)"),
+            (["--max_steps", 3, "settings.yaml"], "error: settings.yaml must come before the flags"),
+            (["half.yaml"], "error: half.yaml is not YAML"),
+            (["list.yaml"], "error: list.yaml must have settings such as"),
+            (["integer.yaml"], "integer.yaml: max_steps must be an integer, got 1.5"),
+            (["number.yaml"], "number.yaml: learning_rate must be a number, got 'fast'"),
+            (["lists.yaml"], r"lists.yaml: block_size must be an integer, got \[16\]"),
+            (["boolean.yaml"], "boolean.yaml: streaming must be true or false, got 7"),
+            (["typo.yaml"], r"typo.yaml: unknown settings learning_rat \(did you mean learning_rate\?\)"),
         ],
     )
-    def test_errors_are_a_line(self, arguments, message, tmp_path):
+    def test_errors_are_a_line(self, arguments, message, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        texts = {
+            "empty.txt": "",
+            "text.txt": "a b",
+            "text.md": "a",
+            "half.jsonl": '{"text": "a"}\n{"text": ',
+            "half.yaml": "a: [",
+        }
+        texts |= {
+            "settings.yaml": "seed: 1",
+            "list.yaml": "- a",
+            "integer.yaml": "max_steps: 1.5",
+            "typo.yaml": "learning_rat: 1",
+        }
+        texts |= {
+            "number.yaml": "learning_rate: fast",
+            "lists.yaml": "block_size: [16]",
+            "boolean.yaml": "streaming: 7",
+        }
+        for name, text in texts.items():
+            Path(name).write_text(text)
+        if "--model_name_or_path" in arguments:
+            arguments = [*arguments, "--train_file", "text.txt"]
         with pytest.raises(SystemExit, match=message) as error:
             run_here("flm-train", *arguments, "--output_dir", tmp_path, "--use_cpu")
         assert "\n" not in str(error.value)
@@ -393,18 +447,20 @@ class TestGenerate:
     def generate(self, *arguments):
         run_here("flm-generate", *arguments)
 
-    def expected(self, folder, **options):
+    def expected(self, folder, num_samples=1, **options):
         model = AutoModel.from_pretrained(folder)
-        tokens = model.generate(generator=torch.Generator().manual_seed(7), **options)
+        seeds = [example_seed(7, SAMPLES_STREAM, index) for index in range(num_samples)]
+        tokens = [model.generate(generator=torch.Generator().manual_seed(seed), **options)[0] for seed in seeds]
         texts = AutoTokenizer.from_pretrained(folder).batch_decode(tokens, skip_special_tokens=True)
-        return tokens.tolist(), texts
+        return [row.tolist() for row in tokens], texts
 
     def test_outputs(self, folder, tmp_path, capsys):
         options = ["--num_samples", 5, "--num_steps", 3, "--batch_size", 2, "--seed", 7]
         tokens, texts = self.expected(folder, num_samples=5, num_steps=3)
         self.generate(folder, *options)
         assert capsys.readouterr().out.splitlines() == texts
-        rows = [{"text": a, "tokens": b, "num_steps": 3, "seed": 7} for a, b in zip(texts, tokens)]
+        columns = zip(range(5), texts, tokens)
+        rows = [{"index": i, "text": a, "tokens": b, "num_steps": 3, "seed": 7} for i, a, b in columns]
         self.generate(folder, *options, "--output", tmp_path / "new" / "x.jsonl")
         assert [json.loads(line) for line in (tmp_path / "new" / "x.jsonl").read_text().splitlines()] == rows
         self.generate(folder, *options, "--output", tmp_path / "x.parquet")
@@ -434,21 +490,6 @@ class TestGenerate:
         self.generate(folder, *options)  # equal models change nothing
         assert capsys.readouterr().out.splitlines() == guided
 
-    def test_interrupted(self, folder, tmp_path, monkeypatch):
-        steps = iter(range(3))
-
-        def give_up(*args, **kwargs):
-            if next(steps) == 2:
-                raise KeyboardInterrupt
-            return original(*args, **kwargs)
-
-        original, model_class = FLMModel.generate, FLMModel
-        monkeypatch.setattr(model_class, "generate", give_up)
-        with pytest.raises(KeyboardInterrupt):
-            arguments = ["--num_samples", 10, "--batch_size", 3, "--num_steps", 1, "--output", tmp_path / "x.jsonl"]
-            self.generate(folder, *arguments)
-        assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 6
-
     def test_live(self, folder, capsys):
         self.generate(folder, "--live", "--num_steps", 2, "--seed", 7)
         _, (text,) = self.expected(folder, num_steps=2)
@@ -460,6 +501,8 @@ class TestGenerate:
             (["--output", "x.csv"], "must end in .jsonl or .parquet"),
             (["--live", "--num_samples", 2], "--live shows one text"),
             (["--num_samples", 0], "--num_samples must be at least 1"),
+            (["--resume"], "--resume goes on with a file"),
+            (["--prompt", "a", "--prompts_file", "b.txt"], "do not go together"),
         ],
     )
     def test_mistakes_are_explained(self, arguments, message, folder, capsys):
@@ -467,14 +510,42 @@ class TestGenerate:
             self.generate(folder, *arguments)
         assert message in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        "flags, message",
+        [
+            (["--device", "cuda"], "--device: cuda is not here, but cpu; pass one of them"),
+            (["--device", "gpu"], "--device: gpu is no device; pass cpu"),
+            (["--prompts_file", "nowhere.txt"], "nowhere.txt"),
+            (["--prompts_file", "prompts.md"], "--prompts_file must be a txt"),
+            (["--prompts_file", "empty.txt"], "--prompts_file: empty.txt is empty"),
+            (["--prompts_file", "prompts.jsonl", "--prompt_column", "b"], "--prompt_column is 'b', but .*'a'"),
+            (["--prompts_file", "numbers.jsonl", "--prompt_column", "a"], "--prompt_column"),
+            (["--prompts_file", "long.txt"], r"Prompt 2 has 13 tokens, but texts have 12 \(--length\): 'w1 w1"),
+        ],
+    )
+    def test_errors_are_a_line(self, flags, message, folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+        texts = {"prompts.md": "w1", "empty.txt": "", "prompts.jsonl": '{"a": "w1"}', "numbers.jsonl": '{"a": 1}'}
+        texts["long.txt"] = "w1\n" + "w1 " * 13
+        for name, text in texts.items():
+            Path(name).write_text(text)
+        with pytest.raises(SystemExit, match=message) as error:
+            self.generate(folder, *flags, "--output", "x.jsonl")
+        assert "\n" not in str(error.value) and not Path("x.jsonl").exists()
+
+    def test_a_folder_that_is_not_there(self):
+        with pytest.raises(SystemExit, match="error: MODEL: there is no folder /no/model"):
+            self.generate("/no/model")
+
     def test_wrong_parameters_leave_no_file(self, folder, tmp_path):
-        with pytest.raises(SystemExit, match="error: `num_steps` must be an integer of at least 1"):
+        with pytest.raises(SystemExit, match="error: --num_steps must be an integer of at least 1"):
             self.generate(folder, "--num_steps", 0, "--output", tmp_path / "x.jsonl")
         assert not (tmp_path / "x.jsonl").exists()
 
-    def test_a_file_is_not_overwritten(self, folder, tmp_path, capsys):
+    def test_a_file_is_not_overwritten(self, folder, tmp_path):
         (tmp_path / "x.jsonl").write_text("precious")
-        with pytest.raises(SystemExit):
-            self.generate(folder, "--output", tmp_path / "x.jsonl")
-        assert "exists already" in capsys.readouterr().err
+        for flags, message in (([], "exists already"), (["--resume"], "settings.json is missing")):
+            with pytest.raises(SystemExit, match=message):
+                self.generate(folder, "--output", tmp_path / "x.jsonl", *flags)
         assert (tmp_path / "x.jsonl").read_text() == "precious"

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -36,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.hf_argparser import string_to_bool
 from transformers.utils import cached_file, logging
 
 from modeling_flm.hub.records import DATA_SETTINGS_NAME
@@ -195,6 +197,21 @@ class ScriptParser(HfArgumentParser):
         prefix = "--" if name.startswith("-") else ""
         return f"{name} (did you mean {prefix}{close[0]}?)" if close else name
 
+    @staticmethod
+    def _check_type(action: argparse.Action, value: Any, source: str):
+        """Ends the script for a value of another type, as argparse, which only looks at texts, would on the command line."""
+        kinds = {int: "an integer", float: "a number", string_to_bool: "true or false"}
+        if value is None or action.type not in kinds:
+            return
+        is_list = isinstance(value, list)
+        try:
+            if is_list and action.nargs not in ("+", "*"):
+                raise TypeError
+            for each in value if is_list else [value]:
+                action.type(str(each))
+        except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+            raise SystemExit(f"{source}: {action.dest} must be {kinds[action.type]}, got {value!r}") from error
+
     def _change_defaults(self, defaults: dict, source: str):
         known = {action.dest: action for action in self._actions}
         if unknown := sorted(defaults.keys() - known.keys()):
@@ -205,13 +222,7 @@ class ScriptParser(HfArgumentParser):
             if action.nargs in ("+", "*") and not isinstance(value, list):
                 defaults[name] = [value]
             values = value if isinstance(value, list) else [] if value is None else [value]
-            if action.type in (int, float):  # argparse only looks at texts
-                for each in values:
-                    try:
-                        action.type(each if isinstance(value, list) and action.nargs is None else str(each))
-                    except (TypeError, ValueError) as error:
-                        kind = "an integer" if action.type is int else "a number"
-                        raise SystemExit(f"{source}: {name} must be {kind}, got {value!r}") from error
+            self._check_type(action, value, source)
             if action.choices is not None and any(each not in action.choices for each in values):
                 raise SystemExit(
                     f"{source}: {name} must be one of {', '.join(map(str, action.choices))}, got {value!r}"
@@ -225,8 +236,9 @@ def explained(*dataclass_types: type, flags: Iterable[str] = ()) -> Iterator[Non
     flags = "|".join([*flags, *(definition.name for each in dataclass_types for definition in fields(each))])
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise SystemExit("error: " + re.sub(rf"`({flags})(=[^`]*)?`", r"--\1\2", str(error))) from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        message = " ".join(str(error).split())
+        raise SystemExit("error: " + re.sub(rf"`({flags})(=[^`]*)?`", r"--\1\2", message)) from error
 
 
 @contextmanager
@@ -318,6 +330,7 @@ def load_model(flag: str, name: str, told: dict, **options) -> PreTrainedModel:
         told (`dict`): Settings that it must have, such as `per_token_timesteps`.
         options: Arguments of `from_pretrained`.
     """
+    check_model(f"--{flag}", name)
     options |= {name: value for name, value in told.items() if name == "per_token_timesteps"}
     model = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
     if different := [name for name, value in told.items() if getattr(model.config, name) != value]:

@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The modules whose functions are called
-_CONTEXT.set_forkserver_preload(["train_tiny", "test_flm_trainer", "test_prompts"])
+_CONTEXT.set_forkserver_preload(["train_tiny", "test_flm_trainer", "test_prompts", "test_generate_command"])
 
 
 def launcher_flags(num_processes: int = 2, fsdp: bool = False) -> list[str]:

@@ -23,6 +23,7 @@ FMLM+ with the teacher as its denoiser (`flm-train-fmlm` needs none). Every flag
 can also stand in a YAML file, given as the first argument; flags after it take precedence, and both over the preset.
 """
 
+from argparse import Namespace
 from dataclasses import dataclass, field
 
 from transformers import AutoModel, PreTrainedModel, set_seed
@@ -33,6 +34,7 @@ from .. import PRESETS, FMLMTrainer, FMLMTrainingArguments
 from ..scripts import (
     DataArguments,
     ScriptParser,
+    check_model,
     explained,
     load_datasets,
     load_model,
@@ -82,12 +84,15 @@ def get_student(
     return FMLMModel(student.config) if arguments.preset == "self_distillation" else student
 
 
+def find_defaults(chosen: Namespace) -> dict:
+    """The data of the teacher, and the preset."""
+    check_model("--teacher", chosen.teacher)
+    return {**read_data_settings(chosen.teacher, chosen), **PRESETS[chosen.preset]}
+
+
 def make_parser() -> ScriptParser:
-    return ScriptParser(
-        [DistillationArguments, DataArguments, FMLMTrainingArguments],
-        description=__doc__,
-        find_defaults=lambda chosen: {**read_data_settings(chosen.teacher, chosen), **PRESETS[chosen.preset]},
-    )
+    arguments = [DistillationArguments, DataArguments, FMLMTrainingArguments]
+    return ScriptParser(arguments, description=__doc__, find_defaults=find_defaults)
 
 
 def distill(arguments: DistillationArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):

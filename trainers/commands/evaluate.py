@@ -36,7 +36,7 @@ Hub. Every flag can also stand in a YAML file, given as the first argument. Need
 """
 
 from ..evaluation import EvaluationArguments, GenPPLEvaluation
-from ..scripts import ScriptParser, explained
+from ..scripts import ScriptParser, check_model, explained
 
 
 def make_parser() -> ScriptParser:
@@ -45,6 +45,8 @@ def make_parser() -> ScriptParser:
 
 def evaluate(args: EvaluationArguments):
     with explained(EvaluationArguments):
+        if args.model is not None:
+            check_model("--model", args.model)
         evaluation = GenPPLEvaluation(args)
     evaluation.run()
 

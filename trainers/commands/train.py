@@ -37,6 +37,7 @@ from .. import (
 from ..scripts import (
     DataArguments,
     ScriptParser,
+    check_model,
     explained,
     load_datasets,
     load_model,
@@ -73,6 +74,9 @@ class ModelArguments:
 
 def get_tokenizer(arguments: ModelArguments, texts, training_args: FLMTrainingArguments) -> PreTrainedTokenizerBase:
     """The tokenizer that the arguments name, or one trained on the texts."""
+    for flag in ("tokenizer_name", "model_name_or_path"):
+        if (source := getattr(arguments, flag)) is not None:
+            check_model(f"--{flag}", source)
     given = [arguments.tokenizer_name, arguments.train_tokenizer, arguments.model_name_or_path]
     if not any(given):
         raise SystemExit("Pass --tokenizer_name, --train_tokenizer or --model_name_or_path.")
