@@ -346,9 +346,11 @@ class TestLoading:
             load_texts()
         with pytest.raises(ValueError, match="either `dataset_name` or `train_file`"):
             load_texts(dataset_name="a", train_file="b.txt")
-        with pytest.raises(ValueError, match="must both be txt, json"):
+        with pytest.raises(
+            ValueError, match="`train_file` must be a txt, json, jsonl, csv or parquet file, got b.pdf"
+        ):
             load_texts(train_file="b.pdf")
-        with pytest.raises(ValueError, match="must both be txt, json"):
+        with pytest.raises(ValueError, match="must be of one kind"):
             load_texts(train_file="b.txt", validation_file="c.csv")
 
 

@@ -215,15 +215,11 @@ def generate(
         yield rows
 
 
-def deal_out(
-    missing: Sequence[int], batch_size: int, process_index: int, num_processes: int
-) -> tuple[list[Sequence[int]], int]:
-    """The batches of a process, all of which are equally many texts, so that no process waits for another; and their texts."""
+def deal_out(missing: Sequence[int], batch_size: int, process_index: int, num_processes: int) -> list[Sequence[int]]:
+    """The batches of a process. All have equally many texts, and few texts are not left to the first process."""
     size = max(1, min(batch_size, -(-len(missing) // num_processes)))
     starts = range(0, len(missing), size)[process_index::num_processes]
-    return [missing[start : start + size] for start in starts], sum(
-        min(size, len(missing) - start) for start in starts
-    )
+    return [missing[start : start + size] for start in starts]
 
 
 def get_settings(args: argparse.Namespace, model: PreTrainedModel, prompts: list[str] | None) -> dict:
@@ -273,7 +269,8 @@ def write_texts(args: argparse.Namespace):
         shards = TextShards(args.output, state.process_index, state.num_processes)
         done = find_done(shards, settings, args.resume, state)
     missing = [index for index in range(num_texts) if index not in done] if done else range(num_texts)
-    batches, num_mine = deal_out(missing, args.batch_size, state.process_index, state.num_processes)
+    batches = deal_out(missing, args.batch_size, state.process_index, state.num_processes)
+    num_mine = sum(map(len, batches))
     if done and state.is_main_process:
         print(f"{num_texts - len(missing)} of {num_texts} texts are there already.", file=sys.stderr)
 
@@ -291,17 +288,16 @@ def write_texts(args: argparse.Namespace):
     try:
         with terminated_as_interrupted(), steps_shown(shows_progress and is_terminal), progress:
             if shards is None and state.num_processes > 1:
-                print_rows(
-                    sorted(gather_object(list(chain.from_iterable(rows))), key=lambda row: row["index"]), args, state
-                )
-                return
-            for batch in rows:
-                if shards is None:
-                    print_rows(batch, args, state)
-                else:
-                    shards.append(batch, settings)
-                num_written += len(batch)
-                progress.update(len(batch))
+                everything = gather_object(list(chain.from_iterable(rows)))
+                print_rows(sorted(everything, key=lambda row: row["index"]), args, state)
+            else:
+                for batch in rows:
+                    if shards is None:
+                        print_rows(batch, args, state)
+                    else:
+                        shards.append(batch, settings)
+                    num_written += len(batch)
+                    progress.update(len(batch))
             if shards is not None:
                 shards.finish()
     except KeyboardInterrupt:
@@ -313,6 +309,7 @@ def write_texts(args: argparse.Namespace):
         shards.finish_others()
         files = shards.files()
         print(f"{num_texts} texts: {files[0] if len(files) == 1 else f'{files[0]} to {files[-1].name}'}")
+    state.destroy_process_group()
 
 
 @contextmanager
@@ -355,7 +352,7 @@ def describe_interruption(
     """What is there after an interruption, and how to go on."""
     if shards is None:
         return f"Interrupted after {num_written} of {num_mine} texts."
-    if num_written + num_before == 0:
+    if num_written + num_before == 0 and state.num_processes == 1:
         return "Interrupted: nothing is written."
     pattern = shards.pattern.with_suffix(".jsonl")
     whose = "" if state.num_processes == 1 else f", in process {state.process_index} of {state.num_processes}"

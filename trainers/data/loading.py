@@ -74,10 +74,11 @@ def load_texts(
         files = {split: str(file) for split, file in files.items() if file is not None}
         endings = {Path(file).suffix.lstrip(".") for file in files.values()}
         if len(endings) != 1 or not endings <= _BUILDERS.keys():
+            *kinds, last = _BUILDERS
             names = (
-                "`train_file` must be a" if len(files) == 1 else "`train_file` and `validation_file` must both be a"
+                "`train_file` and `validation_file` must be of one kind," if len(files) > 1 else "`train_file` must be"
             )
-            raise ValueError(f"{names} {', '.join(_BUILDERS)} file, got {', '.join(files.values())}.")
+            raise ValueError(f"{names} a {', '.join(kinds)} or {last} file, got {' and '.join(files.values())}.")
         for split, file in files.items():
             if Path(file).is_file() and Path(file).stat().st_size == 0:
                 raise ValueError(f"`{split}_file`: {file} is empty.")
