@@ -19,7 +19,7 @@ from processes import launcher
 from small_models import build_flm
 from transformers import AutoModel, AutoTokenizer
 
-from modeling_flm import FLMModel, FMLMModel
+from modeling_flm import FMLMModel
 from modeling_flm.trainers import FLMTrainer, train_tokenizer
 from modeling_flm.trainers.batches import example_seed
 from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM

@@ -124,6 +124,7 @@ def _source(name: str | Path, config_name: str | None) -> str:
     name = Path(name).name if Path(name).exists() else str(name)
     return name if config_name is None else f"{name} ({config_name})"
 
+
 def _take_split(dataset: DatasetDict | IterableDatasetDict, split: str) -> Dataset | IterableDataset:
     """A split such as "test", or a part of it such as "train[:-1000]", also of a stream."""
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
