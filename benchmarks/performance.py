@@ -516,22 +516,32 @@ class Benchmark:
 
         rows = [row for row in self.records if row["suite"] == "train"]
         axes = [name for name in ("vocab_size", "length") if len({row[name] for row in rows}) > 1]
-        figure, panels = plt.subplots(len(axes), 2, figsize=(9, 3.4 * len(axes)), squeeze=False, layout="constrained")
-        for (panel_time, panel_memory), axis in zip(panels, axes):
-            others = {name: max(row[name] for row in rows) for name in ("vocab_size", "length") if name != axis}
+        names = {"vocab_size": "vocabulary", "length": "length"}
+        quantities = {
+            "milliseconds per token": lambda row: 1e3 / row["tokens_per_second"],
+            "peak memory beyond weights\nand optimizer (GiB)": lambda row: row["peak_gib"],
+        }
+        figure, panels = plt.subplots(len(axes), 2, figsize=(9, 3.6 * len(axes)), squeeze=False, layout="constrained")
+        for line, axis in zip(panels, axes):
+            others = {name: max(row[name] for row in rows) for name in names if name != axis}
             shown = [row for row in rows if all(row[name] == value for name, value in others.items())]
-            for contender in dict.fromkeys(row["contender"] for row in shown):
-                points = sorted((row for row in shown if row["contender"] == contender), key=lambda row: row[axis])
-                x = [row[axis] for row in points]
-                panel_time.plot(x, [1e3 / row["tokens_per_second"] for row in points], "o-", label=contender)
-                panel_memory.plot(x, [row["peak_gib"] for row in points], "o-", label=contender)
-            for panel, label in (
-                (panel_time, "milliseconds per token"),
-                (panel_memory, "GiB beyond weights, optimizer"),
-            ):
-                panel.set(xlabel=axis.replace("_", " "), ylabel=label, ylim=(0, None))
+            sizes = sorted({row[axis] for row in shown})
+            for panel, (label, quantity) in zip(line, quantities.items()):
+                for contender in dict.fromkeys(row["contender"] for row in shown):
+                    points = sorted((row for row in shown if row["contender"] == contender), key=lambda row: row[axis])
+                    panel.plot([row[axis] for row in points], [*map(quantity, points)], "o-", label=contender)
+                fixed = ", ".join(f"{names[name]} {value}" for name, value in others.items())
+                # Logarithmic, as small vocabularies would lie on top of each other.
+                panel.set(xscale="log", xlabel=f"{names[axis]} (tokens)", ylabel=label, ylim=(0, None), title=fixed)
+                panel.set_xticks(sizes, labels=map(str, sizes), rotation=45, ha="right", fontsize=8)
+                panel.minorticks_off()
                 panel.grid(alpha=0.3)
-                panel.legend()
+                panel.legend(loc="best")
+        hidden, texts = (
+            ", ".join(map(str, sorted({row[name] for row in rows}))) for name in ("hidden_size", "batch_size")
+        )
+        title = f"A training step: hidden size {hidden}, {texts} texts; medians, repeats: {self.args.repeats}"
+        figure.suptitle(title, fontsize=11)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
 

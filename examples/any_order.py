@@ -26,7 +26,7 @@ from pathlib import Path
 import matplotlib
 import steering
 from quickstart import load_stories
-from steering import Measurements, report, train_fmlm, train_models
+from steering import Measurements, draw, report, train_fmlm, train_models
 
 from modeling_flm import BridgeSamplerConfig
 
@@ -73,7 +73,7 @@ def measure(measurements: Measurements):
 
 
 def plot(rows: list[dict], path: Path):
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True, layout="constrained")
     names = {"flm": "FLM", "fmlm": "FMLM", "fmlm_prompts": "FMLM, trained for it", "fmlm_plus": "FMLM+"}
     whole = ("steps", "gamma 1", "rounds", "blocks")
     chosen = [whole, ("prefix", "prefix, rounds"), ("half", "half, rounds")]
@@ -81,22 +81,20 @@ def plot(rows: list[dict], path: Path):
     for parts, panel, title in zip(chosen, panels, titles):
         for model in names:
             for part in parts:
-                points = [
-                    (row["forward_passes"], 100 * row["valid"])
-                    for row in rows
-                    if (row["model"], row["part"]) == (model, part)
-                ]
+                points = [row for row in rows if (row["model"], row["part"]) == (model, part)]
                 if points:
                     way = "rounds" if "rounds" in part else part if part in whole else "steps"
                     style = {"steps": "o-", "gamma 1": "s:", "rounds": "^--", "blocks": "v-."}[way]
                     color = f"C{list(names).index(model)}"
-                    panel.plot(*zip(*points), style, color=color, label=f"{names[model]}, {way}")
+                    label = f"{names[model]}, {way}"
+                    draw(panel, points, "forward_passes", "valid", style, color=color, label=label)
         panel.set_xscale("log", base=2)
         panel.set_xticks((1, 2, 4, 8, 16, 32), labels=("1", "2", "4", "8", "16", "32"))
-        panel.set(title=title, xlabel="forward passes", ylim=(0, 102))
+        panel.set(title=title, xlabel="forward passes (mean of the texts)", ylim=(0, 102))
         panel.grid(alpha=0.3)
-        panel.legend()
+        panel.legend(loc="lower right", fontsize=8)
     panels[0].set_ylabel("% grammatical")
+    figure.suptitle(f"{rows[0]['num_samples']} samples each; bars: 95 % intervals of sampling", fontsize=11)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

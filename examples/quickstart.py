@@ -45,6 +45,7 @@ from modeling_flm.trainers import (
     pack_dataset,
     train_tokenizer,
 )
+from modeling_flm.trainers.evaluation.plots import plain_log_ticks, share_errors
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen
@@ -154,6 +155,7 @@ def measure(
             "valid": None if is_valid is None else sum(map(is_valid, texts)) / len(texts),
             "distinct": len(set(texts)) / len(texts),
             "seconds": seconds / len(texts),
+            "num_samples": len(texts),
         }
         rows.append(row)
         valid = "-" if row["valid"] is None else f"{row['valid']:.1%}"
@@ -167,22 +169,41 @@ def measure(
 def plot(rows: list[dict], log_histories: dict[str, list[dict]], path: Path):
     """The training losses, and for the grammar the share of grammatical samples against the number of steps."""
     has_validity = rows[0]["valid"] is not None
-    figure, axes = plt.subplots(1, 2 if has_validity else 1, figsize=(9 if has_validity else 5, 3.6), squeeze=False)
-    for name, log_history in log_histories.items():
-        logs = [row for row in log_history if "loss" in row]
-        axes[0, 0].plot([row["step"] for row in logs], [row["loss"] for row in logs], label=name)
-        if has_validity:
-            points = [(row["num_steps"], 100 * row["valid"]) for row in rows if row["model"] == name]
-            axes[0, 1].plot(*zip(*points), marker="o", label=name)
-    axes[0, 0].set(xlabel="optimizer steps", ylabel="cross-entropy (nats per token)", title="Training", yscale="log")
-    axes[0, 0].legend()
+    num_panels = 3 if has_validity else 2
+    figure, panels = plt.subplots(1, num_panels, figsize=(4.2 * num_panels, 3.6), layout="constrained")
+    # Two objectives, which do not compare: each has its own panel.
+    objectives = {
+        "FLM": ("Training of the FLM", "cross-entropy to the text,\nmean of random times (nats per token)"),
+        "FMLM": (
+            "Distillation into the FMLM",
+            "cross-entropy to its soft targets,\nmean of random times (nats per token)",
+        ),
+    }
+    for panel, color, (name, (title, label)) in zip(panels, ("C0", "C1"), objectives.items()):
+        logs = [row for row in log_histories[name] if "loss" in row]
+        losses = [row["loss"] for row in logs]
+        panel.plot([row["step"] for row in logs], losses, color=color)
+        panel.set(xlabel="optimizer steps", ylabel=label, title=title)
+        if max(losses) > 3 * min(losses) > 0:
+            panel.set_yscale("log")
+            plain_log_ticks(panel.yaxis)
+        else:
+            panel.set_ylim(0, 1.1 * max(losses))
+        panel.grid(alpha=0.3)
     if has_validity:
-        axes[0, 1].set_xscale("log", base=2)
-        axes[0, 1].set_xticks(FLM_STEPS, labels=[str(step) for step in FLM_STEPS])
-        axes[0, 1].set(xlabel="sampling steps", ylabel="% of samples", ylim=(0, 102), title="Grammatical samples")
-        axes[0, 1].grid(alpha=0.3)
-        axes[0, 1].legend()
-    figure.tight_layout()
+        panel = panels[2]
+        for name in log_histories:
+            chosen = [row for row in rows if row["model"] == name]
+            shares = [row["valid"] for row in chosen]
+            errors = share_errors(shares, chosen[0]["num_samples"])
+            steps = [row["num_steps"] for row in chosen]
+            panel.errorbar(steps, [100 * share for share in shares], yerr=errors, marker="o", capsize=3, label=name)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(FLM_STEPS, labels=[str(step) for step in FLM_STEPS])
+        title = f"Samples of both ({rows[0]['num_samples']} each; bars: 95 %)"
+        panel.set(xlabel="sampling steps", ylabel="% grammatical", ylim=(0, 102), title=title)
+        panel.grid(alpha=0.3)
+        panel.legend(loc="lower right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

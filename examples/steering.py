@@ -36,6 +36,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, se
 
 from modeling_flm import FLMModel, FMLMModel
 from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
+from modeling_flm.trainers.evaluation.plots import share_errors
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen
@@ -145,7 +146,7 @@ class Measurements:
         row["with_word"] = sum(WORD in text.split() for text in texts) / len(texts)
         row["distinct"] = len(set(texts)) / len(texts)
         show(row)
-        self.rows.append(row)
+        self.rows.append(row | {"num_samples": num_samples})
 
     def guidance(self):
         """Autoguidance at several scales, by the FLM that was trained for a fifth of the time."""
@@ -195,34 +196,48 @@ def show(row: dict):
     )
 
 
+def draw(panel: plt.Axes, rows: list[dict], x: str, y: str, style: str = "o-", **options):
+    """A line of shares in per cent, with their intervals of 95 %."""
+    shares = [row[y] for row in rows]
+    errors = share_errors(shares, rows[0]["num_samples"])
+    options = {"capsize": 2, "markersize": 4, "elinewidth": 0.8, **options}
+    panel.errorbar([row[x] for row in rows], [100 * share for share in shares], yerr=errors, fmt=style, **options)
+
+
 def plot(rows: list[dict], path: Path):
-    figure, panels = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    panels = panels.flatten()
+    """Two panels for the reward, and one for each other way; all with intervals."""
+    figure, panels = plt.subplots(2, 3, figsize=(13, 7.4), layout="constrained")
     names = {"flm": "FLM, held clean", "flm_prompts": "FLM, trained for it", "fmlm_prompts": "FMLM, trained for it"}
-    for part, panel in zip(("guidance", "gamma", "reward", "prefix", "half"), panels):
-        chosen = [row for row in rows if row["part"] == part]
-        x = "scale" if "scale" in chosen[0] else "num_steps"
+    scales = {"guidance": "guidance scale", "gamma": "gamma", "reward": "reward scale"}
+    known = {"prefix": f"First {PREFIX_LENGTH} words known", "half": "A random half known"}
+    titles = {
+        "guidance": "Autoguidance",
+        "gamma": "Fresh noise",
+        "reward": f"Reward for '{WORD}': grammatical",
+        **known,
+    }
+    kinds = [(part, "valid") for part in titles]
+    kinds.insert(2, ("reward", "with_word"))
+    for panel, (part, share) in zip(panels.flat, kinds):
         lines = {}
-        for row in chosen:
-            steps = f"{row['num_steps']} step{'s' * (row['num_steps'] > 1)}"
-            label = f"{row['model'].upper()}, {steps}" if x == "scale" else names[row["model"]]
-            lines.setdefault(label, []).append(row)
+        for row in rows:
+            if row["part"] == part:
+                steps = f"{row['num_steps']} step{'s' * (row['num_steps'] > 1)}"
+                label = f"{row['model'].upper()}, {steps}" if part in scales else names[row["model"]]
+                lines.setdefault(label, []).append(row)
         for label, line in lines.items():
-            (drawn,) = panel.plot([row[x] for row in line], [100 * row["valid"] for row in line], "o-", label=label)
-            if part == "reward":
-                with_word = [100 * row["with_word"] for row in line]
-                panel.plot([row[x] for row in line], with_word, "o--", color=drawn.get_color())
-        panel.set(ylabel="% grammatical")
+            draw(panel, line, "scale" if part in scales else "num_steps", share, label=label)
+        panel.set(title=titles[part], xlabel=scales.get(part, "sampling steps"))
+        panel.set_ylabel("% grammatical" if share == "valid" else f"% with '{WORD}'")
+        panel.set_ylim(50 if part in ("guidance", "gamma") else 0, 102)
+        if part in known:
+            panel.set_xscale("log", base=2)
+            panel.set_xticks((1, 2, 4, 8, 16), labels=("1", "2", "4", "8", "16"))
         panel.grid(alpha=0.3)
-        panel.legend()
-    panels[0].set(title="Autoguidance", xlabel="guidance scale")
-    panels[1].set(title="Fresh noise", xlabel="gamma")
-    panels[2].set(title=f"Reward for '{WORD}'", xlabel="reward scale", ylabel=f"% grammatical; with '{WORD}' (dashed)")
-    for panel, title in zip(panels[3:], (f"First {PREFIX_LENGTH} words given", "A random half given")):
-        panel.set_xscale("log", base=2)
-        panel.set_xticks((1, 2, 4, 8, 16), labels=("1", "2", "4", "8", "16"))
-        panel.set(title=title, xlabel="sampling steps", ylim=(0, 102))
-    panels[5].axis("off")
+        panel.legend(loc="upper left" if share == "with_word" else "lower right", fontsize=9)
+    panels[0, 2].set(title=f"Reward for '{WORD}': the word", ylim=(0, 139))  # with room for the legend
+    panels[0, 2].set_yticks(range(0, 101, 20))
+    figure.suptitle(f"{rows[0]['num_samples']} samples each; bars: 95 % intervals of sampling", fontsize=11)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

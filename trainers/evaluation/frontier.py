@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from .plots import plain_log_ticks
+
 
 def _interpolate(entropies: np.ndarray, values: np.ndarray, target: np.ndarray) -> np.ndarray:
     """
@@ -166,7 +168,8 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: str | Path):
         if row.get("source") == "reference":
             axes.plot([row["entropy"]], [row["gen_ppl"]], "k*", markersize=11, label="reference")
             axes.axvline(row["entropy"], color="gray", linestyle="--", linewidth=0.7)
-    axes.set(yscale="log", xlabel="entropy (nats; numbers: temperature)", ylabel="generative perplexity")
+    axes.set(yscale="log", xlabel="entropy (nats; numbers at points: temperature)", ylabel="generative perplexity")
+    plain_log_ticks(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.tight_layout()

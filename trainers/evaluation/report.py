@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from modeling_flm import BridgeSamplerConfig
 
 from .arguments import GENERATION, LOOPS, PUBLISHED, EvaluationArguments
+from .plots import plain_log_ticks
 
 
 # What changes the figures, and so goes into the card with them. A gamma always does: 0 is a choice as well.
@@ -199,8 +200,12 @@ def plot(rows: list[dict[str, Any]], path: Path):
             if row.get("source") == "reference":
                 axis.axhline(row[name], linestyle="--", color="gray", label="reference")
                 axis.legend()
-        axis.set(xscale="log", xlabel="seconds per text (numbers: steps)", ylabel=label)
+        axis.set(xscale="log", xlabel="seconds per text (numbers at points: steps)", ylabel=label)
+        axis.margins(0.12)  # room for the numbers
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
+    for axis in (axes[0].xaxis, axes[0].yaxis, axes[1].xaxis):
+        plain_log_ticks(axis)
+    figure.suptitle(f"{measured[0]['num_texts']} texts; bars: 95 % intervals", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
