@@ -335,12 +335,6 @@ class TestLoading:
         loaded = load_texts(train_file=str(tmp_path / "text.txt"), sample_by="paragraph", validation_percentage=0)
         assert loaded["train"]["text"][:] == ["one\ntwo", "three", "four"]
 
-    def test_a_single_document_is_trained_on(self, tmp_path, caplog):
-        (tmp_path / "book.txt").write_text("\n".join(TEXTS))
-        loaded = load_texts(train_file=str(tmp_path / "book.txt"), sample_by="document")
-        assert loaded["train"]["text"][:] == ["\n".join(TEXTS)] and "validation" not in loaded
-        assert "pass `validation_file`" in caplog.text
-
     def test_errors(self, tmp_path):
         with pytest.raises(ValueError, match="either `dataset_name` or `train_file`"):
             load_texts()

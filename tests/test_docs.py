@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grammar
 import pytest
+from datasets import Dataset
 from example_scripts import run_here
 from markdown_pages import (
     PAGES,
@@ -57,6 +58,9 @@ def quickstart(tmp_path_factory) -> Path:
     stories = [grammar.sample_story(rng) for _ in range(300)]
     (folder / "stories.txt").write_text("\n".join(stories) + "\n")
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
+    for process in range(2):  # as two processes of `flm-generate` would
+        rows = {"index": [process, process + 2], "text": stories[process : process + 3 : 2]}
+        Dataset.from_dict(rows).to_parquet(folder / f"samples-0000{process}.parquet")
     return folder
 
 
