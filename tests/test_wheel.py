@@ -9,11 +9,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from transformers import AutoTokenizer
 
-from modeling_flm.trainers import train_tokenizer
+from modeling_flm.trainers import generate_samples, train_tokenizer
 
 
 pytestmark = pytest.mark.slow
@@ -97,7 +96,7 @@ def test_beside_a_project_with_the_same_folders(bin_folder, project, flm):
 
     flm.save_pretrained(project / "model")
     train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", vocab_size=100).save_pretrained(project / "model")
-    tokens = flm.generate(num_samples=2, num_steps=2, generator=torch.Generator().manual_seed(0))
+    tokens = generate_samples(flm, [0, 1], seed=0, num_steps=2)
     texts = AutoTokenizer.from_pretrained(project / "model").batch_decode(tokens, skip_special_tokens=True)
     arguments = ["model", "--num_samples", 2, "--num_steps", 2, "--seed", 0, "--device", "cpu"]
     assert run([bin_folder / "flm-generate", *arguments], project).splitlines() == texts
