@@ -200,11 +200,16 @@ class TestTrainingScripts:
         document.write_text(" ".join(corpus.read_text().split()))
         options = self.arguments(document, tmp_path / "out", max_steps=1, validation_split_percentage=10)
         run_here("flm-train", *self.flags(options))
-        training = json.loads((tmp_path / "out" / "train_results.json").read_text())
-        assert (
-            "eval_loss" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
-            and "train_loss" in training
-        )
+        assert "eval_loss" in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+        # What is left to evaluate on may be too short for a block
+        document.write_text(document.read_text()[:300])
+        options["output_dir"] = tmp_path / "short"
+        with pytest.raises(
+            SystemExit, match="Validation texts: .* A larger --validation_split_percentage .* and 0 none"
+        ):
+            run_here("flm-train", *self.flags(options))
+        run_here("flm-train", *self.flags({**options, "validation_split_percentage": 0}))
+        assert not (tmp_path / "short" / "eval_results.json").exists()
 
     def test_yaml_file_with_flags_over_it_and_a_stream(self, corpus, tmp_path):
         options = self.arguments(corpus, tmp_path / "out", validation_file=str(corpus), streaming=True, train_tokenizer="bpe", vocab_size=280)  # fmt: skip

@@ -365,20 +365,23 @@ def pack_datasets(
     block_size = arguments.block_size or max_length
     if block_size > max_length:
         raise SystemExit(f"--block_size is {block_size}, above the model's {max_length}.")
+    options = {
+        "block_size": block_size,
+        "text_column": arguments.text_column,
+        "num_proc": arguments.preprocessing_num_workers,
+        "preprocessing": arguments.preprocessing,
+        "boundaries": tokenizer.eos_token_id is not None,
+    }
+    packed = {}
     with training_args.main_process_first(desc="packing"):
-        return {
-            split: pack_dataset(
-                dataset[split],
-                tokenizer,
-                block_size=block_size,
-                text_column=arguments.text_column,
-                num_proc=arguments.preprocessing_num_workers,
-                preprocessing=arguments.preprocessing,
-                boundaries=tokenizer.eos_token_id is not None,
-            )
-            for split in ("train", "validation")
-            if split in dataset
-        }
+        packed["train"] = pack_dataset(dataset["train"], tokenizer, **options)
+        if "validation" in dataset:
+            try:
+                packed["validation"] = pack_dataset(dataset["validation"], tokenizer, **options)
+            except ValueError as error:
+                remedy = "A larger `validation_split_percentage` keeps more of the training texts, and 0 none."
+                raise ValueError(f"Validation texts: {error} {remedy}") from error
+    return packed
 
 
 def read_data_settings(name: str, chosen: Namespace) -> dict:
