@@ -78,8 +78,11 @@ def test_two_models_beside_their_published_figures(hub, tmp_path):
 
 def test_no_network_is_one_line(tmp_path):
     process = run(tmp_path, "--scorer", oracle.FIXTURES / "scorer_tiny", HF_ENDPOINT="http://127.0.0.1:9")
-    assert process.returncode == 1 and process.stderr.count("\n") == 1
-    assert "me/FLM-B-LM1B: config.json is not in the cache, and the Hub" in process.stderr
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    # Before it there may be what torchao says of its kernels.
+    assert process.stderr.splitlines()[-1].startswith(
+        "error: me/FLM-B-LM1B: config.json is not in the cache, and the Hub"
+    )
 
 
 def test_scorer_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
