@@ -587,7 +587,11 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
 
         if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
             return called()  # with adapters, or with quantized or offloaded weights
-        # In the place of its `forward`, during which FSDP gathers the weights
+        if not hasattr(layer, "unshard"):
+            if type(layer.weight) is not nn.Parameter:
+                return called()
+            return head_loss(function, token_weights, hidden_states, layer.weight, layer.bias)
+        # FSDP gathers the weights while the layer is called: in the place of its `forward`
         layer.forward = forward
         try:
             return layer(hidden_states, token_weights)
