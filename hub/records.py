@@ -38,8 +38,9 @@ def is_hub_name(name: Any) -> bool:
 
 
 def public_name(name: str) -> str:
-    """The name of a model, without where it lies on this machine."""
-    return name if is_hub_name(name) else Path(name).name
+    """The name of a model, without where it lies on this machine; a folder called gpt2 is not the model of that name."""
+    local = " (a local model)"
+    return name if is_hub_name(name) or name.endswith(local) else Path(name).name + local
 
 
 def read_records(folder: str | Path) -> dict[str, dict[str, Any]]:

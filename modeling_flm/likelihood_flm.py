@@ -284,6 +284,11 @@ class FLMLikelihoodMixin:
             raise ValueError("`input_ids` must be an integer tensor of shape (num_texts, sequence_length).")
         if input_ids.numel() == 0:
             raise ValueError(f"`input_ids` has no tokens: its shape is {tuple(input_ids.shape)}.")
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"`input_ids` has texts of {input_ids.shape[1]} tokens, but the model was made for at most "
+                f"{self.config.max_position_embeddings}: cut them into parts."
+            )
         for name, mask in (("attention_mask", attention_mask), ("prompt_mask", prompt_mask)):
             if mask is not None and mask.shape != input_ids.shape:
                 raise ValueError(

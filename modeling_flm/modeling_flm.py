@@ -627,6 +627,11 @@ class FMLMModel(FLMModel):
     config: FMLMConfig
 
     def __init__(self, config: FMLMConfig):
+        if not isinstance(config, FMLMConfig):
+            raise TypeError(
+                f"`config` must be an `FMLMConfig`, got `{type(config).__name__}`: to start from a trained FLM use "
+                "`FMLMModel.from_flm(flm)`."
+            )
         super().__init__(config)
         self.target_time_embedding = FLMTimeEmbedding(config)
         self.loss_weighting = FLMLossWeighting(config) if config.learned_loss_weighting else None

@@ -69,6 +69,11 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrai
         [`~transformers.PreTrainedTokenizerFast`] with the special tokens `[PAD]`, `[BOS]`, `[EOS]` and `[UNK]`, but for
         `"text8"`, which has none.
     """
+    if isinstance(texts, str) or hasattr(texts, "column_names"):
+        raise ValueError(
+            f"`texts` must be texts, one after the other, got `{type(texts).__name__}`: pass a list, or a column of a dataset, "
+            'such as `dataset["text"]`.'
+        )
     if kind == "text8":
         vocab = {character: index for index, character in enumerate(" abcdefghijklmnopqrstuvwxyz")}
         tokenizer = Tokenizer(models.WordLevel(vocab))

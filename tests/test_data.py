@@ -373,3 +373,9 @@ class TestCollator:
         batch = DataCollatorForFLM(pad_token_id=0)(rows)
         assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 0]]
         assert batch["labels"].tolist() == [[1, 2, -100], [-100, 5, -100]]
+
+
+@pytest.mark.parametrize("texts", ["one text", Dataset.from_dict({"text": ["a b", "c"]})])
+def test_tokenizers_are_trained_on_texts(texts):
+    with pytest.raises(ValueError, match="`texts` must be texts, one after the other"):
+        train_tokenizer(texts, "word", vocab_size=30)

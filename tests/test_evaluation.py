@@ -202,7 +202,7 @@ class TestScript:
             for r in ModelCard.load(copy / "README.md").data.eval_results
             if "guidance_scale" in r.metric_args and r.metric_type == "entropy"
         ]
-        assert guided["guidance_model"] == "worse" and guided["guidance_scale"] == 2
+        assert guided["guidance_model"] == "worse (a local model)" and guided["guidance_scale"] == 2
         (card_records,) = read_records(copy).values()
         for text in ((copy / "README.md").read_text(), json.dumps(card_records["sampling"])):
             assert str(worse) not in text and "worse" in text

@@ -237,7 +237,7 @@ class TestAssemble:
         assert json.loads((tmp_path / "out" / "data_settings.json").read_text()) == public
         for path in (tmp_path / "out").iterdir():
             assert b"/home/me" not in path.read_bytes(), path
-        assert "`gpt2`" in (tmp_path / "out" / "README.md").read_text()
+        assert "`gpt2 (a local model)`" in (tmp_path / "out" / "README.md").read_text()
         (folder / "data_settings.json").write_text(json.dumps({"dataset_name": "me/words"}))
         assemble(folder, tmp_path / "out2", REPO_ID)
         assert ModelCard.load(tmp_path / "out2" / "README.md").data.datasets == ["me/words"]

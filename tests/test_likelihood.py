@@ -267,3 +267,8 @@ def test_script(tmp_path):
         evaluate_likelihood(model, tokenizer, [[1] * 13])
     with pytest.raises(ValueError, match="`token_lists` has no tokens"):
         evaluate_likelihood(model, tokenizer, [])
+
+
+def test_texts_that_are_longer_than_those_of_the_model_are_refused(flm):
+    with pytest.raises(ValueError, match="`input_ids` has texts of 300 tokens, but the model was made for at most"):
+        flm.log_likelihood(torch.zeros(1, 300, dtype=torch.long))

@@ -513,3 +513,8 @@ class TestPrecisionAndSpeed:
         loss.backward()
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(model.layers[0].mlp.down_proj.weight.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_flow_map_of_the_configuration_of_an_flm_is_refused(flm):
+    with pytest.raises(TypeError, match="to start from a trained FLM use `FMLMModel.from_flm"):
+        FMLMModel(flm.config)

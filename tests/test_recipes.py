@@ -275,3 +275,8 @@ def test_two_stages_are_marked_as_those_of_february():
     for path in TRAININGS:
         is_february = path.stem.endswith(("_two_network", "_second_stage"))
         assert path.read_text().startswith("# February's recipe (v1 of the paper)") == is_february, path
+
+
+def test_flags_that_are_cut_short_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="--learning_rat"):
+        run_here("flm-train", "--train_file", "c.txt", "--output_dir", tmp_path, "--learning_rat", "3")

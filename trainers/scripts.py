@@ -120,6 +120,7 @@ class ScriptParser(HfArgumentParser):
         self, dataclass_types: list[type], find_defaults: Callable[[Namespace], dict] | None = None, **kwargs
     ):
         kwargs = {"usage": "%(prog)s [CONFIG.yaml] [--flag VALUE ...]", "formatter_class": _HelpFormatter, **kwargs}
+        kwargs.setdefault("allow_abbrev", False)  # a flag that is cut short may be another one
         super().__init__(dataclass_types, **kwargs)
         self.find_defaults = find_defaults
         if any(issubclass(dataclass_type, TrainingArguments) for dataclass_type in dataclass_types):
