@@ -233,7 +233,8 @@ class FLMTrainer(Trainer):
             raise TypeError(f"`model` must be a {names} for `{type(self).__name__}`, got `{type(network).__name__}`.")
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
-                "`model` has no weights to train: load adapters with `is_trainable=True`, or set `requires_grad` of some weights."
+                "`model` has no weights to train. Those of a teacher were frozen for its student: "
+                "`model.requires_grad_(True)`. Adapters are to be loaded with `is_trainable=True`."
             )
         if self.processing_class is not None and len(self.processing_class) > model.config.vocab_size:
             raise ValueError(
