@@ -27,8 +27,7 @@ Without --output the texts go to stdout, one after the other. A .jsonl or .parqu
 `index`, `text`, `tokens`, `num_steps` (its forward passes), `seed`, and `prompt` if there is one. A text depends on its index and
 the seed alone, however many processes there are. Each of several writes a file of its own, samples-00000.jsonl and so on.
 Lines are whole after every batch (a .parquet file is one of lines until it is finished), and --resume goes on with what an
-interrupted command has written, with any number of processes, and where there are no
-prompts also with more texts.
+interrupted command has written, with any number of processes, and where there are no prompts also with more texts.
 """
 
 import argparse
