@@ -627,9 +627,9 @@ class FMLMModel(FLMModel):
     config: FMLMConfig
 
     def __init__(self, config: FMLMConfig):
-        if not isinstance(config, FMLMConfig):
+        if config.model_type == "flm":
             raise TypeError(
-                f"`config` must be an `FMLMConfig`, got `{type(config).__name__}`: to start from a trained FLM use "
+                "`config` must be an `FMLMConfig`, got an `FLMConfig`: to start from a trained FLM use "
                 "`FMLMModel.from_flm(flm)`."
             )
         super().__init__(config)
