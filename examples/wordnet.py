@@ -68,24 +68,23 @@ def parse_line(line: str) -> tuple[list[str], str]:
     return words, " ".join(definition.split()).strip(" ;:")
 
 
-def definitions(folder: Path) -> Iterator[str]:
-    """All definitions as texts: the first of the words, a colon, and what it means."""
+def entries(folder: Path) -> Iterator[tuple[list[str], str]]:
+    """What the data files have: words, and what they mean."""
     for part in PARTS_OF_SPEECH:
         with open(folder / f"data.{part}", encoding="utf-8") as file:
             for line in file:
                 if not line.startswith("  "):  # the licence
-                    words, definition = parse_line(line)
-                    if definition:
-                        yield f"{words[0]}: {definition}"
+                    yield parse_line(line)
+
+
+def definitions(folder: Path) -> Iterator[str]:
+    """All definitions as texts: the first of the words, a colon, and what it means."""
+    return (f"{words[0]}: {definition}" for words, definition in entries(folder) if definition)
 
 
 def headwords(folder: Path) -> Iterator[str]:
     """All words that are defined and that consist of the letters from a to z."""
-    for part in PARTS_OF_SPEECH:
-        with open(folder / f"data.{part}", encoding="utf-8") as file:
-            for line in file:
-                if not line.startswith("  "):
-                    yield from (word for word in parse_line(line)[0] if re.fullmatch("[a-z]+", word))
+    return (word for words, _ in entries(folder) for word in words if re.fullmatch("[a-z]+", word))
 
 
 if __name__ == "__main__":

@@ -579,18 +579,19 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
             parameters, vocab_size = layer.parameters(), self.config.vocab_size
             return layer_loss(function, token_weights, hidden_states, self.head, parameters, vocab_size)
 
-        def forward(hidden_states: torch.Tensor, token_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            del layer.forward
+        def read(hidden_states: torch.Tensor, token_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if type(layer.weight) is not nn.Parameter:  # but a quantized one
                 return called()
             return head_loss(function, token_weights, hidden_states, layer.weight, layer.bias)
 
+        def forward(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            del layer.forward
+            return read(*inputs)
+
         if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
             return called()  # with adapters, or with quantized or offloaded weights
         if not hasattr(layer, "unshard"):
-            if type(layer.weight) is not nn.Parameter:
-                return called()
-            return head_loss(function, token_weights, hidden_states, layer.weight, layer.bias)
+            return read(hidden_states, token_weights)
         # FSDP gathers the weights while the layer is called: in the place of its `forward`
         layer.forward = forward
         try:

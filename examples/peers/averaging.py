@@ -13,6 +13,7 @@
 # limitations under the License.
 """The moving average of the weights, which all models that are compared have."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from safetensors import safe_open
@@ -39,22 +40,20 @@ class AveragedTrainer(Trainer):
         if self.ema is not None:
             self.add_callback(self.ema)
 
+    def _averaged_weights(self) -> AbstractContextManager:
+        return nullcontext() if self.ema is None else self.ema.applied(self.model)
+
     def evaluate(self, *args, **kwargs):
-        if self.ema is None:
-            return super().evaluate(*args, **kwargs)
-        with self.ema.applied(self.model):
+        with self._averaged_weights():
             return super().evaluate(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        if self.ema is None:
-            return super().save_model(output_dir, _internal_call)
-        if _internal_call:  # a checkpoint, which keeps the weights of the training
+        # A checkpoint keeps the weights of the training, and the average beside them.
+        with nullcontext() if _internal_call else self._averaged_weights():
             super().save_model(output_dir, _internal_call)
+        if _internal_call and self.ema is not None:
             weights = {name: tensor.clone() for name, tensor in self.ema.averaged.state_dict().items()}
             save_file(weights, Path(output_dir, "ema.safetensors"), {"num_updates": str(self.ema.num_updates)})
-            return None
-        with self.ema.applied(self.model):
-            return super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
