@@ -388,10 +388,10 @@ class LightningCheckpoint(Checkpoint):
         ema = self.content.get("ema")
         averages = ema.get("shadow_params") if type(ema) is dict else None
         if type(averages) is not list:
-            raise CheckpointError(f"{self.path} has no averaged weights: pass `--raw-weights` to convert the others.")
+            raise CheckpointError(f"{self.path} has no averaged weights: pass `--raw_weights` to convert the others.")
         if len(averages) != len(weights) or not all(isinstance(average, _Tensor) for average in averages):
             raise CheckpointError(
-                f"{self.path} has {len(averages)} averages for {len(weights)} weights: pass `--raw-weights` to convert "
+                f"{self.path} has {len(averages)} averages for {len(weights)} weights: pass `--raw_weights` to convert "
                 "the weights."
             )
         return dict(zip(weights, averages))
@@ -473,7 +473,7 @@ class HubCheckpoint(Checkpoint):
 
     def weights(self, raw: bool = False) -> dict[str, _Entry]:
         if raw:
-            raise CheckpointError(f"{self.name} has the averaged weights only: leave out `--raw-weights`.")
+            raise CheckpointError(f"{self.name} has the averaged weights only: leave out `--raw_weights`.")
         return self.tensors
 
     def check_size(self, weights: dict[str, _Entry]):

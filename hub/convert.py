@@ -107,7 +107,7 @@ def _softcap(checkpoint: Checkpoint) -> float | None:
         return _SOFTCAP
     if not checkpoint.has_settings:
         raise CheckpointError(
-            f"{checkpoint.name} does not say whether its logits are capped: pass `--final-logit-softcapping 30`, as in the "
+            f"{checkpoint.name} does not say whether its logits are capped: pass `--final_logit_softcapping 30`, as in the "
             "released weights, or `none`, as in the first published code."
         )
     is_first = checkpoint.setting("sampling", "gamma") is None and checkpoint.algorithm in _FIRST_ALGORITHMS
@@ -140,7 +140,7 @@ def _sizes(checkpoint: Checkpoint, num_heads: int | None, length: int | None) ->
         "num_attention_heads": checkpoint.setting("model", "n_heads") if num_heads is None else num_heads,
         "max_position_embeddings": checkpoint.setting("model", "length") if length is None else length,
     }
-    for name, flag in (("num_attention_heads", "num-heads"), ("max_position_embeddings", "length")):
+    for name, flag in (("num_attention_heads", "num_heads"), ("max_position_embeddings", "length")):
         if type(settings[name]) is not int or not 0 < settings[name] < 2**24:
             raise CheckpointError(
                 f"{checkpoint.name} does not say its `{name}`: pass a positive number as `--{flag}`."
@@ -342,14 +342,19 @@ def main(arguments: list[str] | None = None):
         help="name or folder of the tokenizer, which is saved with the model; by default the one that the checkpoint names",
     )
     parser.add_argument("--output", required=True, help="the folder to write, which must not exist")
-    parser.add_argument("--raw-weights", action="store_true", help="the weights of the training, not their average")
     parser.add_argument(
+        "--raw_weights", "--raw-weights", action="store_true", help="the weights of the training, not their average"
+    )
+    parser.add_argument(
+        "--final_logit_softcapping",
         "--final-logit-softcapping",
         type=_softcap_argument,
         default="auto",
         help="cap of the logits, or `none`; by default 30 for all but files of the first published code",
     )
-    parser.add_argument("--num-heads", type=_positive, help="attention heads, where the checkpoint does not say")
+    parser.add_argument(
+        "--num_heads", "--num-heads", type=_positive, help="attention heads, where the checkpoint does not say"
+    )
     parser.add_argument("--length", type=_positive, help="length of the texts, where the checkpoint does not say")
     args = parser.parse_args(arguments)
     output = Path(args.output)

@@ -14,8 +14,8 @@
 """
 Publishes a model folder as a repository of the Hugging Face Hub, which others load with torch and transformers alone.
 
-    flm-publish --model outputs/fmlm --repo-id me/fmlm
-    flm-publish --model outputs/fmlm --repo-id me/fmlm --dry-run assembled
+    flm-publish --model outputs/fmlm --repo_id me/fmlm
+    flm-publish --model outputs/fmlm --repo_id me/fmlm --dry_run assembled
 
 The repository is put together in a temporary folder, where a process that has nothing of this package loads it and
 generates; then it is uploaded in one commit. Publishing again updates it.
@@ -379,19 +379,25 @@ def _reason(error: Exception) -> str:
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="the model folder")
-    parser.add_argument("--repo-id", required=True, help="the name of the repository, such as me/my-model")
+    parser.add_argument(
+        "--repo_id", "--repo-id", required=True, help="the name of the repository, such as me/my-model"
+    )
     parser.add_argument("--private", action="store_true", help="make the repository private if it is created")
     parser.add_argument("--revision", help="the branch to commit to (default: main)")
     parser.add_argument("--token", help="a token with the right to write (default: that of `hf auth login`)")
-    parser.add_argument("--commit-message", default="Publish the model")
-    parser.add_argument("--dry-run", metavar="OUT", help="write the repository to this folder and upload nothing")
+    parser.add_argument("--commit_message", "--commit-message", default="Publish the model")
+    parser.add_argument(
+        "--dry_run", "--dry-run", metavar="OUT", help="write the repository to this folder and upload nothing"
+    )
     parser.add_argument("--tokenizer", help="name or folder of the tokenizer (default: the one in the model folder)")
-    parser.add_argument("--num-samples", type=int, default=3, help="texts to show in the card (default: 3)")
+    parser.add_argument(
+        "--num_samples", "--num-samples", type=int, default=3, help="texts to show in the card (default: 3)"
+    )
     card = parser.add_argument_group("metadata of the card")
     card.add_argument("--license", help="the licence of the weights, such as mit (default: the card names none)")
     card.add_argument("--language", nargs="+", help="codes of the languages of the texts")
     card.add_argument("--datasets", nargs="+", help="names of the datasets that the model was trained on")
-    card.add_argument("--base-model", help="name of the model that this one was distilled from")
+    card.add_argument("--base_model", "--base-model", help="name of the model that this one was distilled from")
     card.add_argument("--tags", nargs="+", help="further tags")
     args = parser.parse_args(arguments)
     options = {
@@ -402,7 +408,7 @@ def main(arguments: list[str] | None = None):
     try:
         if args.dry_run is not None:
             if "/" not in args.repo_id:
-                parser.error("--repo-id: for a dry run name the account, too, such as me/my-model")
+                parser.error("--repo_id: for a dry run name the account, too, such as me/my-model")
             assemble(args.model, args.dry_run, args.repo_id, **options)
             print(f"{args.dry_run} is what would be uploaded.")
             return

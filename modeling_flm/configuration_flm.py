@@ -121,6 +121,18 @@ class FLMConfig(PreTrainedConfig):
         self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # transformers only warns, and a model of one kind with the weights of another writes nonsense.
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            hint = " `FMLMModel.from_flm(FLMModel.from_pretrained(...))` starts a flow map from an FLM."
+            raise ValueError(
+                f"The configuration is that of a model of type '{kind}', not '{cls.model_type}': load it with its own class, or "
+                f"with `AutoModel` and `AutoConfig`.{hint if kind == 'flm' else ''}"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def validate_architecture(self):
         """Part of the validation by `@strict`: sizes that cannot be built."""
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "conditioning_size")

@@ -1100,6 +1100,8 @@ class FLMGenerationMixin:
                     "`prompt_mask`."
                 )
             self._warn_of_ends(ids, known, config)
+            if attention_mask is None:
+                self._warn_of_padding(ids, config)
             order = known.long().argsort(dim=1, descending=True, stable=True)
             ids, known, exists = ids.gather(1, order), known.gather(1, order), None
             ids, known = (x[:, : int(known.sum(dim=1).max())] for x in (ids, known))
@@ -1130,6 +1132,16 @@ class FLMGenerationMixin:
             logger.warning_once(
                 "`input_ids` end with an end-of-sequence token, which is kept as it is. If it is not meant, tokenize with "
                 "`add_special_tokens=False`."
+            )
+
+    @staticmethod
+    def _warn_of_padding(ids: torch.LongTensor, config: FLMGenerationConfig):
+        """Prompts whose padding is to be told from their tokens by an `attention_mask` that was left out."""
+        pad = config.pad_token_id
+        if pad is not None and ids.shape[1] > 1 and (ids[:, [0, -1]] == pad).any():
+            logger.warning_once(
+                "`input_ids` begin or end with padding, which is kept as part of the prompt: pass the tokenizer's "
+                "`attention_mask` as well."
             )
 
     @staticmethod

@@ -452,10 +452,12 @@ class FLMPreTrainedModel(PreTrainedModel):
                 "Pass `timesteps`, the reparameterized time tau in [0, 1] of each text, or of each token."
             )
         for name, times in (("timesteps", timesteps), ("target_timesteps", target_timesteps)):
-            if times is not None and tuple(times.shape) not in (shape[:1], shape):
+            if times is None:
+                continue
+            got = tuple(times.shape) if isinstance(times, torch.Tensor) else f"`{times!r}`"
+            if got not in (shape[:1], shape):
                 raise ValueError(
-                    f"`{name}` must have shape {shape[:1]}, one time per text, or {shape}, one per token, got "
-                    f"{tuple(times.shape)}."
+                    f"`{name}` must be a tensor of shape {shape[:1]}, one time per text, or {shape}, one per token, got {got}."
                 )
         if target_timesteps is not None and target_timesteps.shape != timesteps.shape:
             raise ValueError(

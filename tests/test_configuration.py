@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from modeling_flm import FLMConfig, FLMModel
+from modeling_flm import FLMConfig, FLMModel, FMLMModel
 
 
 class TestConfig:
@@ -31,6 +31,15 @@ class TestConfig:
         with torch.device("meta"):
             model = FLMModel(FLMConfig(vocab_size=50258, max_position_embeddings=1024))
         assert 165e6 < model.num_parameters() < 175e6
+
+    def test_models_of_another_kind_are_refused(self, tmp_path):
+        flm = FLMModel(FLMConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+        flm.save_pretrained(tmp_path / "flm")
+        FMLMModel.from_flm(flm).save_pretrained(tmp_path / "fmlm")
+        with pytest.raises(ValueError, match="type 'flm', not 'fmlm'.*`FMLMModel.from_flm"):
+            FMLMModel.from_pretrained(tmp_path / "flm")
+        with pytest.raises(ValueError, match="type 'fmlm', not 'flm'.*`AutoModel`"):
+            FLMModel.from_pretrained(tmp_path / "fmlm")
 
     def test_saves_and_loads(self, tmp_path):
         config = FLMConfig(vocab_size=100, attn_logit_softcapping=None, eos_token_id=2)

@@ -118,12 +118,12 @@ class TestOtherCheckpoints:
         content = published()
         del content["hyper_parameters"]
         torch.save(content, tmp_path / "x.ckpt")
-        with pytest.raises(CheckpointError, match="num_attention_heads.*--num-heads"):
+        with pytest.raises(CheckpointError, match="num_attention_heads.*--num_heads"):
             convert(tmp_path / "x.ckpt", raw_weights=True)
         with pytest.raises(CheckpointError, match="max_position_embeddings.*--length"):
             convert(tmp_path / "x.ckpt", raw_weights=True, num_heads=3)
         options = {"raw_weights": True, "num_heads": 3, "length": 12}
-        with pytest.raises(CheckpointError, match="logits are capped: pass `--final-logit-softcapping 30`"):
+        with pytest.raises(CheckpointError, match="logits are capped: pass `--final_logit_softcapping 30`"):
             convert(tmp_path / "x.ckpt", **options)
         for softcap in (30.0, None):
             config = convert(tmp_path / "x.ckpt", final_logit_softcapping=softcap, **options).config
@@ -131,7 +131,7 @@ class TestOtherCheckpoints:
 
     def test_no_averages(self, tmp_path):
         torch.save(published(), tmp_path / "x.ckpt")
-        with pytest.raises(CheckpointError, match="--raw-weights"):
+        with pytest.raises(CheckpointError, match="--raw_weights"):
             convert(tmp_path / "x.ckpt")
 
     def test_half_precision_becomes_single(self, tmp_path):
@@ -208,7 +208,7 @@ class TestHubFolders:
     def test_nothing_but_the_vocabulary_in_the_settings(self, tmp_path):
         folder = released_folder(tmp_path)
         (folder / "config.json").write_text('{"vocab_size": 53}')
-        with pytest.raises(CheckpointError, match="num_attention_heads.*--num-heads"):
+        with pytest.raises(CheckpointError, match="num_attention_heads.*--num_heads"):
             convert(folder)
         model = convert(folder, num_heads=2, length=12)
         assert model.config == convert(RELEASED / "flm_hub").config
@@ -297,7 +297,7 @@ class TestHubFolders:
             assert type(model).__name__ == "FMLMModel"
 
     def test_raw_weights_are_not_there(self):
-        with pytest.raises(CheckpointError, match="averaged weights only: leave out `--raw-weights`"):
+        with pytest.raises(CheckpointError, match="averaged weights only: leave out `--raw_weights`"):
             convert(RELEASED / "flm_hub", raw_weights=True)
 
     def test_half_precision_becomes_single(self, tmp_path):

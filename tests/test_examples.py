@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,7 @@ from example_scripts import run_elsewhere, run_here
 from peers.masked_diffusion import new_masked_model
 from processes import launcher
 from small_models import build_flm
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
 from modeling_flm import FMLMModel
 from modeling_flm.trainers import FLMTrainer, train_tokenizer
@@ -195,6 +196,14 @@ class TestTrainingScripts:
         assert "FLMModel: " in capsys.readouterr().out
         assert json.loads((tmp_path / "more" / "config.json").read_text())["max_position_embeddings"] == 16
 
+    def test_what_is_there_is_not_overwritten(self, corpus, tmp_path):
+        for name in ("model.safetensors", "checkpoint-3"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name).touch()
+            with pytest.raises(SystemExit, match=f"error: --output_dir: .* has a training already .{name}"):
+                run_here("flm-train", *self.flags(self.arguments(corpus, tmp_path)))
+            (tmp_path / name).rmdir()
+
     def test_one_long_document_is_split_by_position(self, corpus, tmp_path):
         document = tmp_path / "document.txt"
         document.write_text(" ".join(corpus.read_text().split()))
@@ -234,6 +243,11 @@ class TestTrainingScripts:
             ({"config_overrides": "hiden_size=3"}, "FLMConfig has no hiden_size"),
             ({"train_file": None}, "either --dataset_name or --train_file"),
             ({"block_size": 5000}, "too few tokens for a single block"),
+            ({"config_overrides": "hidden_size=10,num_attention_heads=4"}, "error: .*`hidden_size` .10. must be"),
+            (
+                {"config_overrides": "attn_logit_softcapping=null", "attn_implementation": "flash_attention_2"},
+                "error: .*[Ff]lash",
+            ),
         ],
     )
     def test_mistakes_are_explained(self, corpus, tmp_path, overrides, message):
@@ -351,6 +365,15 @@ class TestDistillationScript:
         assert {"loss_diagonal", "loss_off_diagonal"} <= log.keys()
         for name in ("tokenizer.json", "data_settings.json"):
             assert (tmp_path / name).read_text() == (teacher / name).read_text()
+
+    def test_teachers_of_other_kinds(self, teacher, tmp_path):
+        self.distill(tmp_path / "fmlm", teacher=teacher)
+        GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
+        for name, message in (("fmlm", "must be an `FLMModel`, got `FMLMModel`"), ("gpt2", "is a GPT2Model")):
+            for file in ("tokenizer.json", "tokenizer_config.json", "data_settings.json"):
+                shutil.copy(teacher / file, tmp_path / name)
+            with pytest.raises(SystemExit, match=f"error: .*--?teacher`?:? .*{message}"):
+                self.distill(tmp_path / "out", teacher=tmp_path / name)
 
     def test_preset_two_network_then_second_stage(self, teacher, tmp_path):
         options = {"preset": "two_network", "boundary_probability": 0.0}
@@ -538,6 +561,18 @@ class TestGenerate:
         with pytest.raises(SystemExit, match=message) as error:
             self.generate(folder, *flags, "--output", "x.jsonl")
         assert "\n" not in str(error.value) and not Path("x.jsonl").exists()
+
+    def test_the_model_by_a_flag(self, folder, capsys):
+        self.generate("--model", folder, "--seed", 7)
+        assert capsys.readouterr().out.rstrip("\n") == self.expected(folder)[1][0]
+        with pytest.raises(SystemExit):
+            self.generate("--seed", 7)
+        assert "name a MODEL, of the Hub or a folder" in capsys.readouterr().err
+
+    def test_another_model(self, folder):
+        GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
+        with pytest.raises(SystemExit, match="error: MODEL: it must name an FLM or a flow map, and is a GPT2Model"):
+            self.generate(folder)
 
     def test_a_folder_that_is_not_there(self):
         with pytest.raises(SystemExit, match="error: MODEL: there is no folder /no/model"):

@@ -373,8 +373,9 @@ class TestDatasetsThatCannotBeTrainedOn:
         with pytest.raises(ValueError, match=message.format(name=name)):
             self.make(tmp_path, **{name: dataset})
 
-    def test_splits(self, tmp_path):
-        splits = DatasetDict({"train": Dataset.from_dict({"input_ids": [[1, 2]]})})
+    @pytest.mark.parametrize("kind", [DatasetDict, dict])
+    def test_splits(self, kind, tmp_path):
+        splits = kind({"train": Dataset.from_dict({"input_ids": [[1, 2]]})})
         with pytest.raises(
             ValueError, match=r"`train_dataset` has the splits train: pass one, such as `dataset\['train'\]`"
         ):

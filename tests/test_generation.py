@@ -347,6 +347,15 @@ class TestNoEffect:
         flm.generate(torch.randint(53, (2, 12)), num_steps=1)
         assert "nothing to write" in caplog.text
 
+    def test_padding_without_a_mask(self, flm, caplog):
+        options = {"num_steps": 1, "pad_token_id": 0}
+        padded = torch.tensor([[5, 6, 7], [5, 6, 0]])
+        flm.generate(padded, attention_mask=(padded > 0).long(), **options)
+        flm.generate(padded[:1], **options)
+        assert "padding" not in caplog.text
+        flm.generate(padded, **options)
+        assert "pass the tokenizer's `attention_mask` as well" in caplog.text
+
     @pytest.mark.parametrize("compile", [lambda model: model.compile(), lambda model: vars(model).update(
         forward=torch.compile(model.forward))])  # fmt: skip
     def test_compiled_forward(self, compile, flm, caplog):

@@ -126,7 +126,7 @@ class TestForward:
             ({"input_ids": torch.ones(3, 4).long()}, "Pass `timesteps`"),
             (
                 {"input_ids": torch.ones(3, 4).long(), "timesteps": torch.rand(3, 5)},
-                r"`timesteps` must have shape \(3,\), one time per text, or \(3, 4\), one per token, got \(3, 5\)",
+                r"`timesteps` must be a tensor of shape \(3,\), one time per text, or \(3, 4\), one per token, got \(3, 5\)",
             ),
             (
                 {
@@ -135,6 +135,10 @@ class TestForward:
                     "target_timesteps": torch.rand(3, 4),
                 },
                 "`target_timesteps` must have the shape of `timesteps`",
+            ),
+            (
+                {"input_ids": torch.ones(3, 4).long(), "timesteps": 1},
+                r"`timesteps` must be a tensor of shape \(3,\), .*got `1`",
             ),
             (
                 {"input_ids": torch.ones(3, 4).long(), "timesteps": torch.tensor([0.0, 0.5, 5.0])},

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -237,7 +238,8 @@ def explained(*dataclass_types: type, flags: Iterable[str] = ()) -> Iterator[Non
     flags = "|".join([*flags, *(definition.name for each in dataclass_types for definition in fields(each))])
     try:
         yield
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    # Of packages that an attention needs, and of configurations
+    except (OSError, ValueError, ImportError, StrictDataclassError, yaml.YAMLError) as error:
         message = " ".join(str(error).split())
         raise SystemExit("error: " + re.sub(rf"`({flags})(=[^`]*)?`", r"--\1\2", message)) from error
 
@@ -270,6 +272,40 @@ def check_model(flag: str, name: str):
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if is_path and not Path(name).is_dir():
         raise ValueError(f"{flag}: there is no folder {name}.")
+
+
+def check_kind(flag: str, model: PreTrainedModel):
+    """
+    Raises a `ValueError` for a model that is none of ours.
+
+    Args:
+        flag (`str`): The flag that names it.
+        model ([`~transformers.PreTrainedModel`]): What was loaded.
+    """
+    if model.config.model_type not in ("flm", "fmlm", "fmlm_two_network"):  # remote code has classes of its own
+        raise ValueError(f"{flag}: it must name an FLM or a flow map, and is a {type(model).__name__}.")
+
+
+def trains(args: TrainingArguments) -> bool:
+    """Whether a script is to train, not only to evaluate. Evaluating during the training also sets `do_eval`."""
+    return args.do_train or not args.do_eval or args.eval_strategy != "no"
+
+
+def check_output_dir(args: TrainingArguments):
+    """
+    Raises a `ValueError` where a training would overwrite another one.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The arguments, whose `output_dir` it is.
+    """
+    if not trains(args) or args.resume_from_checkpoint is not None:
+        return
+    patterns = ("*model*.safetensors", "checkpoint-*")
+    if found := [path.name for pattern in patterns for path in Path(args.output_dir).glob(pattern)]:
+        raise ValueError(
+            f"`output_dir`: {args.output_dir} has a training already ({found[0]}). Name another folder, or pass "
+            "--resume_from_checkpoint true to go on with its last checkpoint."
+        )
 
 
 def check_device(flag: str, name: str | None):
@@ -332,8 +368,10 @@ def load_model(flag: str, name: str, told: dict, **options) -> PreTrainedModel:
         options: Arguments of `from_pretrained`.
     """
     check_model(f"--{flag}", name)
-    options |= {name: value for name, value in told.items() if name == "per_token_timesteps"}
     model = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
+    check_kind(f"--{flag}", model)
+    if "per_token_timesteps" in told:
+        model.config.per_token_timesteps = told["per_token_timesteps"]
     if different := [name for name, value in told.items() if getattr(model.config, name) != value]:
         raise SystemExit(f"--{flag}: its {', '.join(different)} is another than the preset's; choose another preset.")
     return model
@@ -410,8 +448,7 @@ def run(trainer: FLMTrainer, data_args: DataArguments):
     model = trainer.model
     if trainer.is_world_process_zero():
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens")
-    # Evaluating during the training also sets `do_eval`.
-    if args.do_train or not args.do_eval or args.eval_strategy != "no":
+    if trains(args):
         checkpoint = args.resume_from_checkpoint
         result = trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
         trainer.save_model()

@@ -34,7 +34,9 @@ from .. import PRESETS, FMLMTrainer, FMLMTrainingArguments
 from ..scripts import (
     DataArguments,
     ScriptParser,
+    check_kind,
     check_model,
+    check_output_dir,
     explained,
     load_datasets,
     load_model,
@@ -80,7 +82,10 @@ def get_student(
     # What the second stage imitates has the FLM in it.
     flow = teacher.flow if isinstance(teacher, FMLMTwoNetworkModel) else teacher
     model_class = FMLMTwoNetworkModel if arguments.preset == "two_network" else FMLMModel
-    student = model_class.from_flm(flow, **overrides)
+    try:
+        student = model_class.from_flm(flow, **overrides)
+    except TypeError as error:  # a teacher of another kind than the preset's
+        raise ValueError(str(error)) from error
     return FMLMModel(student.config) if arguments.preset == "self_distillation" else student
 
 
@@ -97,11 +102,13 @@ def make_parser() -> ScriptParser:
 
 def distill(arguments: DistillationArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):
     with explained(DistillationArguments, DataArguments, FMLMTrainingArguments):
+        check_output_dir(training_args)
         set_seed(training_args.seed)
         options = {"trust_remote_code": arguments.trust_remote_code}
         if arguments.attn_implementation is not None:
             options["attn_implementation"] = arguments.attn_implementation
         teacher = AutoModel.from_pretrained(arguments.teacher, **options)
+        check_kind("--teacher", teacher)
         tokenizer = load_tokenizer(arguments.teacher)
         student = get_student(arguments, teacher, options, training_args.prompt_fraction)
         packed = pack_datasets(

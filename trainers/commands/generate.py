@@ -51,7 +51,7 @@ from modeling_flm.pipeline_flm import encode_prompts  # which registers the mode
 
 from ..data import find_text_column, load_texts
 from ..evaluation import generate_samples
-from ..scripts import check_device, check_model, explained, terminated_as_interrupted
+from ..scripts import check_device, check_kind, check_model, explained, terminated_as_interrupted
 from ..shards import TextShards
 
 
@@ -71,7 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="the name of a model of the Hub, or its folder")
+    parser.add_argument(
+        "model", nargs="?", default=argparse.SUPPRESS, help="the name of a model of the Hub, or its folder"
+    )
+    parser.add_argument("--model", help="the same, as for the other commands")
     parser.add_argument("--revision", default="main", help="the branch, tag or commit of the model to take")
     parser.add_argument("--num_samples", type=int, default=1, help="how many texts; with prompts, of each")
     parser.add_argument("--num_steps", type=int, help="forward passes for each text (default: as the model says)")
@@ -124,6 +127,8 @@ def make_parser() -> argparse.ArgumentParser:
 def check_arguments(args: argparse.Namespace):
     """Ends the script for arguments that cannot be used."""
     parser = make_parser()
+    if args.model is None:
+        parser.error("name a MODEL, of the Hub or a folder")
     if args.output is not None and args.output.suffix not in (".jsonl", ".parquet"):
         parser.error(f"--output: {args.output} must end in .jsonl or .parquet")
     if args.resume and args.output is None:
@@ -249,6 +254,7 @@ def write_texts(args: argparse.Namespace):
     device = state.device if state.num_processes > 1 else args.device
     device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = AutoModel.from_pretrained(args.model, dtype=args.dtype, revision=args.revision, **options)
+    check_kind("MODEL", model)
     tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
     model = model.to(device).eval()
     guidance_model = None

@@ -38,6 +38,7 @@ from ..scripts import (
     DataArguments,
     ScriptParser,
     check_model,
+    check_output_dir,
     explained,
     load_datasets,
     load_model,
@@ -137,6 +138,7 @@ def make_parser() -> ScriptParser:
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: FLMTrainingArguments):
     with explained(ModelArguments, DataArguments, FLMTrainingArguments):
+        check_output_dir(training_args)
         set_seed(training_args.seed)
         dataset, tokenizer = load_data(model_args, data_args, training_args)
         told = {"per_token_timesteps": True} if training_args.prompt_fraction > 0 else {}

@@ -28,7 +28,7 @@ from transformers import AutoModel, set_seed
 from modeling_flm import FMLMModel
 
 from .. import PRESETS, FMLMTrainer, FMLMTrainingArguments
-from ..scripts import DataArguments, ScriptParser, explained, pack_datasets, run
+from ..scripts import DataArguments, ScriptParser, check_kind, check_output_dir, explained, pack_datasets, run
 from .train import ModelArguments, get_model, load_data
 
 
@@ -54,6 +54,7 @@ def make_parser() -> ScriptParser:
 
 def train_fmlm(model_args: FlowMapArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):
     with explained(FlowMapArguments, DataArguments, FMLMTrainingArguments):
+        check_output_dir(training_args)
         set_seed(training_args.seed)
         if training_args.masked_probability > 0 and model_args.masked_model is None:
             raise SystemExit("--masked_probability needs a --masked_model.")
@@ -75,6 +76,7 @@ def train_fmlm(model_args: FlowMapArguments, data_args: DataArguments, training_
             masked_model = AutoModel.from_pretrained(
                 model_args.masked_model, trust_remote_code=model_args.trust_remote_code, **options
             )
+            check_kind("--masked_model", masked_model)
             model = FMLMModel.from_masked(masked_model)
             if len(tokenizer) > model.config.vocab_size:
                 raise SystemExit(

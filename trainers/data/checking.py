@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import has_length
 
@@ -38,7 +38,7 @@ def check_dataset(name: str, dataset: Any, config: PreTrainedConfig):
         dataset ([`~datasets.Dataset`], or any other dataset): The examples, which nothing is read of if it is a stream.
         config ([`~transformers.PreTrainedConfig`]): The configuration of the model.
     """
-    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+    if isinstance(dataset, dict):  # also a `DatasetDict`
         raise ValueError(
             f"`{name}` has the splits {', '.join(dataset)}: pass one, such as `dataset[{next(iter(dataset))!r}]`."
         )
