@@ -20,6 +20,7 @@ definitions of a dictionary: equal widths, parameters, texts, optimizer steps, a
     python examples/study.py train examples/recipes/study_definitions.yaml   # all models, and one that scores; --only for some
     python examples/study.py sample examples/recipes/study_definitions.yaml  # texts at all numbers of steps, and likelihoods
     python examples/study.py report examples/recipes/study_definitions.yaml  # scores, tables and pictures
+    python examples/study.py keep examples/recipes/study_words.yaml          # the flow map, small enough for a repository
 
 Every stage skips what is there and goes on with what was interrupted. A flag after the YAML file takes precedence over it.
 """
@@ -27,6 +28,7 @@ Every stage skips what is there and goes on with what was interrupted. A flag af
 import json
 import math
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +39,7 @@ import matplotlib
 import numpy as np
 import torch
 import wordnet
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetInfo, load_from_disk
 from peers.averaging import AveragedTrainer
 from study_models import CONTENDERS, Contender
 from tokenizers.processors import TemplateProcessing
@@ -54,7 +56,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_flm import FLMConfig
+from modeling_flm import FLMConfig, FMLMModel
+from modeling_flm.hub.records import TRAINING_NAME
 from modeling_flm.tokenization_flm import has_characters_only
 from modeling_flm.trainers import (
     DataCollatorForFLM,
@@ -86,12 +89,16 @@ class StudyArguments:
         default=None,
         metadata={"help": "A txt, jsonl, csv or parquet file of texts. By default WordNet's definitions."},
     )
+    description: str = field(
+        default="definitions of WordNet, a dictionary of English",
+        metadata={"help": "What the texts are, for model cards."},
+    )
     wordnet_dir: str | None = field(default=None, metadata={"help": "Where WordNet is, if not where Debian puts it."})
     tokenizer: str = field(
         default="bpe",
         metadata={
-            "help": "bpe, or char for characters: a text at a time; text8: 27 characters, packed.",
-            "choices": ["bpe", "char", "text8"],
+            "help": "bpe, or char for characters, or word: a text at a time; text8: 27 characters, packed.",
+            "choices": ["bpe", "char", "word", "text8"],
         },
     )
     vocab_size: int = field(default=4096, metadata={"help": "Of a tokenizer that is not text8."})
@@ -108,6 +115,9 @@ class StudyArguments:
     models: list[str] = field(default_factory=lambda: list(CONTENDERS), metadata={"help": "Which to compare."})
     only: list[str] | None = field(default=None, metadata={"help": "Train or sample only these of them."})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "A training of each model for each."})
+    prompt_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the texts of which flows and flow maps learn to write a part only."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Texts of an optimizer step."})
     max_steps: int = field(
         default=5000, metadata={"help": "Optimizer steps of all models but those that are distilled."}
@@ -125,6 +135,10 @@ class StudyArguments:
     scorer_hidden_size: int = field(default=192, metadata={"help": "Of the GPT-2 that scores."})
     scorer_num_hidden_layers: int = field(default=6, metadata={"help": "Its blocks."})
     scorer_max_steps: int = field(default=8000, metadata={"help": "Its optimizer steps."})
+
+    keep_dir: str | None = field(
+        default=None, metadata={"help": "Where to keep a flow map in bfloat16, for `keep`, such as outputs/kept."}
+    )
 
     num_samples: int = field(default=512, metadata={"help": "Texts of each model and number of steps."})
     num_steps: list[int] = field(
@@ -166,7 +180,8 @@ def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, args: StudyAr
         token_lists = tokenizer(texts, add_special_tokens=False)["input_ids"]
         token_lists = [[*tokens, tokenizer.eos_token_id] for tokens in token_lists if len(tokens) < args.length]
         input_ids = [tokens + [tokenizer.pad_token_id] * (args.length - len(tokens)) for tokens in token_lists]
-    return Dataset.from_dict({"input_ids": input_ids, "labels": input_ids})
+    info = DatasetInfo(description=args.description)
+    return Dataset.from_dict({"input_ids": input_ids, "labels": input_ids}, info=info)
 
 
 def make_data(args: StudyArguments):
@@ -357,6 +372,7 @@ def search(data: Data, args: StudyArguments):
                 data.tokens,
                 data.tokenizer,
                 None,
+                args.prompt_fraction,
             )
             trainer.train()
             torch.manual_seed(0)  # of the peers' noise
@@ -393,7 +409,13 @@ def train(data: Data, args: StudyArguments):
             settings = training_settings(folder / "training", max_steps, learning_rate, seed, args)
             set_seed(seed)
             trainer = contender.new_trainer(
-                new_config(data.tokenizer, args), settings, args.ema_decay, data.tokens, data.tokenizer, teacher
+                new_config(data.tokenizer, args),
+                settings,
+                args.ema_decay,
+                data.tokens,
+                data.tokenizer,
+                teacher,
+                args.prompt_fraction,
             )
             print(f"Training {folder}: {trainer.model.num_parameters():,} parameters", flush=True)
             run(trainer, folder, FRACTIONS)
@@ -662,7 +684,23 @@ def plot(rows: list[dict], reference: dict, path: Path):
     plt.close(figure)
 
 
-STAGES = {"data": None, "search": search, "train": train, "sample": sample, "report": report}
+# A model to keep
+
+
+def keep(data: Data, args: StudyArguments):
+    """Writes the flow map of the first seed in bfloat16, with its tokenizer and what is known of its training."""
+    if args.keep_dir is None:
+        raise SystemExit("error: --keep_dir: name the folder to write")
+    source = model_folder("fmlm", args.seeds[0], args) / snapshot_name(1.0)
+    model = FMLMModel.from_pretrained(source).to(torch.bfloat16)
+    model.save_pretrained(args.keep_dir)
+    data.tokenizer.save_pretrained(args.keep_dir)
+    shutil.copy(source / TRAINING_NAME, args.keep_dir)
+    size = sum(path.stat().st_size for path in Path(args.keep_dir).iterdir())
+    print(f"{args.keep_dir}: {model.num_parameters():,} parameters, {size / 1e6:.1f} MB")
+
+
+STAGES = {"data": None, "search": search, "train": train, "sample": sample, "report": report, "keep": keep}
 
 
 def main(arguments: list[str] | None = None):

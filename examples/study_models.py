@@ -56,8 +56,9 @@ class Contender:
 
     Args:
         new_trainer (`Callable`):
-            From a configuration, settings of the training, the decay of the moving average, the texts, the tokenizer and, if there is
-            one, the teacher, to the trainer of a new model.
+            From a configuration, settings of the training, the decay of the moving average, the texts, the tokenizer, the teacher, if
+            there is one, and the share of the texts with known tokens, which flows need to be trained for, to the trainer of a new
+            model.
         load (`Callable`): From a folder to the model.
         sample (`Callable`):
             From the model, a number of texts, their length, a number of steps, a temperature and a generator to tokens.
@@ -88,7 +89,7 @@ def new_peer_trainer(
     ema_decay: float,
     datasets,
     tokenizer,
-    _,
+    *_,
 ) -> Trainer:
     """The trainer of a model that is no flow."""
     return trainer_class(
@@ -103,12 +104,12 @@ def new_peer_trainer(
 
 
 def new_flow_trainer(
-    options: dict, config: FLMConfig, settings: dict, ema_decay: float, datasets, tokenizer, _
+    options: dict, config: FLMConfig, settings: dict, ema_decay: float, datasets, tokenizer, _, prompt_fraction: float
 ) -> FLMTrainer:
     """The trainer of an FLM, with further `options` of its configuration."""
     return FLMTrainer(
         FLMModel(FLMConfig(**{**config.to_dict(), **options})),
-        FLMTrainingArguments(**settings, ema_decay=ema_decay),
+        FLMTrainingArguments(**settings, ema_decay=ema_decay, prompt_fraction=prompt_fraction),
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"],
         processing_class=tokenizer,
@@ -122,12 +123,17 @@ def new_flow_map_trainer(
     datasets: dict[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
     teacher: FLMModel,
+    prompt_fraction: float,
 ) -> FMLMTrainer:
     """The trainer of an FMLM."""
     return FMLMTrainer(
         FMLMModel.from_flm(teacher),
         FMLMTrainingArguments.from_preset(
-            "single_stage", **settings, ema_decay=ema_decay, boundary_probability=BOUNDARY_PROBABILITY
+            "single_stage",
+            **settings,
+            ema_decay=ema_decay,
+            boundary_probability=BOUNDARY_PROBABILITY,
+            prompt_fraction=prompt_fraction,
         ),
         teacher=teacher,
         train_dataset=datasets["train"],

@@ -96,5 +96,6 @@ if __name__ == "__main__":
     parser.add_argument("--folder", help="where WordNet is, if not where Debian and Homebrew put it")
     args = parser.parse_args()
     texts = list(dict.fromkeys((headwords if args.headwords else definitions)(find_wordnet(args.folder))))
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text("\n".join(texts) + "\n", encoding="utf-8")
     print(f"{len(texts):,} {'words' if args.headwords else 'definitions'} in {args.output}")

@@ -1,20 +1,27 @@
 """Flow-based language models in the lm-evaluation-harness: against the model's own likelihoods, and on its command line."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import grammar
+import grammar_task
 import pytest
 import torch
+from peers.autoregressive import autoregressive_log_likelihood, new_gpt2
+from peers.masked_diffusion import new_masked_model
 from small_models import build_flm
+from transformers import AutoTokenizer
 
+from modeling_flm import FLMConfig
 from modeling_flm.trainers import train_tokenizer
 from modeling_flm.trainers.batches import example_seed
 
 
 harness = pytest.importorskip("modeling_flm.trainers.evaluation.harness")
+peers_harness = pytest.importorskip("peers.harness")
 
 STORY = "max the clever bear lives in a village ."
 CHOICES = ["village .", "forest .", "castle ."]
@@ -74,6 +81,48 @@ def test_generate_until_goes_on_and_stops(model):
         disable_tqdm=True,
     )
     assert len(whole.split()) <= 9 and len(short.split()) <= 2 and " " not in stopped
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("task")
+    grammar_task.main([str(folder), "--num_questions", "200"])
+    return [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+
+
+class TestGrammarTask:
+    def test_one_end_of_four_is_right(self, questions):
+        for row in questions:
+            stories = [f"{row['context']} {choice}" for choice in row["choices"]]
+            assert [grammar.is_valid(story) for story in stories] == [index == row["answer"] for index in range(4)]
+        assert {row["answer"] for row in questions} == {0, 1, 2, 3}
+
+    @pytest.mark.parametrize("kind", ["peer_gpt2", "peer_mdlm"])
+    def test_peers(self, kind, questions, folder, tmp_path):
+        """As they are, and one text at a time among longer ones."""
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = FLMConfig(vocab_size=len(tokenizer), max_position_embeddings=30, attn_logit_softcapping=None, **sizes)
+        torch.manual_seed(0)
+        {"peer_gpt2": new_gpt2, "peer_mdlm": new_masked_model}[kind](config).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        model_class = {"peer_gpt2": peers_harness.GPT2HarnessModel, "peer_mdlm": peers_harness.MaskedHarnessModel}[
+            kind
+        ]
+        model = model_class(str(tmp_path), num_times=2)
+        row = questions[0]
+        requests = [Request(row["context"], " " + choice) for choice in row["choices"]]
+        values = [value for value, _ in model.loglikelihood(requests, disable_tqdm=True)]
+        assert all(-28 * math.log(100) < value < 0 for value in values)
+        if kind == "peer_gpt2":
+            tokens = torch.tensor([model.tok_encode(f"{row['context']} {row['choices'][1]}")])
+            known = torch.arange(tokens.shape[1])[None] < len(model.tok_encode(row["context"]))
+            with torch.no_grad():
+                expected = autoregressive_log_likelihood(model.model, tokens, known).item()
+            assert values[1] == pytest.approx(expected, rel=1e-5)
+            shorter = Request(row["context"], " " + row["choices"][1].rsplit(" ", 2)[0])
+            mixed = model.loglikelihood([shorter, *requests], disable_tqdm=True)
+            assert [value for value, _ in mixed[1:]] == pytest.approx(values, rel=1e-5) and mixed[0][0] > values[1]
 
 
 @pytest.mark.slow

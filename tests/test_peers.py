@@ -65,6 +65,14 @@ class TestMaskedDiffusion:
             assert bound.mean().item() == pytest.approx(math.log(weight), abs=4 * bound.std().item() / 4000**0.5)
             assert bound.std() < 1
 
+    def test_conditional_bound(self):
+        text, known = torch.tensor([[0, 3]]).expand(100, 2), torch.tensor([[1, 0]]).expand(100, 2)
+        bounds = masked_log_likelihood(ExactMaskedModel(), text, 32, generator(), prompt_mask=known)
+        expected = math.log(
+            0.2 / 0.7
+        )  # whatever the share, as the only token that is not known has the known one beside it
+        assert bounds.mean().item() == pytest.approx(expected, abs=4 * bounds.std().item() / 10)
+
     @pytest.mark.parametrize("num_steps", [1, 2, 8, 64])
     def test_ancestral_samples(self, num_steps):
         """Tokens that are written in the same step are independent: for each pair with probability 1 / num_steps."""
@@ -178,6 +186,15 @@ class TestAutoregressive:
             wanted, model = FLMModel(config).num_parameters(), new_gpt2(config)
             block = model.transformer.h[0]
             assert abs(model.num_parameters() - wanted) <= sum(each.numel() for each in block.parameters()) / 2
+
+    def test_conditional_likelihoods_add_up(self):
+        torch.manual_seed(0)
+        model = new_gpt2(FLMConfig(vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).eval()
+        texts = torch.randint(4, (5, 6))
+        known = (torch.arange(6) < 2).expand(5, 6)
+        begins = autoregressive_log_likelihood(model, texts[:, :2])
+        ends = autoregressive_log_likelihood(model, texts, prompt_mask=known)
+        torch.testing.assert_close(begins + ends, autoregressive_log_likelihood(model, texts))
 
     def test_samples_have_the_likelihoods_of_all_texts(self):
         torch.manual_seed(0)

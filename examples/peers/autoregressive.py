@@ -81,18 +81,22 @@ class AutoregressiveTrainer(AveragedTrainer):
 
 
 @torch.no_grad()
-def autoregressive_log_likelihood(model: GPT2LMHeadModel, input_ids: torch.LongTensor) -> torch.Tensor:
+def autoregressive_log_likelihood(
+    model: GPT2LMHeadModel, input_ids: torch.LongTensor, prompt_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     The log-likelihood, which is exact.
 
     Args:
         model ([`~transformers.GPT2LMHeadModel`]): The model, in evaluation mode.
         input_ids (`torch.LongTensor` of shape `(num_texts, sequence_length)`): The texts.
+        prompt_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*): 1 where tokens are known, how texts begin.
 
     Returns:
-        `torch.Tensor` of shape `(num_texts,)`: in nats.
+        `torch.Tensor` of shape `(num_texts,)`: of what is not known, in nats.
     """
-    return -F.cross_entropy(autoregressive_logits(model, input_ids).mT, input_ids, reduction="none").sum(dim=1)
+    losses = F.cross_entropy(autoregressive_logits(model, input_ids).mT, input_ids, reduction="none")
+    return -(losses if prompt_mask is None else losses.masked_fill(prompt_mask.bool(), 0.0)).sum(dim=1)
 
 
 @torch.no_grad()

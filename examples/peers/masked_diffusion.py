@@ -73,7 +73,11 @@ class MaskedDiffusionTrainer(AveragedTrainer):
 
 @torch.no_grad()
 def masked_log_likelihood(
-    model: FLMModel, input_ids: torch.LongTensor, num_times: int = 32, generator: torch.Generator | None = None
+    model: FLMModel,
+    input_ids: torch.LongTensor,
+    num_times: int = 32,
+    generator: torch.Generator | None = None,
+    prompt_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The variational bound of masked diffusion in continuous time: the loss of the training, summed over a text.
@@ -83,14 +87,16 @@ def masked_log_likelihood(
         input_ids (`torch.LongTensor` of shape `(num_texts, sequence_length)`): The texts.
         num_times (`int`, *optional*, defaults to 32): How often each is masked, at stratified shares; a forward pass each.
         generator (`torch.Generator`, *optional*): The source of shares and masks, on the CPU.
+        prompt_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*): 1 where tokens are known.
 
     Returns:
-        `torch.Tensor` of shape `(num_texts,)`: lower bounds of the log-likelihoods, in nats.
+        `torch.Tensor` of shape `(num_texts,)`: lower bounds of the log-likelihoods of what is not known, in nats.
     """
     total = torch.zeros(len(input_ids), device=input_ids.device)
+    given = torch.zeros_like(input_ids, dtype=torch.bool) if prompt_mask is None else prompt_mask.bool()
     for stratum in range(num_times):
         share = (stratum + torch.rand(len(input_ids), 1, generator=generator)).div(num_times).clamp(min=1e-3)
-        known = (torch.rand(input_ids.shape, generator=generator) >= share).to(input_ids.device)
+        known = (torch.rand(input_ids.shape, generator=generator) >= share).to(input_ids.device) | given
         losses = torch.nn.functional.cross_entropy(
             masked_logits(model, input_ids, known).mT, input_ids, reduction="none"
         )

@@ -51,6 +51,8 @@ class FLMHarnessModel(TemplateLM):
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code that comes with the model.
     """
 
+    model_class = AutoModel
+
     def __init__(
         self,
         pretrained: str,
@@ -71,7 +73,7 @@ class FLMHarnessModel(TemplateLM):
             device = found or "cpu"  # the harness asks for CUDA where nobody has said anything
         self._device = torch.device(device)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.model = AutoModel.from_pretrained(pretrained, **options).to(self._device)
+        self.model = self.model_class.from_pretrained(pretrained, **options).to(self._device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained, **options)
         self.num_times, self.num_steps, self.seed = num_times, num_steps, seed
         self.batch_size = max(64, int(batch_size))
@@ -116,17 +118,11 @@ class FLMHarnessModel(TemplateLM):
                 attention_mask[row, : len(text)] = 1
                 known[row, : len(requests[index][1])] = 1
             options = {"attention_mask": None if attention_mask.all() else attention_mask, "prompt_mask": known}
-            output = self.model.log_likelihood(
-                input_ids,
-                **options,
-                num_times=self.num_times,
-                batch_size=self.batch_size,
-                generator=self._generators(indices),
-            )
+            values = self._bound(input_ids, **options, generator=self._generators(indices))
             written = self._write(input_ids, **options, generator=self._generators(indices)).cpu()
             matches = (written == input_ids) | (attention_mask == 0)
             for row, index in enumerate(indices):
-                results[index] = (output.log_likelihood[row].item(), bool(matches[row].all()))
+                results[index] = (values[row].item(), bool(matches[row].all()))
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
         return [results[index] for index in range(len(requests))]
 
@@ -159,6 +155,11 @@ class FLMHarnessModel(TemplateLM):
             results.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
         return results
+
+    def _bound(self, input_ids: torch.LongTensor, **options) -> torch.Tensor:
+        """Of the log-likelihoods of what is not known."""
+        output = self.model.log_likelihood(input_ids, num_times=self.num_times, batch_size=self.batch_size, **options)
+        return output.log_likelihood
 
     def _write(self, input_ids: torch.LongTensor | None, **options) -> torch.LongTensor:
         """The model's own completions of what is known."""

@@ -1,0 +1,95 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+A task for the lm-evaluation-harness, of the grammar's stories: how does a story go on? Of four ends, the three wrong ones break one
+dependency each: the pronoun, the second verb, the color or the thing that was found, or who is thanked.
+
+    python examples/grammar_task.py outputs/grammar_task
+    python -m modeling_flm.trainers.evaluation.harness --model flm --model_args pretrained=outputs/quickstart/fmlm \
+        --tasks grammar --include_path outputs/grammar_task
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import grammar
+
+
+# What is said twice, with all that can stand there: where the second one is wrong, the story is.
+REPEATED = {
+    "PRONOUN": ["she", "he"],
+    "SECOND_VERB": list(grammar.VERBS.values()),
+    "COLOR": grammar.COLORS,
+    "THING": grammar.THINGS,
+    "FRIEND": grammar.FRIENDS,
+    "NAME": grammar.GIRLS + grammar.BOYS,
+}
+# The words that are given: up to the first verb's pronoun, exclusively
+NUM_KNOWN = grammar.TEMPLATE.index("PRONOUN")
+
+
+def wrong_end(words: list[str], slot: str, rng: random.Random) -> list[str]:
+    """A story whose last word for a slot is another one of the same kind."""
+    place = max(index for index, word in enumerate(grammar.TEMPLATE) if word == slot)
+    others = [word for word in REPEATED[slot] if word != words[place]]
+    return [*words[:place], rng.choice(others), *words[place + 1 :]]
+
+
+def make_question(rng: random.Random) -> dict:
+    """The begin of a story, and four ends in random order, of which one is right."""
+    words = grammar.sample_story(rng).split()
+    ends = [words, *(wrong_end(words, slot, rng) for slot in rng.sample(sorted(REPEATED), 3))]
+    order = rng.sample(range(4), 4)
+    return {
+        "context": " ".join(words[:NUM_KNOWN]),
+        "choices": [" ".join(ends[index][NUM_KNOWN:]) for index in order],
+        "answer": order.index(0),
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="the folder to write the task to")
+    parser.add_argument("--num_questions", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=99, help="another than that of training")
+    return parser
+
+
+def main(arguments: list[str] | None = None):
+    args = make_parser().parse_args(arguments)
+    rng = random.Random(args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    questions = [make_question(rng) for _ in range(args.num_questions)]
+    path = args.output / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, questions)) + "\n")
+    task = {
+        "task": "grammar",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (args.output / "grammar.yaml").write_text(json.dumps(task, indent=2) + "\n")  # which is YAML, too
+    print(f"{len(questions)} questions in {args.output}, such as")
+    print(json.dumps(questions[0], indent=2))
+
+
+if __name__ == "__main__":
+    main()

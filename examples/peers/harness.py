@@ -1,0 +1,100 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The peers in the lm-evaluation-harness, as `peer_gpt2` and `peer_mdlm`, beside flow-based models, `flm`:
+
+    python examples/peers/harness.py --model peer_mdlm --model_args pretrained=outputs/study_grammar/models/mdlm-0/after-1 \
+        --tasks grammar --include_path outputs/grammar_task
+
+They are scored, by the exact likelihood of GPT-2 and the bound of the masked model, and do not write.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from lm_eval.api.registry import register_model
+from transformers import GPT2LMHeadModel
+
+from modeling_flm import FLMModel
+from modeling_flm.commitment_flm import PosteriorRefinement
+from modeling_flm.trainers.evaluation.harness import FLMHarnessModel, main
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from peers.autoregressive import autoregressive_log_likelihood, autoregressive_logits  # noqa: E402
+from peers.masked_diffusion import masked_log_likelihood, unmask  # noqa: E402
+
+
+class PeerHarnessModel(FLMHarnessModel):
+    """
+    What the peers have in common: they are scored, and write nothing. Texts of one length are taken together.
+
+    Args:
+        kwargs: As for [`~modeling_flm.trainers.evaluation.harness.FLMHarnessModel`].
+    """
+
+    def _bound(self, input_ids, attention_mask, prompt_mask, generator):
+        if attention_mask is None:
+            return self._likelihoods(input_ids.to(self._device), prompt_mask.to(self._device), generator[0])
+        rows = zip(input_ids, attention_mask.sum(dim=1), prompt_mask, generator)
+        rows = [(ids[None, :length], None, known[None, :length], [each]) for ids, length, known, each in rows]
+        return torch.cat([self._bound(*row) for row in rows])
+
+    def _likelihoods(
+        self, input_ids: torch.LongTensor, prompt_mask: torch.LongTensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Of what is not known of texts of one length, or bounds of them."""
+        raise NotImplementedError
+
+    def generate_until(self, requests, disable_tqdm: bool = False):
+        raise NotImplementedError("The peers are compared by likelihoods: choose tasks that write nothing.")
+
+
+@register_model("peer_gpt2")
+class GPT2HarnessModel(PeerHarnessModel):
+    """A GPT-2 of `autoregressive.py`, whose likelihoods are exact."""
+
+    model_class = GPT2LMHeadModel
+
+    def _likelihoods(self, input_ids, prompt_mask, generator):
+        return autoregressive_log_likelihood(self.model, input_ids, prompt_mask)
+
+    @torch.no_grad()
+    def _write(self, input_ids, attention_mask, prompt_mask, generator):
+        tokens = input_ids.to(self._device)
+        known = prompt_mask.to(self._device).bool()
+        for place in range(tokens.shape[1]):
+            likeliest = autoregressive_logits(self.model, tokens[:, : place + 1])[:, -1].argmax(dim=-1)
+            tokens[:, place] = torch.where(known[:, place], tokens[:, place], likeliest)
+        return tokens
+
+
+@register_model("peer_mdlm")
+class MaskedHarnessModel(PeerHarnessModel):
+    """A masked diffusion model of `masked_diffusion.py`, with its bound."""
+
+    model_class = FLMModel
+
+    def _likelihoods(self, input_ids, prompt_mask, generator):
+        return masked_log_likelihood(self.model, input_ids, self.num_times, generator, prompt_mask)
+
+    @torch.no_grad()
+    def _write(self, input_ids, attention_mask, prompt_mask, generator):
+        rule = PosteriorRefinement(self.num_steps or input_ids.shape[1], None, "uniform", True)
+        return unmask(self.model, input_ids.to(self._device), prompt_mask.to(self._device).bool(), rule)[0]
+
+
+if __name__ == "__main__":
+    main()
