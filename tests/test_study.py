@@ -7,8 +7,11 @@ from pathlib import Path
 import grammar
 import pytest
 import study
+import torch
 import wordnet
 from study_models import CONTENDERS
+
+from modeling_flm import FMLMModel
 
 
 RECIPES = Path(study.__file__).parent / "recipes"
@@ -117,6 +120,9 @@ def test_all_stages(tokenizer, tmp_path, capsys):
         "num_samples": 6,
         "num_times": 2,
         "num_likelihood_texts": 8,
+        "prompt_fraction": 0.5,
+        "description": "stories of a grammar",
+        "keep_dir": tmp_path / "kept",
     }
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     flags += ["--learning_rates", "0.001", "0.002", "--num_steps", "1", "2", "--temperatures", "0.7", "1.0"]
@@ -131,6 +137,14 @@ def test_all_stages(tokenizer, tmp_path, capsys):
             model = contender.load(folder / "models" / f"{name}-0" / study.snapshot_name(part))
             assert model.num_parameters() > 0
     assert (folder / "study.png").stat().st_size > 10_000
+    kept, whole = (
+        FMLMModel.from_pretrained(path, dtype=torch.float32)
+        for path in (tmp_path / "kept", folder / "models" / "fmlm-0" / "after-1")
+    )
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(kept.state_dict()[name], weight, rtol=1 / 128, atol=1e-6)
+    record = json.loads((tmp_path / "kept" / "training.json").read_text())
+    assert record["data"]["source"] == "stories of a grammar" and record["arguments"]["prompt_fraction"] == 0.5
     # What is there is not made again.
     before = {path: path.stat().st_mtime_ns for path in (folder / "models").rglob("*") if path.is_file()}
     for stage in ("data", "search", "train", "sample"):

@@ -1,0 +1,100 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Words that a flow map invents, each in one forward pass, letter by letter at once. The model lies in this repository.
+
+    python examples/demo.py
+    python examples/demo.py --seed 1 --patterns inter... ______ness c_nt_____
+
+Of a pattern the model writes what is left open: `_` is a letter, and `...` the rest of a word.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_flm import FMLMModel
+
+
+MODEL = Path(__file__).parent / "models" / "words_fmlm"
+
+
+def known_tokens(pattern: str, number: int, length: int, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """
+    Arguments of `generate()` for words of which some letters are known.
+
+    Args:
+        pattern (`str`): A word with `_` for letters that are to be written, or how a word begins, with `...` after it.
+        number (`int`): How many words.
+        length (`int`): The length of the model's texts: a word, its end, and what fills them up.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A tokenizer of characters.
+
+    Returns:
+        `dict`: `input_ids` and `prompt_mask`.
+    """
+    letters = pattern.removesuffix("...")
+    row = tokenizer(letters.replace("_", "a"), add_special_tokens=False)["input_ids"]
+    mask = [int(letter != "_") for letter in letters]
+    rest = [tokenizer.eos_token_id] + [tokenizer.pad_token_id] * (length - len(row) - 1)
+    row, mask = row + rest, mask + [int(letters == pattern)] * len(rest)
+    return {"input_ids": torch.tensor([row] * number), "prompt_mask": torch.tensor([mask] * number)}
+
+
+def write(model: FMLMModel, tokenizer: PreTrainedTokenizerBase, **options) -> list[str]:
+    """Texts of a model, up to their ends."""
+    tokens = model.generate(pad_after_eos=True, **options)
+    return ["".join(text.split()) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def show(title: str, words: list[str]):
+    print(f"\n{title}\n")
+    for start in range(0, len(words), 6):
+        print("    " + "".join(f"{word:<17}" for word in words[start : start + 6]).rstrip())
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(MODEL), help="name or folder of a flow map of characters")
+    parser.add_argument("--num_samples", type=int, default=24, help="words without a prompt")
+    parser.add_argument("--num_steps", type=int, default=1, help="forward passes for each word")
+    parser.add_argument(
+        "--patterns",
+        nargs="*",
+        default=["un...", "photo...", "______ness", "c_nt_____"],
+        help="what is known of words",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(arguments: list[str] | None = None):
+    args = make_parser().parse_args(arguments)
+    model = FMLMModel.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    options = {"num_steps": args.num_steps, "generator": torch.Generator().manual_seed(args.seed)}
+    passes = "one forward pass" if args.num_steps == 1 else f"{args.num_steps} forward passes"
+    start = time.perf_counter()
+    words = write(model, tokenizer, num_samples=args.num_samples, **options)
+    seconds = time.perf_counter() - start
+    show(f"{len(words)} words, each in {passes}, in {1000 * seconds:.0f} ms on this machine:", words)
+    for pattern in args.patterns:
+        known = known_tokens(pattern, 12, model.config.max_position_embeddings, tokenizer)
+        show(pattern, write(model, tokenizer, **known, **options))
+
+
+if __name__ == "__main__":
+    main()
