@@ -72,6 +72,7 @@ def read_records(folder: str | Path) -> dict[str, dict[str, Any]]:
 def _clean_training(training: dict[str, Any]) -> dict[str, Any]:
     arguments = {str(name): value for name, value in training["arguments"].items()}
     cleaned = {"trainer": str(training["trainer"]), "step": int(training["step"]), "arguments": arguments}
+    cleaned["num_devices"] = int(training.get("num_devices", 1))
     teacher, data = training.get("teacher"), training.get("data", {})
     if is_hub_name(teacher):
         cleaned["teacher"] = teacher

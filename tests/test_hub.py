@@ -1,5 +1,6 @@
 """Publishing to a Hub, and loading from it, in this process and in others that have nothing of this package."""
 
+import dataclasses
 import json
 import os
 import re
@@ -184,7 +185,10 @@ class TestAssemble:
         assert "`evaluation.json`" not in text  # there is none
         assert "eprint = {2602.16813}" in text and "library `modeling-flm`" in " ".join(text.split())
         assert "unconditionally" not in text
-        assert "| `optimizer` | adamw_torch_fused (betas 0.9, 0.999, epsilon 1e-08, weight decay 0.0) |" in text
+        assert "| `optim` | adamw_torch_fused |" in text and "| `adam_beta2` | 0.999 |" in text
+        names = set(re.findall(r"^\| `(\w+)` \| [^|]+ \|$", text.split("## Files")[0], re.MULTILINE))
+        known = {definition.name for definition in dataclasses.fields(FLMTrainingArguments)}
+        assert {"max_steps", "per_device_train_batch_size", "warmup_steps"} <= names <= known
 
     @pytest.mark.parametrize("prompt_fraction", [0.0, 0.9, None])
     def test_card_says_whether_prompts_were_trained_for(self, prompt_fraction):

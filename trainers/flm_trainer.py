@@ -38,9 +38,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import HubStrategy, has_length
-from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 
 from modeling_flm import FLMModel, FLMOutput, FMLMModel
@@ -73,10 +71,23 @@ from .distributed import (
 )
 from .ema import EMACallback
 from .flm_config import FLMTrainingArguments
+
 from .metrics import TokenMeans
 
 
 logger = logging.get_logger(__name__)
+
+# What a model card tells of transformers' own arguments, beside the length of the training and those of ours
+_RECORDED_ARGUMENTS = (
+    *(
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    ),
+    *("max_grad_norm", "optim", "weight_decay", "seed", "bf16", "fp16"),
+)
 
 # In a checkpoint, `model.safetensors` or the adapter has the averaged weights, for everybody who loads it, and this file those
 # that the optimizer continues from.
@@ -603,14 +614,15 @@ class FLMTrainer(Trainer):
             for field in dataclasses.fields(self.args)
             if field.name not in inherited and not field.name.startswith(("sample_", "eval_gen_ppl_"))
         }
-        arguments = {**extract_hyperparameters_from_trainer(self), "bf16": self.args.bf16, **own}
-        optimizer = OptimizerNames(self.args.optim).value
-        if "adam" in optimizer:
-            betas = f"{self.args.adam_beta1}, {self.args.adam_beta2}"
-            optimizer += f" (betas {betas}, epsilon {self.args.adam_epsilon}, weight decay {self.args.weight_decay})"
-        record = {"trainer": type(self).__name__, "step": self.state.global_step}
-        data = describe_dataset(self.train_dataset)
-        return {**record, "data": data, "arguments": {**arguments, "optimizer": optimizer}}
+        length = "max_steps" if self.args.max_steps > 0 else "num_train_epochs"
+        names = [
+            *_RECORDED_ARGUMENTS,
+            *(["adam_beta1", "adam_beta2", "adam_epsilon"] if "adam" in self.args.optim else []),
+        ]
+        arguments = {name: getattr(self.args, name) for name in (length, *names)}
+        arguments = {name: getattr(value, "value", value) for name, value in arguments.items()}  # of enumerations
+        record = {"trainer": type(self).__name__, "step": self.state.global_step, "num_devices": self.args.world_size}
+        return {**record, "data": describe_dataset(self.train_dataset), "arguments": {**arguments, **own}}
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)

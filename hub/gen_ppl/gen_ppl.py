@@ -65,7 +65,7 @@ Example:
 
 _CITATION = """
 @article{flm2026,
-    title = {One-step Language Modeling via Continuous Denoising},
+    title = {Flow Map Language Models: One-step Language Modeling via Continuous Denoising},
     journal = {arXiv:2602.16813},
     year = {2026},
 }
