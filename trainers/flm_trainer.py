@@ -71,7 +71,6 @@ from .distributed import (
 )
 from .ema import EMACallback
 from .flm_config import FLMTrainingArguments
-
 from .metrics import TokenMeans
 
 
