@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # A process for each core, each with one thread, and with tests that lie together, which share what they train.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: install quickstart published test test-slow lint format clean
+.PHONY: install demo quickstart published test test-slow lint format clean
 
 install: $(INSTALLED)
 
@@ -14,6 +14,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+demo: $(INSTALLED)  ## words that a model in this repository writes in one step
+	$(BIN)/python examples/demo.py
 
 quickstart: $(INSTALLED)  ## train a small model and watch it write
 	$(BIN)/python examples/quickstart.py

@@ -81,8 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None):
-    args = make_parser().parse_args(arguments)
+def main(args: argparse.Namespace):
     model = FMLMModel.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     options = {"num_steps": args.num_steps, "generator": torch.Generator().manual_seed(args.seed)}
@@ -97,4 +96,4 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    main(make_parser().parse_args())

@@ -68,8 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None):
-    args = make_parser().parse_args(arguments)
+def main(args: argparse.Namespace):
     rng = random.Random(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     questions = [make_question(rng) for _ in range(args.num_questions)]
@@ -92,4 +91,4 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    main(make_parser().parse_args())

@@ -158,6 +158,8 @@ def assemble(
             card = build_card(records, repo_id, model, samples, **card)
             if missing := missing_metadata(card, records):
                 logger.warning_once(f"The card of {repo_id} is not complete. Pass " + "; ".join(missing) + ".")
+            if EVALUATION_NAME not in records:
+                logger.warning_once(f"It has no results: `flm-evaluate --model {folder} --update_card` measures some.")
         else:
             card = own_card
         card.save(unfinished / "README.md")

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import grammar
-import grammar_task
 import pytest
 import torch
+from example_scripts import run_here
 from peers.autoregressive import autoregressive_log_likelihood, new_gpt2
 from peers.masked_diffusion import new_masked_model
 from small_models import build_flm
@@ -86,7 +86,7 @@ def test_generate_until_goes_on_and_stops(model):
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("task")
-    grammar_task.main([str(folder), "--num_questions", "200"])
+    run_here("grammar_task", folder, "--num_questions", 200)
     return [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
 
 
