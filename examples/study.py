@@ -263,7 +263,7 @@ def new_config(tokenizer: PreTrainedTokenizerBase, args: StudyArguments) -> FLMC
         max_position_embeddings=args.length,
         dropout=args.dropout,
         attn_logit_softcapping=None,  # for the fast attention of PyTorch
-        bos_token_id=tokenizer.bos_token_id,
+        bos_token_id=None,  # texts have an end, and no token that begins them
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -696,6 +696,8 @@ def keep(data: Data, args: StudyArguments):
     model.save_pretrained(args.keep_dir)
     data.tokenizer.save_pretrained(args.keep_dir)
     shutil.copy(source / TRAINING_NAME, args.keep_dir)
+    for path in Path(args.keep_dir).glob("*.py"):  # the code of the model, which is here, and which publishing adds
+        path.unlink()
     size = sum(path.stat().st_size for path in Path(args.keep_dir).iterdir())
     print(f"{args.keep_dir}: {model.num_parameters():,} parameters, {size / 1e6:.1f} MB")
 
