@@ -7,6 +7,8 @@ from pathlib import Path
 import grammar
 import pytest
 import study
+import study_data
+import study_report
 import torch
 import wordnet
 from study_models import CONTENDERS
@@ -60,13 +62,13 @@ class TestWordNet:
 
 
 def test_characters():
-    assert study.to_characters("Élan vital: 2 kinds; see  'A-frame'") == "lan vital kinds see a frame"
+    assert study_data.to_characters("Élan vital: 2 kinds; see  'A-frame'") == "lan vital kinds see a frame"
 
 
 def test_spread():
-    assert study.spread([1.0, 3.0], 1) == "2.0 ± 1.0"
-    assert study.spread([2.0, None], 2) == "2.00"
-    assert study.spread([None], 2) == "-"
+    assert study_report.spread([1.0, 3.0], 1) == "2.0 ± 1.0"
+    assert study_report.spread([2.0, None], 2) == "2.00"
+    assert study_report.spread([None], 2) == "-"
 
 
 @pytest.mark.parametrize("stage", ["search", "train", "sample", "report"])
