@@ -53,7 +53,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_flm import FLMConfig, FMLMModel
 from modeling_flm.hub.records import TRAINING_NAME
 from modeling_flm.trainers import DataCollatorForFLM
-from modeling_flm.trainers.scripts import ScriptParser
+from modeling_flm.trainers.scripts import ScriptParser, explained
 
 
 # Training
@@ -337,10 +337,11 @@ def main(arguments: list[str] | None = None):
     for name in (*args.models, *(args.only or ())):
         if name not in CONTENDERS and name != "scorer":
             raise SystemExit(f"error: --models and --only: there is no {name}, only {', '.join(CONTENDERS)}")
-    if arguments[0] == "data":
-        make_data(args)
-    else:
-        STAGES[arguments[0]](Data.load(args), args)
+    with explained(StudyArguments):
+        if arguments[0] == "data":
+            make_data(args)
+        else:
+            STAGES[arguments[0]](Data.load(args), args)
 
 
 if __name__ == "__main__":

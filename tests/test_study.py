@@ -82,6 +82,8 @@ def test_unknown_models_and_stages(tmp_path):
         study.main(["train", "--output_dir", str(tmp_path), "--only", "gpt3"])
     with pytest.raises(SystemExit, match="say what to do first: data, search"):
         study.main(["--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: .*nowhere.txt"):
+        study.main(["data", "--output_dir", str(tmp_path), "--train_file", "nowhere.txt"])
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("study_*.yaml")), ids=lambda path: path.stem)
