@@ -15,6 +15,8 @@
 
 # ruff: noqa: E402
 import copy
+import dataclasses
+import difflib
 
 from transformers.utils.versions import require_version
 
@@ -24,8 +26,12 @@ require_version("transformers>=5.20", "FLM models need a newer one: `pip install
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from .pipeline_flm import CUSTOM_PIPELINES
+
+
+logger = logging.get_logger(__name__)
 
 
 @strict
@@ -116,6 +122,10 @@ class FLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in kwargs:
+            if close := difflib.get_close_matches(name, names, n=1, cutoff=0.7):
+                logger.warning(f"`{type(self).__name__}` has no `{name}`: did you mean `{close[0]}`?")
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)

@@ -942,9 +942,11 @@ class FLMGenerationMixin:
         names = [name for name, value in neutral.items() if explicit.get(name, value) != value]
         if names and config.num_steps == 1 and only_argmax:
             logger.warning_once(
-                f"`{'`, `'.join(names)}` have no effect in one step, which takes the most likely tokens: take more steps, or "
-                "draw tokens with `sampler_config=BridgeSamplerConfig()`."
+                f"`{'`, `'.join(names)}` {'has' if len(names) == 1 else 'have'} no effect in one step, which takes the most likely "
+                "tokens: take more steps, or draw tokens with `sampler_config=BridgeSamplerConfig()`."
             )
+        if explicit.get("gamma") and config.num_steps == 1:
+            logger.warning_once("`gamma` has no effect in one step: take more steps.")
         if names := sorted({type(each).__name__ for each in logits_processor or [] if _needs_prefix(each)}):
             logger.warning_once(
                 f"`{'`, `'.join(names)}` looks at tokens that were written before, but all tokens are written at once: it has "

@@ -504,6 +504,8 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
     """
 
     def __init__(self, config: FLMConfig):
+        if config.model_type == "fmlm" and type(self) is FLMModel:
+            raise TypeError("`config` must be an `FLMConfig`, got an `FMLMConfig`: build an `FMLMModel` with it.")
         super().__init__(config)
         self.time_map = build_time_map(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -841,7 +843,7 @@ def check_is_flm(teacher: PreTrainedModel, argument: str = "teacher"):
     name = type(teacher).__name__
     if name != "FLMModel":
         hints = {
-            "FMLMModel": " A flow map is trained on as it is, or loaded twice.",
+            "FMLMModel": " A flow map is a student already: pass it as `model`, or as `--student`.",
             "FMLMTwoNetworkModel": f" Pass its flow, `{argument}.flow`.",
         }
         merge = f" Merge its adapters first, `{argument}.merge_and_unload()`." if name.startswith("Peft") else ""

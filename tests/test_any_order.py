@@ -189,7 +189,9 @@ class TestWrongModels:
         flow_map = FMLMModel.from_flm(flm)
         with pytest.raises(TypeError, match="`model` is a flow map, `FMLMModel`: train it with `FMLMTrainer`"):
             FLMTrainer(flow_map, FLMTrainingArguments(tmp_path))
-        with pytest.raises(TypeError, match="`teacher` must be an `FLMModel`, got `FMLMModel`. A flow map is trained"):
+        with pytest.raises(
+            TypeError, match="`teacher` must be an `FLMModel`, got `FMLMModel`. A flow map is a student"
+        ):
             FMLMModel.from_flm(flow_map)
         two = FMLMTwoNetworkModel.from_flm(flm)
         for model_class in (FMLMModel, FMLMTwoNetworkModel):

@@ -41,6 +41,11 @@ class TestConfig:
         with pytest.raises(ValueError, match="type 'fmlm', not 'flm'.*`AutoModel`"):
             FLMModel.from_pretrained(tmp_path / "fmlm")
 
+    def test_settings_that_may_be_meant_are_named(self, caplog):
+        FLMConfig(hidden_sise=3, num_layers=2, id2label={0: "a"}, my_own=1)
+        assert "no `hidden_sise`: did you mean `hidden_size`?" in caplog.text
+        assert "did you mean `num_hidden_layers`?" in caplog.text and caplog.text.count("did you mean") == 2
+
     def test_saves_and_loads(self, tmp_path):
         config = FLMConfig(vocab_size=100, attn_logit_softcapping=None, eos_token_id=2)
         config.save_pretrained(tmp_path)

@@ -336,7 +336,7 @@ class TestLoading:
         assert loaded["train"]["text"][:] == ["one\ntwo", "three", "four"]
 
     def test_errors(self, tmp_path):
-        with pytest.raises(ValueError, match="either `dataset_name` or `train_file`"):
+        with pytest.raises(ValueError, match="pass `dataset_name` or `train_file`"):
             load_texts()
         with pytest.raises(ValueError, match="either `dataset_name` or `train_file`"):
             load_texts(dataset_name="a", train_file="b.txt")

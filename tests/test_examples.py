@@ -241,7 +241,7 @@ class TestTrainingScripts:
         [
             ({"train_tokenizer": None}, "Pass --tokenizer_name, --train_tokenizer or --model_name_or_path"),
             ({"config_overrides": "hiden_size=3"}, "FLMConfig has no hiden_size"),
-            ({"train_file": None}, "either --dataset_name or --train_file"),
+            ({"train_file": None}, "pass --dataset_name or --train_file"),
             ({"block_size": 5000}, "too few tokens for a single block"),
             ({"config_overrides": "hidden_size=10,num_attention_heads=4"}, "error: .*`hidden_size` .10. must be"),
             (
@@ -294,6 +294,9 @@ class TestHelp:
                 ["--config_overrides", "a=[", "--train_file", "text.txt", "--train_tokenizer", "char"],
                 "error: .*parsing",
             ),
+            (["--resume_from_checkpoint", "nope"], "error: --resume_from_checkpoint: nope is no checkpoint"),
+            (["--resume_from_checkpoint"], "error: --resume_from_checkpoint: there is no checkpoint in"),
+            (["--hidden_size", 32], r"error: unknown arguments --hidden_size \(part of --config_overrides\)"),
             (["--max_stps", 3], r"error: unknown arguments --max_stps \(did you mean --max_steps\?\)"),
             (["--max_steps", 3, "settings.yaml"], "error: settings.yaml must come before the flags"),
             (["half.yaml"], "error: half.yaml is not YAML"),

@@ -312,6 +312,19 @@ class TestArguments:
         assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay) == (3e-4, 0.9, 0.999, 0.0)
         assert (args.ema_decay, args.max_grad_norm, args.lr_scheduler_type) == (0.9999, 1.0, "constant_with_warmup")
 
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no effect"),
+            ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` has no effect"),
+            ({"learning_rate": -1.0}, "`learning_rate` must be at least 0"),
+            ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be at least 1"),
+        ],
+    )
+    def test_inherited_options(self, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            FLMTrainer(build_flm(), FLMTrainingArguments(tmp_path, use_cpu=True, report_to=[], **options))
+
     def test_trainer_refuses(self, tmp_path):
         from transformers import TrainingArguments
 
@@ -366,6 +379,8 @@ class TestDatasetsThatCannotBeTrainedOn:
             (Texts([]), "`{name}` is empty"),
             (Dataset.from_dict({"input_ids": [[1] * 13]}), "have 13 tokens, but the model was made for at most 12"),
             (Texts([torch.ones(5).long(), torch.ones(13).long()]), "or build the model with `max_position_embeddings=13`"),
+            (Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, -100]]}), "`labels` of `{name}` are all -100"),
+            (Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, 3]]}), "`labels` of `{name}` must be its `input_ids`"),
             (Dataset.from_dict({"input_ids": [[1, 53]]}), "have the token 53, but the model's are 0 to 52"),
         ],
     )  # fmt: skip

@@ -295,7 +295,7 @@ class TestNoEffect:
         options = {"num_samples": 5, **option}
         tokens = model.generate(generator=seed(), **options)
         (name,) = option
-        assert f"`{name}` have no effect in one step" in caplog.text
+        assert f"`{name}` has no effect in one step" in caplog.text
         assert torch.equal(tokens, model.generate(num_samples=5, generator=seed()))
 
     @pytest.mark.parametrize(

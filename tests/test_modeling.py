@@ -522,3 +522,5 @@ class TestPrecisionAndSpeed:
 def test_a_flow_map_of_the_configuration_of_an_flm_is_refused(flm):
     with pytest.raises(TypeError, match="to start from a trained FLM use `FMLMModel.from_flm"):
         FMLMModel(flm.config)
+    with pytest.raises(TypeError, match="got an `FMLMConfig`: build an `FMLMModel` with it"):
+        FLMModel(FMLMModel.from_flm(flm).config)

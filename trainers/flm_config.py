@@ -174,6 +174,11 @@ class FLMTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and self.selects_by_likelihood:
             self.greater_is_better = False
         super().__post_init__()
+        if not self.learning_rate >= 0:
+            raise ValueError(f"`learning_rate` must be at least 0, got {self.learning_rate}.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.eval_likelihood_times != 0 and self.eval_likelihood_times < 2:
             raise ValueError(f"`eval_likelihood_times` must be at least 2, or 0, got {self.eval_likelihood_times}.")
         if self.selects_by_likelihood and self.eval_likelihood_times == 0:

@@ -181,6 +181,15 @@ class FLMTrainer(Trainer):
         for name in ("sample_steps", "eval_gen_ppl_steps"):
             if getattr(args, name) > 0 and processing_class is None:
                 raise ValueError(f"`{name}` needs a tokenizer to decode samples with: pass `processing_class`.")
+        ignored = {
+            "label_smoothing_factor": args.label_smoothing_factor,
+            "neftune_noise_alpha": args.neftune_noise_alpha,
+        }
+        for name, value in {**ignored, "compute_loss_func": kwargs.get("compute_loss_func")}.items():
+            if value:
+                raise ValueError(
+                    f"`{name}` has no effect on `{type(self).__name__}`, whose loss is its own: leave it out."
+                )
         if args.n_gpu > 1:
             raise ValueError(
                 f"`{type(self).__name__}` needs a process for each device: start the script with `accelerate launch`."

@@ -16,6 +16,7 @@
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
+from transformers.utils import logging
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import remaining_noise
@@ -30,6 +31,8 @@ from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
 from .objectives import assemble, eulerian_target, lagrangian_target, masked_posterior, posterior_of, semigroup_target
 
+
+logger = logging.get_logger(__name__)
 
 # A pair of different times is at least this far apart, so that quotients of differences keep their precision.
 _MIN_DIFFERENCE = 1e-3
@@ -147,6 +150,11 @@ class FMLMTrainer(FLMTrainer):
                 raise ValueError("A two-network model is not a softmax: it needs `divergence='squared_error'`.")
             if args.diagonal_fraction > 0:
                 raise ValueError("A two-network model has its flow on the diagonal: it needs `diagonal_fraction=0`.")
+        elif args.target == "semigroup" and args.diagonal_fraction == 0 and masked_teacher is None:
+            logger.warning(
+                "With `diagonal_fraction=0` a model of one network learns nothing of the `teacher`, or of the data. The preset "
+                "'two_network' is for an `FMLMTwoNetworkModel.from_flm(teacher)`."
+            )
         if args.target in ("lagrangian", "eulerian") and network.config._attn_implementation != "eager":
             raise ValueError(
                 f"`target='{args.target}'` takes forward-mode derivatives, which `{network.config._attn_implementation}` "

@@ -39,8 +39,10 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.hf_argparser import string_to_bool
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import cached_file, logging
 
+from modeling_flm import FLMConfig
 from modeling_flm.hub.records import DATA_SETTINGS_NAME
 from modeling_flm.tokenization_flm import add_special_tokens, has_characters_only
 
@@ -50,6 +52,11 @@ from .flm_trainer import FLMTrainer
 
 
 logger = logging.get_logger(__name__)
+
+
+def optional_number(text: str) -> float | None:
+    """A number, or `None` where it is said so."""
+    return None if text.lower() in ("none", "null") else float(text)
 
 
 @dataclass
@@ -124,6 +131,11 @@ class ScriptParser(HfArgumentParser):
         kwargs.setdefault("allow_abbrev", False)  # a flag that is cut short may be another one
         super().__init__(dataclass_types, **kwargs)
         self.find_defaults = find_defaults
+        for action in self._actions:
+            if action.dest == "resume_from_checkpoint":  # also without a value
+                action.nargs, action.const = "?", "true"
+            if action.dest == "ema_decay":
+                action.type = optional_number
         if any(issubclass(dataclass_type, TrainingArguments) for dataclass_type in dataclass_types):
             self.add_argument(
                 "--help-all", action=_HelpAll, help="show the flags of TrainingArguments as well, and exit"
@@ -171,11 +183,16 @@ class ScriptParser(HfArgumentParser):
                 )
                 settings = {name: value for name, value in settings.items() if name not in dataset}
             self._change_defaults(settings, source)
-        unknown = self.parse_known_args(arguments)[1]
+        if arguments and not arguments[0].startswith("-") and any(action.dest == "model" for action in self._actions):
+            arguments.insert(0, "--model")
+        known, unknown = self.parse_known_args(arguments)
         if files := [argument for argument in unknown if argument.endswith((".yaml", ".yml"))]:
             raise ValueError(f"{files[0]} must come before the flags")
         if unknown:
+            unknown = [name for name in unknown if name.startswith("--")] or unknown  # without their values
             raise ValueError(f"unknown arguments {', '.join(map(self._suggest, unknown))}")
+        if getattr(known, "output_dir", "") is None:  # transformers would write to `trainer_output`
+            raise ValueError("`output_dir` is missing: name the folder to write to.")
         if self.find_defaults is not None:
             chosen = self.parse_args(arguments)
             self._change_defaults({**self.find_defaults(chosen), **settings}, "defaults")
@@ -195,6 +212,8 @@ class ScriptParser(HfArgumentParser):
     def _suggest(self, name: str) -> str:
         """An unknown flag or setting, and which may have been meant."""
         known = [action.dest for action in self._actions]
+        if "config_overrides" in known and hasattr(FLMConfig(), name.lstrip("-").split("=")[0]):
+            return f"{name} (part of --config_overrides)"
         close = difflib.get_close_matches(name.lstrip("-").split("=")[0], known, n=1)
         prefix = "--" if name.startswith("-") else ""
         return f"{name} (did you mean {prefix}{close[0]}?)" if close else name
@@ -202,7 +221,7 @@ class ScriptParser(HfArgumentParser):
     @staticmethod
     def _check_type(action: argparse.Action, value: Any, source: str):
         """Ends the script for a value of another type, as argparse, which only looks at texts, would on the command line."""
-        kinds = {int: "an integer", float: "a number", string_to_bool: "true or false"}
+        kinds = {int: "an integer", float: "a number", optional_number: "a number", string_to_bool: "true or false"}
         if value is None or action.type not in kinds:
             return
         is_list = isinstance(value, list)
@@ -241,7 +260,7 @@ def explained(*dataclass_types: type, flags: Iterable[str] = ()) -> Iterator[Non
     # Of packages that an attention needs, and of configurations
     except (OSError, ValueError, ImportError, StrictDataclassError, yaml.YAMLError) as error:
         message = " ".join(str(error).split())
-        raise SystemExit("error: " + re.sub(rf"`({flags})(=[^`]*)?`", r"--\1\2", message)) from error
+        raise SystemExit("error: " + re.sub(rf"`({flags})(=[^`(]*)?`", r"--\1\2", message)) from error
 
 
 @contextmanager
@@ -261,6 +280,9 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+FLOW_TYPES = ("flm", "fmlm", "fmlm_two_network")
+
+
 def check_model(flag: str, name: str):
     """
     Raises a `ValueError` for what can only be a folder and is none.
@@ -274,16 +296,19 @@ def check_model(flag: str, name: str):
         raise ValueError(f"{flag}: there is no folder {name}.")
 
 
-def check_kind(flag: str, model: PreTrainedModel):
+def check_kind(flag: str, model: PreTrainedModel, hint: str = "", model_types: tuple[str, ...] = FLOW_TYPES):
     """
-    Raises a `ValueError` for a model that is none of ours.
+    Raises a `ValueError` for a model of another kind.
 
     Args:
         flag (`str`): The flag that names it.
         model ([`~transformers.PreTrainedModel`]): What was loaded.
+        hint (`str`, *optional*): What else to do.
+        model_types (`tuple[str, ...]`, *optional*): The kinds that it may be of. By default all of this library.
     """
-    if model.config.model_type not in ("flm", "fmlm", "fmlm_two_network"):  # remote code has classes of its own
-        raise ValueError(f"{flag}: it must name an FLM or a flow map, and is a {type(model).__name__}.")
+    if model.config.model_type not in model_types:  # not by class, which remote code has of its own
+        wanted = {("flm",): "an FLM", ("fmlm",): "a flow map"}.get(model_types, "an FLM or a flow map")
+        raise ValueError(f"{flag}: it must name {wanted}, and is a {type(model).__name__}.{hint}")
 
 
 def trains(args: TrainingArguments) -> bool:
@@ -298,7 +323,22 @@ def check_output_dir(args: TrainingArguments):
     Args:
         args ([`~transformers.TrainingArguments`]): The arguments, whose `output_dir` it is.
     """
-    if not trains(args) or args.resume_from_checkpoint is not None:
+    if Path(args.output_dir).is_file():
+        raise ValueError(f"`output_dir`: {args.output_dir} is a file; name a folder.")
+    checkpoint = args.resume_from_checkpoint
+    if not trains(args):
+        return
+    if str(checkpoint).lower() == "true":
+        if not Path(args.output_dir).is_dir() or get_last_checkpoint(args.output_dir) is None:
+            raise ValueError(
+                f"`resume_from_checkpoint`: there is no checkpoint in {args.output_dir}; leave it out to begin."
+            )
+        return
+    if checkpoint is not None:
+        if not Path(checkpoint, "trainer_state.json").is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint`: {checkpoint} is no checkpoint; pass a folder checkpoint-N, or true."
+            )
         return
     patterns = ("*model*.safetensors", "checkpoint-*")
     if found := [path.name for pattern in patterns for path in Path(args.output_dir).glob(pattern)]:
@@ -357,7 +397,9 @@ def load_datasets(arguments: DataArguments) -> dict:
     return dataset
 
 
-def load_model(flag: str, name: str, told: dict, **options) -> PreTrainedModel:
+def load_model(
+    flag: str, name: str, told: dict, hint: str = "", model_types: tuple[str, ...] = FLOW_TYPES, **options
+) -> PreTrainedModel:
     """
     A trained model to go on from. Any can be told times per token from now on, but none can count time differently.
 
@@ -365,11 +407,13 @@ def load_model(flag: str, name: str, told: dict, **options) -> PreTrainedModel:
         flag (`str`): The flag that names it.
         name (`str`): Its name, or its folder.
         told (`dict`): Settings that it must have, such as `per_token_timesteps`.
+        hint (`str`, *optional*): As for [`check_kind`].
+        model_types (`tuple[str, ...]`, *optional*): As for [`check_kind`].
         options: Arguments of `from_pretrained`.
     """
     check_model(f"--{flag}", name)
     model = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
-    check_kind(f"--{flag}", model)
+    check_kind(f"--{flag}", model, hint, model_types)
     if "per_token_timesteps" in told:
         model.config.per_token_timesteps = told["per_token_timesteps"]
     if different := [name for name, value in told.items() if getattr(model.config, name) != value]:

@@ -47,10 +47,12 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextDiffusionStreamer
 from transformers.utils import logging
 
+from modeling_flm import BridgeSamplerConfig
 from modeling_flm.pipeline_flm import encode_prompts  # which registers the models with the auto classes, too
 
 from ..data import find_text_column, load_texts
 from ..evaluation import generate_samples
+from ..evaluation.arguments import SAMPLERS
 from ..scripts import check_device, check_kind, check_model, explained, terminated_as_interrupted
 from ..shards import TextShards
 
@@ -80,9 +82,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_steps", type=int, help="forward passes for each text (default: as the model says)")
     parser.add_argument("--length", type=int, help="tokens of each text (default: as the model says)")
     parser.add_argument("--batch_size", type=int, default=64, help="texts at a time, which does not change them")
-    parser.add_argument("--temperature", type=float)
-    parser.add_argument("--top_k", type=int)
-    parser.add_argument("--top_p", type=float)
+    parser.add_argument(
+        "--sampler", choices=SAMPLERS, help="flow_map follows the flow (default), bridge draws tokens at every step"
+    )
+    parser.add_argument("--temperature", type=float, help="divides the logits, such as 0.9 (default: 1)")
+    parser.add_argument("--top_k", type=int, help="only the so many likeliest tokens (default: all)")
+    parser.add_argument(
+        "--top_p", type=float, help="only the likeliest tokens that make up this probability (default: 1)"
+    )
     parser.add_argument("--prompt", help="how every text begins")
     parser.add_argument(
         "--prompts_file", help="a txt file with a prompt on each line, or a json, jsonl, csv or parquet file"
@@ -113,8 +120,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pad_after_eos", action="store_true", default=None, help="end texts at their first end token"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; another one gives other texts (default: 0)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="precision (default: that of the weights)",
+        choices=["auto", "float32", "bfloat16", "float16"],
+    )
     parser.add_argument("--device", help="such as cuda or cpu (default: an accelerator if there is one)")
     parser.add_argument("--attn_implementation", help="such as sdpa or flash_attention_2")
     parser.add_argument("--keep_special_tokens", action="store_true", help="show where texts begin and end")
@@ -135,6 +147,8 @@ def check_arguments(args: argparse.Namespace):
         parser.error("--resume goes on with a file: name it by --output")
     if sum(getattr(args, name) is not None for name in _PROMPT_SOURCES) > 1:
         parser.error("--prompt, --prompts_file and --prompts_dataset do not go together: pass one of them")
+    if args.sampler == "bridge" and args.gamma is not None:
+        parser.error("--gamma is about --sampler flow_map: leave it out")
     if args.live and args.num_samples != 1:
         parser.error("--live shows one text: leave --num_samples at 1")
     for name in ("num_samples", "batch_size"):
@@ -155,7 +169,7 @@ def load_prompts(args: argparse.Namespace) -> list[str] | None:
             source["train_split"] = args.prompts_split
         dataset = load_texts(**source, validation_percentage=0)["train"]
         prompts = list(dataset[find_text_column(dataset, args.prompt_column)])
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         names = {"`train_file`": "`prompts_file`", "`text_column`": "`prompt_column`"}
         message = str(error)
         for name, ours in names.items():
@@ -193,6 +207,8 @@ def generate(
     names = ("num_steps", "length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos")
     names += ("num_rounds", "commit_threshold", "commit_budget", "block_length", "fresh_noise")
     parameters = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.sampler == "bridge":
+        parameters["sampler_config"] = BridgeSamplerConfig()
     if args.live:
         parameters["streamer"] = TextDiffusionStreamer(tokenizer)
     for indices in batches:

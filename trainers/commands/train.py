@@ -21,6 +21,7 @@ Every flag can also stand in a YAML file, given as the first argument; flags aft
     accelerate launch -m modeling_flm.trainers.commands.train config.yaml --learning_rate 1e-3
 """
 
+import re
 from dataclasses import dataclass, field
 
 import yaml
@@ -117,8 +118,16 @@ def get_model(
         if arguments.config_overrides is not None:
             raise SystemExit("--config_overrides is for a new model, and does not go with --model_name_or_path.")
         options["trust_remote_code"] = arguments.trust_remote_code
+        if model_type == "flm":
+            options |= {
+                "model_types": ("flm",),
+                "hint": " Flow maps are trained by `flm-train-fmlm` and `flm-distill`.",
+            }
+        else:
+            options |= {"model_types": ("fmlm",), "hint": " `flm-distill` makes flow maps of FLMs."}
         return load_model("model_name_or_path", arguments.model_name_or_path, told, **options)
-    overrides = yaml.safe_load("{" + (arguments.config_overrides or "").replace("=", ": ") + "}")
+    text = re.sub(r"=\s*[Nn]one\b", "=null", arguments.config_overrides or "")
+    overrides = yaml.safe_load("{" + text.replace("=", ": ") + "}")
     if unknown := sorted(name for name in overrides if not hasattr(FLMConfig(), name)):
         raise SystemExit(f"--config_overrides: FLMConfig has no {', '.join(unknown)}")
     settings = {

@@ -55,12 +55,27 @@ def check_dataset(name: str, dataset: Any, config: PreTrainedConfig):
         raise ValueError(f"`{name}` is empty.")
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return  # which can perhaps be read only once
+    num_labels = 0
     for index in range(min(_NUM_EXAMPLES, len(dataset))):
         example = dataset[index]
         if isinstance(example, Mapping) and "input_ids" in example:
             input_ids = torch.as_tensor(example["input_ids"])
             check_length(f"Texts of `{name}`", len(input_ids), config)
             check_tokens(f"Texts of `{name}`", input_ids, config.vocab_size)
+            if "labels" in example:
+                labels = torch.as_tensor(example["labels"])
+                num_labels += (labels != -100).sum().item()
+                if labels.shape != input_ids.shape or ((labels != input_ids) & (labels != -100)).any():
+                    raise ValueError(
+                        f"`labels` of `{name}` must be its `input_ids`, or -100 where a token is not to be learned; or leave them "
+                        "out to learn all tokens."
+                    )
+            else:
+                num_labels += 1
+    if num_labels == 0:
+        raise ValueError(
+            f"`labels` of `{name}` are all -100, so that there is nothing to learn, in the first examples."
+        )
 
 
 def check_length(name: str, length: int, config: PreTrainedConfig):

@@ -62,10 +62,13 @@ def load_texts(
         [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]
 
     Raises:
+        `FileNotFoundError`: if there is no such file.
         `ValueError`: if neither or both of `dataset_name` and `train_file` are given, or a file has an unknown ending or
             cannot be read.
     """
-    if (dataset_name is None) == (train_file is None):
+    if dataset_name is None and train_file is None:
+        raise ValueError("There are no texts: pass `dataset_name` or `train_file`.")
+    if dataset_name is not None and train_file is not None:
         raise ValueError("Pass either `dataset_name` or `train_file`, and not both.")
     if dataset_name is not None:
         dataset = load_dataset(dataset_name, dataset_config_name, streaming=streaming, revision=dataset_revision)
@@ -80,6 +83,8 @@ def load_texts(
             )
             raise ValueError(f"{names} a {', '.join(kinds)} or {last} file, got {' and '.join(files.values())}.")
         for split, file in files.items():
+            if not Path(file).exists() and not re.search(r"[*?\[]|://", file):
+                raise FileNotFoundError(f"`{split}_file`: there is no file {file}.")
             if Path(file).is_file() and Path(file).stat().st_size == 0:
                 raise ValueError(f"`{split}_file`: {file} is empty.")
         builder = _BUILDERS[endings.pop()]

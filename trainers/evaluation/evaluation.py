@@ -59,7 +59,12 @@ def load_lines(path: str, text_column: str | None = None) -> list[str]:
         path (`str`): A txt, json, jsonl, csv or parquet file.
         text_column (`str`, *optional*): The column of the texts, which a txt file has none of.
     """
-    dataset = load_texts(train_file=path, validation_percentage=0)["train"]
+    try:
+        dataset = load_texts(train_file=path, validation_percentage=0)["train"]
+    except (OSError, ValueError) as error:  # which may be about another argument than `train_file`
+        raise ValueError(
+            str(error).removeprefix("`train_file`: ").replace("`train_file` must be", "A file of texts must be")
+        ) from error
     texts = list(dataset[find_text_column(dataset, None if path.endswith(".txt") else text_column)])
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"`text_column`: not all of its values in {path} are texts; name another.")
@@ -117,7 +122,10 @@ class GenPPLEvaluation:
     def _check_context(self):
         """Raises a `ValueError` where the scorer cannot read texts that are as long as the protocol wants."""
         args = self.args
-        context = getattr(AutoConfig.from_pretrained(args.scorer), "max_position_embeddings", None)
+        scorer_config = AutoConfig.from_pretrained(args.scorer)
+        if scorer_config.model_type in ("flm", "fmlm", "fmlm_two_network"):
+            raise ValueError("`scorer` must be a causal language model, such as gpt2-large, and not a flow-based one.")
+        context = getattr(scorer_config, "max_position_embeddings", None)
         if args.protocol == "published" and context is not None and context < args.max_length:
             raise ValueError(
                 f"`protocol` published cuts texts at the model's {args.max_length} tokens, but `scorer` reads {context}: "
