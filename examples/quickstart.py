@@ -46,6 +46,7 @@ from modeling_flm.trainers import (
     train_tokenizer,
 )
 from modeling_flm.trainers.evaluation.plots import plain_log_ticks, share_errors
+from modeling_flm.trainers.scripts import explained
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen
@@ -266,4 +267,5 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    with explained(flags=("dataset", "train_file")):
+        main(make_parser().parse_args())

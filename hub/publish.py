@@ -406,6 +406,8 @@ def main(arguments: list[str] | None = None):
         name: getattr(args, name)
         for name in ("tokenizer", "num_samples", "license", "language", "datasets", "base_model", "tags")
     }
+    if not Path(args.model).is_dir():
+        parser.error(f"--model: there is no folder {args.model}")
     print(f"Putting {args.repo_id} together, and checking that it works by itself", flush=True)
     try:
         if args.dry_run is not None:

@@ -20,7 +20,7 @@ from processes import launcher
 from small_models import build_flm
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
-from modeling_flm import FMLMModel
+from modeling_flm import BridgeSamplerConfig, FMLMModel
 from modeling_flm.trainers import FLMTrainer, train_tokenizer
 from modeling_flm.trainers.batches import example_seed
 from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM
@@ -576,6 +576,14 @@ class TestGenerate:
         GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
         with pytest.raises(SystemExit, match="error: MODEL: it must name an FLM or a flow map, and is a GPT2Model"):
             self.generate(folder)
+
+    def test_bridge(self, folder, capsys):
+        self.generate(folder, "--seed", 7, "--num_steps", 3, "--sampler", "bridge")
+        _, (text,) = self.expected(folder, num_steps=3, sampler_config=BridgeSamplerConfig())
+        assert capsys.readouterr().out.rstrip("\n") == text
+        with pytest.raises(SystemExit):
+            self.generate(folder, "--sampler", "bridge", "--gamma", 0.5)
+        assert "--gamma is about --sampler flow_map" in capsys.readouterr().err
 
     def test_a_folder_that_is_not_there(self):
         with pytest.raises(SystemExit, match="error: MODEL: there is no folder /no/model"):

@@ -277,6 +277,18 @@ def test_two_stages_are_marked_as_those_of_february():
         assert path.read_text().startswith("# February's recipe (v1 of the paper)") == is_february, path
 
 
+def test_the_model_may_come_first():
+    arguments = ["me/model", "--output_dir", "out", "--num_steps", "2"]
+    (args,) = evaluate.make_parser().parse_args_and_config(arguments)
+    assert (args.model, args.num_steps, arguments[0]) == ("me/model", [2], "me/model")
+
+
+def test_numbers_that_may_be_none(tmp_path):
+    for text, expected in (("None", None), ("null", None), ("0.5", 0.5)):
+        flags = ["--output_dir", str(tmp_path), "--ema_decay", text, "--use_cpu"]
+        assert train.make_parser().parse_args_and_config(flags)[2].ema_decay == expected
+
+
 def test_flags_that_are_cut_short_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="--learning_rat"):
         run_here("flm-train", "--train_file", "c.txt", "--output_dir", tmp_path, "--learning_rat", "3")

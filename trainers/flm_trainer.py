@@ -137,7 +137,8 @@ class FLMTrainer(Trainer):
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Further callbacks. They run after those of this trainer.
         kwargs:
-            Further arguments of [`~transformers.Trainer`].
+            Further arguments of [`~transformers.Trainer`]. (`compute_metrics` gets logits of all tokens at random times, which take
+            much memory and say little; `eval_likelihood_times` and `eval_gen_ppl_steps` are for figures that do.)
 
     Example:
 
