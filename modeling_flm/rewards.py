@@ -15,6 +15,10 @@
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def embed_soft_tokens(probabilities: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
@@ -36,6 +40,10 @@ def embed_soft_tokens(probabilities: torch.Tensor, model: PreTrainedModel) -> to
     if size < 0.75 * max(sizes):
         raise ValueError(
             f"`model` has {sizes[0]} tokens, but texts are of {sizes[1]}: it needs the tokenizer of the texts."
+        )
+    if size < max(sizes):
+        logger.warning_once(
+            f"`model` has {sizes[0]} tokens, but texts are of {sizes[1]}: is it the same tokenizer? The tokens that both have count."
         )
     device = "cpu" if module.weight.device.type == "meta" else module.weight.device
     # By a call of the module, which may scale what it looks up, or be offloaded

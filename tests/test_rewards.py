@@ -22,7 +22,7 @@ def test_embeddings_are_those_that_a_model_looks_up():
 
 
 @pytest.mark.parametrize("vocab_size", [50, 53, 64])
-def test_classifiers_and_language_models(vocab_size):
+def test_classifiers_and_language_models(vocab_size, caplog):
     """One-hot soft tokens are tokens; vocabularies may differ at their end."""
     sizes = {"vocab_size": vocab_size, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(
@@ -41,6 +41,7 @@ def test_classifiers_and_language_models(vocab_size):
     torch.testing.assert_close(ClassifierReward(classifier, 1)(soft), expected)
     torch.testing.assert_close(LanguageModelReward(scorer)(soft), torch.stack(
         [-scorer(row[None], labels=row[None]).loss for row in input_ids]))  # fmt: skip
+    assert ("is it the same tokenizer?" in caplog.text) == (vocab_size != 53)
     model = build_model("fmlm")
     for reward in (ClassifierReward(classifier, "b"), LanguageModelReward(scorer)):
         assert model.generate(num_samples=2, num_steps=2, reward=reward, reward_scale=1.0).shape == (2, 12)
