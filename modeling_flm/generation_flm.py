@@ -93,7 +93,7 @@ def raise_recompile_limit():
 
 # What other models of transformers are told, and what says the same here.
 _ELSEWHERE = {
-    "num_return_sequences": "pass `num_samples`, the number of texts in all",
+    "num_return_sequences": "pass `num_samples`, the number of texts in all, or in a pipeline of each prompt",
     "max_new_tokens": "pass `length`, the number of tokens of a text with its prompt",
     "max_length": "pass `length`",
     "min_length": "pass `length`; texts end where `pad_after_eos` finds their end",
