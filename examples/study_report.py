@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from modeling_flm.trainers import load_gen_ppl
 from modeling_flm.trainers.evaluation.frontier import perplexity_at_entropy
-from modeling_flm.trainers.evaluation.repetition import repetition_figures, vocabulary_of
+from modeling_flm.trainers.evaluation.repetition import real_words, repetition_figures, vocabulary_of
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen
@@ -67,6 +67,23 @@ def spread(values: list[float | None], digits: int) -> str:
     return text if len(known) == 1 else f"{text} ± {max(known) - mean:.{digits}f}"
 
 
+def long_real_words(texts: list[str], vocabulary: set[str], is_packed: bool) -> float:
+    """
+    How many of the words of at least four letters are real, as letters by chance often are shorter ones.
+
+    Args:
+        texts (`list[str]`): The texts.
+        vocabulary (`set[str]`): The words of the training texts.
+        is_packed (`bool`): Whether texts are cut from a longer one, so that the words at their ends do not count.
+
+    Returns:
+        `float`: the share, 0 where there is no such word.
+    """
+    texts = [" ".join(text.split(" ")[1:-1]) for text in texts] if is_packed else texts
+    counts = real_words([" ".join(word for word in text.split() if len(word) >= 4) for text in texts], vocabulary)
+    return float(counts[:, 0].sum() / max(1, counts[:, 1].sum()))
+
+
 def report(data: Data, args: StudyArguments):
     """Scores all texts, prints tables, and draws pictures."""
     rows, likelihoods = read_samples(args)
@@ -84,14 +101,16 @@ def report(data: Data, args: StudyArguments):
         row["scores"] = known[key]
     figures = repetition_figures([row["texts"] for row in (reference, *rows)], data.texts["train"], vocabulary)
     for row, each in zip((reference, *rows), figures):
-        row.update(each)
+        row.update(each, long_real_words=long_real_words(row["texts"], vocabulary, args.tokenizer == "text8"))
     for row in rows:
         curve = [other for other in rows if setting(other)[:-1] == setting(row)[:-1]]
         row["matched"] = perplexity_at_entropy(
             [other["temperature"] for other in curve], [other["scores"] for other in curve], reference["scores"]
         )["gen_ppl"]
     lines = [f"Text: perplexity {reference['scores']['gen_ppl']:.1f}, entropy {reference['scores']['entropy']:.3f}, "]
-    lines[0] += f"real words {100 * reference['real_words']:.1f} %, {len(data.tokens['train']):,} texts to learn from."
+    lines[0] += (
+        f"real words {100 * reference['long_real_words']:.1f} %, {len(data.tokens['train']):,} texts to learn from."
+    )
     lines += ["", *quality_table(rows, args), "", *likelihood_table(likelihoods, data, args)]
     lines += ["", *compute_table(rows, args), "", *cost_table(args), "", *sample_list(rows, args)]
     text = "\n".join(lines) + "\n"
@@ -129,7 +148,7 @@ def quality_table(rows: list[dict], args: StudyArguments) -> list[str]:
                     spread([row["scores"]["gen_ppl"] for row in same], 1),
                     spread([row["scores"]["entropy"] for row in same], 3),
                     spread([row["matched"] for row in same], 1),
-                    spread([100 * row["real_words"] for row in same], 1),
+                    spread([100 * row["long_real_words"] for row in same], 1),
                     spread([row["self_bleu"] for row in same], 3),
                     spread([100 * row["copied_texts"] for row in same], 1),
                 ]

@@ -65,6 +65,13 @@ def test_characters():
     assert study_data.to_characters("Élan vital: 2 kinds; see  'A-frame'") == "lan vital kinds see a frame"
 
 
+def test_long_real_words():
+    texts = ["ghe cat that what rou", "of that thot"]
+    assert study_report.long_real_words(texts, {"cat", "that", "what"}, is_packed=True) == 1
+    assert study_report.long_real_words(texts, {"that"}, is_packed=False) == 2 / 4
+    assert study_report.long_real_words(["a be"], {"a"}, is_packed=False) == 0
+
+
 def test_spread():
     assert study_report.spread([1.0, 3.0], 1) == "2.0 ± 1.0"
     assert study_report.spread([2.0, None], 2) == "2.00"
