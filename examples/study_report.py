@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from modeling_flm.trainers import load_gen_ppl
 from modeling_flm.trainers.evaluation.frontier import perplexity_at_entropy
+from modeling_flm.trainers.evaluation.plots import plain_log_ticks
 from modeling_flm.trainers.evaluation.repetition import real_words, repetition_figures, vocabulary_of
 
 
@@ -225,7 +226,10 @@ def sample_list(rows: list[dict], args: StudyArguments) -> list[str]:
 
 
 def plot(rows: list[dict], reference: dict, path: Path):
-    """Perplexity at the text's entropy, or where it is out of reach at temperature 1, against passes and seconds."""
+    """
+    Perplexity at the text's entropy, or where that is out of reach at temperature 1, against passes and seconds. What has an
+    entropy far from the text's is left out, as its perplexity says nothing.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     keys: tuple[Callable, Callable] = (lambda row: row["num_steps"], lambda row: 1000 * row["seconds_per_text"])
     for axis, key, label in zip(axes, keys, ("forward passes", "milliseconds a text")):
@@ -234,12 +238,17 @@ def plot(rows: list[dict], reference: dict, path: Path):
             points = []
             for num_steps in sorted({row["num_steps"] for row in own}):
                 same = over_seeds(own, num_steps=num_steps)
+                entropy, expected = np.mean([row["scores"]["entropy"] for row in same]), reference["scores"]["entropy"]
+                if abs(entropy / expected - 1) > 0.1:
+                    continue
                 matched = [row["matched"] for row in same]
                 reached = None not in matched
                 values = matched if reached else [row["scores"]["gen_ppl"] for row in same]
                 points.append(
                     (np.mean([key(row) for row in same]), np.mean(values), min(values), max(values), reached)
                 )
+            if not points:
+                continue
             x, y, low, high, reached = (np.array(column) for column in zip(*points))
             axis.errorbar(x, y, yerr=(y - low, high - y), color=f"C{color}", capsize=3, label=name)
             for filled in (True, False):
@@ -252,6 +261,8 @@ def plot(rows: list[dict], reference: dict, path: Path):
                 )
         axis.axhline(reference["scores"]["gen_ppl"], linestyle="--", color="gray", label="text")
         axis.set(xscale="log", yscale="log", xlabel=label)
+        for each in (axis.xaxis, axis.yaxis):
+            plain_log_ticks(each)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("perplexity at the entropy of the text\n(hollow: at temperature 1, entropy out of reach)")
     axes[1].legend(fontsize=8)
