@@ -27,7 +27,7 @@ sys.modules["modeling_flm"] = None
 import torch
 from transformers import AutoModel, AutoTokenizer
 model = AutoModel.from_pretrained("tester/words", trust_remote_code=True, dtype=torch.float32)
-tokenizer = AutoTokenizer.from_pretrained("tester/words")
+tokenizer = AutoTokenizer.from_pretrained("tester/words", trust_remote_code=True)
 tokens = model.generate(num_samples=5, pad_after_eos=True, generator=torch.Generator().manual_seed(0))
 print(*tokenizer.batch_decode(tokens, skip_special_tokens=True), sep="\\n")
 """
