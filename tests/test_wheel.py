@@ -78,7 +78,7 @@ def run(command: list, folder: Path) -> str:
     process = subprocess.run(
         [*map(str, command)], cwd=folder, env={**environment, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
     )
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     return process.stdout
 
 
@@ -110,3 +110,19 @@ def test_beside_a_project_with_the_same_folders(bin_folder, project, flm):
 )
 def test_commands_say_what_they_do(name, bin_folder, project):
     assert f"\n    {name} " in run([bin_folder / name, "-h"], project)
+
+
+def test_pages_adapters_and_quantization(bin_folder, tmp_path):
+    """What the README and the pages of `docs/` show, peft, torchao and bitsandbytes: with the wheel, and without the checkout."""
+    for name in ("tests", "examples", "benchmarks", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "outputs"))
+    for name in ("README.md", "CONTRIBUTING.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    where = run([bin_folder / "python", "-c", "import modeling_flm; print(modeling_flm.__file__)"], tmp_path)
+    assert Path(where.strip()).is_relative_to(bin_folder.parent)
+    pages = "tests/test_docs.py::test_python_blocks_run_in_order"
+    output = run(
+        [bin_folder / "python", "-m", "pytest", "-q", pages, "tests/test_adapters.py", "tests/test_quantization.py"],
+        tmp_path,
+    )
+    assert " passed" in output and "skipped" not in output
