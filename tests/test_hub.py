@@ -521,7 +521,7 @@ class TestPublish:
             trainer.create_model_card()
             card = ModelCard.load(tmp_path / "s" / "README.md")
             assert card.data.base_model == expected
-            assert ("Distilled with `FMLMTrainer` from an `FLMModel` whose name is not recorded" in card.text) == (
+            assert ("Distilled with `FMLMTrainer` from an `FLMModel` (without a name on the Hub)" in card.text) == (
                 expected is None
             )
             assert ("`base_model`, the name of the model" in caplog.text) == (expected is None)
