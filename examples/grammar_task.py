@@ -13,7 +13,7 @@
 # limitations under the License.
 """
 A task for the lm-evaluation-harness, of the grammar's stories: how does a story go on? Of four ends, the three wrong ones break one
-dependency each: the pronoun, the second verb, the color or the thing that was found, or who is thanked.
+dependency each: the pronoun, the second verb, the color or the thing that was found, who thanks, or who is thanked.
 
     python examples/grammar_task.py outputs/grammar_task
     python -m modeling_flm.trainers.evaluation.harness --model flm --model_args pretrained=outputs/quickstart/fmlm \
@@ -37,7 +37,7 @@ REPEATED = {
     "FRIEND": grammar.FRIENDS,
     "NAME": grammar.GIRLS + grammar.BOYS,
 }
-# The words that are given: up to the first verb's pronoun, exclusively
+# How many words are given: those before the pronoun
 NUM_KNOWN = grammar.TEMPLATE.index("PRONOUN")
 
 
@@ -60,6 +60,32 @@ def make_question(rng: random.Random) -> dict:
     }
 
 
+def write_task(folder: Path, name: str, questions: list[dict]):
+    """
+    Writes a task of multiple choice.
+
+    Args:
+        folder (`Path`): The folder to write, for `--include_path`.
+        name (`str`): The name of the task, for `--tasks`.
+        questions (`list[dict]`): Each with its `context`, its `choices` and `answer`, the number of the right one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, questions)) + "\n")
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(task, indent=2) + "\n")  # which is YAML, too
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="the folder to write the task to")
@@ -70,22 +96,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace):
     rng = random.Random(args.seed)
-    args.output.mkdir(parents=True, exist_ok=True)
     questions = [make_question(rng) for _ in range(args.num_questions)]
-    path = args.output / "questions.jsonl"
-    path.write_text("\n".join(map(json.dumps, questions)) + "\n")
-    task = {
-        "task": "grammar",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "doc_to_text": "{{context}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (args.output / "grammar.yaml").write_text(json.dumps(task, indent=2) + "\n")  # which is YAML, too
+    write_task(args.output, "grammar", questions)
     print(f"{len(questions)} questions in {args.output}, such as")
     print(json.dumps(questions[0], indent=2))
 

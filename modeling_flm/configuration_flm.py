@@ -208,4 +208,7 @@ class FMLMTwoNetworkConfig(FMLMConfig):
     model_type = "fmlm_two_network"
 
 
+# What the models of this library are told by, as remote code has other classes
+FLOW_TYPES = tuple(config.model_type for config in (FLMConfig, FMLMConfig, FMLMTwoNetworkConfig))
+
 __all__ = ["FLMConfig", "FMLMConfig", "FMLMTwoNetworkConfig"]

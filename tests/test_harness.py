@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import grammar
+import grammar_task
 import pytest
 import torch
 from example_scripts import run_here
@@ -128,19 +129,7 @@ class TestGrammarTask:
 @pytest.mark.slow
 def test_command_line(folder, tmp_path):
     rows = [{"context": STORY.removesuffix(" village ."), "choices": CHOICES, "answer": 0}] * 3
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    task = {
-        "task": "places",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "doc_to_text": "{{context}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (tmp_path / "places.yaml").write_text(json.dumps(task))  # which is YAML, too
+    grammar_task.write_task(tmp_path, "places", rows)
     command = [sys.executable, "-m", "modeling_flm.trainers.evaluation.harness", "--model", "flm", "--tasks", "places"]
     command += ["--model_args", f"pretrained={folder},num_times=2,num_steps=1", "--include_path", str(tmp_path)]
     command += ["--output_path", str(tmp_path / "results")]

@@ -68,9 +68,8 @@ class TestMaskedDiffusion:
     def test_conditional_bound(self):
         text, known = torch.tensor([[0, 3]]).expand(100, 2), torch.tensor([[1, 0]]).expand(100, 2)
         bounds = masked_log_likelihood(ExactMaskedModel(), text, 32, generator(), prompt_mask=known)
-        expected = math.log(
-            0.2 / 0.7
-        )  # whatever the share, as the only token that is not known has the known one beside it
+        # Whatever the share, as the only token that is not known has the known one beside it
+        expected = math.log(0.2 / 0.7)
         assert bounds.mean().item() == pytest.approx(expected, abs=4 * bounds.std().item() / 10)
 
     @pytest.mark.parametrize("num_steps", [1, 2, 8, 64])

@@ -78,15 +78,19 @@ logger = logging.get_logger(__name__)
 
 # What a model card tells of transformers' own arguments, beside the length of the training and those of ours
 _RECORDED_ARGUMENTS = (
-    *(
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-    ),
-    *("max_grad_norm", "optim", "weight_decay", "seed", "bf16", "fp16"),
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_grad_norm",
+    "optim",
+    "weight_decay",
+    "seed",
+    "bf16",
+    "fp16",
 )
+_RECORDED_OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
 # In a checkpoint, `model.safetensors` or the adapter has the averaged weights, for everybody who loads it, and this file those
 # that the optimizer continues from.
@@ -185,8 +189,9 @@ class FLMTrainer(Trainer):
         ignored = {
             "label_smoothing_factor": args.label_smoothing_factor,
             "neftune_noise_alpha": args.neftune_noise_alpha,
+            "compute_loss_func": kwargs.get("compute_loss_func"),
         }
-        for name, value in {**ignored, "compute_loss_func": kwargs.get("compute_loss_func")}.items():
+        for name, value in ignored.items():
             if value:
                 raise ValueError(
                     f"`{name}` has no effect on `{type(self).__name__}`, whose loss is its own: leave it out."
@@ -624,11 +629,8 @@ class FLMTrainer(Trainer):
             if field.name not in inherited and not field.name.startswith(("sample_", "eval_gen_ppl_"))
         }
         length = "max_steps" if self.args.max_steps > 0 else "num_train_epochs"
-        names = [
-            *_RECORDED_ARGUMENTS,
-            *(["adam_beta1", "adam_beta2", "adam_epsilon"] if "adam" in self.args.optim else []),
-        ]
-        arguments = {name: getattr(self.args, name) for name in (length, *names)}
+        names = (length, *_RECORDED_ARGUMENTS, *(_RECORDED_OF_ADAM if "adam" in self.args.optim else ()))
+        arguments = {name: getattr(self.args, name) for name in names}
         arguments = {name: getattr(value, "value", value) for name, value in arguments.items()}  # of enumerations
         record = {"trainer": type(self).__name__, "step": self.state.global_step, "num_devices": self.args.world_size}
         return {**record, "data": describe_dataset(self.train_dataset), "arguments": {**arguments, **own}}

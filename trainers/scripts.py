@@ -43,6 +43,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import cached_file, logging
 
 from modeling_flm import FLMConfig
+from modeling_flm.configuration_flm import FLOW_TYPES
 from modeling_flm.hub.records import DATA_SETTINGS_NAME
 from modeling_flm.tokenization_flm import add_special_tokens, has_characters_only
 
@@ -280,9 +281,6 @@ def terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-FLOW_TYPES = ("flm", "fmlm", "fmlm_two_network")
-
-
 def check_model(flag: str, name: str):
     """
     Raises a `ValueError` for what can only be a folder and is none.
@@ -306,7 +304,7 @@ def check_kind(flag: str, model: PreTrainedModel, hint: str = "", model_types: t
         hint (`str`, *optional*): What else to do.
         model_types (`tuple[str, ...]`, *optional*): The kinds that it may be of. By default all of this library.
     """
-    if model.config.model_type not in model_types:  # not by class, which remote code has of its own
+    if model.config.model_type not in model_types:
         wanted = {("flm",): "an FLM", ("fmlm",): "a flow map"}.get(model_types, "an FLM or a flow map")
         raise ValueError(f"{flag}: it must name {wanted}, and is a {type(model).__name__}.{hint}")
 
