@@ -56,6 +56,7 @@ def build_card(
     datasets: str | list[str] | None = None,
     base_model: str | None = None,
     tags: str | list[str] | None = None,
+    adapter: dict[str, Any] | None = None,
 ) -> ModelCard:
     """
     Makes the card of a model from what is known of it.
@@ -76,9 +77,11 @@ def build_card(
         datasets (`str` or `list[str]`, *optional*):
             The names of the datasets that the model was trained on. By default the one that the records name.
         base_model (`str`, *optional*):
-            The name of the model that this one was distilled from. By default the teacher, if it has such a name.
+            The name of the model that this one was distilled or adapted from. By default the teacher, if it has such a name.
         tags (`str` or `list[str]`, *optional*):
             Further tags.
+        adapter (`dict[str, Any]`, *optional*):
+            The `adapter_config.json` of an adapter that was merged into the model.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -124,7 +127,16 @@ def build_card(
         base_model=base_model,
         datasets=datasets,
         license=license,
+        adapter=None if adapter is None else _describe_adapter(adapter),
     )
+
+
+def _describe_adapter(adapter: dict[str, Any]) -> str:
+    """What an adapter is, and of which model, as far as others can know that."""
+    kind = _as_cell(adapter.get("peft_type") or "peft")
+    rank, base = adapter.get("r"), adapter.get("base_model_name_or_path")
+    described = f"an adapter ({kind}{f' of rank {rank}' if isinstance(rank, int) else ''})"
+    return described + (f" of [`{base}`](https://huggingface.co/{base})" if is_hub_name(base) else "")
 
 
 def missing_metadata(card: ModelCard, records: dict[str, dict[str, Any]]) -> list[str]:

@@ -25,6 +25,7 @@ import argparse
 import fnmatch
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,14 +137,21 @@ def assemble(
     if tokenizer is None and not (folder / "tokenizer_config.json").is_file():
         raise PublishError(f"{folder} has no tokenizer: pass the name or folder of one as `tokenizer`.")
     own_card = _read_own_card(folder / "README.md")
+    license = card.get("license")
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license):
+        raise PublishError(
+            f"`license` must be an identifier of the Hub, such as 'mit', 'apache-2.0' or 'other', got {license!r}."
+        )
     try:
         validate_repo_id(repo_id)
         records = read_records(folder)
     except ValueError as error:  # also what `validate_repo_id` raises
         raise PublishError(str(error)) from error
     model, loaded_tokenizer = _load(folder, folder if tokenizer is None else tokenizer)
-    if is_hub_name(model.name_or_path):  # of what an adapter was merged into
-        card.setdefault("base_model", model.name_or_path)
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        card["adapter"] = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+        if card.get("base_model") is None and is_hub_name(model.name_or_path):  # of what it was merged into
+            card["base_model"] = model.name_or_path
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as unfinished:
@@ -380,7 +388,8 @@ def _reason(error: Exception) -> str:
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="the model folder")
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="the model folder")
+    parser.add_argument("--model", help="the same, as for the other commands")
     parser.add_argument(
         "--repo_id", "--repo-id", required=True, help="the name of the repository, such as me/my-model"
     )
@@ -406,6 +415,8 @@ def main(arguments: list[str] | None = None):
         name: getattr(args, name)
         for name in ("tokenizer", "num_samples", "license", "language", "datasets", "base_model", "tags")
     }
+    if args.model is None:
+        parser.error("name the model folder")
     if not Path(args.model).is_dir():
         parser.error(f"--model: there is no folder {args.model}")
     print(f"Putting {args.repo_id} together, and checking that it works by itself", flush=True)

@@ -330,7 +330,10 @@ class TestSavedAdapters:
         assert published.keys() == AutoModel.from_pretrained(folder / "base").state_dict().keys()
         assert all(torch.equal(value, published[name]) for name, value in expected.state_dict().items())
         card = (tmp_path / "repository" / "README.md").read_text()
-        assert "library_name: transformers" in card and "FLMTrainer" in card
+        assert "library_name: transformers" in card and "Trained with `FLMTrainer`" in " ".join(card.split())
+        assert "What was trained is an adapter (LORA of rank 3), which is merged into the weights." in " ".join(
+            card.split()
+        )
 
     def test_without_a_saved_model_cannot_be_published(self, folder, tmp_path):
         copied = tmp_path / "adapter"

@@ -11,7 +11,7 @@ from processes import run_processes
 from small_models import build_flm
 from tensors import noise_factors
 from train_tiny import RecordingTrainer, build, logged
-from transformers import AutoModel
+from transformers import AutoModel, DataCollatorForLanguageModeling
 
 from modeling_flm import FLMModel, FMLMModel
 from modeling_flm.flow import interpolate
@@ -418,6 +418,14 @@ class TestDatasetsThatCannotBeTrainedOn:
         dataset = Dataset.from_dict({"number": list(range(20))})
         trainer = FLMTrainer(build_flm(), args, data_collator=collate, train_dataset=dataset)
         assert np.isfinite(trainer.train().training_loss)
+
+    def test_collators_that_mask_tokens(self, tmp_path):
+        tokenizer = train_tokenizer(["a b c"], "word", 20)
+        tokenizer.mask_token = "[UNK]"
+        rows = [{"input_ids": [1, 2, 3]}] * 4
+        self.make(tmp_path, train_dataset=rows, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False))
+        with pytest.raises(ValueError, match="`data_collator` masks tokens.*`mlm=False`"):
+            self.make(tmp_path, train_dataset=rows, data_collator=DataCollatorForLanguageModeling(tokenizer))
 
     def test_collators_without_labels(self, tmp_path):
         collate = lambda examples: {"input_ids": torch.tensor([example["input_ids"] for example in examples])}  # noqa: E731

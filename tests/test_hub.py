@@ -165,6 +165,13 @@ class TestAssemble:
         card = hub.card.build_card({"training.json": training}, "me/model", build_flm(), [], datasets="me/others")
         assert card.data.datasets == ["me/others"] and "me/words" not in card.content
 
+    def test_licences_are_identifiers(self, trained, tmp_path):
+        with pytest.raises(
+            PublishError, match="`license` must be an identifier of the Hub, such as 'mit'.*got 'Apache 2.0'"
+        ):
+            assemble(trained, tmp_path / "out", REPO_ID, license="Apache 2.0")
+        assert not (tmp_path / "out").exists()
+
     @pytest.mark.parametrize("license", [None, "mit"])
     def test_card_asks_for_a_licence(self, license, trained, tmp_path, quick, caplog):
         logging.get_logger().warning_once.__func__.cache_clear()

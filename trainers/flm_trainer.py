@@ -230,6 +230,11 @@ class FLMTrainer(Trainer):
             callbacks=[*own_callbacks, *(callbacks or [])],
             **kwargs,
         )
+        if getattr(data_collator, "mlm", False):
+            raise ValueError(
+                "`data_collator` masks tokens, as masked language models learn them: leave it out, or pass `mlm=False`. The noise of "
+                "a flow is in its states, and not in its tokens."
+            )
         if data_collator is None:
             config = self.model.config
             self.data_collator = DataCollatorForFLM(config.pad_token_id, config.vocab_size)

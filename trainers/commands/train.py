@@ -54,7 +54,11 @@ class ModelArguments:
     """Which model and tokenizer to train."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A trained model to go on from. By default a new one is initialized."}
+        default=None,
+        metadata={
+            "help": "A trained model to go on from. By default a new one is initialized.",
+            "aliases": ["--model"],
+        },
     )
     config_overrides: str | None = field(
         default=None,

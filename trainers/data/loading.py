@@ -20,7 +20,10 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # How `datasets` reads a file, by its ending.
 _BUILDERS = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
@@ -104,6 +107,10 @@ def load_texts(
         if len(splits["train"]) == 1:
             parts = _split_text(splits["train"], find_text_column(splits["train"], text_column), validation_percentage)
             splits["train"], splits["validation"] = parts
+            logger.warning(
+                f"There is a single text: its last {validation_percentage} % are kept to evaluate on. Pass a validation file or split to "
+                "keep it whole, or texts apart, such as one a line."
+            )
         else:
             parts = splits["train"].train_test_split(test_size=validation_percentage / 100, seed=0)
             splits["train"], splits["validation"] = parts["train"], parts["test"]

@@ -154,5 +154,9 @@ def pack_dataset(
         tokenize_and_pack, batched=True, batch_size=batch_size, remove_columns=column_names(dataset), **options
     )
     if not isinstance(packed, IterableDataset) and len(packed) == 0:
-        raise ValueError(f"The dataset has too few tokens for a single block: use a `block_size` below {block_size}.")
+        tokens = tokenizer(dataset[text_column][:], add_special_tokens=False, verbose=False)["input_ids"]
+        raise ValueError(
+            f"The dataset has too few tokens for a single block, {sum(map(len, tokens))} in {len(tokens)} texts: use a `block_size` "
+            f"below {block_size}."
+        )
     return packed
