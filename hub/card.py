@@ -15,12 +15,14 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_update
 from transformers import PreTrainedModel
 
+from .export import ONNX_FILES
 from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, clean_sampling, is_hub_name, public_name
 
 
@@ -57,6 +59,7 @@ def build_card(
     base_model: str | None = None,
     tags: str | list[str] | None = None,
     adapter: dict[str, Any] | None = None,
+    onnx: Sequence[str] = (),
 ) -> ModelCard:
     """
     Makes the card of a model from what is known of it.
@@ -82,6 +85,8 @@ def build_card(
             Further tags.
         adapter (`dict[str, Any]`, *optional*):
             The `adapter_config.json` of an adapter that was merged into the model.
+        onnx (`Sequence[str]`, *optional*, defaults to `()`):
+            The precisions in which there is an ONNX of the model.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -104,7 +109,15 @@ def build_card(
         language=language,
         datasets=datasets or None,
         base_model=base_model,
-        tags=[family, "flow-matching", "diffusion-language-model", "custom_code", "arxiv:2602.16813", *_as_list(tags)],
+        tags=[
+            family,
+            "flow-matching",
+            "diffusion-language-model",
+            "custom_code",
+            "arxiv:2602.16813",
+            *["onnx"] * bool(onnx),
+            *_as_list(tags),
+        ],
         model_name=name,
         eval_results=eval_results(evaluation) or None,
     )
@@ -128,6 +141,7 @@ def build_card(
         datasets=datasets,
         license=license,
         adapter=None if adapter is None else _describe_adapter(adapter),
+        onnx=[(f"onnx/{ONNX_FILES[precision]}", precision) for precision in onnx],
     )
 
 

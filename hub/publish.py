@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ import modeling_flm
 from modeling_flm.modeling_flm import FLMPreTrainedModel
 
 from .card import MARKER, TEMPLATES, build_card, missing_metadata
+from .export import ONNX_FILES, ONNX_FOLDER, ExportError, export_onnx
 from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, is_hub_name, read_records
 
 
@@ -92,6 +93,7 @@ def _own_files() -> tuple[str, ...]:
         ),
         *("vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja"),
         *(TRAINING_NAME, EVALUATION_NAME, DATA_SETTINGS_NAME),
+        *(f"{ONNX_FOLDER}/{name}" for name in ONNX_FILES.values()),
     )
 
 
@@ -102,6 +104,7 @@ def assemble(
     tokenizer: str | None = None,
     num_samples: int = 3,
     check: bool = True,
+    onnx: Sequence[str] = (),
     **card,
 ):
     """
@@ -121,6 +124,8 @@ def assemble(
             The number of texts to show in the card.
         check (`bool`, *optional*, defaults to `True`):
             Whether to load the result in another process, which also makes the texts. Without, the card has none.
+        onnx (`Sequence[str]`, *optional*, defaults to `()`):
+            In which precisions to add the model as ONNX, see [`~modeling_flm.hub.export.export_onnx`], which checks it.
         card:
             Further arguments of [`~modeling_flm.hub.card.build_card`].
 
@@ -161,9 +166,14 @@ def assemble(
         shutil.copy(TEMPLATES / "LICENSE", unfinished / "LICENSE")
         for name, record in records.items():
             (unfinished / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if onnx:
+            try:
+                export_onnx(model, unfinished, onnx)
+            except ExportError as error:
+                raise PublishError(str(error)) from error
         samples = _check(unfinished, num_samples) if check else []
         if own_card is None:
-            card = build_card(records, repo_id, model, samples, **card)
+            card = build_card(records, repo_id, model, samples, onnx=onnx, **card)
             if missing := missing_metadata(card, records):
                 logger.warning_once(f"The card of {repo_id} is not complete. Pass " + "; ".join(missing) + ".")
             if EVALUATION_NAME not in records:
@@ -330,22 +340,23 @@ def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, commit
     """Everything in `folder` in one commit."""
     # Not `upload_folder`, which may make several.
     remote = api.list_repo_files(repo_id, revision=revision)
-    paths = sorted(folder.iterdir())
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     if "README.md" in remote and MARKER in (folder / "README.md").read_text(encoding="utf-8"):
         card = ModelCard.load(
             api.hf_hub_download(repo_id, "README.md", revision=revision), ignore_metadata_errors=True
         )
         if card.text.strip() and MARKER not in card.content:
             logger.warning(f"The card of {repo_id} was changed on the Hub, and is left as it is.")
-            paths = [path for path in paths if path.name != "README.md"]
+            del paths["README.md"]
     own_files = _own_files()
     stale = [
         name
         for name in remote
-        if any(fnmatch.fnmatch(name, pattern) for pattern in own_files) and not (folder / name).exists()
+        if any(fnmatch.fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in own_files)
+        and not (folder / name).exists()
     ]
-    operations = [CommitOperationAdd(path.name, path) for path in paths]
-    operations += [CommitOperationDelete(name) for name in stale if "/" not in name]
+    operations = [CommitOperationAdd(name, path) for name, path in paths.items()]
+    operations += [CommitOperationDelete(name) for name in stale]
     return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
 
 
@@ -404,6 +415,13 @@ def main(arguments: list[str] | None = None):
     parser.add_argument(
         "--num_samples", "--num-samples", type=int, default=3, help="texts to show in the card (default: 3)"
     )
+    parser.add_argument(
+        "--onnx",
+        nargs="*",
+        choices=[*ONNX_FILES],
+        default=(),
+        help=f"add the model as ONNX, in these precisions (with nothing after it: {' '.join(ONNX_FILES)})",
+    )
     card = parser.add_argument_group("metadata of the card")
     card.add_argument("--license", help="the licence of the weights, such as mit (default: the card names none)")
     card.add_argument("--language", nargs="+", help="codes of the languages of the texts")
@@ -415,6 +433,7 @@ def main(arguments: list[str] | None = None):
         name: getattr(args, name)
         for name in ("tokenizer", "num_samples", "license", "language", "datasets", "base_model", "tags")
     }
+    options["onnx"] = [*ONNX_FILES] if args.onnx == [] else args.onnx
     if args.model is None:
         parser.error("name the model folder")
     if not Path(args.model).is_dir():

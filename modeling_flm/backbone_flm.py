@@ -120,8 +120,9 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of `query`, `key` and `value` of shape `(batch_size, num_heads, sequence_length, head_dim)`."""
     batch_size, num_heads, length, _ = query.shape
-    rows = chunks(1, batch_size, num_heads * length**2, query.device)
-    if not (torch.is_grad_enabled() or output_attentions or module.config.output_attentions) and len(rows) > 1:
+    keeps_weights = torch.is_grad_enabled() or output_attentions or module.config.output_attentions
+    rows = [] if keeps_weights else chunks(1, batch_size, num_heads * length**2, query.device)
+    if len(rows) > 1:
         # Nothing keeps the weights: a few sequences at a time, the memory for them does not grow with the batch.
         tensors = [query, key, value] + (
             [] if attention_mask is None else [attention_mask.expand(batch_size, -1, -1, -1)]

@@ -211,6 +211,19 @@ class JointNoise:
         """
         return self.embeddings[index] if self.cholesky is None else self.values[index].to(self.embeddings[index])
 
+    def coordinates(self) -> torch.Tensor | None:
+        r"""
+        What clean tokens are in the coordinates of the noise: the basis \\(Q\\), for which \\(E_i = Q R_i\\).
+
+        Returns:
+            `torch.Tensor` of shape `(vocab_size, noise_size)`, or `None` where it is the identity, as the noise has
+            `vocab_size` dimensions.
+        """
+        if self.cholesky is None:
+            return None
+        basis = torch.cat([*_basis(self._joint, self._near)]).to(self.cholesky)
+        return torch.linalg.solve_triangular(self.cholesky, basis.mT, upper=False).mT.to(self.embeddings[0])
+
     def factor_and_tokens(
         self, index: int, embedding: torch.Tensor, input_ids: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -400,6 +400,21 @@ class TestPublish:
         left = set(server.files(REPO_ID)) - {*PUBLISHED, ".gitattributes"}
         assert left == {"plot.png", "last-checkpoint/model.safetensors", "handler.py", "tokenizer_notes.md"}
 
+    @pytest.mark.slow
+    def test_onnx(self, trained, server, quick):
+        publish(trained, REPO_ID, token=TOKEN, onnx=["float32"])
+        files = server.files(REPO_ID)
+        assert files["onnx/model.onnx"] and "onnx" in ModelCard(files["README.md"].decode()).data.tags
+        assert "| `onnx/model.onnx` | a step as ONNX, in float32" in files["README.md"].decode()
+        assert set(files) - {".gitattributes"} == {*PUBLISHED, "onnx/model.onnx"}
+        repository = server.repositories[REPO_ID]
+        files = repository.commits[repository.branches["main"]]
+        repository.commit("main", {**files, "onnx/model_q4.onnx": File(b"by hand")}, "By hand")
+        publish(trained, REPO_ID, token=TOKEN)  # other weights, perhaps
+        assert set(server.files(REPO_ID)) - {".gitattributes"} == {*PUBLISHED, "onnx/model_q4.onnx"}
+        with pytest.raises(PublishError, match="`precisions` must be some of float32, float16, int8"):
+            publish(trained, REPO_ID, token=TOKEN, onnx=["int4"])
+
     def test_a_card_that_was_changed_on_the_hub_is_left_alone(self, trained, server, quick):
         publish(trained, REPO_ID, token=TOKEN)
         repository = server.repositories[REPO_ID]

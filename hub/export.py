@@ -1,0 +1,378 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Writes a step of generation as ONNX, which runs without Python and torch: in a browser, in C++, on a phone.
+
+    flm-export outputs/quickstart/fmlm                                  # to outputs/quickstart/fmlm/onnx
+    flm-export me/my-model --output my-model --precisions float32 int8
+
+A runtime draws standard normal noise, runs the step once, or as often as it likes at later and later times, and has the tokens.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from modeling_flm.flow import flow_map, times_with_known
+from modeling_flm.joint_noise import JointNoise
+from modeling_flm.modeling_flm import FLMPreTrainedModel
+from modeling_flm.time_reparameterization import TimeMap
+
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+ONNX_FOLDER = "onnx"
+
+# Files by their precision, with the names that transformers.js knows.
+ONNX_FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_int8.onnx"}
+
+# What share of the tokens of one step must be PyTorch's: two tokens may be equally likely up to rounding.
+MIN_AGREEMENT = {"float32": 0.999, "float16": 0.98, "int8": 0.98}
+
+_INPUTS = ("state", "timesteps", "target_timesteps", "input_ids", "prompt_mask")
+_OUTPUTS = ("next_state", "tokens")
+_AXES = ("batch_size", "sequence_length")
+
+# What stays in float32 when the rest is quantized: they are small, or decide between tokens.
+_NOT_QUANTIZED = ("lm_head", "time_embedding")
+
+
+class ExportError(Exception):
+    """A model that could not be exported; the message says why."""
+
+
+class FlowStep(nn.Module):
+    r"""
+    A step of the flow, or of the flow map, as a function of tensors alone.
+
+    States are in the coordinates of the noise: noise is standard normal, and a step needs neither a factor of the noise nor the
+    embedding from outside. With the factor \\(R\\) and the clean tokens \\(Q\\) of [`~joint_noise.JointNoise`], a state
+    \\(z\\) stands for \\(z R\\), a token for a row of \\(Q\\). Where the vocabulary is not larger than the embedding, these are
+    the one-hot states of the paper.
+
+    Args:
+        model ([`FLMPreTrainedModel`]): The model.
+    """
+
+    def __init__(self, model: FLMPreTrainedModel):
+        super().__init__()
+        self.model = model
+        embeddings = [model.embed_vocabulary(embedding).detach().float() for embedding in model.embeddings]
+        noise = JointNoise(*embeddings)
+        self.register_buffer("factor", torch.cat([noise.factor(index) for index in range(len(embeddings))], dim=1))
+        self.register_buffer("coordinates", noise.coordinates())
+
+    @property
+    def noise_size(self) -> int:
+        """The number of Gaussian variables per token."""
+        return self.factor.shape[0]
+
+    def forward(
+        self,
+        state: torch.Tensor,
+        timesteps: torch.Tensor,
+        target_timesteps: torch.Tensor,
+        input_ids: torch.LongTensor,
+        prompt_mask: torch.BoolTensor,
+    ) -> tuple[torch.Tensor, torch.LongTensor]:
+        """
+        Args:
+            state (`torch.Tensor` of shape `(batch_size, sequence_length, noise_size)`):
+                The states; at the time 0 standard normal noise. What they are where tokens are known does not matter.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`): The reparameterized times of the states, in [0, 1).
+            target_timesteps (`torch.Tensor` of shape `(batch_size,)`): Those to go to, later ones; 1 is text.
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The tokens that are known.
+            prompt_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Where they are.
+
+        Returns:
+            `tuple[torch.Tensor, torch.LongTensor]`: the states at the target times, and the likeliest tokens, of shape
+            `(batch_size, sequence_length)`.
+        """
+        model, known = self.model, prompt_mask[..., None]
+        if self.coordinates is None:
+            clean = F.one_hot(input_ids, model.config.vocab_size).to(state.dtype)
+        else:
+            clean = F.embedding(input_ids, self.coordinates)
+        state = torch.where(known, clean, state)
+        tau_s, tau_t = timesteps, target_timesteps
+        if model.config.per_token_timesteps:
+            tau_s, tau_t = (times_with_known(tau, prompt_mask) for tau in (tau_s, tau_t))
+        probabilities = model.predict(model.encode(state @ self.factor, tau_s, tau_t), tau_s, tau_t)
+        tokens = torch.where(prompt_mask, input_ids, probabilities.argmax(dim=-1))
+        mean = probabilities if self.coordinates is None else probabilities @ self.coordinates
+        s, t = (model.time_map.tau_to_t(tau) for tau in (timesteps, target_timesteps))
+        return torch.where(known, state, flow_map(state, mean, s, t)), tokens
+
+
+def export_onnx(
+    model: FLMPreTrainedModel | str | Path,
+    output: str | Path,
+    precisions: Sequence[str] = ("float32",),
+    check: bool = True,
+) -> dict[str, float]:
+    r"""
+    Writes a step of a model, [`FlowStep`], as ONNX, for any number of texts and any length.
+
+    Args:
+        model ([`FLMPreTrainedModel`], `str` or `Path`):
+            The model, or its name or folder.
+        output (`str` or `Path`):
+            The folder of the repository. The files are written to `onnx/` in it: `model.onnx`, `model_fp16.onnx` and
+            `model_int8.onnx`.
+        precisions (`Sequence[str]`, *optional*, defaults to `("float32",)`):
+            Which of `"float32"`, `"float16"` and `"int8"` to write. The last has weights of 8 bits, but for the head and the
+            embedding of times. Inputs and outputs are in float32 in any case.
+        check (`bool`, *optional*, defaults to `True`):
+            Whether to run what was written, in ONNX Runtime, and to compare its tokens with PyTorch's.
+
+    Returns:
+        `dict[str, float]`: for each precision the share of tokens that are PyTorch's, in one step and in four; without a check
+        an empty one.
+
+    Raises:
+        `ExportError`: if a package is missing, or the check fails. Then nothing is written.
+    """
+    if unknown := set(precisions) - ONNX_FILES.keys() or not precisions:
+        raise ExportError(
+            f"`precisions` must be some of {', '.join(ONNX_FILES)}, got {list(precisions)!r}, not {unknown}."
+        )
+    _import_onnx()
+    if not isinstance(model, PreTrainedModel):
+        model = load(model)
+    output = Path(output, ONNX_FOLDER)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    agreement = {}
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{ONNX_FOLDER}-") as scratch:
+        scratch = Path(scratch)
+        model.save_pretrained(scratch / "model")
+        full = _reload(model, scratch / "model", torch.float32)
+        for precision in precisions:
+            path = scratch / ONNX_FILES[precision]
+            if precision == "int8":
+                source = scratch / ONNX_FILES["float32"]
+                if not source.is_file():
+                    source = scratch / "unquantized.onnx"
+                    _write(FlowStep(full), source)
+                _quantize(source, path)
+            else:
+                dtype = getattr(torch, precision)
+                _write(FlowStep(full if dtype == torch.float32 else _reload(model, scratch / "model", dtype)), path)
+            if check:
+                agreement[precision] = compare(path, full)
+                if agreement[precision] < MIN_AGREEMENT[precision]:
+                    raise ExportError(
+                        f"Only {agreement[precision]:.1%} of the tokens of {precision} are those of PyTorch: leave it out of "
+                        "`precisions`."
+                    )
+        output.mkdir(exist_ok=True)
+        for precision in precisions:
+            (scratch / ONNX_FILES[precision]).replace(output / ONNX_FILES[precision])
+    return agreement
+
+
+def _import_onnx():
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExportError(f"Exporting needs the package `{error.name}`: `pip install modeling-flm[onnx]`.") from error
+
+
+def load(name: str | Path) -> FLMPreTrainedModel:
+    """The model of this name or in this folder, in float32 and ready to be exported."""
+    try:
+        model = AutoModel.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{name} cannot be loaded: {error}") from error
+    if not isinstance(model, FLMPreTrainedModel):
+        raise ExportError(f"{name} has a `{type(model).__name__}`, not a flow-based language model.")
+    return model
+
+
+def _reload(model: FLMPreTrainedModel, folder: Path, dtype: torch.dtype) -> FLMPreTrainedModel:
+    """The model on the CPU, with the attention that ONNX has, and in a precision in which what needs float32 keeps it."""
+    attention = "sdpa" if model.config.attn_logit_softcapping is None else "eager"
+    model = type(model).from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    return model.eval().requires_grad_(False)
+
+
+def _searchsorted(sorted_sequence, values, *, out_int32=False, right=False, side=None, sorter=None):
+    """`torch.searchsorted(..., right=True)` in ONNX, which has none: how many are not larger. The tables are small."""
+    from onnxscript import opset18 as op
+
+    is_before = op.GreaterOrEqual(op.Unsqueeze(values, [-1]), sorted_sequence)
+    return op.ReduceSum(op.Cast(is_before, to=7), [-1], keepdims=0)  # 7 is int64
+
+
+def _write(step: FlowStep, path: Path):
+    """Exports a step, without a check."""
+    batch_size, length = 2, 3  # of the example: all numbers will do
+    example = (
+        torch.zeros(batch_size, length, step.noise_size),
+        torch.zeros(batch_size),
+        torch.ones(batch_size),
+        torch.zeros(batch_size, length, dtype=torch.long),
+        torch.zeros(batch_size, length, dtype=torch.bool),
+    )
+    _build_table(step.model.time_map)
+    axes = [torch.export.Dim(name, min=1, max=2**16) for name in _AXES]
+    shapes = tuple({axis: axes[axis] for axis in range(min(tensor.dim(), 2))} for tensor in example)
+    # With gradients nothing is split into chunks, whose number would depend on the sizes.
+    with torch.enable_grad():
+        program = torch.export.export(step.eval(), example, dynamic_shapes=shapes)
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        input_names=_INPUTS,
+        output_names=_OUTPUTS,
+        custom_translation_table={torch.ops.aten.searchsorted.Tensor: _searchsorted},
+        verbose=False,
+    )
+    for tensor in (*exported.model.graph.inputs, *exported.model.graph.outputs):
+        tensor.shape = type(tensor.shape)([*_AXES[: min(len(tensor.shape), 2)], *tensor.shape[2:]])
+    exported.save(path)
+
+
+def _build_table(time_map: TimeMap):
+    """Makes the table of times now, as one that is made during an export would have no values."""
+    time_map.tau_to_t(torch.zeros(1))
+
+
+def _quantize(source: Path, path: Path):
+    """Makes weights of 8 bits of those of float32."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    graph = onnx.load(source, load_external_data=False).graph
+    excluded = [
+        node.name for node in graph.node if any(part in name for part in _NOT_QUANTIZED for name in node.input)
+    ]
+    quantize_dynamic(
+        source,
+        path,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=excluded,
+        extra_options={"MatMulConstBOnly": True},
+    )
+
+
+def write_tokens(
+    session: "onnxruntime.InferenceSession",
+    noise: np.ndarray,
+    num_steps: int = 1,
+    input_ids: np.ndarray | None = None,
+    prompt_mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """
+    Generates texts with an exported step, in numpy alone.
+
+    Args:
+        session (`onnxruntime.InferenceSession`): A session of one of the files.
+        noise (`np.ndarray` of shape `(batch_size, sequence_length, noise_size)`): Standard normal variables, float32.
+        num_steps (`int`, *optional*, defaults to 1): The number of steps.
+        input_ids (`np.ndarray` of shape `(batch_size, sequence_length)`, *optional*): Known tokens, int64.
+        prompt_mask (`np.ndarray` of shape `(batch_size, sequence_length)`, *optional*): Where they are, bool.
+
+    Returns:
+        `np.ndarray` of shape `(num_steps, batch_size, sequence_length)`: the tokens after each step, int64.
+    """
+    shape = noise.shape[:2]
+    input_ids = np.zeros(shape, np.int64) if input_ids is None else input_ids
+    prompt_mask = np.zeros(shape, bool) if prompt_mask is None else prompt_mask
+    grid = np.linspace(0, 1, num_steps + 1, dtype=np.float32)
+    state, drafts = noise, []
+    for tau_s, tau_t in zip(grid, grid[1:]):
+        times = (np.full(shape[0], tau) for tau in (tau_s, tau_t))
+        state, tokens = session.run(None, dict(zip(_INPUTS, (state, *times, input_ids, prompt_mask))))
+        drafts.append(tokens)
+    return np.stack(drafts)
+
+
+@torch.no_grad()
+def compare(path: str | Path, model: FLMPreTrainedModel, num_samples: int = 16) -> float:
+    """
+    How much of what an exported step writes is what PyTorch writes from the same noise.
+
+    Args:
+        path (`str` or `Path`): The file.
+        model ([`FLMPreTrainedModel`]): The model, in float32 and on the CPU.
+        num_samples (`int`, *optional*, defaults to 16): How many texts to write, in one step and in four.
+
+    Returns:
+        `float`: the smaller share of equal tokens of the two.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    step = FlowStep(model)
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_samples, model.config.max_position_embeddings, step.noise_size)
+    noise = torch.randn(shape, generator=generator)
+
+    def agreement(num_steps: int) -> float:
+        tokens = write_tokens(session, noise.numpy(), num_steps)[-1]
+        expected = model.generate(num_samples=num_samples, num_steps=num_steps, prior_state=noise @ step.factor)
+        return float((tokens == expected.numpy()).mean())
+
+    return min(map(agreement, (1, 4)))
+
+
+def main(arguments: list[str] | None = None, report: Callable[[str], None] = print):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="the name of a model of the Hub, or its folder",
+    )
+    parser.add_argument("--model", help="the same, as for the other commands")
+    parser.add_argument("--output", help="the folder in which to make onnx/ (default: the model's)")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=[*ONNX_FILES],
+        default=[*ONNX_FILES],
+        help=f"which to write (default: {' '.join(ONNX_FILES)})",
+    )
+    args = parser.parse_args(arguments)
+    if args.model is None:
+        parser.error("name the model")
+    output = args.output or args.model
+    if args.output is None and not Path(args.model).is_dir():
+        parser.error(f"--output: {args.model} is no folder: name one to write to")
+    try:
+        agreement = export_onnx(args.model, output, args.precisions)
+    except ExportError as error:
+        raise SystemExit(f"error: {error}") from None
+    for precision, share in agreement.items():
+        path = Path(output, ONNX_FOLDER, ONNX_FILES[precision])
+        report(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {share:.2%} of its tokens are PyTorch's")
+
+
+if __name__ == "__main__":
+    main()
