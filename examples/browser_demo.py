@@ -1,0 +1,82 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+A page on this machine on which a model writes, in the browser itself. By default it is the model of words in this repository.
+
+    python examples/browser_demo.py
+    python examples/browser_demo.py --model outputs/quickstart/fmlm
+
+The page is that of `flm-publish --space`. It takes two packages of npm from a public server, or from where `npm ci --prefix
+tests/browser` puts them.
+"""
+
+import argparse
+import shutil
+import webbrowser
+from pathlib import Path
+
+from demo import MODEL
+
+from modeling_flm.hub.export import ONNX_FILES, ONNX_FOLDER, ExportError, export_onnx
+from modeling_flm.hub.spaces import assemble_space, make_server
+
+
+PACKAGES = Path(__file__).parents[1] / "tests" / "browser" / "node_modules"
+
+
+def make_page(model: Path, output: Path):
+    """Writes the page, and beside it the model with its ONNX file."""
+    assemble_space(output, "./model")
+    folder = output / "model"
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, folder)
+    exported, weights = folder / ONNX_FOLDER / ONNX_FILES["float32"], model / "model.safetensors"
+    if not exported.is_file() or exported.stat().st_mtime < weights.stat().st_mtime:
+        print("Exporting the model to ONNX, which takes some seconds", flush=True)
+        export_onnx(model, folder)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="the folder of a model")
+    parser.add_argument("--output", type=Path, help="where to put the page (default: outputs/browser_demo/MODEL)")
+    parser.add_argument("--port", type=int, default=7860, help="0 for any that is free")
+    parser.add_argument("--no_browser", action="store_true", help="do not open the page")
+    return parser
+
+
+def main(args: argparse.Namespace):
+    if not (args.model / "config.json").is_file():
+        raise SystemExit(f"error: --model: {args.model} is no folder of a model")
+    output = args.output or Path("outputs", "browser_demo", args.model.resolve().name)
+    try:
+        make_page(args.model, output)
+        server = make_server(output, args.port, PACKAGES if PACKAGES.is_dir() else None)
+    except ExportError as error:
+        raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"error: --port {args.port}: {error.strerror}, pass another, or 0 for any") from None
+    address = f"http://127.0.0.1:{server.server_port}/"
+    print(f"{address} (Ctrl-C ends it)", flush=True)
+    if not args.no_browser:
+        webbrowser.open(address)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())
