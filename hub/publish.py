@@ -50,6 +50,7 @@ from modeling_flm.modeling_flm import FLMPreTrainedModel
 from .card import MARKER, TEMPLATES, build_card, missing_metadata
 from .export import ONNX_FILES, ONNX_FOLDER, ExportError, export_onnx
 from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, is_hub_name, read_records
+from .spaces import assemble_space
 
 
 logger = logging.get_logger(__name__)
@@ -336,6 +337,48 @@ def publish(
     return upload() if blocking else api.run_as_future(upload)
 
 
+def publish_space(
+    model: str,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """
+    Publishes the page that runs a model in the browser, as a static Space, which is free of charge.
+
+    Args:
+        model (`str`):
+            The name of a model on the Hub that was published with its ONNX files, such as `"me/my-model"`. The page shows others,
+            too: `?model=me/another`.
+        repo_id (`str`, *optional*):
+            The name of the Space. By default that of the model.
+        private (`bool`, *optional*):
+            Whether a Space that is created is private.
+        token (`str`, *optional*):
+            A token with the right to write. By default that of `hf auth login`.
+
+    Returns:
+        [`~huggingface_hub.CommitInfo`]
+
+    Raises:
+        `PublishError`: if it did not work. The files of the Space then are as they were before.
+    """
+    api = HfApi(token=token, library_name="modeling-flm")
+    repo_id = model if repo_id is None else repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        assemble_space(folder, model)
+        operations = [CommitOperationAdd(path.name, path) for path in sorted(Path(folder).iterdir())]
+        try:
+            _persistently(
+                lambda: api.create_repo(repo_id, repo_type="space", space_sdk="static", private=private, exist_ok=True)
+            )
+            return _persistently(
+                lambda: api.create_commit(repo_id, operations, commit_message=f"Show {model}", repo_type="space")
+            )
+        except Exception as error:
+            raise PublishError(f"The Space {repo_id} could not be published.\n{_reason(error)}") from error
+
+
 def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, commit_message: str) -> CommitInfo:
     """Everything in `folder` in one commit."""
     # Not `upload_folder`, which may make several.
@@ -422,6 +465,13 @@ def main(arguments: list[str] | None = None):
         default=(),
         help=f"add the model as ONNX, in these precisions (with nothing after it: {' '.join(ONNX_FILES)})",
     )
+    parser.add_argument(
+        "--space",
+        nargs="?",
+        const=True,
+        metavar="NAME",
+        help="publish a page, too, that runs the model in the browser (default: by the name of the model); implies --onnx",
+    )
     card = parser.add_argument_group("metadata of the card")
     card.add_argument("--license", help="the licence of the weights, such as mit (default: the card names none)")
     card.add_argument("--language", nargs="+", help="codes of the languages of the texts")
@@ -433,7 +483,7 @@ def main(arguments: list[str] | None = None):
         name: getattr(args, name)
         for name in ("tokenizer", "num_samples", "license", "language", "datasets", "base_model", "tags")
     }
-    options["onnx"] = [*ONNX_FILES] if args.onnx == [] else args.onnx
+    options["onnx"] = [*ONNX_FILES] if args.onnx == [] or args.space and not args.onnx else args.onnx
     if args.model is None:
         parser.error("name the model folder")
     if not Path(args.model).is_dir():
@@ -445,13 +495,19 @@ def main(arguments: list[str] | None = None):
                 parser.error("--repo_id: for a dry run name the account, too, such as me/my-model")
             assemble(args.model, args.dry_run, args.repo_id, **options)
             print(f"{args.dry_run} is what would be uploaded.")
+            if args.space:
+                assemble_space(f"{args.dry_run}-space", args.repo_id)
+                print(f"{args.dry_run}-space is what would become the Space.")
             return
         commit = publish(
             args.model, args.repo_id, args.private or None, args.revision, args.token, args.commit_message, **options
         )
+        print(commit.commit_url)
+        if args.space:
+            space = None if args.space is True else args.space
+            print(publish_space(commit.repo_url.repo_id, space, args.private or None, args.token).commit_url)
     except PublishError as error:
         raise SystemExit(f"error: {error}") from None
-    print(commit.commit_url)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from modeling_flm import FMLMModel, hub
 from modeling_flm.hub.card import MARKER
-from modeling_flm.hub.publish import PublishError, assemble, publish
+from modeling_flm.hub.publish import PublishError, assemble, publish, publish_space
 from modeling_flm.trainers import (
     FLMTrainer,
     FLMTrainingArguments,
@@ -414,6 +414,32 @@ class TestPublish:
         assert set(server.files(REPO_ID)) - {".gitattributes"} == {*PUBLISHED, "onnx/model_q4.onnx"}
         with pytest.raises(PublishError, match="`precisions` must be some of float32, float16, int8"):
             publish(trained, REPO_ID, token=TOKEN, onnx=["int4"])
+
+    def test_space(self, server):
+        commit = publish_space("tester/tiny", token=TOKEN)
+        assert commit.commit_url.endswith(server.repositories["spaces/tester/tiny"].branches["main"])
+        files = server.files("spaces/tester/tiny")
+        assert set(files) - {".gitattributes"} == {"README.md", "index.html", "app.js", "flow.js", "style.css"}
+        assert (
+            b'content="tester/tiny"' in files["index.html"]
+            and ModelCard(files["README.md"].decode()).data.sdk == "static"
+        )
+        publish_space("tester/other", "tester/tiny", token=TOKEN)  # in its place
+        assert b'content="tester/other"' in server.files("spaces/tester/tiny")["index.html"]
+        with pytest.raises(PublishError, match="The Space tester/tiny could not be published"):
+            publish_space("tester/tiny", token="hf_wrong")
+
+    def test_command_with_a_space(self, trained, tmp_path, server, quick, monkeypatch, capsys):
+        exported = []
+        monkeypatch.setattr(hub.publish, "export_onnx", lambda model, output, precisions: exported.append(precisions))
+        hub.publish.main([str(trained), "--repo_id", "tiny", "--token", TOKEN, "--space"])
+        assert exported == [["float32", "float16", "int8"]]
+        first, second = capsys.readouterr().out.split()[-2:]
+        assert "tester/tiny/commit/" in first and "spaces/tester/tiny/commit/" in second
+        assert b'content="tester/tiny"' in server.files("spaces/tester/tiny")["index.html"]
+        output = str(tmp_path / "out")
+        hub.publish.main([str(trained), "--repo_id", "me/tiny", "--dry_run", output, "--space", "--onnx", "int8"])
+        assert exported[1:] == [["int8"]] and Path(f"{output}-space", "index.html").is_file()
 
     def test_a_card_that_was_changed_on_the_hub_is_left_alone(self, trained, server, quick):
         publish(trained, REPO_ID, token=TOKEN)

@@ -131,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if match and self.command in method.split("|"):
                     with self.server.lock:
                         arguments = {key: value and unquote(value) for key, value in match.groupdict().items()}
+                        if arguments.pop("kind", None) == "spaces":
+                            arguments["repo"] = f"spaces/{arguments['repo']}"
                         answer = getattr(self, name)(**arguments)
                     return answer()
             raise _Problem(404, f"no such endpoint: {self.command} {self.path}")
@@ -195,6 +197,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.authenticate()
         settings = json.loads(self.body)
         name = f"{settings.get('organization') or USER}/{settings['name']}"
+        if settings.get("type") == "space":
+            if settings.get("sdk") != "static":
+                raise _Problem(400, "a Space needs an SDK")
+            return self.create_space(name)
         if name in self.server.repositories:
             answer = {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}
             return self.json(answer, 409)
@@ -203,6 +209,13 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.server.repositories[name] = Repository(settings.get("visibility") == "private")
         repository.commit("main", {".gitattributes": File(b"*.safetensors filter=lfs\n")}, "initial commit")
         return self.json({"url": f"{self.server.url}/{name}", "name": name})
+
+    def create_space(self, name: str):
+        status = 409 if f"spaces/{name}" in self.server.repositories else 200
+        if status == 200:
+            space = self.server.repositories[f"spaces/{name}"] = Repository(False)
+            space.commit("main", {".gitattributes": File(b"")}, "initial commit")
+        return self.json({"url": f"{self.server.url}/spaces/{name}", "name": name}, status)
 
     def validate(self):
         content = json.loads(self.body)["content"]
@@ -304,13 +317,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+_KIND = "(?P<kind>models|spaces)"
 _ROUTES = [
     ("GET", "/api/whoami-v2", "whoami"),
     ("POST", "/api/repos/create", "create"),
     ("POST", "/api/validate-yaml", "validate"),
     ("POST", f"/api/models/{_REPO}/branch/(?P<revision>.+)", "branch"),
-    ("POST", f"/api/models/{_REPO}/preupload/(?P<revision>.+)", "preupload"),
-    ("POST", f"/api/models/{_REPO}/commit/(?P<revision>.+)", "commit"),
+    ("POST", f"/api/{_KIND}/{_REPO}/preupload/(?P<revision>.+)", "preupload"),
+    ("POST", f"/api/{_KIND}/{_REPO}/commit/(?P<revision>.+)", "commit"),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", "batch"),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", "upload"),
     ("GET", f"/api/models/{_REPO}/revision/(?P<revision>.+)", "info"),
