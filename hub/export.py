@@ -252,6 +252,10 @@ def _write(step: FlowStep, path: Path):
     )
     for tensor in (*exported.model.graph.inputs, *exported.model.graph.outputs):
         tensor.shape = type(tensor.shape)([*_AXES[: min(len(tensor.shape), 2)], *tensor.shape[2:]])
+    for node in exported.model.graph.all_nodes():
+        node.metadata_props.clear()  # where code lies on this machine
+        for value in node.outputs:
+            value.metadata_props.clear()
     exported.save(path)
 
 

@@ -167,3 +167,29 @@ def test_program(tmp_path):
     assert contenders["sample"] == {"library"}
     assert {"plain product", "one network, made", "student and teacher, backward"} <= contenders["noise"]
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_export(capsys):
+    import export
+
+    kept_model = BENCHMARKS.parent / "examples" / "models" / "words_fmlm"
+    options = [
+        "--batch_sizes",
+        "1",
+        "--repeats",
+        "2",
+        "--no_compile",
+        "--precisions",
+        "float32",
+        "--num_steps",
+        "1",
+        "4",
+    ]
+    export.main(["--models", str(kept_model), *options])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    (agreement,) = (row[2:] for row in rows if row[0] == "float32")
+    assert agreement == ["100.00%", "100.00%"]
+    ratios = {row[1]: float(row[3]) for row in rows if row[0] == "1"}
+    assert ratios.keys() == {"PyTorch, eager", "ONNX Runtime, float32"} and ratios["PyTorch, eager"] == 1

@@ -1,0 +1,168 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Measures a step that was exported to ONNX, in ONNX Runtime on the CPU, beside PyTorch, eager and compiled: how long one-step
+generation takes, how large the files are, and how many tokens are PyTorch's.
+
+    python benchmarks/export.py                     # the model of this repository, and larger ones with random weights
+    python benchmarks/export.py --models examples/models/words_fmlm --batch_sizes 1
+
+Contenders take turns in one process, with as many threads each. A call is a whole `generate()`, or what a program would do in its place
+with the exported step: draw noise, run the step, have the tokens. What of tokens is equal is said of trained models only: with
+random weights all tokens are about equally likely.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from transformers import CompileConfig, set_seed
+
+from modeling_flm import FMLMConfig, FMLMModel
+from modeling_flm.hub.export import ONNX_FILES, ONNX_FOLDER, FlowStep, export_onnx, write_tokens
+
+
+# Width, blocks, vocabulary, tokens of a text
+SIZES = {"small": (256, 6, 8192, 128), "medium": (512, 8, 32768, 128)}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["examples/models/words_fmlm", *SIZES],
+        help=f"folders of flow maps, or {', '.join(SIZES)} for random weights",
+    )
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--precisions", nargs="+", choices=[*ONNX_FILES], default=[*ONNX_FILES])
+    parser.add_argument(
+        "--num_steps", type=int, nargs="+", default=[1, 4, 16], help="of what is compared with PyTorch"
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="calls of each contender")
+    parser.add_argument("--no_compile", action="store_true", help="leave out compiled PyTorch, which takes minutes")
+    return parser.parse_args(arguments)
+
+
+def build(name: str) -> FMLMModel:
+    """A model of a folder, or of one of the sizes with random weights."""
+    if name not in SIZES:
+        return FMLMModel.from_pretrained(name, dtype=torch.float32)
+    hidden_size, num_hidden_layers, vocab_size, length = SIZES[name]
+    set_seed(0)
+    model = FMLMModel(
+        FMLMConfig(
+            vocab_size=vocab_size,
+            max_position_embeddings=length,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=hidden_size // 64,
+            attn_logit_softcapping=None,
+        )
+    )
+    torch.nn.init.normal_(model.lm_head.weight, std=0.02)
+    for layer in model.layers:
+        torch.nn.init.normal_(layer.modulation.weight, std=0.02)
+    return model
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def take_turns(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float, float]]:
+    """Milliseconds of a call of each: the smallest, the median and the largest, without the first two."""
+    times = {name: [] for name in contenders}
+    for turn in range(repeats + 2):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call()
+            if turn >= 2:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: (min(each), statistics.median(each), max(each)) for name, each in times.items()}
+
+
+def measure(name: str, args: argparse.Namespace):
+    model = build(name).eval()
+    step = FlowStep(model)
+    length = model.config.max_position_embeddings
+    print(f"\n## {name}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens, {length} a text\n")
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, folder, args.precisions, check=False)
+        paths = {precision: Path(folder, ONNX_FOLDER, ONNX_FILES[precision]) for precision in args.precisions}
+        sessions = {precision: open_session(path) for precision, path in paths.items()}
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(32, length, step.noise_size, generator=generator)
+        is_trained = name not in SIZES
+        print(
+            "| precision | MB |" + "".join(f" equal tokens, {steps} steps |" for steps in args.num_steps) * is_trained
+        )
+        print("|---|---|" + "---|" * len(args.num_steps) * is_trained)
+        for precision, session in sessions.items():
+            row = f"| {precision} | {paths[precision].stat().st_size / 1e6:.1f} |"
+            for num_steps in args.num_steps if is_trained else []:
+                tokens = write_tokens(session, noise.numpy(), num_steps)[-1]
+                expected = model.generate(
+                    num_samples=len(noise), num_steps=num_steps, prior_state=noise @ step.factor, output_drafts=False
+                )
+                row += f" {(tokens == expected.numpy()).mean():.2%} |"
+            print(row, flush=True)
+        print("\n| texts | contender | ms: median (least to most) | against compiled PyTorch |\n|---|---|---|---|")
+        for batch_size in args.batch_sizes:
+            show_times(batch_size, model, step, sessions, args)
+
+
+def show_times(
+    batch_size: int,
+    model: FMLMModel,
+    step: FlowStep,
+    sessions: dict[str, onnxruntime.InferenceSession],
+    args: argparse.Namespace,
+):
+    shape = (batch_size, model.config.max_position_embeddings, step.noise_size)
+    options = {"num_samples": batch_size, "num_steps": 1, "batch_size": batch_size}
+    generator = np.random.default_rng(0)
+    contenders = {"PyTorch, eager": lambda: model.generate(**options)}
+    if not args.no_compile:
+        contenders["PyTorch, compiled"] = lambda: model.generate(**options, compile_config=CompileConfig(mode=None))
+    for precision, session in sessions.items():
+        contenders[f"ONNX Runtime, {precision}"] = lambda session=session: write_tokens(
+            session, generator.standard_normal(shape, dtype=np.float32)
+        )
+    times = take_turns(contenders, args.repeats)
+    reference = times.get("PyTorch, compiled", times["PyTorch, eager"])[1]
+    for name, (least, median, most) in times.items():
+        print(
+            f"| {batch_size} | {name} | {median:.1f} ({least:.1f} to {most:.1f}) | {median / reference:.2f} |",
+            flush=True,
+        )
+
+
+def main(arguments: list[str] | None = None):
+    args = parse_arguments(arguments)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}")
+    for name in args.models:
+        measure(name, args)
+
+
+if __name__ == "__main__":
+    main()
