@@ -115,7 +115,9 @@ def test_commands_say_what_they_do(name, bin_folder, project):
 def test_pages_adapters_and_quantization(bin_folder, tmp_path):
     """What the README and the pages of `docs/` show, peft, torchao and bitsandbytes: with the wheel, and without the checkout."""
     for name in ("tests", "examples", "benchmarks", "docs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "outputs"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "outputs", "node_modules")
+        )
     for name in ("README.md", "CONTRIBUTING.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     where = run([bin_folder / "python", "-c", "import modeling_flm; print(modeling_flm.__file__)"], tmp_path)
