@@ -35,6 +35,18 @@ matplotlib.use("Agg")  # draws to files, also where there is no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
 
+# How tables and pictures call the models
+LABELS = {
+    "gpt2": "GPT-2",
+    "mdlm": "MDLM",
+    "duo": "Duo",
+    "flm": "FLM",
+    "flm_continued": "FLM, continued",
+    "fmlm": "FMLM",
+    "fmlm_continued": "FMLM, continued",
+}
+
+
 def read_samples(args: StudyArguments) -> tuple[list[dict], list[dict]]:
     """Rows of texts and rows of likelihoods, with what made them."""
     rows, likelihoods = [], []
@@ -153,7 +165,7 @@ def quality_table(rows: list[dict], args: StudyArguments) -> list[str]:
                     spread([row["self_bleu"] for row in same], 3),
                     spread([100 * row["copied_texts"] for row in same], 1),
                 ]
-                lines.append(f"| {name} | {num_steps} | " + " | ".join(cells) + " |")
+                lines.append(f"| {LABELS[name]} | {num_steps} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -169,7 +181,7 @@ def likelihood_table(likelihoods: list[dict], data: Data, args: StudyArguments) 
             nats = [row["nats_per_text"] for row in same]
             bits = spread([value / number / math.log(2) for value in nats], 3)
             errors = spread([row["error"] for row in same], 2)
-            lines.append(f"| {name} | {sign}{spread(nats, 2)} | {errors} | {sign}{bits} |")
+            lines.append(f"| {LABELS[name]} | {sign}{spread(nats, 2)} | {errors} | {sign}{bits} |")
     return lines
 
 
@@ -188,8 +200,8 @@ def cost_table(args: StudyArguments) -> list[str]:
                 minutes, steps = [*minutes, last["train_runtime"] / 60], last["step"]
         if minutes:
             teacher = CONTENDERS[name].teacher
-            text = f"{steps:,}" if teacher is None else f"{steps:,}, and those of {teacher}"
-            lines.append(f"| {name} | {parameters:,} | {text} | {spread(minutes, 1)} |")
+            text = f"{steps:,}" if teacher is None else f"{steps:,}, and those of {LABELS[teacher]}"
+            lines.append(f"| {LABELS[name]} | {parameters:,} | {text} | {spread(minutes, 1)} |")
     return lines
 
 
@@ -209,19 +221,21 @@ def compute_table(rows: list[dict], args: StudyArguments) -> list[str]:
                 )
                 for part in FRACTIONS
             ]
-            lines.append(f"| {name} | {num_steps} | " + " | ".join(cells) + " |")
+            lines.append(f"| {LABELS[name]} | {num_steps} | " + " | ".join(cells) + " |")
     return lines
 
 
 def sample_list(rows: list[dict], args: StudyArguments) -> list[str]:
     """The first texts of each model."""
-    lines = []
+    lines = ["| model | forward passes | the first two texts |", "|---|---|---|"]
     for name in args.models:
         for num_steps in sorted({row["num_steps"] for row in rows if row["model"] == name}):
             same = over_seeds(rows, model=name, num_steps=num_steps, temperature=1.0, fraction=1.0)
             if same:
-                lines += [f"{name}, {num_steps} forward pass{'es' if num_steps > 1 else ''}", ""]
-                lines += [f"- {text}" for text in same[0]["texts"][:5]] + [""]
+                texts = [
+                    f"`{text.replace('|', ' ')}`" if text.strip() else "(only spaces)" for text in same[0]["texts"][:2]
+                ]
+                lines.append(f"| {LABELS[name]} | {num_steps} | {', '.join(texts)} |")
     return lines
 
 
@@ -250,7 +264,7 @@ def plot(rows: list[dict], reference: dict, path: Path):
             if not points:
                 continue
             x, y, low, high, reached = (np.array(column) for column in zip(*points))
-            axis.errorbar(x, y, yerr=(y - low, high - y), color=f"C{color}", capsize=3, label=name)
+            axis.errorbar(x, y, yerr=(y - low, high - y), color=f"C{color}", capsize=3, label=LABELS[name])
             for filled in (True, False):
                 axis.scatter(
                     x[reached == filled],

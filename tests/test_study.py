@@ -12,6 +12,7 @@ import study_report
 import torch
 import wordnet
 from study_models import CONTENDERS
+from study_report import LABELS
 
 from modeling_flm import FMLMModel
 
@@ -143,7 +144,7 @@ def test_all_stages(tokenizer, tmp_path, capsys):
     report = (folder / "report.md").read_text()
     for name, contender in CONTENDERS.items():
         num_steps = [24] if name == "gpt2" else [1, 2]
-        assert all(f"| {name} | {steps} | " in report for steps in num_steps)
+        assert all(f"| {LABELS[name]} | {steps} | " in report for steps in num_steps)
         for part in study.FRACTIONS:
             model = contender.load(folder / "models" / f"{name}-0" / study.snapshot_name(part))
             assert model.num_parameters() > 0
