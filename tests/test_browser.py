@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import RepoCard
+from small_models import build_model
+from transformers import AutoModel, AutoTokenizer
 
-from modeling_flm import FMLMModel
 from modeling_flm.hub.export import FlowStep
 from modeling_flm.hub.spaces import PAGE, assemble_space, make_server
+from modeling_flm.trainers import train_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -98,18 +100,17 @@ def shown(page) -> list[str]:
     return page.locator("#texts li").all_inner_texts()
 
 
-def python_texts(page, num_steps: int = 1, known: dict[int, int] | None = None) -> list[str]:
+def python_texts(page, num_steps: int = 1, known: dict[int, int] | None = None, model: Path = MODEL) -> list[str]:
     """What the model writes in Python from the noise of the page."""
-    from transformers import AutoTokenizer
-
-    model = FMLMModel.from_pretrained(MODEL, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    step = FlowStep(model)
-    noise = torch.tensor(page.evaluate("Array.from(flm.noise)")).view(-1, 16, step.noise_size)
-    options = {"prior_state": noise @ step.factor, "num_steps": num_steps, "pad_after_eos": True}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    model = AutoModel.from_pretrained(model, dtype=torch.float32)
+    step, length = FlowStep(model), model.config.max_position_embeddings
+    noise = torch.tensor(page.evaluate("Array.from(flm.noise)")).view(-1, length, step.noise_size)
+    options = {"prior_state": noise @ step.factor, "num_steps": num_steps}
+    options["pad_after_eos"] = model.config.eos_token_id is not None
     if known:
-        mask = torch.zeros(len(noise), 16, dtype=torch.bool)
-        tokens = torch.zeros(len(noise), 16, dtype=torch.long)
+        mask = torch.zeros(len(noise), length, dtype=torch.bool)
+        tokens = torch.zeros(len(noise), length, dtype=torch.long)
         for position, token in known.items():
             mask[:, position], tokens[:, position] = True, token
         output = model.generate(tokens, prompt_mask=mask, **options)
@@ -142,6 +143,22 @@ class TestPage:
             assert columns.nth(index).locator("li").all_inner_texts() == python_texts(page, num_steps)[:6]
         drafts = page.locator("#drafts li").all_inner_texts()
         assert len(drafts) == 16 and drafts[-1] == python_texts(page, 16)[0]
+
+    def test_slow_models_compare_only_if_asked(self, page, address):
+        page.route(
+            "**/app.js",
+            lambda route: route.fulfill(
+                body=(PAGE / "app.js").read_text().replace("const SLOW = 500", "const SLOW = 0"),
+                content_type="text/javascript",
+            ),
+        )
+        open_page(page, f"{address}?seed=7&steps=2", finished=False)
+        assert shown(page) == python_texts(page, 2)
+        page.wait_for_selector("#more:visible")
+        assert page.locator("#columns li").count() == 0 and page.inner_text("#drafts").strip() == ""
+        page.click("#more")
+        page.wait_for_selector("body[data-finished]", timeout=60_000)
+        assert page.locator("#columns li").count() == 30 and not page.is_visible("#more")
 
     def test_seeds(self, page, address):
         open_page(page, f"{address}?seed=7")
@@ -243,6 +260,43 @@ class TestPage:
         contrasts = page.evaluate(_CONTRASTS)
         assert len(contrasts) > 50 and min(contrasts) >= 4.5
         context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("kind", "tokenizer", "pattern", "known_text"),
+    [
+        ("fmlm", "bpe", "the cat", "the cat"),
+        ("two_network", "word", "the _ _ sat", "the sat"),
+        ("flm", "text8", "th", "th"),
+    ],
+)
+def test_other_models(kind, tokenizer, pattern, known_text, page, tmp_path):
+    """Vocabularies larger than the embedding and smaller ones, with tokens that are words, pieces and characters."""
+    import browser_demo
+
+    texts = ["the cat sat on the mat and the dog ran to the red house"] * 20
+    tokenizer = train_tokenizer(texts, tokenizer, vocab_size=270)
+    options = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    build_model(kind, vocab_size=len(tokenizer), **options).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    browser_demo.make_page(tmp_path / "model", tmp_path / "page")
+    server = make_server(tmp_path / "page", packages=PACKAGES)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        open_page(page, f"http://127.0.0.1:{server.server_port}/?seed=2")
+        num_steps = 16 if kind == "flm" else 1
+        assert page.input_value("#steps") == str(num_steps)
+        normal = lambda texts: [" ".join(text.split()) for text in texts]  # noqa: E731
+        assert normal(shown(page)) == normal(python_texts(page, num_steps, model=tmp_path / "model"))
+        wait_for_new_texts(page, lambda: page.fill("#pattern", pattern))
+        known = {int(position): token for position, token in page.evaluate("Array.from(flm.known)")}
+        assert tokenizer.decode(list(known.values()), skip_special_tokens=True) == known_text
+        expected = python_texts(page, num_steps, known, model=tmp_path / "model")
+        assert normal(shown(page)) == normal(expected)
+        assert page.evaluate("flm.model.describe(flm.known)").rstrip("…") == pattern
+    finally:
+        server.shutdown()
 
 
 # The contrast of each text with what is behind it, as the Web Content Accessibility Guidelines define it.

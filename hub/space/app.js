@@ -4,10 +4,13 @@ import { FlowModel, drawNoise, isOnHub, locate } from "./flow.js";
 
 const STEPS = [1, 2, 4, 8, 16];
 const NUM_DRAFTS = 16;
+const NUM_PASSES = STEPS.reduce((sum, count) => sum + count) + NUM_DRAFTS;
 // So many tokens are shown at a time, in one text or in several.
 const TOKENS_SHOWN = 384;
 const MAX_TEXTS = 24;
 const COMPARED_TEXTS = 6;
+// Where a forward pass takes longer, columns and drafts are written only if they are asked for.
+const SLOW = 500;
 
 const element = (id) => document.getElementById(id);
 const settings = new URLSearchParams(location.search);
@@ -41,10 +44,10 @@ async function written(noise, numSteps, onDraft = () => {}) {
   return { texts, time: performance.now() - start };
 }
 
-const asText = (tokens) => model.pieces(model.untilEnd(tokens)).join("").trim();
+const asText = (tokens) => model.pieces(model.untilEnd(tokens, known)).join("").trim();
 
 function spans(tokens) {
-  const shown = model.untilEnd(tokens);
+  const shown = model.untilEnd(tokens, known);
   return model.pieces(shown).map((piece, position) => {
     const span = make("span", { textContent: position === 0 ? piece.trimStart() : piece });
     span.dataset.position = position;
@@ -64,7 +67,7 @@ function showTexts(texts, time, numSteps) {
 }
 
 function showDraft(item, tokens, before) {
-  const shown = model.untilEnd(tokens);
+  const shown = model.untilEnd(tokens, known);
   const parts = model.pieces(shown).map((piece, position) => {
     const hasChanged = before !== null && before[position] !== shown[position];
     return make(hasChanged ? "mark" : "span", { textContent: position === 0 ? piece.trimStart() : piece });
@@ -113,6 +116,17 @@ async function write() {
   Object.assign(window.flm, { noise, known, texts: result.texts, time: result.time });
   document.body.dataset.written = mine;
   await drawn();
+  const passTime = result.time / numSteps;
+  element("more").hidden = passTime < SLOW;
+  element("more").textContent = `Write these and the drafts, in about ${format((passTime * NUM_PASSES) / 1000)} s`;
+  if (passTime < SLOW) {
+    await compare(mine);
+  }
+}
+
+/** Writes the same noise in more steps, and the drafts. */
+async function compare(mine) {
+  element("more").hidden = true;
   await showColumns(mine);
   if (mine === edition) {
     await showDrafts(mine);
@@ -218,6 +232,7 @@ function listen() {
     element("pattern").value = model.describe(known);
     write();
   });
+  element("more").addEventListener("click", () => compare(edition));
   element("start-race").addEventListener("click", race);
   document.addEventListener("keydown", (event) => {
     const isFree = event.target === document.body && !event.ctrlKey && !event.metaKey && !event.altKey;
@@ -260,6 +275,8 @@ async function start() {
   if (!element("seed").value) {
     newSeed();
   }
+  // An FLM needs many steps
+  element("steps").value = settings.get("steps") ?? (model.config.model_type === "flm" ? Math.max(...STEPS) : 1);
   listen();
   if (readPattern() && drawFromSeed()) {
     await written(noise, 1); // the first pass takes longer, and would be mistaken for what one takes

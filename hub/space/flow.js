@@ -160,10 +160,21 @@ export class FlowModel {
     }
   }
 
-  /** The tokens of a text up to its end. */
-  untilEnd(tokens) {
-    const end = tokens.indexOf(this.endToken);
-    return end < 0 ? tokens : tokens.slice(0, end);
+  /** The tokens of a text up to its end, the first token written that ends texts. Known ones after it stay. */
+  untilEnd(tokens, known = new Map()) {
+    if (this.endToken === null) {
+      return tokens;
+    }
+    let hasEnded = false;
+    const kept = tokens.map((token, position) => {
+      if (known.has(position)) {
+        return token;
+      }
+      hasEnded ||= token === this.endToken;
+      return hasEnded ? this.padToken : token;
+    });
+    const last = kept.findLastIndex((token) => token !== this.padToken && token !== this.endToken);
+    return kept.slice(0, last + 1);
   }
 
   /** What each token adds to a text, so that the pieces together are the text. */
@@ -175,7 +186,11 @@ export class FlowModel {
     let before = "";
     return tokens.map((_, index) => {
       const text = decode(tokens.slice(0, index + 1));
-      const piece = text.startsWith(before) ? text.slice(before.length) : text;
+      // A part of a character is shown with the rest of it
+      if (!text.startsWith(before) || (text.endsWith("\ufffd") && index + 1 < tokens.length)) {
+        return "";
+      }
+      const piece = text.slice(before.length);
       before = text;
       return piece;
     });
