@@ -23,12 +23,62 @@ Ray Serve runs the processes: one that answers HTTP, and `--replicas` of each mo
 together. A model goes by the name of its folder, or on the Hub. docs/serving.md says more.
 """
 
+import argparse
+import asyncio
+import logging
 import os
+import secrets
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 # Read where Ray is imported: nothing is reported to its makers, and a replica without a GPU keeps its environment.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray  # noqa: E402
+import torch  # noqa: E402
+from fastapi import FastAPI, Request  # noqa: E402
+from fastapi.responses import JSONResponse, Response  # noqa: E402
+from prometheus_client import (  # noqa: E402
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator  # noqa: E402
+from ray import serve  # noqa: E402
+from ray.exceptions import RayActorError  # noqa: E402
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError  # noqa: E402
+from ray.serve.handle import DeploymentHandle  # noqa: E402
+from starlette.exceptions import HTTPException  # noqa: E402
+from starlette.requests import ClientDisconnect  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from modeling_flm.configuration_flm import FLOW_TYPES  # noqa: E402
+from modeling_flm.pipeline_flm import encode_prompts  # noqa: E402
+from modeling_flm.trainers.batches import example_seed  # noqa: E402
+from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM  # noqa: E402
+from modeling_flm.trainers.scripts import check_device, check_model, explained, terminated_as_interrupted  # noqa: E402
 
 
 logger = logging.getLogger("ray.serve")
@@ -149,9 +199,9 @@ def check_wanted(texts: list[Text]):
         raise Abandoned
 
 
-def stack_prompts(texts: list[Text], side: str) -> dict[str, torch.LongTensor]:
+def stack_prompts(texts: list[Text], side: str, device: torch.device) -> dict[str, torch.LongTensor]:
     """The `input_ids` and the `attention_mask` of how texts begin, with the padding on one side."""
-    rows = [torch.tensor(text.prompt_ids, dtype=torch.long) for text in texts]
+    rows = [torch.tensor(text.prompt_ids, dtype=torch.long, device=device) for text in texts]
     return {
         "input_ids": pad_sequence(rows, batch_first=True, padding_side=side),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side),
@@ -197,7 +247,7 @@ class FlowWriter:
             generator=[torch.Generator().manual_seed(text.seed) for text in texts],
             callback=lambda *progress: check_wanted(texts),
             **({} if first.temperature is None else {"temperature": first.temperature}),
-            **(stack_prompts(texts, "right") if any(text.prompt_ids for text in texts) else {}),
+            **(stack_prompts(texts, "right", self.model.device) if any(text.prompt_ids for text in texts) else {}),
         )
         return [row[len(text.prompt_ids) :] for row, text in zip(tokens.tolist(), texts)]
 
@@ -255,7 +305,7 @@ class CausalWriter:
         return (text.length - len(text.prompt_ids),)
 
     def write(self, texts: list[Text]) -> list[list[int]]:
-        prompts = stack_prompts(texts, "left").to(self.model.device)
+        prompts = stack_prompts(texts, "left", self.model.device)
         tokens = self.model.generate(
             **prompts,
             max_new_tokens=texts[0].length - len(texts[0].prompt_ids),
@@ -276,6 +326,75 @@ def load_writer(path: str, device: str, dtype: str) -> FlowWriter | CausalWriter
     return (FlowWriter if is_flow else CausalWriter)(model, AutoTokenizer.from_pretrained(path))
 
 
+class Batcher:
+    """
+    Writes texts in batches: while one is written texts are collected, and the next one has all that go together with the text
+    that has waited longest.
+
+    Args:
+        writer ([`FlowWriter`] or [`CausalWriter`]): What writes a batch.
+        max_batch_size (`int`): The most texts of a batch.
+        max_wait (`float`): The seconds that a text waits for others if nothing is being written.
+    """
+
+    def __init__(self, writer: FlowWriter | CausalWriter, max_batch_size: int, max_wait: float):
+        self.writer, self.max_batch_size, self.max_wait = writer, max_batch_size, max_wait
+        self.waiting: list[tuple[Text, asyncio.Future, float]] = []
+        self.arrived = asyncio.Event()
+        self.task: asyncio.Task | None = None
+
+    async def write(self, text: Text) -> tuple[list[int] | None, int | None]:
+        """The tokens of a text after its prompt, or `None` if that failed; and for the first one of a batch its size."""
+        if self.task is None:
+            self.task = asyncio.create_task(self._run())
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append((text, future, time.monotonic()))
+        self.arrived.set()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            text.is_abandoned = True
+            raise
+
+    async def _run(self):
+        while True:
+            await self.arrived.wait()
+            if len(self.waiting) < self.max_batch_size:
+                await asyncio.sleep(self.waiting[0][2] + self.max_wait - time.monotonic())
+            batch = self._next_batch()
+            if not self.waiting:
+                self.arrived.clear()
+            if not batch:
+                continue
+            texts = [text for text, _ in batch]
+            # In a thread, so that this one takes what comes meanwhile
+            rows = await asyncio.to_thread(self._write, texts)
+            sizes = [None if rows is None else len(texts)] + [None] * (len(texts) - 1)
+            for (_, future), row, size in zip(batch, rows or [None] * len(texts), sizes):
+                if not future.done():
+                    future.set_result((row, size))
+
+    def _next_batch(self) -> list[tuple[Text, asyncio.Future]]:
+        """Takes it from what is waiting."""
+        waiting = [row for row in self.waiting if not row[0].is_abandoned]
+        batch, self.waiting = [], []
+        for text, future, since in waiting:
+            if len(batch) < self.max_batch_size and self.writer.group(text) == self.writer.group(waiting[0][0]):
+                batch.append((text, future))
+            else:
+                self.waiting.append((text, future, since))
+        return batch
+
+    def _write(self, texts: list[Text]) -> list[list[int]] | None:
+        try:
+            return self.writer.write(texts)
+        except Abandoned:
+            return None
+        except Exception:  # of these texts alone, such as memory that ran out
+            logger.exception("A batch of %d texts failed.", len(texts))
+            return None
+
+
 @serve.deployment
 class Model:
     """
@@ -292,10 +411,9 @@ class Model:
         transformers_logging.disable_progress_bar()
         torch.set_num_threads(num_threads)
         self.writer = load_writer(path, args.device, args.dtype)
+        self.batcher = Batcher(self.writer, args.max_batch_size, args.max_wait_ms / 1000)
         eos = self.writer.eos_token_id
         self.ends = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        self._write.set_max_batch_size(args.max_batch_size)
-        self._write.set_batch_wait_timeout_s(args.max_wait_ms / 1000)
 
     async def complete(
         self,
@@ -315,14 +433,8 @@ class Model:
             of these; or `error`, the arguments of a [`RequestError`].
         """
         if num_steps is not None and not self.writer.takes_steps:
-            return {
-                "error": (
-                    400,
-                    "`num_steps`: this model writes token by token: leave it out.",
-                    "num_steps",
-                    "invalid_value",
-                )
-            }
+            message = "`num_steps`: this model writes token by token; leave it out."
+            return {"error": (400, message, "num_steps", "invalid_value")}
         max_length = self.writer.max_length
         encoded = await asyncio.to_thread(lambda: [self.writer.encode(prompt) for prompt in prompts])
         longest = max(map(len, encoded))
@@ -335,47 +447,16 @@ class Model:
             # The noise of a text is that of `flm-generate`, by its number and the seed.
             own_seed = example_seed(seed, SAMPLES_STREAM, len(texts))
             texts.append(Text(prompt_ids, length, own_seed, num_steps, temperature))
-        try:
-            written = await asyncio.gather(*map(self._write, texts))
-        except asyncio.CancelledError:
-            for text in texts:
-                text.is_abandoned = True
-            raise
-        if failed := [error for error, _, _ in written if error is not None]:
-            return {"error": (500, failed[0], None, "generation_failed")}
+        written = await asyncio.gather(*map(self.batcher.write, texts))
+        if any(tokens is None for tokens, _ in written):
+            return {"error": (500, "The model could not write this; the server's log says why.", None, "model_failed")}
+        choices = [self._choice(text, tokens) for text, (tokens, _) in zip(texts, written)]
         return {
-            "choices": [choice for _, choice, _ in written],
+            "choices": choices,
             "prompt_tokens": sum(map(len, encoded)),
-            "completion_tokens": sum(choice["num_tokens"] for _, choice, _ in written),
-            "batch_sizes": [size for _, _, size in written if size is not None],
+            "completion_tokens": sum(choice["num_tokens"] for choice in choices),
+            "batch_sizes": [size for _, size in written if size is not None],
         }
-
-    @serve.batch
-    async def _write(self, texts: list[Text]) -> list[tuple[str | None, dict | None, int | None]]:
-        """Of each text an error or what was written, and of the first text of what was written together how much that was."""
-        # In a thread, so that this one takes the requests that come meanwhile: they are the next batch.
-        return await asyncio.to_thread(self._write_groups, texts)
-
-    def _write_groups(self, texts: list[Text]) -> list[tuple[str | None, dict | None, int | None]]:
-        groups, results = {}, [(None, None, None)] * len(texts)
-        for index, text in enumerate(texts):
-            if not text.is_abandoned:
-                groups.setdefault(self.writer.group(text), []).append(index)
-        for indices in groups.values():
-            group = [texts[index] for index in indices]
-            try:
-                rows = self.writer.write(group)
-                written = [(None, self._choice(text, row), None) for text, row in zip(group, rows)]
-                written[0] = (*written[0][:2], len(group))
-            except Abandoned:
-                continue
-            except Exception as error:  # of these texts alone, such as memory that ran out
-                logger.exception("A batch of %d texts failed.", len(group))
-                message = f"The model could not write this text ({type(error).__name__})."
-                written = [(message, None, None)] * len(group)
-            for index, result in zip(indices, written):
-                results[index] = result
-        return results
 
     def _choice(self, text: Text, tokens: list[int]) -> dict:
         """What comes after the prompt, up to the end of the text."""
@@ -392,6 +473,7 @@ class Metrics:
     """What `/metrics` shows. All of it is counted where HTTP is answered, from what the replicas answer."""
 
     def __init__(self):
+        disable_created_metrics()  # when each series began
         self.registry = CollectorRegistry()
         options = {"namespace": "flm", "registry": self.registry}
         model = ["model"]
@@ -433,7 +515,8 @@ class Ingress:
 
         @app.exception_handler(HTTPException)
         async def no_such_page(request: Request, error: HTTPException) -> JSONResponse:
-            return RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.").response()
+            message = f"{request.method} {request.url.path[:100]}: {error.detail}."
+            return RequestError(error.status_code, message).response()
 
         @app.exception_handler(Exception)
         async def unexpected(request: Request, error: Exception) -> JSONResponse:  # which Ray logs
@@ -452,6 +535,8 @@ class Ingress:
         except RequestError as error:
             status = error.status
             return error.response()
+        except ClientDisconnect:
+            return Response(status_code=status)  # which nobody reads
         except Exception:
             status = 500
             raise
@@ -617,22 +702,23 @@ def build(args: argparse.Namespace, models: dict[str, str]) -> serve.Application
             num_replicas=args.replicas,
             max_ongoing_requests=2 * args.max_batch_size,  # a batch that is written, and the next one
             max_queued_requests=args.max_queue,
+            health_check_period_s=1,  # what has ended is soon noticed, and started again
             ray_actor_options=resources,
         ).bind(path, num_threads, args)
         for name, path in models.items()
     }
     # What waits is limited at the models, not here.
-    ingress = Ingress.options(max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0})
-    return ingress.bind(args, handles)
+    options = {"max_ongoing_requests": 100_000, "health_check_period_s": 1, "ray_actor_options": {"num_cpus": 0}}
+    return Ingress.options(**options).bind(args, handles)
 
 
-def positive(kind: Callable) -> Callable:
-    """A type of flags: numbers of at least 1, or for `float` above 0."""
+def at_least(least: float, kind: Callable = int) -> Callable:
+    """A type of flags: numbers that are not below the least one."""
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be a number of at least {least}, got {text}")
         return value
 
     return parse
@@ -645,18 +731,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="the port, or 0 for a free one")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--replicas", type=positive(int), default=1, help="of each model")
-    parser.add_argument("--max_batch_size", type=positive(int), default=32, help="texts that are written together")
-    parser.add_argument("--max_wait_ms", type=float, default=5.0, help="how long a text waits for others to join it")
+    parser.add_argument("--replicas", type=at_least(1), default=1, help="of each model")
+    parser.add_argument("--max_batch_size", type=at_least(1), default=32, help="texts that are written together")
     parser.add_argument(
-        "--max_queue", type=positive(int), default=256, help="requests that wait for a model; more get a 429"
+        "--max_wait_ms", type=at_least(0, float), default=5.0, help="how long a text waits for others to join it"
     )
-    parser.add_argument("--timeout", type=positive(float), default=60.0, help="seconds that a request may take")
     parser.add_argument(
-        "--max_texts", type=positive(int), default=128, help="texts of a request, all its prompts together"
+        "--max_queue", type=at_least(1), default=256, help="requests that wait for a model; more get a 429"
     )
-    parser.add_argument("--max_num_steps", type=positive(int), default=1024)
-    parser.add_argument("--max_body_bytes", type=positive(int), default=2**20)
+    parser.add_argument("--timeout", type=at_least(0.1, float), default=60.0, help="seconds that a request may take")
+    parser.add_argument(
+        "--max_texts", type=at_least(1), default=128, help="texts of a request, all its prompts together"
+    )
+    parser.add_argument("--max_num_steps", type=at_least(1), default=1024)
+    parser.add_argument("--max_body_bytes", type=at_least(1), default=2**20)
     return parser
 
 
@@ -665,20 +753,25 @@ def main(args: argparse.Namespace):
         check_device("--device", args.device)
         models = name_models(args.models)
         args.port = find_port(args.host, args.port)
+    logger.setLevel(logging.WARNING)
     # A cluster of its own, whatever else runs on this machine
     ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     with terminated_as_interrupted():
         try:
             serve.start(http_options={"host": args.host, "port": args.port}, logging_config=quiet)
-            serve.run(build(args, models), logging_config=quiet)
+            try:
+                serve.run(build(args, models), logging_config=quiet)
+            except RuntimeError as error:  # whose reasons are the last lines of the replicas' tracebacks
+                deployments = serve.status().applications["default"].deployments.values()
+                reasons = {each.message.splitlines()[-1] for each in deployments if each.status == "DEPLOY_FAILED"}
+                raise SystemExit(f"error: {' '.join(sorted(reasons)) or error}") from None
             host = f"[{args.host}]" if ":" in args.host else args.host
             print(f"{', '.join(models)}: http://{host}:{args.port}/v1/completions (Ctrl-C ends it)", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             pass
         finally:
-            serve.shutdown()
             ray.shutdown()
 
 

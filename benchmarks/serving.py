@@ -1,0 +1,243 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Loads `examples/serve.py` on this machine with a flow map of few steps and a GPT-2 with KV cache, and prints how many texts a second
+each writes, how long requests take, and how many texts were written together.
+
+    python benchmarks/serving.py
+    python benchmarks/serving.py --hidden_size 768 --num_hidden_layers 12 --vocab_size 50258 --length 1024 --max_batch_size 64
+    python benchmarks/serving.py --concurrency 1 8 --num_steps 1 4 --seconds 20
+
+So many clients as `--concurrency` says each send a request for one text, and the next one as soon as it is answered. They run on
+the same machine, and take a part of its time. Weights are random, and no text ends early: all have `--length` tokens. Widths and
+numbers of blocks are the same; a block of a flow map has more parameters, for its times.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_flm import FLMConfig, FLMModel, FMLMModel
+from modeling_flm.trainers import train_tokenizer
+
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "serve.py"
+QUICK = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "vocab_size": 50,
+    "length": 8,
+    "concurrency": [1, 4],
+    "seconds": 0.5,
+}
+
+
+class Server:
+    """
+    A server in processes of its own, on a free port of this machine.
+
+    Args:
+        arguments (`list`): The models, and flags of `examples/serve.py`.
+
+    Raises:
+        `RuntimeError`: if it does not start.
+    """
+
+    def __init__(self, arguments: list):
+        command = [sys.executable, str(SCRIPT), *map(str, arguments), "--port", "0"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        self.errors = tempfile.TemporaryFile("w+")
+        pipes = {"stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        self.line = self.process.stdout.readline()
+        if not self.line:
+            self.process.wait()
+            self.errors.seek(0)
+            raise RuntimeError(f"The server did not start: {self.errors.read()}")
+        self.port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", self.line)[1])
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *error):
+        self.process.terminate()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+        self.errors.close()
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+
+    def send(self, method: str, path: str, body: bytes | str | None = None) -> tuple[int, str, dict[str, str]]:
+        """The status, the text and the headers of an answer."""
+        connection = self.connect()
+        try:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, response.read().decode(), dict(response.headers)
+        finally:
+            connection.close()
+
+    def metric(self, name: str, labels: str) -> float:
+        """A figure of `/metrics`, or 0 before the first one. `labels` is a regular expression."""
+        found = re.search(rf"^flm_{name}{{{labels}}} (\S+)$", self.send("GET", "/metrics")[1], re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+
+def build_models(args: argparse.Namespace) -> tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]:
+    """A flow map and a GPT-2 with random weights, and a tokenizer for both."""
+    heads = max(1, args.hidden_size // 64)
+    config = FLMConfig(
+        vocab_size=args.vocab_size,
+        max_position_embeddings=args.length,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=heads,
+    )
+    flow_map = FMLMModel.from_flm(FLMModel(config))
+    torch.nn.init.normal_(flow_map.lm_head.weight, std=0.02)  # which is zero at first
+    gpt2_config = GPT2Config(
+        vocab_size=args.vocab_size,
+        n_positions=args.length + 1,  # with what begins a text
+        n_embd=args.hidden_size,
+        n_layer=args.num_hidden_layers,
+        n_head=heads,
+        bos_token_id=0,
+        eos_token_id=None,
+        tie_word_embeddings=False,  # as in flow-based models
+    )
+    words = " ".join(f"w{number}" for number in range(args.vocab_size))
+    tokenizer = train_tokenizer([words], "word", args.vocab_size)
+    tokenizer.eos_token = None
+    return {"fmlm": flow_map, "gpt2": GPT2LMHeadModel(gpt2_config)}, tokenizer
+
+
+def load(server: Server, fields: dict, concurrency: int, seconds: float) -> dict[str, float]:
+    """
+    Sends requests from so many clients, each as soon as the one before is answered.
+
+    Args:
+        server (`Server`): The server.
+        fields (`dict`): What requests have but for their seeds.
+        concurrency (`int`): The number of clients.
+        seconds (`float`): For how long they begin new ones.
+
+    Returns:
+        `dict[str, float]`: what was measured, by the names of the columns.
+    """
+    labels = f'model="{fields["model"]}"'
+
+    def client(index: int) -> list[tuple[float, int]]:
+        answered, connection = [], server.connect()
+        while time.perf_counter() < end or not answered:
+            body = json.dumps({**fields, "seed": index + concurrency * len(answered)})
+            sent = time.perf_counter()
+            connection.request("POST", "/v1/completions", body)
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+            if response.status != 200:
+                raise RuntimeError(f"A request was answered with {response.status}: {answer['error']['message']}")
+            answered.append((time.perf_counter() - sent, answer["usage"]["completion_tokens"]))
+        connection.close()
+        return answered
+
+    before = [server.metric(f"batch_size_{name}", labels) for name in ("sum", "count")]
+    start = time.perf_counter()
+    end = start + seconds
+    with ThreadPoolExecutor(concurrency) as pool:
+        answered = [row for rows in pool.map(client, range(concurrency)) for row in rows]
+    elapsed = time.perf_counter() - start  # to the last answer
+    after = [server.metric(f"batch_size_{name}", labels) for name in ("sum", "count")]
+    latencies, tokens = zip(*answered)
+    return {
+        "texts/s": len(answered) / elapsed,
+        "tokens/s": sum(tokens) / elapsed,
+        "p50 ms": 1000 * np.percentile(latencies, 50),
+        "p95 ms": 1000 * np.percentile(latencies, 95),
+        "texts in a batch": (after[0] - before[0]) / (after[1] - before[1]),
+    }
+
+
+def positive(kind: Callable) -> Callable:
+    def parse(text: str):
+        if kind(text) <= 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return kind(text)
+
+    return parse
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden_size", type=positive(int), default=256)
+    parser.add_argument("--num_hidden_layers", type=positive(int), default=4)
+    parser.add_argument("--vocab_size", type=positive(int), default=8192)
+    parser.add_argument("--length", type=positive(int), default=64, help="tokens of a text")
+    parser.add_argument("--num_steps", type=positive(int), nargs="+", default=[1], help="of the flow map")
+    parser.add_argument("--concurrency", type=positive(int), nargs="+", default=[1, 4, 16, 64], help="clients")
+    parser.add_argument("--seconds", type=positive(float), default=5.0, help="for each row of the table")
+    parser.add_argument("--replicas", type=positive(int), default=1, help="of each model")
+    parser.add_argument("--max_batch_size", type=positive(int), default=32)
+    parser.add_argument("--max_wait_ms", type=float, default=5.0)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny models for a moment, to see that it works")
+    return parser
+
+
+def main(args: argparse.Namespace):
+    if args.quick:
+        vars(args).update(QUICK)
+    models, tokenizer = build_models(args)
+    sizes = ", ".join(f"{name} {model.num_parameters() / 1e6:.1f} M" for name, model in models.items())
+    contenders = {
+        f"FMLM, {steps} step{'s' * (steps > 1)}": {"model": "fmlm", "num_steps": steps} for steps in args.num_steps
+    }
+    contenders["GPT-2 with KV cache"] = {"model": "gpt2", "max_tokens": args.length}
+    flags = ["--device", args.device, "--replicas", args.replicas, "--max_batch_size", args.max_batch_size]
+    flags += ["--max_wait_ms", args.max_wait_ms, "--max_queue", max(args.concurrency), "--timeout", 600]
+    flags += ["--max_num_steps", max(args.num_steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in models.items():
+            model.save_pretrained(Path(folder, name))
+            tokenizer.save_pretrained(Path(folder, name))
+        with Server([Path(folder, name) for name in models] + flags) as server:
+            print(f"{os.cpu_count()} CPU cores, {args.device}; {sizes} parameters; texts of {args.length} tokens\n")
+            for fields in contenders.values():  # warms up
+                load(server, fields, max(args.concurrency), 0)
+            names = None
+            for concurrency in args.concurrency:
+                for name, fields in contenders.items():
+                    row = load(server, fields, concurrency, args.seconds)
+                    if names is None:
+                        names = ["clients", "model", *row]
+                        print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+                    values = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in row.values()]
+                    print(f"| {concurrency} | {name} | " + " | ".join(values) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())
