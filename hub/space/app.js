@@ -172,6 +172,7 @@ function again() {
 async function race() {
   const button = element("start-race");
   button.disabled = true;
+  element("race").hidden = false;
   element("race-once").replaceChildren();
   element("race-tokens").replaceChildren();
   const mine = edition;
