@@ -340,7 +340,10 @@ class TestOnline:
             if url.startswith(CDN):
                 path = PACKAGES / re.sub(r"@[\d.]+/", "/", url.removeprefix(CDN), count=1)
             else:
-                path = folder / "model" / url.removeprefix("https://huggingface.co/me/words/resolve/main/")
+                owner, name, path = re.fullmatch(r"https://huggingface.co/(\w+)/(\w+)/resolve/main/(.+)", url).groups()
+                if (owner, name) == ("me", "light"):
+                    path = {"onnx/model.onnx": "none", "onnx/model_int8.onnx": "onnx/model.onnx"}.get(path, path)
+                path = folder / "model" / (path if owner == "me" else "none")
             headers = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
             if path.suffix in (".mjs", ".js"):
                 headers["Content-Type"] = "text/javascript"
@@ -362,6 +365,9 @@ class TestOnline:
             open_page(online, f"{address}?model=me/words&seed=1&precision=float32")
             assert shown(online) == python_texts(online)
             assert {url.split("/")[2] for url in online.asked} == {"cdn.jsdelivr.net", "huggingface.co"}
+            assert "float32" in online.inner_text("#model-facts")
+            open_page(online, f"{address}?model=me/light")  # which has no file of float32
+            assert "int8" in online.inner_text("#model-facts") and online.inner_text("#model-name a") == "me/light"
             online.goto(address)
             online.wait_for_selector("#status.failed", timeout=60_000)
             assert "Name a model" in online.inner_text("#status")
