@@ -64,6 +64,20 @@ def test_loglikelihood_is_the_conditional_bound(model):
         assert is_greedy in (True, False)
 
 
+def test_texts_that_are_over_where_a_continuation_is(folder, model):
+    whole = harness.FLMHarnessModel(str(folder), num_times=4, num_steps=2, append_eos=True)
+    context = "max the clever bear lives"
+    ((value, _),) = whole.loglikelihood([Request(context, " in a castle")], disable_tqdm=True)
+    tokenizer = model.tokenizer
+    tokens = model.tok_encode(f"{context} in a castle") + [tokenizer.eos_token_id] + [tokenizer.pad_token_id] * 3
+    known = torch.tensor([[1] * 5 + [0] * 7])
+    generator = torch.Generator().manual_seed(example_seed(0, harness.LIKELIHOOD_STREAM, 0))
+    output = model.model.log_likelihood(torch.tensor([tokens]), prompt_mask=known, num_times=4, generator=[generator])
+    assert value == pytest.approx(output.log_likelihood.item(), rel=1e-4)
+    with pytest.raises(ValueError, match="A request has 13 tokens, but the model's texts have 12"):
+        whole.loglikelihood([Request(STORY, " max the clever")], disable_tqdm=True)
+
+
 def test_loglikelihood_rolling_adds_windows(model):
     long = f"{STORY} {STORY} {STORY}"  # 27 words, for texts of 12
     values = model.loglikelihood_rolling([Request(STORY), Request(long)], disable_tqdm=True)

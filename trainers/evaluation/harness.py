@@ -49,6 +49,9 @@ class FLMHarnessModel(TemplateLM):
         seed (`int`, *optional*, defaults to 0): The seed of all noise.
         revision (`str`, *optional*): The branch, tag or commit.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code that comes with the model.
+        append_eos (`bool`, *optional*, defaults to `False`):
+            Whether a text is over where a continuation is: an end-of-sequence token comes after it, and padding up to the model's
+            length. For models that were trained on texts one by one, to whose eyes a text without an end is no text.
     """
 
     model_class = AutoModel
@@ -64,6 +67,7 @@ class FLMHarnessModel(TemplateLM):
         seed: int = 0,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        append_eos: bool = False,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -77,6 +81,9 @@ class FLMHarnessModel(TemplateLM):
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained, **options)
         self.num_times, self.num_steps, self.seed = num_times, num_steps, seed
         self.batch_size = max(64, int(batch_size))
+        self.append_eos = append_eos
+        if append_eos and self.tokenizer.eos_token_id is None:
+            raise ValueError("`append_eos` needs a tokenizer with an end-of-sequence token.")
 
     @property
     def max_length(self) -> int:
@@ -99,6 +106,10 @@ class FLMHarnessModel(TemplateLM):
         for context, continuation in (request.args for request in requests):
             # Nothing needs to come before a text.
             known, rest = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
+            if self.append_eos:
+                end = [self.tokenizer.eos_token_id]
+                pad = end if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id]
+                rest = rest + end + pad * (self.max_length - len(known) - len(rest) - 1)
             pairs.append(((context, continuation), known, rest))
         return self._loglikelihood_tokens(pairs, disable_tqdm)
 
