@@ -34,8 +34,8 @@ from .likelihood import LIKELIHOOD_STREAM
 @register_model("flm")
 class FLMHarnessModel(TemplateLM):
     """
-    A model for the lm-evaluation-harness. Likelihoods are variational bounds, with noise of their own for each request, so that
-    batches do not change them.
+    A model for the lm-evaluation-harness. Likelihoods are variational bounds, with noise of their own for each context, so that
+    batches do not change them, and the answers to one question differ by what they say and not by their noise.
 
     Args:
         pretrained (`str`): Name or folder of an FLM or a flow map with its tokenizer.
@@ -114,7 +114,8 @@ class FLMHarnessModel(TemplateLM):
         return self._loglikelihood_tokens(pairs, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        results = {}
+        results, first_with = {}, {}
+        noise_of = [first_with.setdefault(tuple(known) or index, index) for index, (_, known, _) in enumerate(requests)]
         order = sorted(range(len(requests)), key=lambda index: len(requests[index][1]) + len(requests[index][2]))
         rows_at_a_time = max(1, self.batch_size // 8)
         for start in tqdm(range(0, len(order), rows_at_a_time), desc="Likelihood", disable=disable_tqdm):
@@ -129,8 +130,9 @@ class FLMHarnessModel(TemplateLM):
                 attention_mask[row, : len(text)] = 1
                 known[row, : len(requests[index][1])] = 1
             options = {"attention_mask": None if attention_mask.all() else attention_mask, "prompt_mask": known}
-            values = self._bound(input_ids, **options, generator=self._generators(indices))
-            written = self._write(input_ids, **options, generator=self._generators(indices)).cpu()
+            numbers = [noise_of[index] for index in indices]
+            values = self._bound(input_ids, **options, generator=self._generators(numbers))
+            written = self._write(input_ids, **options, generator=self._generators(numbers)).cpu()
             matches = (written == input_ids) | (attention_mask == 0)
             for row, index in enumerate(indices):
                 results[index] = (values[row].item(), bool(matches[row].all()))
