@@ -186,6 +186,11 @@ def _flow_map(teacher: str) -> Contender:
     )
 
 
+def new_masked_study_model(config: FLMConfig) -> FLMModel:
+    """A masked model that knows where texts begin if they have an end, and are no blocks of a longer one."""
+    return new_masked_model(config, with_places=config.eos_token_id is not None)
+
+
 CONTENDERS = {
     "gpt2": Contender(
         new_trainer=partial(new_peer_trainer, new_gpt2, AutoregressiveTrainer),
@@ -197,7 +202,7 @@ CONTENDERS = {
         sampler="one pass a token",
     ),
     "mdlm": Contender(
-        new_trainer=partial(new_peer_trainer, new_masked_model, MaskedDiffusionTrainer),
+        new_trainer=partial(new_peer_trainer, new_masked_study_model, MaskedDiffusionTrainer),
         load=FLMModel.from_pretrained,
         sample=ancestral_samples,
         log_likelihood=masked_log_likelihood,

@@ -15,6 +15,7 @@ from peers.masked_diffusion import (
     MaskedDiffusionTrainer,
     ancestral_samples,
     masked_log_likelihood,
+    masked_logits,
     new_masked_model,
 )
 from peers.uniform_diffusion import (
@@ -25,6 +26,7 @@ from peers.uniform_diffusion import (
     uniform_samples,
 )
 from safetensors.torch import load_file
+from small_models import without_zeros
 from transformers import TrainingArguments
 
 from modeling_flm import FLMConfig, FLMModel
@@ -41,7 +43,7 @@ class ExactMaskedModel:
     """What a masked diffusion model of a few texts over four tokens says if nothing is left to learn; the mask is the fifth."""
 
     texts, weights = TEXTS, WEIGHTS
-    config = SimpleNamespace(vocab_size=5)
+    config = SimpleNamespace(vocab_size=5, per_token_timesteps=False)
     device = torch.device("cpu")
 
     def __call__(self, tokens, timesteps):
@@ -54,6 +56,20 @@ class ExactMaskedModel:
 
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def test_places_of_masks():
+    """Where all tokens are masked, a network with relative positions alone says the same of all places."""
+    config = FLMConfig(
+        vocab_size=20, max_position_embeddings=6, attn_logit_softcapping=None, hidden_size=16, num_attention_heads=2
+    )
+    known = torch.zeros(1, 6, dtype=torch.bool)
+    for with_places in (False, True):
+        model = without_zeros(new_masked_model(config, with_places)).eval()
+        logits = masked_logits(model, torch.zeros(1, 6, dtype=torch.long), known)
+        assert torch.allclose(logits[:, :1].expand_as(logits), logits, atol=1e-4) != with_places
+        shorter = masked_logits(model, torch.zeros(1, 4, dtype=torch.long), known[:, :4])
+        assert torch.isfinite(shorter).all() and shorter.shape == (1, 4, 20)
 
 
 class TestMaskedDiffusion:

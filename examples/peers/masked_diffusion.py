@@ -26,14 +26,19 @@ from modeling_flm.modeling_flm import flm_settings
 from .averaging import AveragedTrainer
 
 
-def new_masked_model(config: FLMConfig) -> FLMModel:
+def new_masked_model(config: FLMConfig, with_places: bool = False) -> FLMModel:
     """
     A masked diffusion model.
 
     Args:
         config ([`FLMConfig`]): That of the flow-based model to compare with. The mask is a further token after its vocabulary.
+        with_places (`bool`, *optional*, defaults to `False`):
+            Whether the network is told the place of each token, in the place of its time, which masked diffusion does not need.
+            Its positions are relative, and masks are all alike: it cannot tell places apart where all tokens are masked, as
+            flows can by their noise. That matters where texts begin and end, and not for blocks of a longer text.
     """
-    return FLMModel(FLMConfig(**{**flm_settings(config), "vocab_size": config.vocab_size + 1}))
+    options = {"vocab_size": config.vocab_size + 1, "per_token_timesteps": with_places}
+    return FLMModel(FLMConfig(**{**flm_settings(config), **options}))
 
 
 def masked_logits(model: FLMModel, input_ids: torch.LongTensor, known: torch.BoolTensor) -> torch.Tensor:
@@ -50,7 +55,11 @@ def masked_logits(model: FLMModel, input_ids: torch.LongTensor, known: torch.Boo
     """
     mask_token = model.config.vocab_size - 1
     tokens = input_ids.masked_fill(~known, mask_token)
-    times = torch.zeros(len(tokens), device=tokens.device)  # the number of masks tells the time
+    if model.config.per_token_timesteps:
+        times = torch.linspace(0, 1, model.config.max_position_embeddings, device=tokens.device)
+        times = times[: tokens.shape[1]].expand(tokens.shape)
+    else:
+        times = torch.zeros(len(tokens), device=tokens.device)  # the number of masks tells the time
     return model(tokens, timesteps=times).logits[..., :mask_token]
 
 
