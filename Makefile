@@ -31,7 +31,7 @@ test-slow: $(INSTALLED)  ## the tests that take long
 	$(PYTEST) -m "slow and not gpu"
 
 test-browser: $(INSTALLED)  ## the tests of the page, in Chromium
-	@command -v chromium google-chrome >/dev/null || { echo "Chromium is missing: 'apt-get install chromium', or set CHROMIUM to an executable"; exit 1; }
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v google-chrome >/dev/null || { echo "Chromium is missing: 'apt-get install chromium', or set CHROMIUM to an executable"; exit 1; }
 	@command -v npm >/dev/null || { echo "npm is missing: install Node.js"; exit 1; }
 	npm ci --prefix tests/browser --ignore-scripts --no-audit --no-fund
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
