@@ -115,7 +115,9 @@ class FLMHarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         results, first_with = {}, {}
-        noise_of = [first_with.setdefault(tuple(known) or index, index) for index, (_, known, _) in enumerate(requests)]
+        noise_of = [
+            first_with.setdefault(tuple(known) or index, index) for index, (_, known, _) in enumerate(requests)
+        ]
         order = sorted(range(len(requests)), key=lambda index: len(requests[index][1]) + len(requests[index][2]))
         rows_at_a_time = max(1, self.batch_size // 8)
         for start in tqdm(range(0, len(order), rows_at_a_time), desc="Likelihood", disable=disable_tqdm):
