@@ -549,6 +549,10 @@ class Ingress:
             body = await asyncio.wait_for(self._read(request), self.args.timeout)
         except asyncio.TimeoutError:
             raise RequestError(408, f"The body did not arrive within {self.args.timeout:g} seconds.") from None
+        except RequestError:
+            raise
+        except Exception as error:  # of Ray's, which says in several ways that who was sending has left
+            raise ClientDisconnect from error
         try:
             asked = CompletionRequest.model_validate_json(body)
         except ValidationError as error:
