@@ -125,7 +125,9 @@ def check_command(command: str, is_whole: bool = True):
         _parse(main, words[2:], is_whole)
     elif program == "python":
         source = (ROOT / words[1]).read_text(encoding="utf-8")
-        if "parse_args" not in source and not re.search(r"import .*\bmain\b", source):
+        if library := re.search(r"^from ([\w.]+) import .*\bmain$", source, re.MULTILINE):
+            _parse(import_module(library[1]).main, words[1:], is_whole)
+        elif "parse_args" not in source:
             assert len(words) == 2, f"{words[1]} takes no arguments"
         else:
             with mock.patch.object(sys, "path", [str((ROOT / words[1]).parent), *sys.path]):
