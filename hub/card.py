@@ -22,7 +22,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_update
 from transformers import PreTrainedModel
 
-from .export import ONNX_FILES
+from .export import ONNX_FILES, ONNX_FOLDER
 from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, clean_sampling, is_hub_name, public_name
 
 
@@ -141,7 +141,7 @@ def build_card(
         datasets=datasets,
         license=license,
         adapter=None if adapter is None else _describe_adapter(adapter),
-        onnx=[(f"onnx/{ONNX_FILES[precision]}", precision) for precision in onnx],
+        onnx=[(f"{ONNX_FOLDER}/{ONNX_FILES[precision]}", precision) for precision in onnx],
     )
 
 

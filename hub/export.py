@@ -166,18 +166,18 @@ def export_onnx(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{ONNX_FOLDER}-") as scratch:
         scratch = Path(scratch)
         model.save_pretrained(scratch / "model")
-        full = _reload(model, scratch / "model", torch.float32)
+        full = FlowStep(_reload(model, scratch / "model", torch.float32))
         for precision in precisions:
             path = scratch / ONNX_FILES[precision]
             if precision == "int8":
                 source = scratch / ONNX_FILES["float32"]
                 if not source.is_file():
                     source = scratch / "unquantized.onnx"
-                    _write(FlowStep(full), source)
+                    _write(full, source)
                 _quantize(source, path)
             else:
                 dtype = getattr(torch, precision)
-                _write(FlowStep(full if dtype == torch.float32 else _reload(model, scratch / "model", dtype)), path)
+                _write(full if dtype == torch.float32 else FlowStep(_reload(model, scratch / "model", dtype)), path)
             if check:
                 agreement[precision] = compare(path, full)
                 if agreement[precision] < MIN_AGREEMENT[precision]:
@@ -317,13 +317,13 @@ def write_tokens(
 
 
 @torch.no_grad()
-def compare(path: str | Path, model: FLMPreTrainedModel, num_samples: int = 16) -> float:
+def compare(path: str | Path, step: FlowStep, num_samples: int = 16) -> float:
     """
     How much of what an exported step writes is what PyTorch writes from the same noise.
 
     Args:
         path (`str` or `Path`): The file.
-        model ([`FLMPreTrainedModel`]): The model, in float32 and on the CPU.
+        step ([`FlowStep`]): The step, of a model in float32 and on the CPU.
         num_samples (`int`, *optional*, defaults to 16): How many texts to write, in one step and in four.
 
     Returns:
@@ -332,7 +332,7 @@ def compare(path: str | Path, model: FLMPreTrainedModel, num_samples: int = 16) 
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    step = FlowStep(model)
+    model = step.model
     generator = torch.Generator().manual_seed(0)
     shape = (num_samples, model.config.max_position_embeddings, step.noise_size)
     noise = torch.randn(shape, generator=generator)
