@@ -34,6 +34,9 @@ const make = (tag, properties = {}, children = []) => {
 /** Waits until the browser has drawn what was changed. */
 const drawn = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
 
+/** The noise of the first so many texts, or of all if there are fewer. */
+const noiseOf = (numTexts) => noise.slice(0, numTexts * model.length * model.noiseSize);
+
 /** The texts of the last draft, and how long all took. */
 async function written(noise, numSteps, onDraft = () => {}) {
   const start = performance.now();
@@ -76,8 +79,7 @@ function showDraft(item, tokens, before) {
 }
 
 async function showColumns(mine) {
-  const numTexts = Math.min(COMPARED_TEXTS, noise.length / (model.length * model.noiseSize));
-  const some = noise.slice(0, numTexts * model.length * model.noiseSize);
+  const some = noiseOf(COMPARED_TEXTS);
   for (const numSteps of STEPS) {
     const result = await written(some, numSteps);
     if (mine !== edition) {
@@ -93,7 +95,7 @@ async function showColumns(mine) {
 async function showDrafts(mine) {
   let before = null;
   let step = 0;
-  for await (const [tokens] of model.write(noise.slice(0, model.length * model.noiseSize), NUM_DRAFTS, known)) {
+  for await (const [tokens] of model.write(noiseOf(1), NUM_DRAFTS, known)) {
     if (mine !== edition) {
       return;
     }
@@ -176,7 +178,7 @@ async function race() {
   element("race-once").replaceChildren();
   element("race-tokens").replaceChildren();
   const mine = edition;
-  const one = noise.slice(0, model.length * model.noiseSize);
+  const one = noiseOf(1);
   const once = await written(one, 1);
   element("race-once").replaceChildren(`${asText(once.texts[0])} `, make("span", { className: "time", textContent: milliseconds(once.time) }));
   await drawn();

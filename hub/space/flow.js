@@ -177,15 +177,19 @@ export class FlowModel {
     return kept.slice(0, last + 1);
   }
 
+  /** The text of tokens. */
+  decode(tokens) {
+    return this.tokenizer.decode(tokens, { skip_special_tokens: true });
+  }
+
   /** What each token adds to a text, so that the pieces together are the text. */
   pieces(tokens) {
-    const decode = (ids) => this.tokenizer.decode(ids, { skip_special_tokens: true });
     if (tokens.length > 256) {
-      return tokens.map((token) => decode([token])); // what follows takes the square of the length
+      return tokens.map((token) => this.decode([token])); // what follows takes the square of the length
     }
     let before = "";
     return tokens.map((_, index) => {
-      const text = decode(tokens.slice(0, index + 1));
+      const text = this.decode(tokens.slice(0, index + 1));
       // A part of a character is shown with the rest of it
       if (!text.startsWith(before) || (text.endsWith("\ufffd") && index + 1 < tokens.length)) {
         return "";
@@ -198,14 +202,13 @@ export class FlowModel {
 
   /** The pattern of known tokens. */
   describe(known) {
-    const decode = (ids) => this.tokenizer.decode(ids, { skip_special_tokens: true });
     const isEnd = (token) => token === this.endToken || token === this.padToken;
     const last = Math.max(-1, ...[...known].filter(([, token]) => !isEnd(token)).map(([position]) => position));
     const ends = [...known].filter(([, token]) => isEnd(token)).map(([position]) => position);
     const stop = ends.length ? Math.min(...ends) : last + 1;
-    const words = Array.from({ length: stop }, (_, position) => (known.has(position) ? decode([known.get(position)]) : "_"));
+    const words = Array.from({ length: stop }, (_, position) => (known.has(position) ? this.decode([known.get(position)]) : "_"));
     // Whether tokens are words, between which there are spaces
-    const word = Array.from({ length: Math.min(64, this.config.vocab_size) }, (_, token) => decode([token])).find(Boolean);
+    const word = Array.from({ length: Math.min(64, this.config.vocab_size) }, (_, token) => this.decode([token])).find(Boolean);
     const hasSpaces = this.tokenizer.encode(`${word} ${word}`, { add_special_tokens: false }).ids.length === 2;
     return words.join(hasSpaces ? " " : "") + (ends.length || stop === 0 ? "" : "…");
   }
