@@ -19,7 +19,7 @@ generation takes, how large the files are, and how many tokens are PyTorch's.
     python benchmarks/export.py --models examples/models/words_fmlm --batch_sizes 1
 
 Contenders take turns in one process, with as many threads each. A call is a whole `generate()`, or what a program would do in its place
-with the exported step: draw noise, run the step, have the tokens. What of tokens is equal is said of trained models only: with
+with the exported step: draw noise, run the step, have the tokens. How many tokens are equal is said of trained models only: with
 random weights all tokens are about equally likely.
 """
 
@@ -36,7 +36,7 @@ import torch
 from transformers import CompileConfig, set_seed
 
 from modeling_flm import FMLMConfig, FMLMModel
-from modeling_flm.hub.export import ONNX_FILES, ONNX_FOLDER, FlowStep, export_onnx, write_tokens
+from modeling_flm.hub.export import ONNX_FILES, ONNX_FOLDER, FlowStep, compare, export_onnx, write_tokens
 
 
 # Width, blocks, vocabulary, tokens of a text
@@ -110,19 +110,15 @@ def measure(name: str, args: argparse.Namespace):
         export_onnx(model, folder, args.precisions, check=False)
         paths = {precision: Path(folder, ONNX_FOLDER, ONNX_FILES[precision]) for precision in args.precisions}
         sessions = {precision: open_session(path) for precision, path in paths.items()}
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(32, length, step.noise_size, generator=generator)
         is_trained = name not in SIZES
         print(
             "| precision | MB |" + "".join(f" equal tokens, {steps} steps |" for steps in args.num_steps) * is_trained
         )
         print("|---|---|" + "---|" * len(args.num_steps) * is_trained)
-        for precision, session in sessions.items():
-            row = f"| {precision} | {paths[precision].stat().st_size / 1e6:.1f} |"
+        for precision, path in paths.items():
+            row = f"| {precision} | {path.stat().st_size / 1e6:.1f} |"
             for num_steps in args.num_steps if is_trained else []:
-                tokens = write_tokens(session, noise.numpy(), num_steps)[-1]
-                expected = model.generate(num_samples=len(noise), num_steps=num_steps, prior_state=noise @ step.factor)
-                row += f" {(tokens == expected.numpy()).mean():.2%} |"
+                row += f" {compare(path, step, num_steps, num_samples=64):.2%} |"
             print(row, flush=True)
         print("\n| texts | contender | ms: median (least to most) | against compiled PyTorch |\n|---|---|---|---|")
         for batch_size in args.batch_sizes:

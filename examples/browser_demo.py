@@ -22,6 +22,7 @@ tests/browser` puts them.
 """
 
 import argparse
+import json
 import shutil
 import webbrowser
 from pathlib import Path
@@ -32,6 +33,7 @@ from modeling_flm.hub.export import ONNX_FILES, ONNX_FOLDER, ExportError, export
 from modeling_flm.hub.spaces import assemble_space, make_server
 
 
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 PACKAGES = Path(__file__).parents[1] / "tests" / "browser" / "node_modules"
 
 
@@ -40,12 +42,18 @@ def make_page(model: Path, output: Path):
     assemble_space(output, "./model")
     folder = output / "model"
     folder.mkdir(exist_ok=True)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in FILES:
         shutil.copy(model / name, folder)
-    exported, weights = folder / ONNX_FOLDER / ONNX_FILES["float32"], model / "model.safetensors"
-    if not exported.is_file() or exported.stat().st_mtime < weights.stat().st_mtime:
+    # What was exported before, so that a model is exported again when it has changed, or is another one of the same name
+    record = folder / "source.json"
+    files = [model / "config.json", *sorted(model.glob("*.safetensors"))]
+    source = json.dumps({str(path.resolve()): path.stat().st_mtime for path in files})
+    if not (
+        record.is_file() and record.read_text() == source and (folder / ONNX_FOLDER / ONNX_FILES["float32"]).is_file()
+    ):
         print("Exporting the model to ONNX, which takes some seconds", flush=True)
         export_onnx(model, folder)
+        record.write_text(source)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,16 +66,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace):
-    if not (args.model / "config.json").is_file():
-        raise SystemExit(f"error: --model: {args.model} is no folder of a model")
+    for name in FILES:
+        if not (args.model / name).is_file():
+            raise SystemExit(
+                f"error: --model: {args.model} is no folder of a model with a tokenizer: it has no {name}"
+            )
     output = args.output or Path("outputs", "browser_demo", args.model.resolve().name)
     try:
         make_page(args.model, output)
-        server = make_server(output, args.port, PACKAGES if PACKAGES.is_dir() else None)
     except ExportError as error:
         raise SystemExit(f"error: {error}") from None
     except OSError as error:
-        raise SystemExit(f"error: --port {args.port}: {error.strerror}, pass another, or 0 for any") from None
+        raise SystemExit(f"error: --output: {error}") from None
+    try:
+        server = make_server(output, args.port, PACKAGES if PACKAGES.is_dir() else None)
+    except (OSError, OverflowError) as error:
+        raise SystemExit(f"error: --port {args.port}: {error}; pass another, or 0 for any") from None
     address = f"http://127.0.0.1:{server.server_port}/"
     print(f"{address} (Ctrl-C ends it)", flush=True)
     if not args.no_browser:

@@ -94,7 +94,7 @@ def _own_files() -> tuple[str, ...]:
         ),
         *("vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja"),
         *(TRAINING_NAME, EVALUATION_NAME, DATA_SETTINGS_NAME),
-        *(f"{ONNX_FOLDER}/{name}" for name in ONNX_FILES.values()),
+        *(f"{ONNX_FOLDER}/{name}*" for name in ONNX_FILES.values()),
     )
 
 
@@ -340,7 +340,7 @@ def publish(
 def publish_space(
     model: str,
     repo_id: str | None = None,
-    private: bool | None = None,
+    revision: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
     """
@@ -348,12 +348,12 @@ def publish_space(
 
     Args:
         model (`str`):
-            The name of a model on the Hub that was published with its ONNX files, such as `"me/my-model"`. The page shows others,
-            too: `?model=me/another`.
+            The name of a public model on the Hub that was published with its ONNX files, such as `"me/my-model"`. The page shows
+            others, too: `?model=me/another`.
         repo_id (`str`, *optional*):
             The name of the Space. By default that of the model.
-        private (`bool`, *optional*):
-            Whether a Space that is created is private.
+        revision (`str`, *optional*):
+            The branch of the model. By default `"main"`.
         token (`str`, *optional*):
             A token with the right to write. By default that of `hf auth login`.
 
@@ -366,12 +366,10 @@ def publish_space(
     api = HfApi(token=token, library_name="modeling-flm")
     repo_id = model if repo_id is None else repo_id
     with tempfile.TemporaryDirectory() as folder:
-        assemble_space(folder, model)
+        assemble_space(folder, model, revision)
         operations = [CommitOperationAdd(path.name, path) for path in sorted(Path(folder).iterdir())]
         try:
-            _persistently(
-                lambda: api.create_repo(repo_id, repo_type="space", space_sdk="static", private=private, exist_ok=True)
-            )
+            _persistently(lambda: api.create_repo(repo_id, repo_type="space", space_sdk="static", exist_ok=True))
             return _persistently(
                 lambda: api.create_commit(repo_id, operations, commit_message=f"Show {model}", repo_type="space")
             )
@@ -488,6 +486,11 @@ def main(arguments: list[str] | None = None):
         parser.error("name the model folder")
     if not Path(args.model).is_dir():
         parser.error(f"--model: there is no folder {args.model}")
+    if args.space and args.private:
+        parser.error("--space: the page has no account, and cannot show a model that is private")
+    dry_run_space = args.dry_run and f"{Path(args.dry_run)}-space"
+    if args.space and dry_run_space and Path(dry_run_space).exists():
+        parser.error(f"--dry_run: {dry_run_space} exists already: name another folder")
     print(f"Putting {args.repo_id} together, and checking that it works by itself", flush=True)
     try:
         if args.dry_run is not None:
@@ -496,8 +499,8 @@ def main(arguments: list[str] | None = None):
             assemble(args.model, args.dry_run, args.repo_id, **options)
             print(f"{args.dry_run} is what would be uploaded.")
             if args.space:
-                assemble_space(f"{args.dry_run}-space", args.repo_id)
-                print(f"{args.dry_run}-space is what would become the Space.")
+                assemble_space(dry_run_space, args.repo_id, args.revision)
+                print(f"{dry_run_space} is what would become the Space.")
             return
         commit = publish(
             args.model, args.repo_id, args.private or None, args.revision, args.token, args.commit_message, **options
@@ -505,7 +508,7 @@ def main(arguments: list[str] | None = None):
         print(commit.commit_url)
         if args.space:
             space = None if args.space is True else args.space
-            print(publish_space(commit.repo_url.repo_id, space, args.private or None, args.token).commit_url)
+            print(publish_space(commit.repo_url.repo_id, space, args.revision, args.token).commit_url)
     except PublishError as error:
         raise SystemExit(f"error: {error}") from None
 

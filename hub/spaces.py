@@ -13,9 +13,9 @@
 # limitations under the License.
 """The page that runs a model in a browser: put together for a model, and served on this machine."""
 
-import json
 import re
 from functools import partial
+from html import escape
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -31,26 +31,34 @@ _CDN = "https://cdn.jsdelivr.net/npm/"
 _LOCAL = "/npm/"
 
 
-def assemble_space(output: str | Path, model: str):
+def assemble_space(output: str | Path, model: str, revision: str | None = None):
     """
     Puts the page together, as the files of a static Space.
 
     Args:
         output (`str` or `Path`): The folder to write to, which is made.
         model (`str`): The model to show where the address names none: its name on the Hub, or a folder as seen from the page.
+        revision (`str`, *optional*): The branch of the model on the Hub. By default `"main"`.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
         text = (PAGE / name).read_text(encoding="utf-8")
         if name == "index.html":
-            default = '<meta name="model" content="./model" />'
-            text = text.replace(default, f'<meta name="model" content={json.dumps(model)} />')
+            text = _with_metadata(text, "model", model)
+            text = text if revision is None else _with_metadata(text, "revision", revision)
         (output / name).write_text(text, encoding="utf-8")
-    if not model.startswith("."):
+    if not model.startswith((".", "/")):
         card = RepoCard.load(output / "README.md")
         card.data.models = [model]
         card.save(output / "README.md")
+
+
+def _with_metadata(page: str, name: str, value: str) -> str:
+    page, count = re.subn(rf'(?<=<meta name="{name}" content=")[^"]*', lambda _: escape(value), page)
+    if count != 1:
+        raise RuntimeError(f"The page has {count} fields `{name}` instead of one.")
+    return page
 
 
 class _PageHandler(SimpleHTTPRequestHandler):

@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from small_models import build_model
+from transformers import GPT2Config, GPT2Model
 
 from modeling_flm import FMLMModel
-from modeling_flm.hub.export import ExportError, FlowStep, export_onnx, main, write_tokens
+from modeling_flm.hub.export import ExportError, FlowStep, compare, export_onnx, main, write_tokens
 from modeling_flm.joint_noise import JointNoise
 
 
@@ -148,12 +150,48 @@ class TestPrecisions:
         assert len(content) < most_bytes * model.num_parameters()
         assert str(KEPT_MODEL.parents[2]).encode() not in content and b"site-packages" not in content
 
+    def test_what_has_8_bits(self, tmp_path):
+        model = build_model("fmlm", attn_logit_softcapping=None)
+        export_onnx(model, tmp_path, ["int8"], check=False)
+        assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["model_int8.onnx"]
+        weights = onnx.load(tmp_path / "onnx" / "model_int8.onnx").graph.initializer
+        names = {each.name for each in weights if each.data_type == onnx.TensorProto.FLOAT and len(each.dims) == 2}
+        scales = {name for name in names if name.endswith("_scales")}
+        times = {f"model.{kind}time_embedding.linear_{index}.weight" for kind in ("", "target_") for index in (1, 2)}
+        assert names - scales == {"factor", "coordinates", *times}
+        assert len(scales) == 5 * model.config.num_hidden_layers + 2  # a modulation and the head come after the blocks
+
+    def test_is_compared_without_what_only_generate_has(self, tmp_path):
+        model = build_model("fmlm", attn_logit_softcapping=None)
+        model.generation_config.gamma = 0.5
+        model.generation_config.return_dict_in_generate = True
+        assert export_onnx(model, tmp_path) == {"float32": 1.0}
+        assert model.generation_config.gamma == 0.5
+
+    def test_large_weights_in_files_of_their_own(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+        model = build_model("fmlm", attn_logit_softcapping=None)
+        export_onnx(model, tmp_path, ["float32", "int8"], check=False)
+        names = ["model.onnx", "model_int8.onnx"]
+        assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == sorted(
+            [*names, *(f"{name}.data" for name in names)]
+        )
+        step = FlowStep(model)
+        assert compare(tmp_path / "onnx" / "model.onnx", step) == 1
+        assert open_session(tmp_path, "model_int8.onnx").get_inputs()[0].shape[2] == step.noise_size
+
 
 class TestErrors:
     def test_unknown_precision(self, tmp_path):
         with pytest.raises(ExportError, match="`precisions` must be some of float32, float16, int8"):
             export_onnx(build_model("flm"), tmp_path, ["int4"])
+        with pytest.raises(ExportError, match=r"`precisions` must be some of float32, float16, int8, got \[\]"):
+            export_onnx(build_model("flm"), tmp_path, [])
         assert not (tmp_path / "onnx").exists()
+
+    def test_another_model(self, tmp_path):
+        with pytest.raises(ExportError, match="`model` is a `GPT2Model`, not a flow-based language model"):
+            export_onnx(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)), tmp_path)
 
     def test_too_little_agreement_leaves_what_was_there(self, tmp_path, monkeypatch):
         monkeypatch.setattr("modeling_flm.hub.export.compare", lambda *args: 0.5)

@@ -424,8 +424,9 @@ class TestPublish:
             b'content="tester/tiny"' in files["index.html"]
             and ModelCard(files["README.md"].decode()).data.sdk == "static"
         )
-        publish_space("tester/other", "tester/tiny", token=TOKEN)  # in its place
-        assert b'content="tester/other"' in server.files("spaces/tester/tiny")["index.html"]
+        publish_space("tester/other", "tester/tiny", "dev", token=TOKEN)  # in its place
+        page = server.files("spaces/tester/tiny")["index.html"]
+        assert b'name="model" content="tester/other"' in page and b'name="revision" content="dev"' in page
         with pytest.raises(PublishError, match="The Space tester/tiny could not be published"):
             publish_space("tester/tiny", token="hf_wrong")
 
@@ -440,6 +441,13 @@ class TestPublish:
         output = str(tmp_path / "out")
         hub.publish.main([str(trained), "--repo_id", "me/tiny", "--dry_run", output, "--space", "--onnx", "int8"])
         assert exported[1:] == [["int8"]] and Path(f"{output}-space", "index.html").is_file()
+        for arguments, message in (
+            (["--dry_run", f"{output}/"], "out-space exists already: name another folder"),
+            (["--private"], "cannot show a model that is private"),
+        ):
+            with pytest.raises(SystemExit):
+                hub.publish.main([str(trained), "--repo_id", "me/tiny", "--space", *arguments])
+            assert message in capsys.readouterr().err
 
     def test_a_card_that_was_changed_on_the_hub_is_left_alone(self, trained, server, quick):
         publish(trained, REPO_ID, token=TOKEN)
