@@ -22,6 +22,7 @@ A runtime draws standard normal noise, runs the step once, or as often as it lik
 
 import argparse
 import copy
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,6 +91,12 @@ class FlowStep(nn.Module):
         """The number of Gaussian variables per token."""
         return self.factor.shape[0]
 
+    def clean(self, tokens: torch.LongTensor) -> torch.Tensor:
+        """The states of tokens that are known."""
+        if self.coordinates is None:
+            return F.one_hot(tokens, self.model.config.vocab_size).to(self.factor.dtype)
+        return F.embedding(tokens, self.coordinates)
+
     def forward(
         self,
         state: torch.Tensor,
@@ -108,23 +115,25 @@ class FlowStep(nn.Module):
             prompt_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Where they are.
 
         Returns:
-            `tuple[torch.Tensor, torch.LongTensor]`: the states at the target times, and the likeliest tokens, of shape
-            `(batch_size, sequence_length)`.
+            `tuple[torch.Tensor, torch.LongTensor]`: the states at the target times, which are those of the tokens where all are 1,
+            and the likeliest tokens, of shape `(batch_size, sequence_length)`.
         """
         model, known = self.model, prompt_mask[..., None]
-        if self.coordinates is None:
-            clean = F.one_hot(input_ids, model.config.vocab_size).to(state.dtype)
-        else:
-            clean = F.embedding(input_ids, self.coordinates)
-        state = torch.where(known, clean, state)
+        state = torch.where(known, self.clean(input_ids), state)
         tau_s, tau_t = timesteps, target_timesteps
         if model.config.per_token_timesteps:
             tau_s, tau_t = (times_with_known(tau, prompt_mask) for tau in (tau_s, tau_t))
         probabilities = model.predict(model.encode(state @ self.factor, tau_s, tau_t), tau_s, tau_t)
         tokens = torch.where(prompt_mask, input_ids, probabilities.argmax(dim=-1))
-        mean = probabilities if self.coordinates is None else probabilities @ self.coordinates
         s, t = (model.time_map.tau_to_t(tau) for tau in (timesteps, target_timesteps))
-        return torch.where(known, state, flow_map(state, mean, s, t)), tokens
+
+        def draft():
+            mean = probabilities if self.coordinates is None else probabilities @ self.coordinates
+            return flow_map(state, mean, s, t)
+
+        # The last step does without the product with all tokens, which takes as long as the head.
+        next_state = torch.cond((target_timesteps < 1).any(), draft, lambda: self.clean(tokens))
+        return torch.where(known, state, next_state), tokens
 
 
 def export_onnx(
@@ -272,8 +281,14 @@ def _quantize(source: Path, path: Path):
     all activations, as `quantize_dynamic` has it, a model of definitions with 2,048 tokens wrote 3 % of them otherwise.
     """
     import onnx
+
+    # Importing it sets up the logging of the whole process.
+    root = logging.getLogger()
+    handlers, level = [*root.handlers], root.level
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
+    root.handlers[:] = handlers
+    root.setLevel(level)
     model = onnx.load(source)
     precise = [node.name for node in model.graph.node if not {"factor", "coordinates"}.isdisjoint(node.input)]
     config = DefaultWeightOnlyQuantConfig(block_size=_BLOCK_SIZE, is_symmetric=True, accuracy_level=4, bits=8)
