@@ -416,6 +416,7 @@ class Model:
         transformers_logging.disable_progress_bar()
         logging.getLogger("modeling_flm.pipeline_flm").setLevel(logging.ERROR)  # which warns with the text of prompts
         torch.set_num_threads(num_threads)
+        self.timeout = args.timeout
         self.writer = load_writer(path, args.device, args.dtype)
         self.batcher = Batcher(self.writer, args.max_batch_size, args.max_wait_ms / 1000)
         eos = self.writer.eos_token_id
@@ -453,7 +454,8 @@ class Model:
             # The noise of a text is that of `flm-generate`, by its number and the seed.
             own_seed = example_seed(seed, SAMPLES_STREAM, len(texts))
             texts.append(Text(prompt_ids, length, own_seed, num_steps, temperature))
-        written = await asyncio.gather(*map(self.batcher.write, texts))
+        # Who asks gives up before, but may have ended, and then nobody else says that these are not wanted any more.
+        written = await asyncio.wait_for(asyncio.gather(*map(self.batcher.write, texts)), self.timeout)
         if any(tokens is None for tokens, _ in written):
             return {"error": (500, "The model could not write this; the server's log says why.", None, "model_failed")}
         choices = [self._choice(text, tokens) for text, (tokens, _) in zip(texts, written)]
@@ -712,7 +714,7 @@ def build(args: argparse.Namespace, models: dict[str, str]) -> serve.Application
     num_threads = max(1, (os.cpu_count() or 1) // num_replicas)
     handles = {
         name: Model.options(
-            name="model-" + name.replace("/", "--"),
+            name="model-" + name.replace("/", "--").replace("#", "--"),  # which Ray does not take
             num_replicas=args.replicas,
             max_ongoing_requests=2
             * args.max_batch_size,  # of one text each: a batch that is written, and the next one

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -375,8 +376,8 @@ def make_replica():
     library = logging.getLogger("modeling_flm.pipeline_flm")
     level = library.level
 
-    def make(folder: Path) -> serve.Model:
-        args = serve.make_parser().parse_args([str(folder), "--device", "cpu", "--max_wait_ms", "50"])
+    def make(folder: Path, *flags: str) -> serve.Model:
+        args = serve.make_parser().parse_args([str(folder), "--device", "cpu", "--max_wait_ms", "50", *flags])
         return serve.Model.func_or_class(str(folder), num_threads, args)
 
     yield make
@@ -442,6 +443,22 @@ class TestReplica:
         monkeypatch.setattr(replica.writer, "write", fail)
         (answer,) = self.complete(replica, {"prompts": ["the cat"], "n": 2})
         assert answer["error"][0] == 500 and answer["error"][3] == "model_failed"
+
+    def test_work_that_nobody_cancels(self, models, make_replica, monkeypatch):
+        replica = make_replica(models["folder"] / "fmlm", "--timeout", "0.1")
+        is_over = threading.Event()
+
+        def write(texts):
+            for _ in range(1000):
+                if all(text.is_abandoned for text in texts):
+                    is_over.set()
+                    raise serve.Abandoned
+                time.sleep(0.01)
+
+        monkeypatch.setattr(replica.writer, "write", write)
+        with pytest.raises(asyncio.TimeoutError):
+            self.complete(replica, {"prompts": ["the cat"], "n": 2})
+        assert is_over.wait(60)
 
     def test_prompts_are_not_logged(self, models, make_replica, caplog):
         replica = make_replica(models["folder"] / "fmlm")
@@ -584,6 +601,12 @@ class TestStart:
 
     def test_line(self, server):
         assert server.line.startswith("fmlm, gpt2: http://127.0.0.1:") and server.process.poll() is None
+
+    def test_names(self, models, tmp_path):
+        folder = tmp_path / "a #1"
+        folder.symlink_to(models["folder"] / "fmlm")
+        args = serve.make_parser().parse_args([str(folder), "--device", "cpu"])
+        serve.build(args, {"a #1": str(folder), "owner/name": str(folder)})
 
     def test_mistakes(self, models, tmp_path):
         (tmp_path / "fmlm").symlink_to(models["folder"] / "gpt2")
