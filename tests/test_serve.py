@@ -347,6 +347,15 @@ class TestLoad:
         assert len(server.texts(num_steps=1)) == 1
         wait_for(lambda: len(server.replicas()) == REPLICAS)
 
+    def test_killed_ingress(self, server):
+        body = json.dumps({"model": "fmlm", "num_steps": MANY_STEPS})
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(server.send, "POST", "/v1/completions", body)
+            wait_for(lambda: server.metric("requests_in_progress") == 1)
+            server.processes("ServeReplica:default:Ingress")[0].kill()
+            assert answer.result()[0] == 500
+        assert len(server.texts(num_steps=1)) == 1
+
 
 class TestWriters:
     """In this process."""
