@@ -716,8 +716,8 @@ def build(args: argparse.Namespace, models: dict[str, str]) -> serve.Application
         name: Model.options(
             name="model-" + name.replace("/", "--").replace("#", "--"),  # which Ray does not take
             num_replicas=args.replicas,
-            max_ongoing_requests=2
-            * args.max_batch_size,  # of one text each: a batch that is written, and the next one
+            # Where each asks for one text, a batch that is written, and the next one
+            max_ongoing_requests=2 * args.max_batch_size,
             max_queued_requests=args.max_queue,
             health_check_period_s=1,  # what has ended is soon noticed, and started again
             ray_actor_options=resources,
