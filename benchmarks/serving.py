@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Loads `examples/serve.py` on this machine with a flow map of few steps and a GPT-2 with KV cache, and prints how many texts a second
-each writes, how long requests take, and how many texts were written together.
+Puts load on `examples/serve.py` on this machine, with a flow map of few steps and a GPT-2 with KV cache, and prints how many texts a
+second each writes, how long requests take, and how many texts were written together.
 
     python benchmarks/serving.py
     python benchmarks/serving.py --hidden_size 768 --num_hidden_layers 12 --vocab_size 50258 --length 1024 --max_batch_size 64
@@ -33,7 +33,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,8 +40,12 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_flm import FLMConfig, FLMModel, FMLMModel
-from modeling_flm.trainers import train_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from serve import at_least  # noqa: E402
+
+from modeling_flm import FLMConfig, FLMModel, FMLMModel  # noqa: E402
+from modeling_flm.trainers import train_tokenizer  # noqa: E402
 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "serve.py"
@@ -73,21 +76,33 @@ class Server:
         self.errors = tempfile.TemporaryFile("w+")
         pipes = {"stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
-        self.line = self.process.stdout.readline()
-        if not self.line:
-            self.process.wait()
-            self.errors.seek(0)
-            raise RuntimeError(f"The server did not start: {self.errors.read()}")
-        self.port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", self.line)[1])
+        try:
+            self.line = self.process.stdout.readline()
+            address = re.search(r"http://127\.0\.0\.1:(\d+)/", self.line)
+            if address is None:
+                self.errors.seek(0)
+                raise RuntimeError(f"The server did not start: {self.line}{self.errors.read()}")
+            self.port = int(address[1])
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> "Server":
         return self
 
     def __exit__(self, *error):
-        self.process.terminate()
-        self.process.wait(timeout=60)
-        self.process.stdout.close()
-        self.errors.close()
+        self.close()
+
+    def close(self):
+        """Ends the server, whether it started or not. Raises `subprocess.TimeoutExpired` if it had to be killed."""
+        try:
+            self.process.terminate()
+            self.process.wait(timeout=60)
+        finally:
+            self.process.kill()  # which does nothing if it has ended
+            self.process.wait()
+            self.process.stdout.close()
+            self.errors.close()
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
@@ -182,27 +197,18 @@ def load(server: Server, fields: dict, concurrency: int, seconds: float) -> dict
     }
 
 
-def positive(kind: Callable) -> Callable:
-    def parse(text: str):
-        if kind(text) <= 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-        return kind(text)
-
-    return parse
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=positive(int), default=256)
-    parser.add_argument("--num_hidden_layers", type=positive(int), default=4)
-    parser.add_argument("--vocab_size", type=positive(int), default=8192)
-    parser.add_argument("--length", type=positive(int), default=64, help="tokens of a text")
-    parser.add_argument("--num_steps", type=positive(int), nargs="+", default=[1], help="of the flow map")
-    parser.add_argument("--concurrency", type=positive(int), nargs="+", default=[1, 4, 16, 64], help="clients")
-    parser.add_argument("--seconds", type=positive(float), default=5.0, help="for each row of the table")
-    parser.add_argument("--replicas", type=positive(int), default=1, help="of each model")
-    parser.add_argument("--max_batch_size", type=positive(int), default=32)
-    parser.add_argument("--max_wait_ms", type=float, default=5.0)
+    parser.add_argument("--hidden_size", type=at_least(1), default=256)
+    parser.add_argument("--num_hidden_layers", type=at_least(1), default=4)
+    parser.add_argument("--vocab_size", type=at_least(1), default=8192)
+    parser.add_argument("--length", type=at_least(1), default=64, help="tokens of a text")
+    parser.add_argument("--num_steps", type=at_least(1), nargs="+", default=[1], help="of the flow map")
+    parser.add_argument("--concurrency", type=at_least(1), nargs="+", default=[1, 4, 16, 64], help="clients")
+    parser.add_argument("--seconds", type=at_least(0.1, float), default=5.0, help="for each row of the table")
+    parser.add_argument("--replicas", type=at_least(1), default=1, help="of each model")
+    parser.add_argument("--max_batch_size", type=at_least(1), default=32)
+    parser.add_argument("--max_wait_ms", type=at_least(0, float), default=5.0)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny models for a moment, to see that it works")
     return parser

@@ -38,9 +38,11 @@ from pathlib import Path
 from typing import Any
 
 
-# Read where Ray is imported: nothing is reported to its makers, and a replica without a GPU keeps its environment.
+# Read where Ray is imported: nothing is reported to its makers, a replica without a GPU keeps its environment, and Ray's ports, which
+# are open to other machines and would run any code, ask for a token.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray  # noqa: E402
 import torch  # noqa: E402
@@ -102,7 +104,7 @@ _ELSEWHERE = {
 # How often a request is given to another replica if the one that has it ends.
 _MAX_RETRIES = 2
 
-# So many times the largest body is read and dropped before a body is refused: who is still sending does not see the answer.
+# A body up to this many times the limit is read and dropped first, so that the client sees the 413.
 _DRAINED = 32
 
 
@@ -223,17 +225,20 @@ class FlowWriter:
         self.model, self.tokenizer = model, tokenizer
         config = model.generation_config
         self.max_length = config.length or model.config.max_position_embeddings
-        self.eos_token_id = config.eos_token_id
+        self.bos_token_id, self.eos_token_id = config.bos_token_id, config.eos_token_id
 
     def encode(self, prompt: str) -> list[int]:
         if prompt == "":
             return []
-        begin = self.model.generation_config.bos_token_id
-        return encode_prompts(self.tokenizer, [prompt], begin)["input_ids"][0].tolist()
+        return encode_prompts(self.tokenizer, [prompt], self.bos_token_id)["input_ids"][0].tolist()
 
     def group(self, text: Text) -> tuple:
         """Texts for which this is the same can be written together."""
-        return text.length, text.num_steps, text.temperature
+        own = self.model.generation_config
+        # With the model's own values for what is left out, so that these texts go with those that ask for the same
+        num_steps = own.num_steps if text.num_steps is None and own.timesteps is None else text.num_steps
+        temperature = own.temperature if text.temperature is None else text.temperature
+        return text.length, num_steps, 1 if temperature is None else temperature
 
     def write(self, texts: list[Text]) -> list[list[int]]:
         """The tokens of each text after its prompt. All are of one group."""
@@ -295,10 +300,10 @@ class CausalWriter:
         self.max_length = getattr(model.config, "max_position_embeddings", None) or 1024
         self.eos_token_id = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
         candidates = (tokenizer.bos_token_id, own.bos_token_id, tokenizer.eos_token_id, 0)
-        self.start = next(token for token in candidates if token is not None)
+        self.bos_token_id = next(token for token in candidates if token is not None)
 
     def encode(self, prompt: str) -> list[int]:
-        return self.tokenizer(prompt)["input_ids"] or [self.start]
+        return self.tokenizer(prompt)["input_ids"] or [self.bos_token_id]
 
     def group(self, text: Text) -> tuple:
         # Rows of one batch go on until the last one ends, beyond the model's length if their prompts are longer.
@@ -313,7 +318,7 @@ class CausalWriter:
             num_beams=1,
             logits_processor=LogitsProcessorList([DrawTokens(texts)]),
             stopping_criteria=StoppingCriteriaList([StopAbandoned(texts)]),
-            pad_token_id=self.start,
+            pad_token_id=self.bos_token_id,
         )
         return tokens[:, prompts["input_ids"].shape[1] :].tolist()
 
@@ -409,7 +414,9 @@ class Model:
     def __init__(self, path: str, num_threads: int, args: argparse.Namespace):
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        logging.getLogger("modeling_flm.pipeline_flm").setLevel(logging.ERROR)  # which warns with the text of prompts
         torch.set_num_threads(num_threads)
+        self.timeout = args.timeout
         self.writer = load_writer(path, args.device, args.dtype)
         self.batcher = Batcher(self.writer, args.max_batch_size, args.max_wait_ms / 1000)
         eos = self.writer.eos_token_id
@@ -447,7 +454,8 @@ class Model:
             # The noise of a text is that of `flm-generate`, by its number and the seed.
             own_seed = example_seed(seed, SAMPLES_STREAM, len(texts))
             texts.append(Text(prompt_ids, length, own_seed, num_steps, temperature))
-        written = await asyncio.gather(*map(self.batcher.write, texts))
+        # Who asks gives up before, but may have ended, and then nobody else says that these are not wanted any more.
+        written = await asyncio.wait_for(asyncio.gather(*map(self.batcher.write, texts)), self.timeout)
         if any(tokens is None for tokens, _ in written):
             return {"error": (500, "The model could not write this; the server's log says why.", None, "model_failed")}
         choices = [self._choice(text, tokens) for text, (tokens, _) in zip(texts, written)]
@@ -460,12 +468,14 @@ class Model:
 
     def _choice(self, text: Text, tokens: list[int]) -> dict:
         """What comes after the prompt, up to the end of the text."""
-        end = next((place for place, token in enumerate(tokens) if token in self.ends), None)
+        # The BOS token that a text begins with does not end it where it is the EOS token, too, as in `generate`.
+        first = int(not text.prompt_ids and self.writer.bos_token_id in self.ends)
+        end = next((place for place in range(first, len(tokens)) if tokens[place] in self.ends), None)
         tokens = tokens if end is None else tokens[: end + 1]
         decode, options = self.writer.tokenizer.decode, {"skip_special_tokens": True}
         # Together, as a word's space may be lost where decoding begins with it
-        begin, whole = decode(text.prompt_ids, **options), decode(text.prompt_ids + tokens, **options)
-        written = whole[len(begin) :] if whole.startswith(begin) else decode(tokens, **options)
+        prompt, whole = decode(text.prompt_ids, **options), decode(text.prompt_ids + tokens, **options)
+        written = whole[len(prompt) :] if whole.startswith(prompt) else decode(tokens, **options)
         return {"text": written, "finish_reason": "length" if end is None else "stop", "num_tokens": len(tokens)}
 
 
@@ -478,7 +488,7 @@ class Metrics:
         options = {"namespace": "flm", "registry": self.registry}
         model = ["model"]
         self.requests = Counter("requests", "Answered requests", [*model, "status"], **options)
-        self.retries = Counter("retries", "Requests that were in a replica that ended", model, **options)
+        self.retries = Counter("retries", "Requests that were given again as a replica had ended", model, **options)
         self.texts = Counter("texts", "Texts that were written", model, **options)
         self.prompt_tokens = Counter("prompt_tokens", "Tokens of prompts", model, **options)
         self.completion_tokens = Counter("completion_tokens", "Tokens that were written", model, **options)
@@ -608,8 +618,8 @@ class Ingress:
             metrics.batch_size.labels(model).observe(size)
         choices = []
         for index, choice in enumerate(result["choices"]):
-            begin = asked.prompt[index // asked.n] if asked.echo else ""
-            text, reason = begin + choice["text"], choice["finish_reason"]
+            prompt = asked.prompt[index // asked.n] if asked.echo else ""
+            text, reason = prompt + choice["text"], choice["finish_reason"]
             choices.append({"index": index, "text": text, "logprobs": None, "finish_reason": reason})
         return {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -629,6 +639,9 @@ class Ingress:
         seed = secrets.randbelow(2**63) if asked.seed is None else asked.seed
         options = {name: getattr(asked, name) for name in ("n", "num_steps", "max_tokens", "temperature")}
         for attempt in range(_MAX_RETRIES + 1):
+            if attempt:
+                self.metrics.retries.labels(asked.model).inc()
+                await asyncio.sleep(0.05 * 2**attempt)
             response = self.models[asked.model].complete.remote(asked.prompt, seed=seed, **options)
             try:
                 return await response
@@ -639,8 +652,7 @@ class Ingress:
                 message = f"Too many requests wait for {asked.model}; try again later."
                 raise RequestError(429, message, code="queue_full") from None
             except (RayActorError, ReplicaUnavailableError):
-                self.metrics.retries.labels(asked.model).inc()
-                await asyncio.sleep(0.1 * 2**attempt)
+                continue
             except DeploymentUnavailableError:
                 break
         raise RequestError(503, f"{asked.model} is not there now; try again later.", code="model_unavailable")
@@ -702,9 +714,10 @@ def build(args: argparse.Namespace, models: dict[str, str]) -> serve.Application
     num_threads = max(1, (os.cpu_count() or 1) // num_replicas)
     handles = {
         name: Model.options(
-            name="model-" + name.replace("/", "--"),
+            name="model-" + name.replace("/", "--").replace("#", "--"),  # which Ray does not take
             num_replicas=args.replicas,
-            max_ongoing_requests=2 * args.max_batch_size,  # a batch that is written, and the next one
+            # Where each asks for one text, a batch that is written, and the next one
+            max_ongoing_requests=2 * args.max_batch_size,
             max_queued_requests=args.max_queue,
             health_check_period_s=1,  # what has ended is soon noticed, and started again
             ray_actor_options=resources,

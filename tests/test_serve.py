@@ -3,8 +3,12 @@
 import asyncio
 import itertools
 import json
+import logging
+import os
 import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,17 +18,22 @@ import pytest
 import torch
 from small_models import build_model
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging as transformers_logging
 
 from modeling_flm.trainers import train_tokenizer
 from modeling_flm.trainers.batches import example_seed
 from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM
 
 
+grpc = pytest.importorskip("grpc")
 pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import serve  # noqa: E402
 import serving  # noqa: E402
+from ray.exceptions import RayActorError  # noqa: E402
+from ray.serve.exceptions import BackPressureError  # noqa: E402
+from starlette.requests import Request  # noqa: E402
 
 
 pytestmark = pytest.mark.slow
@@ -230,6 +239,7 @@ BAD_BODIES = {
     "invalid UTF-8": (b'{"model": "fmlm", "prompt": "\xff\xfe"}', 400, None, "UTF-8"),
     "half a surrogate pair": (b'{"model": "fmlm", "prompt": "\\ud800"}', 400, None, "JSON"),
     "deep nesting": (b'{"model": ' + b"[" * 50_000, 400, None, "JSON"),
+    "200 KB": (b'{"model": "fmlm", "prompt": "' + b"a " * 100_000 + b'"}', 413, None, "100,000 bytes"),
     "10 MB": (b'{"model": "fmlm", "prompt": "' + b"a " * 5_000_000 + b'"}', 413, None, "100,000 bytes"),
     "no model": ({"model": None}, 400, "model", "string"),
     "unknown model": ({"model": "fmlm-large"}, 404, "model", "fmlm, gpt2"),
@@ -337,6 +347,15 @@ class TestLoad:
         assert len(server.texts(num_steps=1)) == 1
         wait_for(lambda: len(server.replicas()) == REPLICAS)
 
+    def test_killed_ingress(self, server):
+        body = json.dumps({"model": "fmlm", "num_steps": MANY_STEPS})
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(server.send, "POST", "/v1/completions", body)
+            wait_for(lambda: server.metric("requests_in_progress") == 1)
+            server.processes("ServeReplica:default:Ingress")[0].kill()
+            assert answer.result()[0] == 500
+        assert len(server.texts(num_steps=1)) == 1
+
 
 class TestWriters:
     """In this process."""
@@ -357,6 +376,153 @@ class TestWriters:
         texts[1].is_abandoned = True
         with pytest.raises(serve.Abandoned):
             writer.write(texts)
+
+
+@pytest.fixture
+def make_replica():
+    """Makes replicas in this process, whose loggers and threads are as before after the test."""
+    verbosity, num_threads = transformers_logging.get_verbosity(), torch.get_num_threads()
+    library = logging.getLogger("modeling_flm.pipeline_flm")
+    level = library.level
+
+    def make(folder: Path, *flags: str) -> serve.Model:
+        args = serve.make_parser().parse_args([str(folder), "--device", "cpu", "--max_wait_ms", "50", *flags])
+        return serve.Model.func_or_class(str(folder), num_threads, args)
+
+    yield make
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+    torch.set_num_threads(num_threads)
+    library.setLevel(level)
+
+
+class TestReplica:
+    """In this process."""
+
+    OPTIONS = {"n": 1, "seed": 0, "num_steps": None, "max_tokens": None, "temperature": None}
+
+    def complete(self, replica: serve.Model, *requests: dict) -> list[dict]:
+        """What it answers to requests that come together."""
+
+        async def send():
+            return await asyncio.gather(*(replica.complete(**{**self.OPTIONS, **request}) for request in requests))
+
+        return asyncio.run(send())
+
+    def test_one_token_begins_and_ends_texts(self, models, make_replica, tmp_path):
+        tokenizer = models["tokenizer"]
+        token = tokenizer.bos_token_id
+        ends = {"bos_token_id": token, "eos_token_id": token}
+        model = build_model("fmlm", vocab_size=len(tokenizer), max_position_embeddings=LENGTH, **ends)
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        (answer,) = self.complete(make_replica(tmp_path), {"prompts": [""], "n": 128, "num_steps": 1})
+        generators = [generator(0, index) for index in range(128)]
+        tokens = model.generate(num_samples=128, num_steps=1, generator=generators, pad_after_eos=True)
+        assert (tokens[:, 0] == token).any()
+        assert [choice["text"] for choice in answer["choices"]] == tokenizer.batch_decode(
+            tokens, skip_special_tokens=True
+        )
+
+    def test_values_of_the_model_are_those_asked_for(self, models, make_replica, tmp_path):
+        model = build_model("fmlm", vocab_size=len(models["tokenizer"]), max_position_embeddings=LENGTH)
+        model.generation_config.num_steps, model.generation_config.temperature = 2, 0.5
+        model.save_pretrained(tmp_path)
+        models["tokenizer"].save_pretrained(tmp_path)
+        same = [{}, {"num_steps": 2}, {"temperature": 0.5}, {"num_steps": 2, "temperature": 0.5}]
+        others = [{"num_steps": 3}, {"temperature": 1.0}]
+        answers = self.complete(make_replica(tmp_path), *({"prompts": [""], **fields} for fields in same + others))
+        assert [answer["batch_sizes"] for answer in answers] == [[4], [], [], [], [1], [1]]
+        assert len({answer["choices"][0]["text"] for answer in answers[:4]}) == 1
+
+    def test_times_of_the_model_are_not_a_number_of_steps(self, models, make_replica, tmp_path):
+        model = build_model("fmlm", vocab_size=len(models["tokenizer"]), max_position_embeddings=LENGTH)
+        model.generation_config.timesteps = [0.0, 0.9, 1.0]
+        model.save_pretrained(tmp_path)
+        models["tokenizer"].save_pretrained(tmp_path)
+        answers = self.complete(make_replica(tmp_path), {"prompts": [""]}, {"prompts": [""], "num_steps": 2})
+        assert [answer["batch_sizes"] for answer in answers] == [[1], [1]]
+
+    def test_failure(self, models, make_replica, monkeypatch):
+        replica = make_replica(models["folder"] / "fmlm")
+
+        def fail(texts):
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(replica.writer, "write", fail)
+        (answer,) = self.complete(replica, {"prompts": ["the cat"], "n": 2})
+        assert answer["error"][0] == 500 and answer["error"][3] == "model_failed"
+
+    def test_work_that_nobody_cancels(self, models, make_replica, monkeypatch):
+        replica = make_replica(models["folder"] / "fmlm", "--timeout", "0.1")
+        is_over = threading.Event()
+
+        def write(texts):
+            for _ in range(1000):
+                if all(text.is_abandoned for text in texts):
+                    is_over.set()
+                    raise serve.Abandoned
+                time.sleep(0.01)
+
+        monkeypatch.setattr(replica.writer, "write", write)
+        with pytest.raises(asyncio.TimeoutError):
+            self.complete(replica, {"prompts": ["the cat"], "n": 2})
+        assert is_over.wait(60)
+
+    def test_prompts_are_not_logged(self, models, make_replica, caplog):
+        replica = make_replica(models["folder"] / "fmlm")
+        (answer,) = self.complete(replica, {"prompts": ["a secret"]})
+        assert len(answer["choices"]) == 1
+        assert "secret" not in caplog.text
+
+
+class FailingHandle:
+    """A model whose replicas fail with each request."""
+
+    def __init__(self, error: Exception):
+        self.error, self.count, self.complete = error, 0, self
+
+    async def remote(self, prompts: list[str], **options):
+        self.count += 1
+        raise self.error
+
+
+class TestIngress:
+    """In this process."""
+
+    def send(self, body: bytes | None, error: Exception, *flags: str):
+        """The answer to a body, or to one that never arrives, with the model and the ingress."""
+        handle = FailingHandle(error)
+        ingress = serve.Ingress.func_or_class.__base__(
+            serve.make_parser().parse_args(["fmlm", *flags]), {"fmlm": handle}
+        )
+
+        async def receive():
+            if body is None:
+                await asyncio.Event().wait()
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        response = asyncio.run(ingress.complete(Request(scope, receive)))
+        return response, json.loads(response.body)["error"], handle, ingress
+
+    def test_slow_body(self):
+        response, error, handle, _ = self.send(None, RayActorError(), "--timeout", "0.1")
+        assert response.status_code == 408 and error["type"] == "invalid_request_error"
+        assert "0.1 seconds" in error["message"] and handle.count == 0
+
+    def test_replicas_that_end(self):
+        response, error, handle, ingress = self.send(b'{"model": "fmlm"}', RayActorError())
+        assert response.status_code == 503 and response.headers["Retry-After"] == "1"
+        assert error["type"] == "server_error" and error["code"] == "model_unavailable"
+        assert handle.count == 3
+        assert b'flm_retries_total{model="fmlm"} 2.0' in ingress.metrics.show().body
+
+    def test_full_queue(self):
+        busy = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+        response, error, handle, _ = self.send(b'{"model": "fmlm"}', busy)
+        assert response.status_code == 429 and response.headers["Retry-After"] == "1"
+        assert error["code"] == "queue_full" and handle.count == 1
 
 
 class LettersWriter:
@@ -424,8 +590,32 @@ class TestBatcher:
 
 
 class TestStart:
+    def test_other_ports_ask_for_a_token(self, server):
+        ports = {
+            connection.laddr.port
+            for process in server.replicas()
+            for connection in process.net_connections()
+            if connection.status == psutil.CONN_LISTEN
+        }
+        codes = set()
+        for port in ports:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                # With what Ray would unpickle, and so run
+                call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+                with pytest.raises(grpc.RpcError) as error:
+                    call(b"", timeout=60)
+                codes.add(error.value.code())
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert codes == {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
+
     def test_line(self, server):
         assert server.line.startswith("fmlm, gpt2: http://127.0.0.1:") and server.process.poll() is None
+
+    def test_names(self, models, tmp_path):
+        folder = tmp_path / "a #1"
+        folder.symlink_to(models["folder"] / "fmlm")
+        args = serve.make_parser().parse_args([str(folder), "--device", "cpu"])
+        serve.build(args, {"a #1": str(folder), "owner/name": str(folder)})
 
     def test_mistakes(self, models, tmp_path):
         (tmp_path / "fmlm").symlink_to(models["folder"] / "gpt2")
@@ -443,6 +633,34 @@ class TestStart:
                 with pytest.raises(SystemExit) as error:
                     serve.main(serve.make_parser().parse_args(arguments))
                 assert message in str(error.value)
+
+
+class TestLoadTest:
+    @pytest.mark.parametrize("line, is_deaf", [("hello", False), ("hello", True), ("http://127.0.0.1:1/", True)])
+    def test_no_server_is_left(self, line, is_deaf, tmp_path, monkeypatch):
+        script = tmp_path / "script.py"
+        lines = ["import signal, time", *["signal.signal(signal.SIGTERM, signal.SIG_IGN)"] * is_deaf]
+        script.write_text("\n".join([*lines, f"print({line!r})", "time.sleep(600)"]))
+        processes, files = [], []
+
+        class Process(subprocess.Popen):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                processes.append(self)
+                files.append(kwargs["stderr"])
+
+            def wait(self, timeout=None):
+                if is_deaf and timeout is not None:
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                return super().wait(timeout)
+
+        monkeypatch.setattr(serving, "SCRIPT", script)
+        monkeypatch.setattr(serving.subprocess, "Popen", Process)
+        with pytest.raises(subprocess.TimeoutExpired if is_deaf else RuntimeError):
+            with serving.Server([]):
+                pass
+        assert processes[0].poll() is not None
+        assert files[0].closed and processes[0].stdout.closed
 
 
 def test_load_test(capsys):
