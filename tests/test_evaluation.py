@@ -12,6 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from example_scripts import run_here
 from hub_server import TOKEN, File, Repository, metadata_problems
@@ -38,12 +39,14 @@ from modeling_flm.trainers.batches import example_seed
 from modeling_flm.trainers.evaluation import (
     CausalSource,
     EvaluationArguments,
+    Setting,
     check_arguments,
     confidence_intervals,
     decode,
     describe_evaluation,
     describe_sampling,
     evaluation,
+    load_source,
     measure_throughput,
     perplexity_at_entropy,
     self_bleu,
@@ -286,6 +289,21 @@ class TestSampling:
         assert tokens == directly(model, 3, pad_after_eos=True) != plain
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert results["sampling"] == {"gamma": 0.0, "pad_after_eos": True}
+
+    def test_one_token_begins_and_ends_texts(self, folder, tmp_path):
+        model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        (both, _), *_ = Counter(row[0] for row in directly(model, 3)).most_common()
+        model.generation_config.bos_token_id = model.generation_config.eos_token_id = both
+        model.generation_config.pad_token_id = both
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        args = EvaluationArguments(str(tmp_path), model=str(tmp_path / "model"), num_steps=[3], pad_after_eos=True)
+        source = load_source(args, Accelerator(), [])
+        begun = [text for text in source.write(Setting(3), range(7), 0) if text.tokens[0] == both]
+        assert begun
+        for text in begun:
+            rest = text.tokens[1:]
+            assert text.num_tokens == 1 + (rest.index(both) + 1 if both in rest else len(rest))
 
     @pytest.mark.parametrize("scale", [0, 3])
     def test_guidance_scale_takes_a_pass_as_well(self, scale, folder, worse, tmp_path):
