@@ -510,8 +510,8 @@ class TestOnline:
                     path = "onnx/model.onnx" if path.removeprefix("onnx/") in self.weights.get(name, ()) else "none"
                 path = folder / "model" / (path if owner == "me" else "none")
             headers = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
-            if path.suffix in (".mjs", ".js"):
-                headers["Content-Type"] = "text/javascript"
+            if path.suffix in (".mjs", ".js", ".wasm"):
+                headers["Content-Type"] = "application/wasm" if path.suffix == ".wasm" else "text/javascript"
             if path.is_file() and route.request.method == "HEAD" and name == "unsized":
                 route.fulfill(headers=headers)
             elif path.is_file():
