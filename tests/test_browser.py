@@ -341,6 +341,10 @@ class TestPage:
         passes = int(re.search(r"(\d+) forward pass", tokens)[1])
         assert passes == min(16, len(tokens.split()[0]) + 1)  # with that of the end
         assert shown_time(tokens) < 500 * passes
+        wait_for_new_texts(page, lambda: page.fill("#pattern", "c_t"), finished=False)
+        page.click("#start-race")
+        page.wait_for_selector("#start-race:not([disabled])", timeout=60_000)
+        assert re.match(r"c\w?t\s.+ 1 forward pass$", page.inner_text("#race-tokens"))  # with what is known after it
 
     def test_every_control_has_a_name(self, page, address):
         open_page(page, address)

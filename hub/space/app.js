@@ -89,7 +89,10 @@ function piecesOf(tokens) {
   return shown;
 }
 
-/** The tokens of a text, to be kept or not. They are no elements of type button, within which and between which lines would break. */
+/**
+ * The tokens of a text, as buttons that keep them. They are no `<button>`, which would lose the space at its beginning, and around
+ * which lines would break within words.
+ */
 function makeTokens(tokens) {
   const shown = model.padAfterEnd(tokens, known);
   return piecesOf(shown).map(({ text, position }, index) => {
@@ -112,7 +115,7 @@ function focusToken(token) {
   token.focus();
 }
 
-/** Replaces the texts. The focus stays in its text, at its position or at the end if that is before. */
+/** Replaces the texts. A focus stays in its text, at its position or the next that is a button, or at the end. */
 function replaceTexts(items) {
   const focused = toggleOf(document.activeElement);
   const index = focused && [...element("texts").children].indexOf(focused.parentElement);
@@ -276,7 +279,11 @@ async function race() {
     passes += 1;
     time += step.time;
     tokens.set(position, text[position]);
-    showRace("race-tokens", text.slice(0, position + 1), time, passes);
+    let stop = position + 1;
+    while (tokens.has(stop)) {
+      stop += 1;
+    }
+    showRace("race-tokens", text.slice(0, stop), time, passes);
     await drawn();
     if (model.isEnd(text[position], position)) {
       return;
