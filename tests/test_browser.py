@@ -340,7 +340,7 @@ class TestPage:
         assert once.startswith(shown(page)[0])
         passes = int(re.search(r"(\d+) forward pass", tokens)[1])
         assert passes == min(16, len(tokens.split()[0]) + 1)  # with that of the end
-        assert shown_time(tokens) < 500 * passes
+        assert shown_time(tokens) < 250 * passes
         wait_for_new_texts(page, lambda: page.fill("#pattern", "c_t"), finished=False)
         page.click("#start-race")
         page.wait_for_selector("#start-race:not([disabled])", timeout=60_000)
@@ -423,7 +423,8 @@ def normal(texts: list[str]) -> list[str]:
 def test_other_models(kind, tokenizer, length, pattern, known_text, page, tmp_path):
     """Vocabularies larger than the embedding and smaller ones, with tokens that are words, pieces and characters."""
     tokenizer = make_tokenizer(tokenizer)
-    with serve_model(kind, tokenizer, tmp_path, max_position_embeddings=length) as address:
+    options = {"eos_token_id": None} if length > 256 else {}  # long texts do not end before
+    with serve_model(kind, tokenizer, tmp_path, max_position_embeddings=length, **options) as address:
         open_page(page, f"{address}?seed=2")
         num_steps = 16 if kind == "flm" else 1
         assert page.input_value("#steps") == str(num_steps)
@@ -446,7 +447,7 @@ def test_several_ends_of_which_one_also_begins(page, tmp_path):
     end, other = tokenizer.eos_token_id, tokenizer.encode("a", add_special_tokens=False)[0]
     with serve_model("fmlm", tokenizer, tmp_path, bos_token_id=end, eos_token_id=[other, end]) as address:
         open_page(page, f"{address}?seed=2")
-        assert shown(page) == python_texts(page, model=tmp_path / "model")
+        assert normal(shown(page)) == normal(python_texts(page, model=tmp_path / "model"))
         model = AutoModel.from_pretrained(tmp_path / "model")
         word = tokenizer.encode("the", add_special_tokens=False)[0]
         rows = [[end, word, end, word], [word, other, word, word], [other, word, word, other], [end, end, word, word]]
