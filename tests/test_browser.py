@@ -5,15 +5,17 @@ import os
 import re
 import shutil
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import RepoCard
 from small_models import build_model
-from transformers import AutoModel, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_flm.hub.export import FlowStep
+from modeling_flm.hub.export import ONNX_FILES, FlowStep
 from modeling_flm.hub.spaces import PAGE, assemble_space, make_server
 from modeling_flm.trainers import train_tokenizer
 
@@ -29,6 +31,10 @@ class TestFiles:
         wanted = json.loads((ROOT / "tests" / "browser" / "package.json").read_text())["dependencies"]
         page = (PAGE / "index.html").read_text()
         assert dict(re.findall(rf"{CDN}(.+?)@([\d.]+)/", page)) == wanted
+
+    def test_knows_the_files_of_an_export(self):
+        (files,) = re.findall(r"const FILES = \{ (.+) \};", (PAGE / "flow.js").read_text())
+        assert dict(re.findall(r'(\w+): "(.+?)"', files)) == ONNX_FILES
 
     def test_names_its_model(self, tmp_path):
         assemble_space(tmp_path, "me/words")
@@ -109,6 +115,17 @@ def shown(page) -> list[str]:
     return page.locator("#texts li").all_inner_texts()
 
 
+def change_passes(page, run: str):
+    """What a forward pass does instead: `run` is JavaScript, in which `pass` is what it did."""
+    page.evaluate(
+        f"() => {{ const session = flm.model.session; const pass = session.run.bind(session); session.run = {run}; }}"
+    )
+
+
+def shown_time(text: str) -> float:
+    return float(re.search(r"([\d.,]+) ms", text)[1].replace(",", ""))
+
+
 def python_texts(page, num_steps: int = 1, known: dict[int, int] | None = None, model: Path = MODEL) -> list[str]:
     """What the model writes in Python from the noise of the page."""
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -169,12 +186,57 @@ class TestPage:
         wait_for_new_texts(page, lambda: page.click("#again"))
         assert shown(page) != first and page.input_value("#seed") != "7"
         wait_for_new_texts(page, lambda: (page.fill("#seed", "7"), page.press("#seed", "Enter")))
-        page.fill("#seed", "7")
-        wait_for_new_texts(page, lambda: page.dispatch_event("#seed", "change"))
-        assert shown(page) == first
+        assert shown(page) == first and page.input_value("#seed") == "7"
+        wait_for_new_texts(page, lambda: page.press("#pattern", "Enter"))
+        assert page.input_value("#seed") != "7"
+        page.fill("#pattern", "a" * 17)
         page.fill("#seed", "-1")
-        page.dispatch_event("#seed", "change")
-        assert "must be a whole number" in page.inner_text("#problem")
+        page.press("#seed", "Enter")
+        assert "must be a whole number" in page.inner_text("#problem") and page.input_value("#seed") == "-1"
+        wait_for_new_texts(page, lambda: (page.fill("#seed", "7"), page.press("#seed", "Enter")))
+        assert page.inner_text("#problem") == "That has 17 tokens, and texts have 16."
+
+    def test_addresses_that_cannot_be_followed(self, page, address):
+        open_page(page, f"{address}?steps=3&seed=-1")
+        problem = page.inner_text("#problem")
+        assert "steps in the address must be one of 1, 2, 4, 8, 16." in problem and "seed in the address" in problem
+        assert page.input_value("#steps") == "1" and shown(page) == python_texts(page)
+        wait_for_new_texts(page, lambda: page.select_option("#steps", "2"))
+        assert page.inner_text("#problem") == ""
+
+    def test_what_is_not_wanted_any_more_is_not_written(self, page, address):
+        open_page(page, f"{address}?steps=16")
+        change_passes(page, "(inputs) => ((window.passes = (window.passes ?? 0) + 1), pass(inputs))")
+        type_quickly = """() => {
+          for (let count = 1; count <= 10; count += 1) {
+            document.getElementById("pattern").value = "a".repeat(count);
+            document.getElementById("pattern").dispatchEvent(new Event("input", { bubbles: true }));
+          }
+        }"""
+        wait_for_new_texts(page, lambda: page.evaluate(type_quickly))
+        assert 16 + 31 + 16 <= page.evaluate("passes") <= 16 + 31 + 16 + 2
+        change_passes(
+            page, "async (inputs) => (await new Promise((resolve) => setTimeout(resolve, 300)), pass(inputs))"
+        )
+        page.evaluate("document.getElementById('steps').value = 1")
+        wait_for_new_texts(page, lambda: page.evaluate(type_quickly), finished=False)
+        assert 290 <= shown_time(page.inner_text("#speed")) < 590  # without what it waited for
+
+    def test_errors_are_shown(self, page, address):
+        open_page(page, address)
+        change_passes(page, "async () => { throw new Error('no memory'); }")
+        acts = (
+            lambda: page.click("#again"),
+            lambda: page.select_option("#steps", "2"),
+            lambda: page.click("#start-race"),
+        )
+        for act in acts:
+            page.evaluate("document.getElementById('problem').textContent = ''")
+            act()
+            page.wait_for_function("document.getElementById('problem').textContent.includes('no memory')")
+        page.wait_for_selector("#start-race:not([disabled])")
+        assert len(page.problems) == 3 and all("no memory" in problem for problem in page.problems)  # in the console
+        page.problems.clear()
 
     @pytest.mark.parametrize(("pattern", "regex"), [("un", "un.*"), ("______ness", ".{6}ness"), ("c_nt_…", "c.nt.+")])
     def test_typing(self, page, address, pattern, regex):
@@ -189,7 +251,7 @@ class TestPage:
         assert sum(re.fullmatch(regex, text) is not None for text in texts) >= len(texts) - 2, texts
         known = {int(position): token for position, token in page.evaluate("Array.from(flm.known)")}
         assert texts == python_texts(page, 1, known)
-        kept = page.locator("#texts li").first.locator(".kept").all_inner_texts()
+        kept = page.locator("#texts li").first.locator("[aria-pressed=true]").all_inner_texts()
         assert "".join(kept) == re.sub("[_…]", "", pattern)
 
     def test_keeping_tokens(self, page, address):
@@ -199,52 +261,98 @@ class TestPage:
         wait_for_new_texts(page, token.click)
         assert all(len(text) <= 2 or text[2] == letter for text in shown(page)), shown(page)
         assert page.input_value("#pattern") == f"__{letter}…"
-        wait_for_new_texts(page, page.locator("#texts .kept").first.click)
-        assert page.input_value("#pattern") == "" and page.locator("#texts .kept").count() == 0
+        kept = page.locator("#texts [aria-pressed=true]")
+        assert kept.first.evaluate("each => getComputedStyle(each).textDecorationLine") == "underline"
+        wait_for_new_texts(page, kept.first.click)
+        assert page.input_value("#pattern") == "" and kept.count() == 0
+
+    def test_keeping_tokens_by_keys(self, page, address):
+        open_page(page, f"{address}?seed=3")
+        focused = page.locator(":focus")
+        page.focus("#any-key")
+        for _ in range(2):  # the second text
+            page.keyboard.press("Tab")
+        for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
+            page.keyboard.press(key)
+        letter = focused.inner_text()
+        assert letter == shown(page)[1][2] and focused.get_attribute("aria-pressed") == "false"
+        wait_for_new_texts(page, lambda: page.keyboard.press("Enter"))
+        assert page.input_value("#pattern") == f"__{letter}…"
+        assert focused.inner_text() == letter and focused.get_attribute("aria-pressed") == "true"
+        assert focused.evaluate("each => [...each.closest('ol').children].indexOf(each.parentElement)") == 1
+        before = page.input_value("#seed")
+        page.keyboard.press("x")  # is the token's, which has no use for it
+        assert page.input_value("#seed") == before
+        wait_for_new_texts(page, lambda: page.keyboard.press(" "))
+        assert page.input_value("#pattern") == "" and page.evaluate("scrollY") == 0
 
     def test_keys(self, page, address):
         open_page(page, address)
-        for key in ("x", " ", "Enter"):
+        for key in ("x", "Enter"):
             before = shown(page)
             wait_for_new_texts(page, lambda key=key: page.keyboard.press(key))
             assert shown(page) != before
-        before = shown(page)
-        for key in ("Control+a", "Escape", "ArrowDown", "Tab"):
+        before = page.input_value("#seed")  # which changes at once
+        for key in ("Control+a", "Escape", "ArrowDown", "Tab", " "):
+            page.evaluate("document.activeElement.blur()")
             page.keyboard.press(key)
-        assert shown(page) == before
-        focused = []
-        for _ in range(5):  # all controls, in order
-            focused.append(page.evaluate("document.activeElement.id"))
+            assert page.input_value("#seed") == before
+        page.evaluate("document.activeElement.blur()")
+        page.keyboard.down("x")
+        after = page.input_value("#seed")
+        page.keyboard.down("x")  # held
+        assert page.input_value("#seed") == after != before
+        page.keyboard.up("x")
+        page.uncheck("#any-key")
+        page.evaluate("document.activeElement.blur()")
+        page.keyboard.press("x")
+        assert page.input_value("#seed") == after
+
+    def test_every_control_is_reached_by_tab(self, page, address):
+        open_page(page, address)
+        reached = []
+        for _ in range(100):
             page.keyboard.press("Tab")
-        assert [name for name in focused if name] == ["pattern", "steps", "seed", "again"]
+            reached.append(
+                page.evaluate("document.activeElement.id || document.activeElement.closest('li, a')?.tagName")
+            )
+            if reached[-1] == "start-race":
+                break
+        assert reached == ["A", "pattern", "steps", "seed", "again", "any-key", *["LI"] * 24, "start-race"]
 
     def test_patterns_that_are_too_long(self, page, address):
         open_page(page, address)
-        before = shown(page)
+        before = page.input_value("#seed")  # which changes at once
         page.fill("#pattern", "a" * 17)
         assert page.inner_text("#problem") == "That has 17 tokens, and texts have 16."
-        assert shown(page) == before
+        assert page.input_value("#seed") == before
         wait_for_new_texts(page, lambda: page.fill("#pattern", "a" * 16))
         assert page.inner_text("#problem") == "" and set(shown(page)) == {"a" * 16}
 
     def test_race(self, page, address):
         open_page(page, f"{address}?seed=5")
+        page.evaluate(
+            "window.requestAnimationFrame = (callback) => setTimeout(callback, 500)"
+        )  # which is not to count
         page.click("#start-race")
         page.wait_for_selector("#start-race:not([disabled])", timeout=60_000)
         once, tokens = page.inner_text("#race-once"), page.inner_text("#race-tokens")
         assert once.startswith(shown(page)[0])
         passes = int(re.search(r"(\d+) forward pass", tokens)[1])
         assert passes == min(16, len(tokens.split()[0]) + 1)  # with that of the end
+        assert shown_time(tokens) < 250 * passes
+        wait_for_new_texts(page, lambda: page.fill("#pattern", "c_t"), finished=False)
+        page.click("#start-race")
+        page.wait_for_selector("#start-race:not([disabled])", timeout=60_000)
+        assert re.match(r"c\w?t\s.+ 1 forward pass$", page.inner_text("#race-tokens"))  # with what is known after it
 
     def test_every_control_has_a_name(self, page, address):
         open_page(page, address)
-        for role in ("button", "textbox", "combobox", "spinbutton"):
-            controls = page.get_by_role(role)
-            assert controls.count() >= 1
-            for index in range(controls.count()):
-                assert controls.nth(index).evaluate(
-                    "each => each.labels?.[0]?.innerText || each.innerText || each.ariaLabel"
-                )
+        for role in ("button", "textbox", "combobox", "spinbutton", "checkbox"):
+            names = page.get_by_role(role).evaluate_all(
+                "all => all.map((each) => each.ariaLabel || each.labels?.[0]?.innerText || each.innerText)"
+            )
+            assert names and all(name.strip() for name in names), names
         headings = page.locator("h1, h2, h3").evaluate_all("all => all.map(each => Number(each.tagName[1]))")
         assert headings[0] == 1 and all(after - before <= 1 for before, after in zip(headings, headings[1:]))
         assert page.inner_text("#announcement").split("; ") == shown(page)[:3]  # what screen readers say
@@ -263,48 +371,95 @@ class TestPage:
         if (width, scheme) == (1280, "light"):
             page.screenshot(path=folder / "page.png")  # what the README shows
         contrasts = page.evaluate(_CONTRASTS)
-        assert len(contrasts) > 50 and min(contrasts) >= 4.5
+        assert len(contrasts["texts"]) > 50 and min(contrasts["texts"]) >= 4.5
+        assert len(contrasts["borders"]) == 6 and min(contrasts["borders"]) >= 3
         context.close()
+
+
+def make_tokenizer(kind: str):
+    """A tokenizer of characters, pieces or words, or one of pieces of words as BERT's, which joins what an apostrophe separates."""
+    if kind != "wordpiece":
+        return train_tokenizer(["the cat sat on the mat and the dog ran to the red house"] * 20, kind, vocab_size=270)
+    words = ["[PAD]", "[UNK]", "[EOS]", "the", "don", "it", "'", "t", "s", "re", "##s", ".", ",", "cat", "dog"]
+    tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    options = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]", "clean_up_tokenization_spaces": True}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+@contextmanager
+def serve_model(kind: str, tokenizer, folder: Path, **options):
+    """The page with a small model: its address."""
+    import browser_demo
+
+    options = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, **options}
+    options["pad_token_id"] = tokenizer.pad_token_id
+    build_model(kind, vocab_size=len(tokenizer), **options).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    browser_demo.make_page(folder / "model", folder / "page")
+    server = make_server(folder / "page", packages=PACKAGES)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+
+
+def normal(texts: list[str]) -> list[str]:
+    return [" ".join(text.split()) for text in texts]
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize(
-    ("kind", "tokenizer", "pattern", "known_text"),
+    ("kind", "tokenizer", "length", "pattern", "known_text"),
     [
-        ("fmlm", "bpe", "the cat", "the cat"),
-        ("two_network", "word", "the _ _ sat", "the sat"),
-        ("flm", "text8", "th", "th"),
+        ("fmlm", "bpe", 12, "the cat", "the cat"),
+        ("two_network", "word", 12, "the _ _ sat", "the sat"),
+        ("fmlm", "word", 300, "the _ _ sat", "the sat"),
+        ("flm", "text8", 12, "th", "th"),
+        ("fmlm", "wordpiece", 24, "don ' t the cat", "don't the cat"),
     ],
 )
-def test_other_models(kind, tokenizer, pattern, known_text, page, tmp_path):
+def test_other_models(kind, tokenizer, length, pattern, known_text, page, tmp_path):
     """Vocabularies larger than the embedding and smaller ones, with tokens that are words, pieces and characters."""
-    import browser_demo
-
-    texts = ["the cat sat on the mat and the dog ran to the red house"] * 20
-    tokenizer = train_tokenizer(texts, tokenizer, vocab_size=270)
-    options = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    build_model(kind, vocab_size=len(tokenizer), **options).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    browser_demo.make_page(tmp_path / "model", tmp_path / "page")
-    server = make_server(tmp_path / "page", packages=PACKAGES)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        open_page(page, f"http://127.0.0.1:{server.server_port}/?seed=2")
+    tokenizer = make_tokenizer(tokenizer)
+    options = {"eos_token_id": None} if length > 256 else {}  # long texts do not end before
+    with serve_model(kind, tokenizer, tmp_path, max_position_embeddings=length, **options) as address:
+        open_page(page, f"{address}?seed=2")
         num_steps = 16 if kind == "flm" else 1
         assert page.input_value("#steps") == str(num_steps)
-        normal = lambda texts: [" ".join(text.split()) for text in texts]  # noqa: E731
-        assert normal(shown(page)) == normal(python_texts(page, num_steps, model=tmp_path / "model"))
+        expected = normal(python_texts(page, num_steps, model=tmp_path / "model"))
+        assert normal(shown(page)) == expected
+        assert normal(page.inner_text("#announcement").split("; ")) == expected[:3]
+        column = page.locator("#columns > div").nth([1, 2, 4, 8, 16].index(num_steps))
+        assert normal(column.locator("li").all_inner_texts()) == expected[:6]
         wait_for_new_texts(page, lambda: page.fill("#pattern", pattern))
         known = {int(position): token for position, token in page.evaluate("Array.from(flm.known)")}
         assert tokenizer.decode(list(known.values()), skip_special_tokens=True) == known_text
         expected = python_texts(page, num_steps, known, model=tmp_path / "model")
         assert normal(shown(page)) == normal(expected)
         assert page.evaluate("flm.model.describe(flm.known)").rstrip("…") == pattern
-    finally:
-        server.shutdown()
 
 
-# The contrast of each text with what is behind it, as the Web Content Accessibility Guidelines define it.
+@pytest.mark.browser
+def test_several_ends_of_which_one_also_begins(page, tmp_path):
+    tokenizer = make_tokenizer("bpe")
+    end, other = tokenizer.eos_token_id, tokenizer.encode("a", add_special_tokens=False)[0]
+    with serve_model("fmlm", tokenizer, tmp_path, bos_token_id=end, eos_token_id=[other, end]) as address:
+        open_page(page, f"{address}?seed=2")
+        assert normal(shown(page)) == normal(python_texts(page, model=tmp_path / "model"))
+        model = AutoModel.from_pretrained(tmp_path / "model")
+        word = tokenizer.encode("the", add_special_tokens=False)[0]
+        rows = [[end, word, end, word], [word, other, word, word], [other, word, word, other], [end, end, word, word]]
+        may_end = torch.ones(len(rows), 4, dtype=torch.bool)
+        may_end[1, 1] = False  # a known token ends no text
+        is_after = model._is_after_eos(torch.tensor(rows), may_end, model.generation_config)
+        expected = torch.tensor(rows).masked_fill(is_after, tokenizer.pad_token_id).tolist()
+        script = "([rows, known]) => rows.map((row, index) => flm.model.padAfterEnd(row, new Map(known[index])))"
+        assert page.evaluate(script, [rows, [[], [[1, other]], [], []]]) == expected
+
+
+# The contrast of each text with what is behind it, and of the borders of fields, as the Web Content Accessibility Guidelines define it.
 _CONTRASTS = """() => {
   const parse = (color) => color.match(/[\\d.]+/g).map(Number);
   const luminance = (color) => {
@@ -319,16 +474,30 @@ _CONTRASTS = """() => {
   };
   const owners = [...document.querySelectorAll("body *")].filter(
     (node) => node.checkVisibility() && [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim()));
-  return owners.map((node) => {
-    const [a, b] = [luminance(getComputedStyle(node).color), luminance(background(node))];
+  const contrast = (...colors) => {
+    const [a, b] = colors.map(luminance);
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  });
+  };
+  // With what is inside and what is outside
+  const borders = [...document.querySelectorAll("input:not([type=checkbox]), select")].flatMap((node) =>
+    [node, node.parentElement].map((side) => contrast(getComputedStyle(node).borderTopColor, background(side))));
+  return { texts: owners.map((node) => contrast(getComputedStyle(node).color, background(node))), borders };
 }"""
 
 
 @pytest.mark.browser
 class TestOnline:
     """As on the Hub: the page has the addresses of public servers, which a browser is answered here with what is on this machine."""
+
+    # The files of weights that some repositories have
+    weights = {
+        "words": ["model.onnx", "model_int8.onnx"],
+        "light": ["model_fp16.onnx", "model_int8.onnx"],
+        "half": ["model_fp16.onnx"],
+        "unsized": ["model.onnx", "model_int8.onnx"],
+        "full": ["model.onnx"],
+        "bare": [],
+    }
 
     @pytest.fixture
     def online(self, page, folder):
@@ -340,14 +509,17 @@ class TestOnline:
             if url.startswith(CDN):
                 path = PACKAGES / re.sub(r"@[\d.]+/", "/", url.removeprefix(CDN), count=1)
             else:
-                owner, name, path = re.fullmatch(r"https://huggingface.co/(\w+)/(\w+)/resolve/main/(.+)", url).groups()
-                if (owner, name) == ("me", "light"):
-                    path = {"onnx/model.onnx": "none", "onnx/model_int8.onnx": "onnx/model.onnx"}.get(path, path)
+                pattern = r"https://huggingface.co/(\w+)/(\w+)/resolve/(?:main|v1)/(.+)"
+                owner, name, path = re.fullmatch(pattern, url).groups()
+                if path.startswith("onnx/"):
+                    path = "onnx/model.onnx" if path.removeprefix("onnx/") in self.weights.get(name, ()) else "none"
                 path = folder / "model" / (path if owner == "me" else "none")
             headers = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
-            if path.suffix in (".mjs", ".js"):
-                headers["Content-Type"] = "text/javascript"
-            if path.is_file():
+            if path.suffix in (".mjs", ".js", ".wasm"):
+                headers["Content-Type"] = "application/wasm" if path.suffix == ".wasm" else "text/javascript"
+            if path.is_file() and route.request.method == "HEAD" and name == "unsized":
+                route.fulfill(headers=headers)
+            elif path.is_file():
                 route.fulfill(body=path.read_bytes(), headers=headers)
             else:
                 route.fulfill(status=404, headers=headers)
@@ -366,8 +538,14 @@ class TestOnline:
             assert shown(online) == python_texts(online)
             assert {url.split("/")[2] for url in online.asked} == {"cdn.jsdelivr.net", "huggingface.co"}
             assert "float32" in online.inner_text("#model-facts")
-            open_page(online, f"{address}?model=me/light")  # which has no file of float32
-            assert "int8" in online.inner_text("#model-facts") and online.inner_text("#model-name a") == "me/light"
+            chosen = {"words": "float32", "light": "int8", "half": "float16", "unsized": "int8", "full": "float32"}
+            for name, precision in chosen.items():
+                open_page(online, f"{address}?model=me/{name}", finished=False)
+                assert online.inner_text("#model-facts").endswith(precision), name
+                assert online.inner_text("#model-name a") == f"me/{name}"
+            online.goto(f"{address}?model=me/bare")
+            online.wait_for_selector("#status.failed", timeout=60_000)
+            assert "has none of model.onnx, model_fp16.onnx, model_int8.onnx." in online.inner_text("#status")
             online.goto(address)
             online.wait_for_selector("#status.failed", timeout=60_000)
             assert "Name a model" in online.inner_text("#status")
@@ -376,5 +554,24 @@ class TestOnline:
             online.wait_for_selector("#status.failed", timeout=60_000)
             assert "must be one of float32, float16, int8" in online.inner_text("#status")
             online.problems.clear()  # which the browser's console names, too
+        finally:
+            server.shutdown()
+
+    def test_revisions(self, online, tmp_path):
+        assemble_space(tmp_path, "me/words")
+        index = tmp_path / "index.html"
+        content = index.read_text()
+        assert '<meta name="revision" content="main" />' in content
+        index.write_text(content.replace('name="revision" content="main"', 'name="revision" content="v1"'))
+        server = make_server(tmp_path)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # The revision of the page is that of its own model
+        revisions = {"": "v1", "?revision=main": "main", "?model=me/full": "main", "?model=me/full&revision=v1": "v1"}
+        try:
+            for query, revision in revisions.items():
+                online.asked.clear()
+                open_page(online, f"http://127.0.0.1:{server.server_port}/{query}", finished=False)
+                asked = [url.split("/")[6] for url in online.asked if "huggingface.co" in url]
+                assert len(asked) >= 5 and set(asked) == {revision}, query
         finally:
             server.shutdown()

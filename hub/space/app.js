@@ -14,12 +14,16 @@ const SLOW = 500;
 
 const element = (id) => document.getElementById(id);
 const settings = new URLSearchParams(location.search);
-const modelName = settings.get("model") ?? document.querySelector("meta[name=model]").content;
+const meta = (name) => document.querySelector(`meta[name=${name}]`)?.content;
+const modelName = settings.get("model") ?? meta("model");
+// The revision beside the page's own model is that model's
+const revision = settings.get("revision") ?? (settings.has("model") ? "main" : (meta("revision") ?? "main"));
 
 let model;
 let known = new Map();
 let noise;
-let edition = 0; // grows with everything that is written anew, so that what is late is not shown
+let edition = 0; // grows with everything that is written anew, so that what is late is neither computed nor shown
+const problems = new Map();
 
 const format = (value, digits = 0) => value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits });
 const milliseconds = (time) => `${format(time, time < 10 ? 1 : 0)} ms`;
@@ -37,31 +41,93 @@ const drawn = () => new Promise((resolve) => requestAnimationFrame(() => setTime
 /** The noise of the first so many texts, or of all if there are fewer. */
 const noiseOf = (numTexts) => noise.slice(0, numTexts * model.length * model.noiseSize);
 
-/** The texts of the last draft, and how long all took. */
-async function written(noise, numSteps, onDraft = () => {}) {
-  const start = performance.now();
-  let texts;
-  for await (texts of model.write(noise, numSteps, known)) {
-    onDraft(texts);
-  }
-  return { texts, time: performance.now() - start };
+/** Shows what is wrong with something, or that nothing is. */
+function report(what, message = "") {
+  problems.set(what, message);
+  element("problem").textContent = [...problems.values()].filter(Boolean).join(" ");
 }
 
-const asText = (tokens) => model.pieces(model.untilEnd(tokens, known)).join("").trim();
+/** Does something that may fail, such as a forward pass on a machine without enough memory. */
+async function run(task, button = null) {
+  report("task");
+  if (button) {
+    button.disabled = true;
+  }
+  try {
+    await task();
+  } catch (error) {
+    report("task", `That failed: ${error.message}`);
+    console.error(error);
+  } finally {
+    if (button) {
+      button.disabled = false;
+    }
+  }
+}
 
-function spans(tokens) {
-  const shown = model.untilEnd(tokens, known);
-  return model.pieces(shown).map((piece, position) => {
-    const span = make("span", { textContent: position === 0 ? piece.trimStart() : piece });
-    span.dataset.position = position;
-    span.dataset.token = shown[position];
-    span.classList.toggle("kept", known.has(position));
-    return span;
+/** The texts of the last step, and how long all steps took; null if something was written anew meanwhile. */
+async function written(noise, numSteps, mine) {
+  const isWanted = () => mine === edition;
+  let texts = null;
+  let time = 0;
+  for await (const step of model.write(noise, numSteps, known, isWanted)) {
+    texts = step.texts;
+    time += step.time;
+  }
+  return isWanted() ? { texts, time } : null;
+}
+
+const asText = (tokens) => model.decode(model.padAfterEnd(tokens, known)).trim();
+
+/** What the tokens of a text add to it, for those that add something. */
+function piecesOf(tokens) {
+  const pieces = model.pieces(tokens).map((text, position) => ({ text, position }));
+  const shown = pieces.filter(({ text }) => text);
+  if (shown.length) {
+    shown[0].text = shown[0].text.trimStart() || shown[0].text;
+  }
+  return shown;
+}
+
+/**
+ * The tokens of a text, as buttons that keep them. They are no `<button>`, which would lose the space at its beginning, and around
+ * which lines would break within words.
+ */
+function makeTokens(tokens) {
+  const shown = model.padAfterEnd(tokens, known);
+  return piecesOf(shown).map(({ text, position }, index) => {
+    const token = make("span", { textContent: text, role: "button", tabIndex: index === 0 ? 0 : -1, ariaPressed: known.has(position) });
+    if (!text.trim()) {
+      token.ariaLabel = "space";
+    }
+    token.dataset.position = position;
+    token.dataset.token = shown[position];
+    return token;
   });
 }
 
+const toggleOf = (target) => target.closest("#texts [data-position]");
+
+function focusToken(token) {
+  for (const each of token.parentElement.children) {
+    each.tabIndex = each === token ? 0 : -1;
+  }
+  token.focus();
+}
+
+/** Replaces the texts. A focus stays in its text, at its position or the next that is a button, or at the end. */
+function replaceTexts(items) {
+  const focused = toggleOf(document.activeElement);
+  const index = focused && [...element("texts").children].indexOf(focused.parentElement);
+  element("texts").replaceChildren(...items);
+  const tokens = focused ? [...items[index].children] : [];
+  if (tokens.length) {
+    focusToken(tokens.find((token) => Number(token.dataset.position) >= Number(focused.dataset.position)) ?? tokens.at(-1));
+  }
+}
+
 function showTexts(texts, time, numSteps) {
-  element("texts").replaceChildren(...texts.map((tokens) => make("li", { className: "fresh" }, spans(tokens))));
+  replaceTexts(texts.map((tokens) => make("li", { className: "fresh" }, makeTokens(tokens))));
   const numTokens = texts.reduce((sum, tokens) => sum + tokens.length, 0);
   element("speed").textContent =
     `${plural(texts.length, "text")} in ${plural(numSteps, "forward pass", "forward passes")}: ${milliseconds(time)}, ` +
@@ -70,10 +136,10 @@ function showTexts(texts, time, numSteps) {
 }
 
 function showDraft(item, tokens, before) {
-  const shown = model.untilEnd(tokens, known);
-  const parts = model.pieces(shown).map((piece, position) => {
+  const shown = model.padAfterEnd(tokens, known);
+  const parts = piecesOf(shown).map(({ text, position }) => {
     const hasChanged = before !== null && before[position] !== shown[position];
-    return make(hasChanged ? "mark" : "span", { textContent: position === 0 ? piece.trimStart() : piece });
+    return make(hasChanged ? "mark" : "span", { textContent: text });
   });
   item.replaceChildren(make("span", {}, parts));
 }
@@ -81,8 +147,8 @@ function showDraft(item, tokens, before) {
 async function showColumns(mine) {
   const some = noiseOf(COMPARED_TEXTS);
   for (const numSteps of STEPS) {
-    const result = await written(some, numSteps);
-    if (mine !== edition) {
+    const result = await written(some, numSteps, mine);
+    if (result === null) {
       return;
     }
     const column = element("columns").children[STEPS.indexOf(numSteps)];
@@ -95,10 +161,12 @@ async function showColumns(mine) {
 async function showDrafts(mine) {
   let before = null;
   let step = 0;
-  for await (const [tokens] of model.write(noiseOf(1), NUM_DRAFTS, known)) {
-    if (mine !== edition) {
+  const isWanted = () => mine === edition;
+  for await (const { texts } of model.write(noiseOf(1), NUM_DRAFTS, known, isWanted)) {
+    if (!isWanted()) {
       return;
     }
+    const tokens = texts[0];
     showDraft(element("drafts").children[step], tokens, before);
     before = tokens;
     step += 1;
@@ -110,8 +178,8 @@ async function showDrafts(mine) {
 async function write() {
   const mine = ++edition;
   const numSteps = Number(element("steps").value);
-  const result = await written(noise, numSteps);
-  if (mine !== edition) {
+  const result = await written(noise, numSteps, mine);
+  if (result === null) {
     return;
   }
   showTexts(result.texts, result.time, numSteps);
@@ -138,115 +206,173 @@ async function compare(mine) {
   }
 }
 
+/** Draws the noise from the seed, if that is one. */
 function drawFromSeed() {
   const seed = element("seed");
-  if (!seed.checkValidity()) {
-    element("problem").textContent = "The seed must be a whole number from 0 to 4294967295.";
-    return false;
+  const isSeed = seed.checkValidity();
+  report("seed", isSeed ? "" : "The seed must be a whole number from 0 to 4294967295.");
+  if (isSeed) {
+    const numTexts = Math.max(1, Math.min(MAX_TEXTS, Math.floor(TOKENS_SHOWN / model.length)));
+    noise = drawNoise(Number(seed.value), numTexts * model.length * model.noiseSize);
   }
-  const numTexts = Math.max(1, Math.min(MAX_TEXTS, Math.floor(TOKENS_SHOWN / model.length)));
-  noise = drawNoise(Number(seed.value), numTexts * model.length * model.noiseSize);
-  return true;
+  return isSeed;
 }
 
 function newSeed() {
   element("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
+  drawFromSeed();
 }
 
+/** Takes the known tokens from the pattern, if texts can have it. */
 function readPattern() {
   try {
     known = model.parse(element("pattern").value);
-    element("problem").textContent = "";
+    report("pattern");
   } catch (error) {
-    element("problem").textContent = error.message;
+    report("pattern", error.message);
     return false;
   }
   return true;
 }
 
-function again() {
-  newSeed();
+function writeFromSeed() {
   if (drawFromSeed()) {
-    write();
+    run(write);
   }
 }
 
+function again() {
+  newSeed();
+  run(write);
+}
+
+function showRace(name, tokens, time, passes) {
+  const facts = `${milliseconds(time)}, ${plural(passes, "forward pass", "forward passes")}`;
+  element(name).replaceChildren(`${asText(tokens)} `, make("span", { className: "time", textContent: facts }));
+}
+
+/** Writes the first text at once, and then a token at a time. The time is that of the forward passes alone. */
 async function race() {
-  const button = element("start-race");
-  button.disabled = true;
   element("race").hidden = false;
   element("race-once").replaceChildren();
   element("race-tokens").replaceChildren();
   const mine = edition;
   const one = noiseOf(1);
-  const once = await written(one, 1);
-  element("race-once").replaceChildren(`${asText(once.texts[0])} `, make("span", { className: "time", textContent: milliseconds(once.time) }));
+  const once = await written(one, 1, mine);
+  if (once === null) {
+    return;
+  }
+  showRace("race-once", once.texts[0], once.time, 1);
   await drawn();
   const tokens = new Map(known);
-  const start = performance.now();
   let passes = 0;
+  let time = 0;
   for (let position = 0; position < model.length; position += 1) {
     if (tokens.has(position)) {
       continue;
     }
-    const { texts } = await model.step(one, 1, 0, 1, tokens);
-    passes += 1;
-    if (mine !== edition) {
-      break;
+    const step = await model.step(one, 1, 0, 1, tokens, () => mine === edition);
+    if (step === null) {
+      return;
     }
-    tokens.set(position, texts[0][position]);
-    const soFar = texts[0].slice(0, position + 1);
-    element("race-tokens").replaceChildren(
-      `${asText(soFar)} `,
-      make("span", { className: "time", textContent: `${milliseconds(performance.now() - start)}, ${plural(passes, "forward pass", "forward passes")}` }),
-    );
+    const text = step.texts[0];
+    passes += 1;
+    time += step.time;
+    tokens.set(position, text[position]);
+    let stop = position + 1;
+    while (tokens.has(stop)) {
+      stop += 1;
+    }
+    showRace("race-tokens", text.slice(0, stop), time, passes);
     await drawn();
-    if (texts[0][position] === model.endToken) {
-      break;
+    if (model.isEnd(text[position], position)) {
+      return;
     }
   }
-  button.disabled = false;
+}
+
+function toggle(token) {
+  const position = Number(token.dataset.position);
+  if (!known.delete(position)) {
+    known.set(position, Number(token.dataset.token));
+  }
+  element("pattern").value = model.describe(known);
+  report("pattern");
+  run(write);
+}
+
+/** What keys do in the texts: as on a button, and arrows go to the tokens beside. */
+function onTokenKey(event) {
+  const token = toggleOf(event.target);
+  const beside = { ArrowLeft: token?.previousElementSibling, ArrowRight: token?.nextElementSibling };
+  if (!token || hasModifier(event) || !(event.key in beside || event.key === "Enter" || event.key === " ")) {
+    return;
+  }
+  event.preventDefault();
+  if (beside[event.key]) {
+    focusToken(beside[event.key]);
+  } else if (!(event.key in beside) && !event.repeat) {
+    toggle(token);
+  }
+}
+
+const hasModifier = (event) => event.ctrlKey || event.metaKey || event.altKey;
+
+/** Any key writes anew, unless it does something else: Space scrolls, and keys in a field or on a button are theirs. */
+function onKey(event) {
+  const isFree = element("any-key").checked && event.target === document.body && !hasModifier(event) && !event.repeat;
+  if (isFree && ((event.key.length === 1 && event.key !== " ") || event.key === "Enter")) {
+    event.preventDefault();
+    again();
+  }
 }
 
 function listen() {
   element("controls").addEventListener("submit", (event) => {
     event.preventDefault();
-    again();
+    // Enter in the field of the seed is to use that seed
+    (document.activeElement === element("seed") ? writeFromSeed : again)();
   });
+  element("controls").addEventListener("input", () => report("address"));
   element("pattern").addEventListener("input", () => {
     if (readPattern()) {
-      newSeed();
-      drawFromSeed() && write();
-    }
-  });
-  element("steps").addEventListener("change", write);
-  element("seed").addEventListener("change", () => {
-    element("problem").textContent = "";
-    drawFromSeed() && write();
-  });
-  element("texts").addEventListener("click", ({ target }) => {
-    if (target.dataset.position === undefined) {
-      return;
-    }
-    const position = Number(target.dataset.position);
-    if (!known.delete(position)) {
-      known.set(position, Number(target.dataset.token));
-    }
-    element("pattern").value = model.describe(known);
-    write();
-  });
-  element("more").addEventListener("click", () => compare(edition));
-  element("start-race").addEventListener("click", race);
-  document.addEventListener("keydown", (event) => {
-    const isFree = event.target === document.body && !event.ctrlKey && !event.metaKey && !event.altKey;
-    if (isFree && (event.key.length === 1 || event.key === "Enter")) {
-      event.preventDefault();
       again();
     }
   });
+  element("steps").addEventListener("change", () => run(write));
+  element("seed").addEventListener("change", writeFromSeed);
+  element("texts").addEventListener("click", ({ target }) => {
+    const token = toggleOf(target);
+    if (token) {
+      toggle(token);
+    }
+  });
+  element("texts").addEventListener("keydown", onTokenKey);
+  element("more").addEventListener("click", () => run(() => compare(edition)));
+  element("start-race").addEventListener("click", () => run(race, element("start-race")));
+  document.addEventListener("keydown", onKey);
 }
 
-async function start() {
+/** Fills the fields from the address. What cannot be used is said, and something else taken. */
+function readAddress() {
+  // An FLM needs many steps
+  const numSteps = model.config.model_type === "flm" ? Math.max(...STEPS) : 1;
+  const steps = Number(settings.get("steps") ?? numSteps);
+  element("steps").value = STEPS.includes(steps) ? steps : numSteps;
+  element("seed").value = settings.get("seed") ?? "";
+  const isSeed = element("seed").checkValidity();
+  if (!isSeed) {
+    newSeed();
+  }
+  element("pattern").value = settings.get("pattern") ?? "";
+  const messages = [
+    !STEPS.includes(steps) && `The steps in the address must be one of ${STEPS.join(", ")}.`,
+    !isSeed && settings.has("seed") && "The seed in the address must be a whole number from 0 to 4294967295.",
+  ];
+  report("address", messages.filter(Boolean).join(" "));
+}
+
+async function load() {
   if (isOnHub(modelName)) {
     element("model-name").append(make("a", { href: `https://huggingface.co/${modelName}`, textContent: modelName }), ": ");
   }
@@ -261,7 +387,7 @@ async function start() {
     ),
   );
   element("drafts").append(...Array.from({ length: NUM_DRAFTS }, () => make("li")));
-  model = await FlowModel.load(locate(modelName, settings.get("revision") ?? "main"), {
+  model = await FlowModel.load(locate(modelName, revision), {
     precision: settings.get("precision"),
     onProgress: (share) => {
       element("progress").value = share;
@@ -271,25 +397,28 @@ async function start() {
   element("model-facts").textContent =
     `${plural(model.config.num_hidden_layers, "block")} of width ${model.config.hidden_size}, texts of ${plural(model.length, "token")}, ${model.precision}`;
   document.body.style.setProperty("--width", `${Math.min(100, 0.75 * model.length)}ch`);
-  element("status").hidden = element("progress").hidden = true;
-  element("main").hidden = false;
-  element("pattern").value = settings.get("pattern") ?? "";
-  element("seed").value = settings.get("seed") ?? "";
-  if (!element("seed").value) {
-    newSeed();
-  }
-  // An FLM needs many steps
-  element("steps").value = settings.get("steps") ?? (model.config.model_type === "flm" ? Math.max(...STEPS) : 1);
-  listen();
-  if (readPattern() && drawFromSeed()) {
-    await written(noise, 1); // the first pass takes longer, and would be mistaken for what one takes
-    await write();
-  }
 }
 
-start().catch((error) => {
-  element("status").textContent = `${error.message} Name a model with its ONNX files in the address, as ?model=user/name.`;
-  element("status").classList.add("failed");
-  element("progress").hidden = true;
-  console.error(error);
-});
+async function start() {
+  try {
+    await load();
+  } catch (error) {
+    element("status").textContent = `${error.message} Name a model with its ONNX files in the address, as ?model=user/name.`;
+    element("status").classList.add("failed");
+    element("progress").hidden = true;
+    console.error(error);
+    return;
+  }
+  element("status").hidden = element("progress").hidden = true;
+  element("main").hidden = false;
+  readAddress();
+  readPattern();
+  drawFromSeed();
+  listen();
+  await run(async () => {
+    await written(noise, 1, edition); // the first pass takes longer, and would be mistaken for what one takes
+    await write();
+  });
+}
+
+start();

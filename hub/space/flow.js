@@ -9,6 +9,8 @@ import { Tokenizer } from "@huggingface/tokenizers";
 const FILES = { float32: "model.onnx", float16: "model_fp16.onnx", int8: "model_int8.onnx" };
 // Above this many bytes the float32 weights are too much to download without having asked.
 const MAX_FLOAT32 = 100e6;
+// What a token adds to a text depends on so many tokens before and after it.
+const NEIGHBOURS = 8;
 
 /** Whether this is the name of a model on the Hub, "user/name". */
 export const isOnHub = (model) => /^[\w-][\w.-]*\/[\w.-]+$/.test(model);
@@ -59,11 +61,48 @@ async function fetchBytes(url, onProgress) {
   return bytes;
 }
 
-/** The precision to take if none is asked for: the full one where it is small. */
+/** Whether a file is there, and how many bytes it has: infinitely many if the server does not say. */
+async function findSize(url) {
+  const response = await fetch(url, { method: "HEAD" }).catch(() => null);
+  return response?.ok ? Number(response.headers.get("content-length") ?? Infinity) : null;
+}
+
+/** The precision to take if none is asked for: the full one where it is small, otherwise the smallest that is there. */
 async function choosePrecision(base) {
-  const response = await fetch(`${base}onnx/${FILES.float32}`, { method: "HEAD" }).catch(() => null);
-  const isSmall = response?.ok && Number(response.headers.get("content-length")) <= MAX_FLOAT32;
-  return isSmall ? "float32" : "int8";
+  const fullSize = await findSize(`${base}onnx/${FILES.float32}`);
+  if (fullSize !== null && fullSize <= MAX_FLOAT32) {
+    return "float32";
+  }
+  for (const precision of ["int8", "float16"]) {
+    if ((await findSize(`${base}onnx/${FILES[precision]}`)) !== null) {
+      return precision;
+    }
+  }
+  if (fullSize !== null) {
+    return "float32";
+  }
+  throw new Error(`${base}onnx/ has none of ${Object.values(FILES).join(", ")}.`);
+}
+
+/** The weights of a model as ONNX, and their precision. */
+async function fetchWeights(base, precision, onProgress) {
+  precision ??= await choosePrecision(base);
+  return [precision, await fetchBytes(`${base}onnx/${FILES[precision]}`, onProgress)];
+}
+
+/** A tokenizer that decodes as in Python, where texts are cleaned up only if the tokenizer says so, and those of BPE never. */
+function makeTokenizer(tokenizer, config) {
+  const cleansUp = tokenizer.model.type !== "BPE" && (config.clean_up_tokenization_spaces ?? false);
+  return new Tokenizer(tokenizer, { ...config, clean_up_tokenization_spaces: cleansUp });
+}
+
+/** How many characters two texts have in common at their beginnings. */
+function countCommon(text, other) {
+  let count = 0;
+  while (count < text.length && text[count] === other[count]) {
+    count += 1;
+  }
+  return count;
 }
 
 /** Uniform numbers in (0, 1) from a seed of 32 bits: the generator known as mulberry32. */
@@ -100,28 +139,31 @@ export class FlowModel {
    * @param {object} options `precision`: "float32", "float16" or "int8"; `onProgress`: told a share from 0 to 1.
    */
   static async load(base, { precision = null, onProgress = () => {} } = {}) {
-    const files = ["config.json", "tokenizer.json", "tokenizer_config.json"].map((name) => fetchJson(base + name));
-    precision ??= await choosePrecision(base);
-    if (!(precision in FILES)) {
+    if (precision !== null && !(precision in FILES)) {
       throw new Error(`The precision must be one of ${Object.keys(FILES).join(", ")}, and not ${precision}.`);
     }
-    const bytes = fetchBytes(`${base}onnx/${FILES[precision]}`, onProgress);
-    const [config, tokenizer, tokenizerConfig] = await Promise.all(files);
-    const session = await ort.InferenceSession.create(await bytes);
-    return new FlowModel(config, new Tokenizer(tokenizer, tokenizerConfig), session, precision);
+    const [config, tokenizer, tokenizerConfig, [chosen, weights]] = await Promise.all([
+      ...["config.json", "tokenizer.json", "tokenizer_config.json"].map((name) => fetchJson(base + name)),
+      fetchWeights(base, precision, onProgress),
+    ]);
+    const session = await ort.InferenceSession.create(weights);
+    return new FlowModel(config, makeTokenizer(tokenizer, tokenizerConfig), session, chosen);
   }
 
   constructor(config, tokenizer, session, precision) {
     Object.assign(this, { config, tokenizer, session, precision });
     this.length = config.max_position_embeddings;
-    this.endToken = [config.eos_token_id].flat()[0] ?? null;
-    this.padToken = config.pad_token_id ?? this.endToken;
+    this.endTokens = [config.eos_token_id ?? []].flat();
+    this.padToken = config.pad_token_id ?? this.endTokens[0];
     this.noiseSize = session.inputMetadata[0].shape[2];
     this.queue = Promise.resolve(); // a session runs one call at a time
   }
 
-  /** A step of the texts of a state. `known` maps positions to tokens. */
-  async step(state, numTexts, tau, targetTau, known) {
+  /**
+   * A step of the texts of a state, and how many milliseconds it took. `known` maps positions to tokens. Nothing is done, and null is
+   * the result, if the step is not wanted any more when its turn comes.
+   */
+  async step(state, numTexts, tau, targetTau, known, isWanted = () => true) {
     const length = this.length;
     const inputIds = new BigInt64Array(numTexts * length);
     const promptMask = new Uint8Array(numTexts * length);
@@ -139,72 +181,95 @@ export class FlowModel {
       input_ids: new ort.Tensor("int64", inputIds, [numTexts, length]),
       prompt_mask: new ort.Tensor("bool", promptMask, [numTexts, length]),
     };
-    const run = this.queue.then(() => this.session.run(inputs));
+    const run = this.queue.then(() => isWanted() && this.run(inputs));
     this.queue = run.catch(() => {});
-    const outputs = await run;
-    const tokens = Array.from(outputs.tokens.data, Number);
+    const result = await run;
+    if (!result) {
+      return null;
+    }
+    const tokens = Array.from(result.outputs.tokens.data, Number);
     return {
-      state: outputs.next_state.data,
+      time: result.time,
+      state: result.outputs.next_state.data,
       texts: Array.from({ length: numTexts }, (_, text) => tokens.slice(text * length, (text + 1) * length)),
     };
   }
 
-  /** Writes texts from noise in so many steps, and yields the tokens after each: the drafts, of which the last are the texts. */
-  async *write(noise, numSteps, known = new Map()) {
+  async run(inputs) {
+    const start = performance.now();
+    const outputs = await this.session.run(inputs);
+    return { outputs, time: performance.now() - start };
+  }
+
+  /**
+   * Writes texts from noise in so many steps, and yields the tokens after each: the drafts, of which the last are the texts. `time` is
+   * what the step took. Stops before the end if that is not wanted any more.
+   */
+  async *write(noise, numSteps, known = new Map(), isWanted = () => true) {
     const numTexts = noise.length / (this.length * this.noiseSize);
     let state = noise;
     for (let step = 0; step < numSteps; step += 1) {
-      const result = await this.step(state, numTexts, step / numSteps, (step + 1) / numSteps, known);
+      const result = await this.step(state, numTexts, step / numSteps, (step + 1) / numSteps, known, isWanted);
+      if (result === null) {
+        return;
+      }
       state = result.state;
-      yield result.texts;
+      yield { texts: result.texts, time: result.time };
     }
   }
 
-  /** The tokens of a text up to its end, the first token written that ends texts. Known ones after it stay. */
-  untilEnd(tokens, known = new Map()) {
-    if (this.endToken === null) {
-      return tokens;
-    }
+  /** Whether a token ends the text when it is written there: a token that also begins texts does not do so at their beginning. */
+  isEnd(token, position) {
+    const isBeginning = position === 0 && this.endTokens.includes(this.config.bos_token_id);
+    return this.endTokens.includes(token) && !isBeginning;
+  }
+
+  /** A text with padding after its end, the first token written that ends texts. Known tokens after it stay. */
+  padAfterEnd(tokens, known = new Map()) {
     let hasEnded = false;
-    const kept = tokens.map((token, position) => {
+    return tokens.map((token, position) => {
       if (known.has(position)) {
         return token;
       }
-      hasEnded ||= token === this.endToken;
-      return hasEnded ? this.padToken : token;
+      const result = hasEnded ? this.padToken : token;
+      hasEnded ||= this.isEnd(token, position);
+      return result;
     });
-    const last = kept.findLastIndex((token) => token !== this.padToken && token !== this.endToken);
-    return kept.slice(0, last + 1);
   }
 
   /** The text of tokens. */
   decode(tokens) {
-    return this.tokenizer.decode(tokens, { skip_special_tokens: true });
+    return tokens.length ? this.tokenizer.decode(tokens, { skip_special_tokens: true }) : "";
   }
 
   /** What each token adds to a text, so that the pieces together are the text. */
   pieces(tokens) {
-    if (tokens.length > 256) {
-      return tokens.map((token) => this.decode([token])); // what follows takes the square of the length
-    }
-    let before = "";
-    return tokens.map((_, index) => {
-      const text = this.decode(tokens.slice(0, index + 1));
-      // A part of a character is shown with the rest of it
-      if (!text.startsWith(before) || (text.endsWith("\ufffd") && index + 1 < tokens.length)) {
-        return "";
-      }
-      const piece = text.slice(before.length);
-      before = text;
-      return piece;
+    const special = new Set(this.tokenizer.all_special_ids);
+    const positions = [...tokens.keys()].filter((position) => !special.has(tokens[position]));
+    const shown = positions.map((position) => tokens[position]);
+    const pieces = tokens.map(() => "");
+    positions.forEach((position, index) => {
+      pieces[position] = this.piece(shown, index);
     });
+    return pieces;
+  }
+
+  /**
+   * What a token adds to a text. Its neighbours decide about spaces and apostrophes, and a character may be several tokens; to decode
+   * the whole text for each of its tokens would take the square of its length.
+   */
+  piece(tokens, index) {
+    const start = Math.max(0, index - NEIGHBOURS);
+    const text = this.decode(tokens.slice(start, index + NEIGHBOURS + 1));
+    const endOf = (stop) => (stop === tokens.length ? text.length : countCommon(this.decode(tokens.slice(start, stop)), text));
+    return text.slice(endOf(index), endOf(index + 1));
   }
 
   /** The pattern of known tokens. */
   describe(known) {
-    const isEnd = (token) => token === this.endToken || token === this.padToken;
-    const last = Math.max(-1, ...[...known].filter(([, token]) => !isEnd(token)).map(([position]) => position));
-    const ends = [...known].filter(([, token]) => isEnd(token)).map(([position]) => position);
+    const isEnd = (token, position) => this.isEnd(token, position) || token === this.padToken;
+    const last = Math.max(-1, ...[...known].filter(([position, token]) => !isEnd(token, position)).map(([position]) => position));
+    const ends = [...known].filter(([position, token]) => isEnd(token, position)).map(([position]) => position);
     const stop = ends.length ? Math.min(...ends) : last + 1;
     const words = Array.from({ length: stop }, (_, position) => (known.has(position) ? this.decode([known.get(position)]) : "_"));
     // Whether tokens are words, between which there are spaces
@@ -235,9 +300,9 @@ export class FlowModel {
     if (position > this.length) {
       throw new RangeError(`That has ${position} tokens, and texts have ${this.length}.`);
     }
-    if (!isOpen && this.endToken !== null) {
+    if (!isOpen && this.endTokens.length) {
       for (let index = position; index < this.length; index += 1) {
-        known.set(index, index === position ? this.endToken : this.padToken);
+        known.set(index, index === position ? this.endTokens[0] : this.padToken);
       }
     }
     return known;
