@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_flm.hub.export import ONNX_FILES, FlowStep
 from modeling_flm.hub.spaces import PAGE, assemble_space, make_server
+from modeling_flm.pipeline_flm import encode_prompts
 from modeling_flm.trainers import train_tokenizer
 
 
@@ -35,6 +36,12 @@ class TestFiles:
     def test_knows_the_files_of_an_export(self):
         (files,) = re.findall(r"const FILES = \{ (.+) \};", (PAGE / "flow.js").read_text())
         assert dict(re.findall(r'(\w+): "(.+?)"', files)) == ONNX_FILES
+
+    def test_names_are_text(self, tmp_path):
+        assemble_space(tmp_path, './mod"è&', "de<v")
+        page = (tmp_path / "index.html").read_text(encoding="utf-8")
+        assert '<meta name="model" content="./mod&quot;è&amp;" />' in page
+        assert '<meta name="revision" content="de&lt;v" />' in page
 
     def test_names_its_model(self, tmp_path):
         assemble_space(tmp_path, "me/words")
@@ -457,6 +464,13 @@ def test_several_ends_of_which_one_also_begins(page, tmp_path):
         expected = torch.tensor(rows).masked_fill(is_after, tokenizer.pad_token_id).tolist()
         script = "([rows, known]) => rows.map((row, index) => flm.model.padAfterEnd(row, new Map(known[index])))"
         assert page.evaluate(script, [rows, [[], [[1, other]], [], []]]) == expected
+        # What one types comes after the token that begins texts, as a prompt of the pipeline does
+        wait_for_new_texts(page, lambda: page.fill("#pattern", "the"))
+        prompt = encode_prompts(tokenizer, ["the"], end)["input_ids"][0].tolist()
+        assert page.evaluate("Array.from(flm.known)") == [[*each] for each in enumerate(prompt)]
+        assert page.evaluate("flm.model.describe(flm.known)") == "the…"
+        known = dict(enumerate(prompt))
+        assert normal(shown(page)) == normal(python_texts(page, known=known, model=tmp_path / "model"))
 
 
 # The contrast of each text with what is behind it, and of the borders of fields, as the Web Content Accessibility Guidelines define it.

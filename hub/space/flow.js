@@ -155,6 +155,7 @@ export class FlowModel {
     this.length = config.max_position_embeddings;
     this.endTokens = [config.eos_token_id ?? []].flat();
     this.padToken = config.pad_token_id ?? this.endTokens[0];
+    this.textStart = config.bos_token_id == null ? 0 : 1; // where what one types begins: after the token that begins all texts
     this.noiseSize = session.inputMetadata[0].shape[2];
     this.queue = Promise.resolve(); // a session runs one call at a time
   }
@@ -271,11 +272,12 @@ export class FlowModel {
     const last = Math.max(-1, ...[...known].filter(([position, token]) => !isEnd(token, position)).map(([position]) => position));
     const ends = [...known].filter(([position, token]) => isEnd(token, position)).map(([position]) => position);
     const stop = ends.length ? Math.min(...ends) : last + 1;
-    const words = Array.from({ length: stop }, (_, position) => (known.has(position) ? this.decode([known.get(position)]) : "_"));
+    const word = (position) => (known.has(position) ? this.decode([known.get(position)]) : "_");
+    const words = Array.from({ length: Math.max(0, stop - this.textStart) }, (_, index) => word(this.textStart + index));
     // Whether tokens are words, between which there are spaces
-    const word = Array.from({ length: Math.min(64, this.config.vocab_size) }, (_, token) => this.decode([token])).find(Boolean);
-    const hasSpaces = this.tokenizer.encode(`${word} ${word}`, { add_special_tokens: false }).ids.length === 2;
-    return words.join(hasSpaces ? " " : "") + (ends.length || stop === 0 ? "" : "…");
+    const some = Array.from({ length: Math.min(64, this.config.vocab_size) }, (_, token) => this.decode([token])).find(Boolean);
+    const hasSpaces = this.tokenizer.encode(`${some} ${some}`, { add_special_tokens: false }).ids.length === 2;
+    return words.join(hasSpaces ? " " : "") + (ends.length || !words.length ? "" : "…");
   }
 
   /**
@@ -287,6 +289,10 @@ export class FlowModel {
     const isOpen = /(\.\.\.|…)\s*$/.test(pattern) || !pattern.includes("_");
     const inner = pattern.replace(/\s*(\.\.\.|…)\s*$/, "");
     let position = 0;
+    if (inner.trim() && this.textStart) {
+      known.set(0, this.config.bos_token_id);
+      position = 1;
+    }
     for (const part of inner.split(/\s*(_)\s*/)) {
       if (part === "_") {
         position += 1;
