@@ -29,7 +29,7 @@ from pathlib import Path
 
 from demo import MODEL
 
-from modeling_flm.hub.export import ONNX_FILES, ONNX_FOLDER, ExportError, export_onnx
+from modeling_flm.hub.export import ExportError, export_onnx
 from modeling_flm.hub.spaces import assemble_space, make_server
 
 
@@ -44,13 +44,10 @@ def make_page(model: Path, output: Path):
     folder.mkdir(exist_ok=True)
     for name in FILES:
         shutil.copy(model / name, folder)
-    # What was exported before, so that a model is exported again when it has changed, or is another one of the same name
-    record = folder / "source.json"
-    files = [model / "config.json", *sorted(model.glob("*.safetensors"))]
-    source = json.dumps({str(path.resolve()): path.stat().st_mtime for path in files})
-    if not (
-        record.is_file() and record.read_text() == source and (folder / ONNX_FOLDER / ONNX_FILES["float32"]).is_file()
-    ):
+    # A model is exported again when it has changed, or is another one of the same name.
+    record = folder / "exported.json"
+    source = json.dumps({str(path.resolve()): path.stat().st_mtime for path in sorted(model.iterdir())})
+    if not record.is_file() or record.read_text() != source:
         print("Exporting the model to ONNX, which takes some seconds", flush=True)
         export_onnx(model, folder)
         record.write_text(source)

@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import browser_demo
 import pytest
 import torch
 from huggingface_hub import RepoCard
@@ -52,6 +54,34 @@ class TestFiles:
         assert names == {"index.html", "style.css", "app.js", "flow.js", "README.md"}
 
 
+class TestDemo:
+    @pytest.fixture
+    def exported(self, monkeypatch) -> list:
+        exported = []
+        monkeypatch.setattr(browser_demo, "export_onnx", lambda model, folder: exported.append(model))
+        return exported
+
+    def test_exports_what_it_has_not_exported(self, exported, tmp_path):
+        models = [tmp_path / name / "words" for name in ("a", "b")]
+        for model in models:
+            shutil.copytree(MODEL, model)  # times and all
+        for model in (models[0], models[0], models[1], models[1]):
+            browser_demo.make_page(model, tmp_path / "page")
+        os.utime(models[1] / "model.safetensors", (1, 1))
+        browser_demo.make_page(models[1], tmp_path / "page")
+        assert exported == [models[0], models[1], models[1]]
+
+    def test_mistakes(self, exported, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        for arguments, message in (
+            (["--model", str(tmp_path)], "no folder of a model with a tokenizer: it has no tokenizer.json"),
+            (["--output", str(tmp_path / "config.json")], "--output: .*config.json"),
+            (["--output", str(tmp_path / "page"), "--port", "99999"], "--port 99999: .*; pass another, or 0 for any"),
+        ):
+            with pytest.raises(SystemExit, match=message):
+                browser_demo.main(browser_demo.make_parser().parse_args([*arguments, "--no_browser"]))
+
+
 @pytest.fixture(scope="module")
 def browser():
     executable = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -68,19 +98,27 @@ def browser():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The page with the model of the repository."""
-    import browser_demo
-
     folder = tmp_path_factory.mktemp("page")
     browser_demo.make_page(MODEL, folder)
     return folder
 
 
+@contextmanager
+def serve(folder: Path, packages: Path | None = None) -> Iterator[str]:
+    """The address of a server of the page."""
+    server = make_server(folder, packages=packages)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture(scope="module")
 def address(folder):
-    server = make_server(folder, packages=PACKAGES)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
+    with serve(folder, PACKAGES) as address:
+        yield address
 
 
 def take_passes_for_slow(page, milliseconds: float):
@@ -397,19 +435,13 @@ def make_tokenizer(kind: str):
 @contextmanager
 def serve_model(kind: str, tokenizer, folder: Path, **options):
     """The page with a small model: its address."""
-    import browser_demo
-
     options = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, **options}
     options["pad_token_id"] = tokenizer.pad_token_id
     build_model(kind, vocab_size=len(tokenizer), **options).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     browser_demo.make_page(folder / "model", folder / "page")
-    server = make_server(folder / "page", packages=PACKAGES)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
+    with serve(folder / "page", PACKAGES) as address:
+        yield address
 
 
 def normal(texts: list[str]) -> list[str]:
@@ -544,10 +576,7 @@ class TestOnline:
 
     def test_model_of_the_hub(self, online, tmp_path):
         assemble_space(tmp_path, "somebody/else")
-        server = make_server(tmp_path)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            address = f"http://127.0.0.1:{server.server_port}/"
+        with serve(tmp_path) as address:
             open_page(online, f"{address}?model=me/words&seed=1&precision=float32")
             assert shown(online) == python_texts(online)
             assert {url.split("/")[2] for url in online.asked} == {"cdn.jsdelivr.net", "huggingface.co"}
@@ -568,24 +597,14 @@ class TestOnline:
             online.wait_for_selector("#status.failed", timeout=60_000)
             assert "must be one of float32, float16, int8" in online.inner_text("#status")
             online.problems.clear()  # which the browser's console names, too
-        finally:
-            server.shutdown()
 
     def test_revisions(self, online, tmp_path):
-        assemble_space(tmp_path, "me/words")
-        index = tmp_path / "index.html"
-        content = index.read_text()
-        assert '<meta name="revision" content="main" />' in content
-        index.write_text(content.replace('name="revision" content="main"', 'name="revision" content="v1"'))
-        server = make_server(tmp_path)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assemble_space(tmp_path, "me/words", "v1")
         # The revision of the page is that of its own model
         revisions = {"": "v1", "?revision=main": "main", "?model=me/full": "main", "?model=me/full&revision=v1": "v1"}
-        try:
+        with serve(tmp_path) as address:
             for query, revision in revisions.items():
                 online.asked.clear()
-                open_page(online, f"http://127.0.0.1:{server.server_port}/{query}", finished=False)
+                open_page(online, f"{address}{query}", finished=False)
                 asked = [url.split("/")[6] for url in online.asked if "huggingface.co" in url]
                 assert len(asked) >= 5 and set(asked) == {revision}, query
-        finally:
-            server.shutdown()
