@@ -16,7 +16,7 @@ Measures a step that was exported to ONNX, in ONNX Runtime on the CPU, beside Py
 generation takes, how large the files are, and how many tokens are PyTorch's.
 
     python benchmarks/export.py                     # the model of this repository, and larger ones with random weights
-    python benchmarks/export.py --models examples/models/words_fmlm --batch_sizes 1
+    python benchmarks/export.py --models outputs/quickstart/flm outputs/quickstart/fmlm --batch_sizes  # only what is equal
 
 Contenders take turns in one process, with as many threads each. A call is a whole `generate()`, or what a program would do in its place
 with the exported step: draw noise, run the step, have the tokens. How many tokens are equal is said of trained models only: with
@@ -51,7 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["examples/models/words_fmlm", *SIZES],
         help=f"folders of flow maps, or {', '.join(SIZES)} for random weights",
     )
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 32], help="of what is timed; none for no times")
     parser.add_argument("--precisions", nargs="+", choices=[*ONNX_FILES], default=[*ONNX_FILES])
     parser.add_argument(
         "--num_steps", type=int, nargs="+", default=[1, 4, 16], help="of what is compared with PyTorch"
@@ -120,7 +120,8 @@ def measure(name: str, args: argparse.Namespace):
             for num_steps in args.num_steps if is_trained else []:
                 row += f" {compare(path, step, num_steps, num_samples=64):.2%} |"
             print(row, flush=True)
-        print("\n| texts | contender | ms: median (least to most) | against compiled PyTorch |\n|---|---|---|---|")
+        if args.batch_sizes:
+            print("\n| texts | contender | ms: median (least to most) | against compiled PyTorch |\n|---|---|---|---|")
         for batch_size in args.batch_sizes:
             show_times(batch_size, model, step, sessions, args)
 
