@@ -51,7 +51,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["examples/models/words_fmlm", *SIZES],
         help=f"folders of flow maps, or {', '.join(SIZES)} for random weights",
     )
-    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 32], help="of what is timed; none for no times")
+    parser.add_argument(
+        "--batch_sizes", type=int, nargs="*", default=[1, 32], help="of what is timed; none for no times"
+    )
     parser.add_argument("--precisions", nargs="+", choices=[*ONNX_FILES], default=[*ONNX_FILES])
     parser.add_argument(
         "--num_steps", type=int, nargs="+", default=[1, 4, 16], help="of what is compared with PyTorch"

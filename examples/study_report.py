@@ -117,14 +117,19 @@ def report(data: Data, args: StudyArguments):
         row.update(each, long_real_words=long_real_words(row["texts"], vocabulary, args.tokenizer == "text8"))
     for row in rows:
         curve = [other for other in rows if setting(other)[:-1] == setting(row)[:-1]]
-        row["matched"] = perplexity_at_entropy(
-            [other["temperature"] for other in curve], [other["scores"] for other in curve], reference["scores"]
-        )["gen_ppl"]
+        row["matched"] = perplexity_near(curve, reference["scores"])
     lines = [f"Text: perplexity {reference['scores']['gen_ppl']:.1f}, entropy {reference['scores']['entropy']:.3f}, "]
     lines[0] += (
         f"real words {100 * reference['long_real_words']:.1f} %, {len(data.tokens['train']):,} texts to learn from."
     )
-    lines += ["", *quality_table(rows, args), "", *likelihood_table(likelihoods, data, args)]
+    lines += [
+        "",
+        *quality_table(rows, args),
+        "",
+        *peers_table(rows, args),
+        "",
+        *likelihood_table(likelihoods, data, args),
+    ]
     lines += ["", *compute_table(rows, args), "", *cost_table(args), "", *sample_list(rows, args)]
     text = "\n".join(lines) + "\n"
     Path(args.output_dir, "report.md").write_text(text, encoding="utf-8")
@@ -167,6 +172,35 @@ def quality_table(rows: list[dict], args: StudyArguments) -> list[str]:
                 ]
                 lines.append(f"| {LABELS[name]} | {num_steps} | " + " | ".join(cells) + " |")
     return lines
+
+
+def peers_table(rows: list[dict], args: StudyArguments) -> list[str]:
+    """The perplexity of the models that are no flows at the entropy of the texts that the FMLM writes in few steps, by seed."""
+    peers = [name for name in ("mdlm", "duo") if name in args.models]
+    done = [row for row in rows if row["fraction"] == 1.0]
+    columns = sorted({row["num_steps"] for row in done if row["model"] in peers})
+    lines = ["| FMLM, passes | seed | entropy | perplexity | at its entropy | " + " | ".join(map(str, columns)) + " |"]
+    lines.append("|" + "---|" * (5 + len(columns)))
+    for row in over_seeds(done, model="fmlm", temperature=1.0):
+        if row["num_steps"] > 4:
+            continue
+        entropy = row["scores"]["entropy"]
+        beginning = f"| {row['num_steps']} | {row['seed']} | {entropy:.3f} | {row['scores']['gen_ppl']:.1f} |"
+        for name in peers:
+            cells = []
+            for num_steps in columns:
+                curve = over_seeds(done, model=name, seed=row["seed"], num_steps=num_steps)
+                cells.append(spread([perplexity_near(curve, entropy)], 1))
+            lines.append(f"{beginning} {LABELS[name]} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def perplexity_near(curve: list[dict], reference: dict | float) -> float | None:
+    """The perplexity of texts at several temperatures where they have the entropy of others, or one that is given."""
+    if not curve:
+        return None
+    temperatures, results = [row["temperature"] for row in curve], [row["scores"] for row in curve]
+    return perplexity_at_entropy(temperatures, results, reference, num_resamples=1)["gen_ppl"]
 
 
 def likelihood_table(likelihoods: list[dict], data: Data, args: StudyArguments) -> list[str]:

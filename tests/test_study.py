@@ -79,6 +79,19 @@ def test_spread():
     assert study_report.spread([None], 2) == "-"
 
 
+def test_peers_at_the_entropy_of_a_flow_map():
+    def texts(model, num_steps, temperature, entropy, perplexity):
+        scores = {"gen_ppl": perplexity, "entropy": entropy, "token_counts": [10] * 4}
+        scores |= {"perplexities": [perplexity] * 4, "entropies": [entropy] * 4}
+        row = {"model": model, "seed": 0, "fraction": 1.0, "num_steps": num_steps, "temperature": temperature}
+        return {**row, "scores": scores}
+
+    rows = [texts("fmlm", 1, 1.0, 2.5, 50.0), texts("fmlm", 8, 1.0, 2.5, 40.0)]
+    rows += [texts("mdlm", 1, 0.8, 2.0, 10.0), texts("mdlm", 1, 1.0, 3.0, 1000.0), texts("mdlm", 2, 1.0, 2.4, 60.0)]
+    args = study_report.StudyArguments("outputs", models=["mdlm", "fmlm"])
+    assert study_report.peers_table(rows, args)[2:] == ["| 1 | 0 | 2.500 | 50.0 | MDLM | 100.0 | - |"]
+
+
 @pytest.mark.parametrize("stage", ["search", "train", "sample", "report"])
 def test_stages_need_texts(stage, tmp_path):
     with pytest.raises(SystemExit, match="run the stage `data` first"):
@@ -148,6 +161,7 @@ def test_all_stages(tokenizer, tmp_path, capsys):
         for part in study.FRACTIONS:
             model = contender.load(folder / "models" / f"{name}-0" / study.snapshot_name(part))
             assert model.num_parameters() > 0
+    assert "| FMLM, passes | seed | entropy | perplexity | at its entropy | 1 | 2 |" in report
     assert (folder / "study.png").stat().st_size > 10_000
     kept, whole = (
         FMLMModel.from_pretrained(path, dtype=torch.float32)
