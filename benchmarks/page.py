@@ -1,0 +1,115 @@
+# Copyright 2026 The modeling-flm authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Measures the page of `make demo` in Chromium: how long after it is opened the first texts are there, and how long after a key.
+
+    python benchmarks/page.py
+    python benchmarks/page.py --model outputs/quickstart/fmlm --repeats 5
+
+It needs what `make test-browser` needs. The first opening, which fills the browser's cache, does not count.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import browser_demo  # noqa: E402
+
+from modeling_flm.hub.spaces import make_server  # noqa: E402
+
+
+# Notes when something was written, and when all that follows it was.
+_WATCH = """
+window.moments = {};
+new MutationObserver(() => {
+  for (const name of ["written", "finished"]) {
+    const edition = document.body?.dataset[name];
+    if (edition) moments[name + edition] ??= performance.now();
+  }
+}).observe(document, { subtree: true, attributes: true, childList: true });
+"""
+
+_PRESS = """() => {
+  const edition = Number(document.body.dataset.written) + 1;
+  const start = performance.now();
+  document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "x", bubbles: true }));
+  return [edition, start];
+}"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=browser_demo.MODEL, help="the folder of a model")
+    parser.add_argument("--repeats", type=int, default=10, help="how often to open the page, and to press a key")
+    return parser.parse_args(arguments)
+
+
+def wait(page: Page, name: str) -> float:
+    """When something was written, in milliseconds since the page was opened."""
+    page.wait_for_function(f"moments[{name!r}]", timeout=60_000)
+    return page.evaluate(f"moments[{name!r}]")
+
+
+def measure(page: Page, address: str, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each opening and each key."""
+    times = {"opening the page, until the first texts": [], "a key, until new texts": [], "its forward pass": []}
+    opening, key, forward = times.values()
+    for turn in range(repeats + 1):
+        page.goto(address)
+        first = wait(page, "written1")
+        wait(page, "finished1")
+        if turn:
+            opening.append(first)
+    for _ in range(repeats):
+        edition, start = page.evaluate(_PRESS)
+        key.append(wait(page, f"written{edition}") - start)
+        forward.append(page.evaluate("flm.time"))
+        wait(page, f"finished{edition}")
+    return times
+
+
+def main(arguments: list[str] | None = None):
+    args = parse_arguments(arguments)
+    executable = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None or not browser_demo.PACKAGES.is_dir():
+        raise SystemExit("error: it needs Chromium and two packages of npm: see `make test-browser`")
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        browser_demo.make_page(args.model, Path(folder))
+        server = make_server(folder, packages=browser_demo.PACKAGES)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.add_init_script(_WATCH)
+        times = measure(page, f"http://127.0.0.1:{server.server_port}/", args.repeats)
+        print(
+            f"Chromium {browser.version}, {page.inner_text('#model-facts')}, {page.locator('#texts li').count()} texts\n"
+        )
+        browser.close()
+        server.shutdown()
+    print("| | ms: median (least to most) |\n|---|---|")
+    for name, values in times.items():
+        print(f"| {name} | {statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f}) |")
+
+
+if __name__ == "__main__":
+    main()
