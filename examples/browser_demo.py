@@ -33,7 +33,7 @@ from modeling_flm.hub.export import ExportError, export_onnx
 from modeling_flm.hub.spaces import assemble_space, make_server
 
 
-FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 PACKAGES = Path(__file__).parents[1] / "tests" / "browser" / "node_modules"
 
 

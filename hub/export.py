@@ -24,7 +24,7 @@ import argparse
 import copy
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,7 @@ from modeling_flm.time_reparameterization import TimeMap
 
 
 if TYPE_CHECKING:
+    import onnx
     import onnxruntime
 
 
@@ -290,12 +291,20 @@ def _quantize(source: Path, path: Path):
     root.handlers[:] = handlers
     root.setLevel(level)
     model = onnx.load(source)
-    precise = [node.name for node in model.graph.node if not {"factor", "coordinates"}.isdisjoint(node.input)]
+    precise = [node.name for node in _nodes(model.graph) if not {"factor", "coordinates"}.isdisjoint(node.input)]
     config = DefaultWeightOnlyQuantConfig(block_size=_BLOCK_SIZE, is_symmetric=True, accuracy_level=4, bits=8)
     quantizer = MatMulNBitsQuantizer(model, nodes_to_exclude=precise, algo_config=config)
     quantizer.process()
     is_large = Path(f"{source}.data").is_file()
     quantizer.model.save_model_to_file(str(path), use_external_data_format=is_large)
+
+
+def _nodes(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto]":
+    """The nodes of a graph, with those of its branches."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g)
 
 
 def write_tokens(

@@ -72,7 +72,8 @@ class TestDemo:
         assert exported == [models[0], models[1], models[1]]
 
     def test_mistakes(self, exported, tmp_path):
-        (tmp_path / "config.json").write_text("{}")
+        for name in ("config.json", "generation_config.json"):
+            (tmp_path / name).write_text("{}")
         for arguments, message in (
             (["--model", str(tmp_path)], "no folder of a model with a tokenizer: it has no tokenizer.json"),
             (["--output", str(tmp_path / "config.json")], "--output: .*config.json"),

@@ -142,20 +142,23 @@ export class FlowModel {
     if (precision !== null && !(precision in FILES)) {
       throw new Error(`The precision must be one of ${Object.keys(FILES).join(", ")}, and not ${precision}.`);
     }
-    const [config, tokenizer, tokenizerConfig, [chosen, weights]] = await Promise.all([
-      ...["config.json", "tokenizer.json", "tokenizer_config.json"].map((name) => fetchJson(base + name)),
+    const names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"];
+    const [config, generationConfig, tokenizer, tokenizerConfig, [chosen, weights]] = await Promise.all([
+      ...names.map((name) => fetchJson(base + name)),
       fetchWeights(base, precision, onProgress),
     ]);
     const session = await ort.InferenceSession.create(weights);
-    return new FlowModel(config, makeTokenizer(tokenizer, tokenizerConfig), session, chosen);
+    return new FlowModel(config, generationConfig, makeTokenizer(tokenizer, tokenizerConfig), session, chosen);
   }
 
-  constructor(config, tokenizer, session, precision) {
+  constructor(config, generationConfig, tokenizer, session, precision) {
     Object.assign(this, { config, tokenizer, session, precision });
     this.length = config.max_position_embeddings;
-    this.endTokens = [config.eos_token_id ?? []].flat();
-    this.padToken = config.pad_token_id ?? this.endTokens[0];
-    this.textStart = config.bos_token_id == null ? 0 : 1; // where what one types begins: after the token that begins all texts
+    // Not those of `config`, which are the tokenizer's, whether texts have them or not
+    this.endTokens = [generationConfig.eos_token_id ?? []].flat();
+    this.padToken = generationConfig.pad_token_id ?? this.endTokens[0];
+    this.beginToken = generationConfig.bos_token_id ?? null;
+    this.textStart = this.beginToken === null ? 0 : 1; // where what one types begins
     this.noiseSize = session.inputMetadata[0].shape[2];
     this.queue = Promise.resolve(); // a session runs one call at a time
   }
@@ -221,7 +224,7 @@ export class FlowModel {
 
   /** Whether a token ends the text when it is written there: a token that also begins texts does not do so at their beginning. */
   isEnd(token, position) {
-    const isBeginning = position === 0 && this.endTokens.includes(this.config.bos_token_id);
+    const isBeginning = position === 0 && this.endTokens.includes(this.beginToken);
     return this.endTokens.includes(token) && !isBeginning;
   }
 
@@ -290,7 +293,7 @@ export class FlowModel {
     const inner = pattern.replace(/\s*(\.\.\.|…)\s*$/, "");
     let position = 0;
     if (inner.trim() && this.textStart) {
-      known.set(0, this.config.bos_token_id);
+      known.set(0, this.beginToken);
       position = 1;
     }
     for (const part of inner.split(/\s*(_)\s*/)) {
