@@ -36,7 +36,8 @@ import torch
 from transformers import CompileConfig, set_seed
 
 from modeling_flm import FMLMConfig, FMLMModel
-from modeling_flm.hub.export import ONNX_FILES, ONNX_FOLDER, FlowStep, compare, export_onnx, write_tokens
+from modeling_flm.hub.export import ONNX_FILES, ONNX_FOLDER, FlowStep, compare, export_onnx, load, write_tokens
+from modeling_flm.modeling_flm import FLMPreTrainedModel
 
 
 # Width, blocks, vocabulary, tokens of a text
@@ -49,7 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--models",
         nargs="+",
         default=["examples/models/words_fmlm", *SIZES],
-        help=f"folders of flow maps, or {', '.join(SIZES)} for random weights",
+        help=f"folders of models, or {', '.join(SIZES)} for random weights",
     )
     parser.add_argument(
         "--batch_sizes", type=int, nargs="*", default=[1, 32], help="of what is timed; none for no times"
@@ -63,10 +64,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def build(name: str) -> FMLMModel:
+def build(name: str) -> FLMPreTrainedModel:
     """A model of a folder, or of one of the sizes with random weights."""
     if name not in SIZES:
-        return FMLMModel.from_pretrained(name, dtype=torch.float32)
+        return load(name)
     hidden_size, num_hidden_layers, vocab_size, length = SIZES[name]
     set_seed(0)
     model = FMLMModel(
@@ -114,7 +115,8 @@ def measure(name: str, args: argparse.Namespace):
         sessions = {precision: open_session(path) for precision, path in paths.items()}
         is_trained = name not in SIZES
         print(
-            "| precision | MB |" + "".join(f" equal tokens, {steps} steps |" for steps in args.num_steps) * is_trained
+            "| precision | MB |"
+            + "".join(f" equal tokens, {steps} step{'s' * (steps > 1)} |" for steps in args.num_steps) * is_trained
         )
         print("|---|---|" + "---|" * len(args.num_steps) * is_trained)
         for precision, path in paths.items():
@@ -130,7 +132,7 @@ def measure(name: str, args: argparse.Namespace):
 
 def show_times(
     batch_size: int,
-    model: FMLMModel,
+    model: FLMPreTrainedModel,
     step: FlowStep,
     sessions: dict[str, onnxruntime.InferenceSession],
     args: argparse.Namespace,
