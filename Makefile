@@ -34,7 +34,7 @@ test-browser: $(INSTALLED)  ## the tests of the page, in Chromium
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v google-chrome >/dev/null || { echo "Chromium is missing: 'apt-get install chromium', or set CHROMIUM to an executable"; exit 1; }
 	@command -v npm >/dev/null || { echo "npm is missing: install Node.js"; exit 1; }
 	npm ci --prefix tests/browser --ignore-scripts --no-audit --no-fund
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+	$(PYTEST) -m browser
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
