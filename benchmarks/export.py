@@ -119,10 +119,10 @@ def measure(name: str, args: argparse.Namespace):
             + "".join(f" equal tokens, {steps} step{'s' * (steps > 1)} |" for steps in args.num_steps) * is_trained
         )
         print("|---|---|" + "---|" * len(args.num_steps) * is_trained)
-        for precision, path in paths.items():
-            row = f"| {precision} | {path.stat().st_size / 1e6:.1f} |"
+        for precision, session in sessions.items():
+            row = f"| {precision} | {paths[precision].stat().st_size / 1e6:.1f} |"
             for num_steps in args.num_steps if is_trained else []:
-                row += f" {compare(path, step, num_steps, num_samples=64):.2%} |"
+                row += f" {compare(session, step, num_steps, num_samples=64):.2%} |"
             print(row, flush=True)
         if args.batch_sizes:
             print("\n| texts | contender | ms: median (least to most) | against compiled PyTorch |\n|---|---|---|---|")

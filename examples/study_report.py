@@ -122,15 +122,15 @@ def report(data: Data, args: StudyArguments):
     lines[0] += (
         f"real words {100 * reference['long_real_words']:.1f} %, {len(data.tokens['train']):,} texts to learn from."
     )
-    lines += [
-        "",
-        *quality_table(rows, args),
-        "",
-        *peers_table(rows, args),
-        "",
-        *likelihood_table(likelihoods, data, args),
-    ]
-    lines += ["", *compute_table(rows, args), "", *cost_table(args), "", *sample_list(rows, args)]
+    for table in (
+        quality_table(rows, args),
+        peers_table(rows, args),
+        likelihood_table(likelihoods, data, args),
+        compute_table(rows, args),
+        cost_table(args),
+        sample_list(rows, args),
+    ):
+        lines += ["", *table]
     text = "\n".join(lines) + "\n"
     Path(args.output_dir, "report.md").write_text(text, encoding="utf-8")
     print(text)

@@ -168,6 +168,8 @@ def export_onnx(
     if not precisions or not ONNX_FILES.keys() >= set(precisions):
         raise ExportError(f"`precisions` must be some of {', '.join(ONNX_FILES)}, got {list(precisions)!r}.")
     _import_onnx()
+    import onnxruntime
+
     if not isinstance(model, PreTrainedModel):
         model = load(model)
     if not isinstance(model, FLMPreTrainedModel):
@@ -193,7 +195,8 @@ def export_onnx(
             if check:
                 # One step of an FLM is hardly more than a guess, with many ties.
                 checked = (4, 16) if model.config.model_type == "flm" else (1, 4)
-                agreement[precision] = min(compare(path, full, num_steps) for num_steps in checked)
+                session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+                agreement[precision] = min(compare(session, full, num_steps) for num_steps in checked)
                 if agreement[precision] < MIN_AGREEMENT[precision]:
                     raise ExportError(
                         f"Only {agreement[precision]:.1%} of the tokens of {precision} are those of PyTorch: leave it out of "
@@ -201,9 +204,8 @@ def export_onnx(
                     )
         output.mkdir(exist_ok=True)
         for precision in precisions:
-            for path in scratch.glob(
-                f"{ONNX_FILES[precision]}*"
-            ):  # large weights lie in a file of their own beside it
+            # Large weights lie in a file of their own beside it.
+            for path in scratch.glob(f"{ONNX_FILES[precision]}*"):
                 path.replace(output / path.name)
     return agreement
 
@@ -342,13 +344,15 @@ def write_tokens(
 
 
 @torch.no_grad()
-def compare(path: str | Path, step: FlowStep, num_steps: int = 1, num_samples: int = 16) -> float:
+def compare(
+    session: "onnxruntime.InferenceSession", step: FlowStep, num_steps: int = 1, num_samples: int = 16
+) -> float:
     """
     How much of what an exported step writes is what PyTorch's `generate()` writes from the same noise, without whatever else
     the model's `generation_config.json` asks for, such as a temperature.
 
     Args:
-        path (`str` or `Path`): The file.
+        session (`onnxruntime.InferenceSession`): A session of one of the files.
         step ([`FlowStep`]): The step, of a model in float32 and on the CPU.
         num_steps (`int`, *optional*, defaults to 1): In how many steps to write.
         num_samples (`int`, *optional*, defaults to 16): How many texts to write.
@@ -356,9 +360,6 @@ def compare(path: str | Path, step: FlowStep, num_steps: int = 1, num_samples: i
     Returns:
         `float`: the share of equal tokens.
     """
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     model = copy.copy(step.model)
     model.generation_config = FLMGenerationConfig()
     generator = torch.Generator().manual_seed(0)

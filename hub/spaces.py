@@ -46,7 +46,7 @@ def assemble_space(output: str | Path, model: str, revision: str | None = None):
         text = (PAGE / name).read_text(encoding="utf-8")
         if name == "index.html":
             text = _with_metadata(text, "model", model)
-            text = text if revision is None else _with_metadata(text, "revision", revision)
+            text = _with_metadata(text, "revision", revision or "main")
         (output / name).write_text(text, encoding="utf-8")
     if not model.startswith((".", "/")):
         card = RepoCard.load(output / "README.md")
@@ -55,6 +55,7 @@ def assemble_space(output: str | Path, model: str, revision: str | None = None):
 
 
 def _with_metadata(page: str, name: str, value: str) -> str:
+    """The page with another value in one of its fields `<meta>`."""
     page, count = re.subn(rf'(?<=<meta name="{name}" content=")[^"]*', lambda _: escape(value), page)
     if count != 1:
         raise RuntimeError(f"The page has {count} fields `{name}` instead of one.")

@@ -177,7 +177,7 @@ class TestPrecisions:
             [*names, *(f"{name}.data" for name in names)]
         )
         step = FlowStep(model)
-        assert compare(tmp_path / "onnx" / "model.onnx", step) == 1
+        assert compare(open_session(tmp_path), step) == 1
         assert open_session(tmp_path, "model_int8.onnx").get_inputs()[0].shape[2] == step.noise_size
 
 

@@ -85,11 +85,9 @@ def _load(name: str, revision: str, args: EvaluationArguments, device: torch.dev
     return auto_class.from_pretrained(name, **options).to(device).eval()
 
 
-def _end(tokens: list[int], eos_token_ids: set[int], bos_token_id: int | None = None) -> int:
-    """The number of tokens up to the first end token, with it. One that is also the BOS token ends nothing where texts begin."""
-    begins = bos_token_id in eos_token_ids
-    ends = (place + 1 for place, token in enumerate(tokens) if token in eos_token_ids and not (begins and place == 0))
-    return next(ends, len(tokens))
+def _end(tokens: list[int], eos_token_ids: set[int], start: int = 0) -> int:
+    """The number of tokens up to the first end token from `start` on, with it."""
+    return next((place + 1 for place in range(start, len(tokens)) if tokens[place] in eos_token_ids), len(tokens))
 
 
 class TextSource:
@@ -188,12 +186,14 @@ class FlowSource(TextSource):
         if self.args.timesteps is not None:
             options["timesteps"] = self.args.timesteps
         output = generate_samples(self.model, indices, seed, return_dict_in_generate=True, **options)
-        ends, bos = set(), self.model.generation_config.bos_token_id
+        ends = set()
         if self.sampling.get("pad_after_eos"):
             eos = self.model.generation_config.eos_token_id
             ends = set(eos if isinstance(eos, list) else [eos])
         columns = (output.sequences.tolist(), output.num_forward_passes.tolist())
-        return [Sample(tokens, _end(tokens, ends, bos), passes) for tokens, passes in zip(*columns)]
+        # As in `generate()`, a token that also begins texts does not end them there.
+        start = int(self.model.generation_config.bos_token_id in ends)
+        return [Sample(tokens, _end(tokens, ends, start), passes) for tokens, passes in zip(*columns)]
 
     def cpu(self):
         super().cpu()
