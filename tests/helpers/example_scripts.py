@@ -11,10 +11,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
+from places import EXAMPLES
+
 from modeling_flm.trainers.scripts import ScriptParser
-
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run_here(script: str | ModuleType, *arguments):

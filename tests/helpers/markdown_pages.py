@@ -13,9 +13,9 @@ from pathlib import Path
 from unittest import mock
 
 from accelerate.commands.launch import launch_command_parser
+from places import ROOT
 
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # What a code span begins with if it is a command. Others are names, formulas and fragments.

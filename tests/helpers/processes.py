@@ -11,13 +11,21 @@ from pathlib import Path
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from places import EXAMPLES, ROOT
 
 
-RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+RECIPES = EXAMPLES / "recipes"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The modules whose functions are called
-_CONTEXT.set_forkserver_preload(["train_tiny", "test_flm_trainer", "test_prompts", "test_generate_command"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "train_tiny",
+        "tests.modeling_flm.test_prompts",
+        "tests.trainers.commands.test_generate_command",
+        "tests.trainers.test_flm_trainer",
+    ]
+)
 
 
 def launcher_flags(num_processes: int = 2, fsdp: bool = False) -> list[str]:
@@ -55,7 +63,7 @@ def run_processes(function, *arguments, num_processes: int = 2, fsdp: bool = Fal
     environment = _environment(num_processes, fsdp) if num_processes > 1 else {}
     path = os.environ.get("PYTHONPATH")
     # The first call starts the process that all are forked from.
-    here = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), str(RECIPES.parent)])
+    here = os.pathsep.join([str(Path(__file__).parent), str(ROOT), str(EXAMPLES)])
     os.environ["PYTHONPATH"] = here if path is None else f"{here}{os.pathsep}{path}"
     try:
         processes = []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from places import ROOT
 from transformers import AutoTokenizer
 
 from modeling_flm.trainers import generate_samples, train_tokenizer
@@ -17,7 +18,6 @@ from modeling_flm.trainers import generate_samples, train_tokenizer
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 ROOMS = {"modeling_flm": "modeling_flm", "hub": "modeling_flm/hub", "trainers": "modeling_flm/trainers"}
 
 SCRIPT = """
@@ -122,9 +122,17 @@ def test_pages_adapters_and_quantization(bin_folder, tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     where = run([bin_folder / "python", "-c", "import modeling_flm; print(modeling_flm.__file__)"], tmp_path)
     assert Path(where.strip()).is_relative_to(bin_folder.parent)
-    pages = "tests/test_docs.py::test_python_blocks_run_in_order"
+    pages = "tests/repository/test_docs.py::test_python_blocks_run_in_order"
     output = run(
-        [bin_folder / "python", "-m", "pytest", "-q", pages, "tests/test_adapters.py", "tests/test_quantization.py"],
+        [
+            bin_folder / "python",
+            "-m",
+            "pytest",
+            "-q",
+            pages,
+            "tests/trainers/test_adapters.py",
+            "tests/modeling_flm/test_quantization.py",
+        ],
         tmp_path,
     )
     assert " passed" in output and "skipped" not in output

@@ -5,12 +5,12 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import modeling_flm.hub
 import modeling_flm.trainers
 
 
-ROOT = Path(__file__).parents[1]
 # The folders, and what they are imported as
 ROOMS = {"modeling_flm": "modeling_flm", "hub": "modeling_flm.hub", "trainers": "modeling_flm.trainers"}
 # What transformers copies into a repository: the file of a model's class, and what is imported relatively, and so on.

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from places import ROOT
 from safetensors.torch import load_file
 from small_models import build_flm, build_model, two_time_denoiser, without_zeros
 from train_tiny import build, distillation, logged
@@ -356,7 +357,7 @@ def test_documentation(tmp_path, monkeypatch):
         build_model(kind, vocab_size=len(tokenizer)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     (tmp_path / "stories.txt").write_text("\n".join(rows))
-    text = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
     names = {}
     for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
         exec(block.replace("max_steps=100", "max_steps=2"), names)

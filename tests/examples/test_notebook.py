@@ -1,14 +1,11 @@
 """The notebook runs from top to bottom, in a kernel of its own, and writes what it says."""
 
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
-
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from places import EXAMPLES
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset, DatasetInfo
 from hub_server import TOKEN, Fault, File, LoopbackHub, Repository, metadata_problems
 from huggingface_hub import ModelCard
+from places import ROOT
 from safetensors.torch import load_file, save_file
 from small_models import build_flm
 from transformers import AutoModel, BertConfig, BertModel
@@ -112,8 +113,7 @@ def run_elsewhere(script: str, folder: Path, server: LoopbackHub | None = None, 
 class TestAssemble:
     def test_files(self, assembled, trained):
         assert {path.name for path in assembled.iterdir()} == PUBLISHED
-        root = Path(__file__).parents[1]
-        assert (assembled / "LICENSE").read_text() == (root / "LICENSE").read_text()
+        assert (assembled / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
         expected = AutoModel.from_pretrained(trained).state_dict()
         for name, tensor in AutoModel.from_pretrained(assembled).state_dict().items():
             assert torch.equal(tensor, expected[name])

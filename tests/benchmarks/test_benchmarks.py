@@ -3,17 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from distilling import build_batch, compute_loss
+from places import BENCHMARKS
 from train_tiny import build_packed
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import dense  # noqa: E402
 import measure  # noqa: E402

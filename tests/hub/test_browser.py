@@ -13,6 +13,7 @@ import browser_demo
 import pytest
 import torch
 from huggingface_hub import RepoCard
+from places import ROOT
 from small_models import build_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
@@ -23,7 +24,6 @@ from modeling_flm.pipeline_flm import encode_prompts
 from modeling_flm.trainers import train_tokenizer
 
 
-ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "examples" / "models" / "words_fmlm"
 PACKAGES = ROOT / "tests" / "browser" / "node_modules"
 CDN = "https://cdn.jsdelivr.net/npm/"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import BENCHMARKS
 from small_models import build_model
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging as transformers_logging
@@ -28,7 +29,7 @@ from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM
 grpc = pytest.importorskip("grpc")
 pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(BENCHMARKS))
 import serve  # noqa: E402
 import serving  # noqa: E402
 from ray.exceptions import RayActorError  # noqa: E402

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from places import ROOT
 from small_models import build_model
 from torch import nn
 from train_tiny import build
@@ -17,7 +18,6 @@ from modeling_flm.joint_noise import noise_size
 from modeling_flm.trainers import FLMTrainer
 
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import quantization  # noqa: E402
 

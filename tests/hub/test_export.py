@@ -7,15 +7,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from places import KEPT_MODEL
 from small_models import build_model
 from transformers import GPT2Config, GPT2Model
 
 from modeling_flm import FMLMModel
 from modeling_flm.hub.export import ExportError, FlowStep, compare, export_onnx, main, write_tokens
 from modeling_flm.joint_noise import JointNoise
-
-
-KEPT_MODEL = Path(__file__).parents[1] / "examples" / "models" / "words_fmlm"
 
 
 def open_session(folder: Path, name: str = "model.onnx") -> onnxruntime.InferenceSession:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import TOKEN
+from places import ROOT
 from small_models import build_flm
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel, hub
@@ -36,8 +37,7 @@ for name in sys.argv[1:]:
 def test_published_models_load_with_torch_and_transformers_alone(server, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    root = Path(__file__).parents[1]
-    install = [python, "-m", "pip", "install", "--quiet", "--constraint", root / "constraints.txt"]
+    install = [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
     subprocess.run([*install, "torch", "transformers"], check=True)
 
     flm = build_flm()

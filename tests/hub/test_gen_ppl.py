@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from hub_server import File, LoopbackHub, Repository
 from huggingface_hub import ModelCard
 from oracle import SCORER
+from places import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -101,7 +101,7 @@ print(json.dumps(metric.compute(predictions={texts}, model_id={SCORER!r}, device
 """
     with LoopbackHub() as server:
         space = server.repositories["tester/gen_ppl"] = Repository()
-        folder = Path(__file__).parents[1] / "hub" / "gen_ppl"
+        folder = ROOT / "hub" / "gen_ppl"
         space.commit(
             "main", {path.name: File(path.read_bytes()) for path in folder.iterdir() if path.is_file()}, "Space"
         )

@@ -12,11 +12,11 @@ import published
 import pytest
 from example_scripts import run_here
 from hub_server import File, LoopbackHub, Repository
+from places import ROOT
 
 from modeling_flm.trainers import train_tokenizer
 
 
-ROOT = Path(__file__).parents[1]
 REPOSITORIES = ("FLM-B-LM1B", "FMLM-B-LM1B", "FLM-B-OWT", "FMLM-B-OWT")
 
 
