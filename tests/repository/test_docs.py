@@ -60,7 +60,7 @@ def quickstart(tmp_path_factory) -> Path:
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
     for process in range(2):  # as two processes of `flm-generate` would
         rows = {"index": [process, process + 2], "text": stories[process : process + 3 : 2]}
-        Dataset.from_dict(rows).to_parquet(folder / f"samples-0000{process}.parquet")
+        Dataset.from_dict(rows).to_json(folder / f"samples-0000{process}.jsonl")
     return folder
 
 
