@@ -65,7 +65,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from modeling_flm.configuration_flm import FLOW_TYPES  # noqa: E402
+from modeling_flm.configuration_flm import FLOW_MODEL_TYPES  # noqa: E402
 from modeling_flm.pipeline_flm import encode_prompts  # noqa: E402
 from modeling_flm.trainers.batches import example_seed  # noqa: E402
 from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM  # noqa: E402
@@ -314,7 +314,7 @@ class CausalWriter:
 
 def load_writer(path: str, device: str, dtype: str) -> FlowWriter | CausalWriter:
     """The model with this name, or in this folder, and its tokenizer."""
-    is_flow = AutoConfig.from_pretrained(path).model_type in FLOW_TYPES
+    is_flow = AutoConfig.from_pretrained(path).model_type in FLOW_MODEL_TYPES
     model_class = AutoModel if is_flow else AutoModelForCausalLM
     model = model_class.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
     return (FlowWriter if is_flow else CausalWriter)(model, AutoTokenizer.from_pretrained(path))

@@ -198,6 +198,6 @@ class FMLMTwoNetworkConfig(FMLMConfig):
 
 
 # What the models of this library are told by, as remote code has other classes
-FLOW_TYPES = tuple(config.model_type for config in (FLMConfig, FMLMConfig, FMLMTwoNetworkConfig))
+FLOW_MODEL_TYPES = tuple(config.model_type for config in (FLMConfig, FMLMConfig, FMLMTwoNetworkConfig))
 
 __all__ = ["FLMConfig", "FMLMConfig", "FMLMTwoNetworkConfig"]

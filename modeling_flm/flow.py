@@ -100,9 +100,9 @@ def flow_map(state: torch.Tensor, delta: torch.Tensor, s: torch.Tensor, t: torch
     return keep * state + (1 - keep) * delta
 
 
-def drift(state: torch.Tensor, denoised: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+def denoising_direction(state: torch.Tensor, denoised: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     r"""
-    The direction of the probability flow, \\((1-s)\,\frac{dx}{ds} = D_s(x) - x\\), and 0 where `s = 1`.
+    The drift of the probability flow times \\(1-s\\): \\((1-s)\,\frac{dx}{ds} = D_s(x) - x\\), and 0 where `s = 1`.
 
     Args:
         state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state at time `s`.

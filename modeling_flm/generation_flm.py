@@ -31,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
 from .commitment_flm import BlockByBlock, Commitment, PosteriorRefinement
-from .configuration_flm import FLOW_TYPES
+from .configuration_flm import FLOW_MODEL_TYPES
 from .flow import expand_times, reward_coefficient, times_with_known
 from .guidance_flm import Autoguidance, Reward, reward_gradient
 from .joint_noise import JointNoise
@@ -876,7 +876,7 @@ class FLMGenerationMixin:
         if config.guidance_scale is None:
             raise ValueError("`guidance_model` needs a `guidance_scale`, such as 1.0.")
         model_type = guidance_model.config.model_type if isinstance(guidance_model, PreTrainedModel) else None
-        if model_type not in FLOW_TYPES:
+        if model_type not in FLOW_MODEL_TYPES:
             raise ValueError(
                 f"`guidance_model` must be a flow-based language model, got `{type(guidance_model).__name__}`."
             )

@@ -72,11 +72,11 @@ def check_support(name: str, accelerator: Accelerator, is_deepspeed: bool, is_fs
 
 
 @contextmanager
-def preparing(accelerator: Accelerator) -> Iterator[None]:
+def without_mixed_precision(accelerator: Accelerator) -> Iterator[None]:
     """
-    The state that accelerate prepares models in. Its FSDP gathers weights as they are, since blocks run under autocast, and
-    the mixed precision of FSDP would round the times. And it compiles nothing: the wrapped model's `forward` is not all that
-    a step uses, so that trainers compile regions.
+    Context in which accelerate prepares a model without FSDP's mixed precision and without compiling it. Blocks run under
+    autocast, and FSDP's mixed precision would round the times. Trainers compile regions of the model instead, because a step
+    uses more than the model's `forward`.
     """
     state = accelerator.state
     plugin, dynamo = getattr(state, "fsdp_plugin", None), state.dynamo_plugin

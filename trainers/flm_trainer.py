@@ -52,11 +52,11 @@ from .distributed import (
     check_support,
     is_sharded,
     load_whole_state_dict,
-    preparing,
     region_options,
     restore_class_name,
     through_forward,
     trained_state_dict,
+    without_mixed_precision,
 )
 from .ema import EMACallback
 from .flm_config import FLMTrainingArguments
@@ -296,7 +296,7 @@ class FLMTrainer(Trainer):
             network.compile_regions(**self._compile_options)
 
     def _prepare_for_training(self, *args, **kwargs):
-        with preparing(self.accelerator):
+        with without_mixed_precision(self.accelerator):
             return super()._prepare_for_training(*args, **kwargs)
 
     # The token that begins prompts
@@ -540,7 +540,7 @@ class FLMTrainer(Trainer):
         self._eval_step = 0
         self._joint_noise = None  # the weights are the averaged ones
         means_of_training, self._means = self._means, TokenMeans(("loss", *self.kinds, "nll"), self.args.device)
-        with preparing(self.accelerator):
+        with without_mixed_precision(self.accelerator):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._joint_noise = None
         means, self._means = self._means.pop(self.accelerator), means_of_training

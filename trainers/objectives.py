@@ -14,7 +14,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor
 
 from modeling_flm.flow import (
-    drift,
+    denoising_direction,
     eulerian_coefficient,
     expand_times,
     flow_map,
@@ -157,7 +157,7 @@ def eulerian_target(
     tau_s, tau_t, time_map = batch.tau_s, batch.tau_t, network.time_map
     s, t = time_map.tau_to_t(tau_s), time_map.tau_to_t(tau_t)
     denoised = posterior_of(flow, flow_state, tau_s, tau_s, batch, autocast, time_map)
-    along_flow = drift(state, mean_state(denoised, network, state), s)
+    along_flow = denoising_direction(state, mean_state(denoised, network, state), s)
     tangents = (along_flow, (1 - s) * time_map.dtau_dt(s), torch.zeros_like(tau_t))
     _, change = derivative(network, (state, tau_s, tau_t), tangents, batch, autocast)
     factor = eulerian_coefficient(s, t)

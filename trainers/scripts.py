@@ -32,7 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import cached_file, logging
 
 from modeling_flm import FLMConfig
-from modeling_flm.configuration_flm import FLOW_TYPES
+from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
 from modeling_flm.hub.records import DATA_SETTINGS_NAME
 from modeling_flm.tokenization_flm import add_special_tokens, has_characters_only
 
@@ -283,7 +283,7 @@ def check_model(flag: str, name: str):
         raise ValueError(f"{flag}: there is no folder {name}.")
 
 
-def check_kind(flag: str, model: PreTrainedModel, hint: str = "", model_types: tuple[str, ...] = FLOW_TYPES):
+def check_kind(flag: str, model: PreTrainedModel, hint: str = "", model_types: tuple[str, ...] = FLOW_MODEL_TYPES):
     """
     Raises a `ValueError` for a model of another kind.
 
@@ -385,7 +385,7 @@ def load_datasets(arguments: DataArguments) -> dict:
 
 
 def load_model(
-    flag: str, name: str, told: dict, hint: str = "", model_types: tuple[str, ...] = FLOW_TYPES, **options
+    flag: str, name: str, told: dict, hint: str = "", model_types: tuple[str, ...] = FLOW_MODEL_TYPES, **options
 ) -> PreTrainedModel:
     """
     A trained model to go on from. Any can be told times per token from now on, but none can count time differently.

@@ -6,7 +6,7 @@ import torch
 from modeling_flm.flow import (
     bridge_coefficients,
     correction_coefficient,
-    drift,
+    denoising_direction,
     eulerian_coefficient,
     flow_map,
     gamma_coefficients,
@@ -112,7 +112,8 @@ class TestFactors:
         state = interpolate(noise, clean, s)
         assert torch.equal(state[known], clean[known])
         assert torch.equal(flow_map(state, delta, s, t)[known], clean[known])
-        assert not drift(state, delta, s)[known].any() and drift(state, delta, s)[~known].all()
+        direction = denoising_direction(state, delta, s)
+        assert not direction[known].any() and direction[~known].all()
         for row in range(3):  # the others as with one time for the text
             alone = flow_map(state, delta, times_of_row(s, known, row), times_of_row(t, known, row))
             assert torch.equal(flow_map(state, delta, s, t)[row][~known[row]], alone[row][~known[row]])

@@ -17,7 +17,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
-from modeling_flm.configuration_flm import FLOW_TYPES
+from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
 from modeling_flm.hub.card import add_results
 
 from ..data import find_text_column, load_texts, pack_dataset
@@ -113,7 +113,7 @@ class GenPPLEvaluation:
         """Raises a `ValueError` where the scorer cannot read texts that are as long as the protocol wants."""
         args = self.args
         scorer_config = AutoConfig.from_pretrained(args.scorer)
-        if scorer_config.model_type in FLOW_TYPES:
+        if scorer_config.model_type in FLOW_MODEL_TYPES:
             raise ValueError("`scorer` must be a causal language model, such as gpt2-large, and not a flow-based one.")
         context = getattr(scorer_config, "max_position_embeddings", None)
         if args.protocol == "published" and context is not None and context < args.max_length:
