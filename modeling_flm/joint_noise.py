@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 
 def noise_size(*embeddings: torch.Tensor) -> int:
@@ -150,6 +151,7 @@ class JointNoise:
             shapes = ", ".join(str(tuple(embedding.shape)) for embedding in embeddings)
             raise ValueError(f"`embeddings` must share one vocabulary, got shapes {shapes}.")
         self.size = noise_size(*embeddings)
+        self._owners: list[PreTrainedModel] = []  # for each embedding, see `of_networks`
         dtypes = [torch.promote_types(embedding.dtype, torch.float32) for embedding in embeddings]
         self.embeddings = [embedding.detach().to(dtype) for embedding, dtype in zip(embeddings, dtypes)]
         self.cholesky, self.frozen_gram = None, frozen_gram
@@ -171,6 +173,35 @@ class JointNoise:
                 cholesky, failed = torch.linalg.cholesky_ex(gram + torch.diag(relative * diagonal + tiny))
                 self.cholesky = torch.where(failed == 0, cholesky, self.cholesky)
         self.values = dict(zip(order, _add_near(self.cholesky.mT, widths, self._near)))
+
+    @classmethod
+    def of_networks(
+        cls,
+        *networks: PreTrainedModel,
+        frozen: PreTrainedModel | None = None,
+        frozen_gram: torch.Tensor | None = None,
+    ) -> "JointNoise":
+        """
+        Returns the noise of all embeddings of one or several models, for `make_state` of each of them.
+
+        Args:
+            networks ([`~transformers.PreTrainedModel`]): Models over one vocabulary, each with `embeddings`.
+            frozen ([`~transformers.PreTrainedModel`], *optional*): The model of `networks` whose embeddings never change.
+            frozen_gram (`torch.Tensor`, *optional*): As for the class.
+        """
+        owners = [network for network in networks for _ in network.embeddings]
+        weights = [network.embed_vocabulary(each) for network in networks for each in network.embeddings]
+        frozen_indices = [index for index, owner in enumerate(owners) if owner is frozen]
+        noise = cls(*weights, frozen=frozen_indices, frozen_gram=frozen_gram)
+        noise._owners = owners
+        return noise
+
+    def indices_of(self, network: PreTrainedModel) -> list[int]:
+        """Returns the indices of the embeddings of one of the models that this noise was made for by `of_networks`."""
+        indices = [index for index, owner in enumerate(self._owners) if owner is network]
+        if not indices:
+            raise ValueError("The noise was not made for this model: pass it to `JointNoise.of_networks`.")
+        return indices
 
     def _gram(self, frozen_size: int) -> torch.Tensor:
         """The Gram matrix of the basis."""

@@ -283,7 +283,6 @@ class FLMPreTrainedModel(PreTrainedModel):
         tau: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         joint_noise: JointNoise | None = None,
-        first: int = 0,
         time_map: TimeMap | None = None,
     ) -> torch.Tensor:
         """
@@ -297,12 +296,10 @@ class FLMPreTrainedModel(PreTrainedModel):
                 Standard normal variables. For one network by itself `noise_size` is `min(vocab_size, hidden_size)`, see
                 [`~joint_noise.noise_size`].
             joint_noise ([`~joint_noise.JointNoise`], *optional*):
-                The noise of this model's embeddings and of other networks' that see the same. By default that of this
-                model's.
-            first (`int`, *optional*, defaults to 0):
-                The number of the first of this model's embeddings among those of `joint_noise`.
+                The noise of several models, from [`~joint_noise.JointNoise.of_networks`], if they must see the same noise.
+                By default the noise of this model alone.
             time_map ([`ReparameterizedTime`] or [`IdentityTime`], *optional*):
-                The reparameterization that `tau` is in, where it is that of another model. By default the model's own.
+                The time reparameterization of `tau`. By default the model's own.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`, to pass as `inputs_embeds`.
@@ -316,14 +313,15 @@ class FLMPreTrainedModel(PreTrainedModel):
         weights = [self.embed_vocabulary(embedding) for embedding in self.embeddings]
         device, dtype = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
         weights = [weight.to(device, dtype) for weight in weights]
-        joint_noise = JointNoise(*weights) if joint_noise is None else joint_noise
+        joint_noise = JointNoise.of_networks(self) if joint_noise is None else joint_noise
         expected = (*input_ids.shape, joint_noise.size)
         if noise.shape != expected:
             raise ValueError(f"`noise` must have shape {expected}, got {tuple(noise.shape)}.")
         input_ids = input_ids.to(device)
         with torch.autocast(device.type, enabled=False):
+            indices = joint_noise.indices_of(self)
             parts = [
-                joint_noise.factor_and_tokens(first + index, weight, input_ids) for index, weight in enumerate(weights)
+                joint_noise.factor_and_tokens(index, weight, input_ids) for index, weight in zip(indices, weights)
             ]
             factor, clean = (torch.cat(each, dim=-1) for each in zip(*parts))
             noise = noise.to(torch.promote_types(noise.dtype, dtype))

@@ -420,7 +420,7 @@ class FLMTrainer(Trainer):
     def _add_noise(self, batch: FlowBatch) -> FlowBatch:
         """The batch with the noise of its seeds."""
         longest, length = self._longest(batch.input_ids), batch.input_ids.shape[1]
-        weights = [embedding.weight for _, embedding in self._embeddings()]
+        weights = [embedding.weight for network in self._networks() for embedding in network.embeddings]
         noise = draw_noise(batch.noise_seeds, longest, noise_size(*weights), device=batch.input_ids.device)
         return dataclasses.replace(batch, noise=noise[:, :length])
 
@@ -430,18 +430,12 @@ class FLMTrainer(Trainer):
         """The networks that see a batch, the model first."""
         return [self.network]
 
-    def _embeddings(self) -> list[tuple[PreTrainedModel, nn.Embedding]]:
-        """The embeddings that the noise is drawn for, each with the network that it belongs to."""
-        return [(network, embedding) for network in self._networks() for embedding in network.embeddings]
-
     def _get_joint_noise(self) -> JointNoise:
         """The noise of all networks, made once for each optimizer step, or for each batch where weights are sharded."""
         if self._joint_noise is None or is_sharded(self.model):
-            owned = self._embeddings()
-            weights = [network.embed_vocabulary(embedding) for network, embedding in owned]
-            frozen = [index for index, (network, _) in enumerate(owned) if network is self.teacher]
-            # The last of a teacher's embeddings is the one that a student starts from.
-            self._joint_noise = JointNoise(*weights, frozen=frozen, frozen_gram=self._frozen_gram)
+            self._joint_noise = JointNoise.of_networks(
+                *self._networks(), frozen=self.teacher, frozen_gram=self._frozen_gram
+            )
             self._frozen_gram = self._joint_noise.frozen_gram
         return self._joint_noise
 

@@ -204,19 +204,15 @@ class FMLMTrainer(FLMTrainer):
             return self.network
         return network_of(self.ema.averaged)
 
-    def _state(self, network: PreTrainedModel, batch: FlowBatch, joint_noise: JointNoise) -> torch.Tensor:
-        """The noised state of one of the networks. All are noised equally, also where they count time differently."""
-        first = [owner for owner, _ in self._embeddings()].index(network)
-        return network.make_state(batch.input_ids, batch.tau_s, batch.noise, joint_noise, first, self.network.time_map)
-
     def compute_targets(self, batch: FlowBatch, joint_noise: JointNoise) -> tuple[Posterior, torch.Tensor]:
         args, autocast, teacher, network = self.args, self.accelerator.autocast, self.teacher, self._target_network()
         with evaluating(*self._networks()):  # no network says anything with dropout
             # 1. The states that the networks of the targets see
-            state = self._state(network, batch, joint_noise)
-            flow = network if teacher is None else teacher
             time_map = self.network.time_map  # of the times of the batch; a teacher may have another
-            flow_state = state if teacher is None else self._state(teacher, batch, joint_noise)
+            noised = (batch.input_ids, batch.tau_s, batch.noise, joint_noise, time_map)
+            state = network.make_state(*noised)
+            flow = network if teacher is None else teacher
+            flow_state = state if teacher is None else teacher.make_state(*noised)
             chunks = network.chunks(state)
             weights, parts = torch.ones_like(batch.tau_s), []
             for kind, rows in self._groups(batch):

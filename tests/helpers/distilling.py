@@ -30,8 +30,9 @@ def compute_targets(trainer, batch: FlowBatch) -> tuple[torch.Tensor, torch.Tens
 
 def states(trainer, batch: FlowBatch) -> list[torch.Tensor]:
     """What the networks see."""
+    noised = (batch.input_ids, batch.tau_s, batch.noise, trainer._get_joint_noise(), trainer.network.time_map)
     with torch.no_grad():
-        return [trainer._state(network, batch, trainer._get_joint_noise()) for network in trainer._networks()]
+        return [network.make_state(*noised) for network in trainer._networks()]
 
 
 def compute_loss(trainer, batch: FlowBatch):

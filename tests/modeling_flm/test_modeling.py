@@ -15,6 +15,7 @@ from transformers import AutoModel
 from modeling_flm import FLMConfig, FLMModel, FMLMConfig, FMLMModel, FMLMTwoNetworkConfig, FMLMTwoNetworkModel
 from modeling_flm.backbone_flm import FLMLayer
 from modeling_flm.guidance_flm import Autoguidance
+from modeling_flm.joint_noise import JointNoise
 
 
 class TestPublishedValues:
@@ -171,6 +172,16 @@ class TestForward:
             flm.make_state(batch["input_ids"], batch["timesteps"])
         with pytest.raises(ValueError, match=r"`noise` must have shape \(3, 12, 32\)"):
             flm.make_state(batch["input_ids"], batch["timesteps"], torch.randn(3, 12, 53))
+
+    def test_each_model_finds_its_part_of_a_joint_noise(self, flm, batch):
+        flow_map = FMLMTwoNetworkModel.from_flm(build_flm())
+        joint_noise = JointNoise.of_networks(flm, flow_map)
+        noise = torch.randn(3, 12, 53)  # V is below the joint width: noise is one-hot noise
+        for model in (flow_map, flm):
+            state = model.make_state(batch["input_ids"], torch.zeros(3), noise, joint_noise)
+            torch.testing.assert_close(state, noise @ model.state_embedding)
+        with pytest.raises(ValueError, match="`JointNoise.of_networks`"):
+            build_flm().make_state(batch["input_ids"], torch.zeros(3), noise, joint_noise)
 
 
 class TestFlowMaps:
