@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Puts load on `examples/serve.py` on this machine, with a flow map of few steps and a GPT-2 with KV cache, and prints how many texts a
+Puts load on `examples/serving/serve.py` on this machine, with a flow map of few steps and a GPT-2 with KV cache, and prints how many texts a
 second each writes, how long requests take, and how many texts were written together.
 
     python benchmarks/serving.py
@@ -30,14 +30,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+SERVER = Path(__file__).resolve().parents[1] / "examples" / "serving"
+sys.path.insert(0, str(SERVER))
 from serve import at_least  # noqa: E402
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel  # noqa: E402
 from modeling_flm.trainers import train_tokenizer  # noqa: E402
 
 
-SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "serve.py"
+SCRIPT = SERVER / "serve.py"
 QUICK = {
     "hidden_size": 64,
     "num_hidden_layers": 1,
@@ -53,7 +54,7 @@ class Server:
     A server in processes of its own, on a free port of this machine.
 
     Args:
-        arguments (`list`): The models, and flags of `examples/serve.py`.
+        arguments (`list`): The models, and flags of `examples/serving/serve.py`.
 
     Raises:
         `RuntimeError`: if it does not start.

@@ -1,4 +1,4 @@
-"""What the README and the pages of `docs/` show: Python, commands and links; and parsing commands without running them."""
+"""What the README and the pages of `docs/` and `examples/` show: Python, commands and links; and parsing commands without running them."""
 
 import argparse
 import re
@@ -17,6 +17,7 @@ from places import ROOT
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "examples").glob("*/README.md"))
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # What a code span begins with if it is a command. Others are names, formulas and fragments.
 _COMMAND = re.compile(r"(flm-[\w-]+|make|python -m|python (examples|benchmarks|docs)/|accelerate launch|pytest)\b")

@@ -1,4 +1,4 @@
-"""The README and the pages of `docs/`: their Python runs as printed, and the commands, files and links that they show exist."""
+"""The README and the pages of `docs/` and `examples/`: their Python runs as printed, and the commands, files and links that they show exist."""
 
 import json
 import random
@@ -28,7 +28,7 @@ from markdown_pages import (
 from modeling_flm.trainers import FLMTrainingArguments
 
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 pages_with_python = [page for page in PAGES if blocks(page, "python")]
 
 # Trainings are as printed but for their lengths.
@@ -72,7 +72,7 @@ def folder(quickstart, tmp_path, monkeypatch) -> Path:
     return tmp_path / "folder"
 
 
-@pytest.mark.parametrize("page", pages_with_python, ids=[page.stem for page in pages_with_python])
+@pytest.mark.parametrize("page", pages_with_python, ids=[str(page.relative_to(ROOT)) for page in pages_with_python])
 def test_python_blocks_run_in_order(page, folder, monkeypatch):
     code = blocks(page, "python")
     imported = set(re.findall(r"^(?:from|import) (\w+)", "\n".join(code), re.MULTILINE))

@@ -1,27 +1,18 @@
-"""The HTTP server of the examples, and its load test: one server with two replicas of two small models, and what is sent to it."""
+"""The HTTP server of the examples: one server with two replicas of two small models, and what is sent to it."""
 
-import asyncio
 import itertools
 import json
-import logging
 import os
 import socket
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from places import BENCHMARKS
-from small_models import build_model
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.utils import logging as transformers_logging
 
-from modeling_flm.trainers import train_tokenizer
 from modeling_flm.trainers.batches import example_seed
 from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM
 
@@ -30,11 +21,9 @@ grpc = pytest.importorskip("grpc")
 pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 sys.path.insert(0, str(BENCHMARKS))
+import application  # noqa: E402
 import serve  # noqa: E402
 import serving  # noqa: E402
-from ray.exceptions import RayActorError  # noqa: E402
-from ray.serve.exceptions import BackPressureError  # noqa: E402
-from starlette.requests import Request  # noqa: E402
 
 
 pytestmark = pytest.mark.slow
@@ -45,22 +34,6 @@ MAX_BATCH_SIZE, MAX_QUEUE, REPLICAS = 4, 12, 2
 CAPACITY = REPLICAS * 2 * MAX_BATCH_SIZE + MAX_QUEUE
 FLAGS = ["--replicas", REPLICAS, "--max_batch_size", MAX_BATCH_SIZE, "--max_queue", MAX_QUEUE, "--max_wait_ms", 20]
 FLAGS += ["--max_texts", 16, "--max_num_steps", MANY_STEPS, "--max_body_bytes", 100_000, "--timeout", 100]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A flow map and a GPT-2 with random weights, the same tokenizer, and their folders."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = train_tokenizer(["the cat sat on a mat and saw dogs run far away by day or night"], "word", 40)
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    fmlm = build_model("fmlm", vocab_size=len(tokenizer), max_position_embeddings=LENGTH, **ends)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=LENGTH, **sizes, **ends)).eval()
-    for name, model in {"fmlm": fmlm, "gpt2": gpt2}.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return {"fmlm": fmlm, "gpt2": gpt2, "tokenizer": tokenizer, "folder": folder}
 
 
 class Server(serving.Server):
@@ -358,238 +331,6 @@ class TestLoad:
         assert len(server.texts(num_steps=1)) == 1
 
 
-class TestWriters:
-    """In this process."""
-
-    def test_draws_have_the_probabilities_of_the_model(self):
-        scores = torch.tensor([0.0, 1.0, -torch.inf, 2.0])
-        texts = [serve.Text([0], 4, seed=seed, temperature=1.5) for seed in range(4000)]
-        drawn = serve.DrawTokens(texts)(None, scores.repeat(4000, 1)).argmax(dim=1)
-        share = torch.bincount(drawn, minlength=4) / 4000
-        torch.testing.assert_close(share, (scores / 1.5).softmax(dim=0), atol=0.025, rtol=0)
-
-    @pytest.mark.parametrize("name", ["fmlm", "gpt2"])
-    def test_nobody_waits(self, name, models):
-        writer = (serve.FlowWriter if name == "fmlm" else serve.CausalWriter)(models[name], models["tokenizer"])
-        texts = [serve.Text(writer.encode("the cat"), LENGTH, seed) for seed in range(2)]
-        texts[0].is_abandoned = True
-        assert len(writer.write(texts)) == 2
-        texts[1].is_abandoned = True
-        with pytest.raises(serve.Abandoned):
-            writer.write(texts)
-
-
-@pytest.fixture
-def make_replica():
-    """Makes replicas in this process, whose loggers and threads are as before after the test."""
-    verbosity, num_threads = transformers_logging.get_verbosity(), torch.get_num_threads()
-    library = logging.getLogger("modeling_flm.pipeline_flm")
-    level = library.level
-
-    def make(folder: Path, *flags: str) -> serve.Model:
-        args = serve.make_parser().parse_args([str(folder), "--device", "cpu", "--max_wait_ms", "50", *flags])
-        return serve.Model.func_or_class(str(folder), num_threads, args)
-
-    yield make
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
-    torch.set_num_threads(num_threads)
-    library.setLevel(level)
-
-
-class TestReplica:
-    """In this process."""
-
-    OPTIONS = {"n": 1, "seed": 0, "num_steps": None, "max_tokens": None, "temperature": None}
-
-    def complete(self, replica: serve.Model, *requests: dict) -> list[dict]:
-        """What it answers to requests that come together."""
-
-        async def send():
-            return await asyncio.gather(*(replica.complete(**{**self.OPTIONS, **request}) for request in requests))
-
-        return asyncio.run(send())
-
-    def test_one_token_begins_and_ends_texts(self, models, make_replica, tmp_path):
-        tokenizer = models["tokenizer"]
-        token = tokenizer.bos_token_id
-        ends = {"bos_token_id": token, "eos_token_id": token}
-        model = build_model("fmlm", vocab_size=len(tokenizer), max_position_embeddings=LENGTH, **ends)
-        model.save_pretrained(tmp_path)
-        tokenizer.save_pretrained(tmp_path)
-        (answer,) = self.complete(make_replica(tmp_path), {"prompts": [""], "n": 128, "num_steps": 1})
-        generators = [generator(0, index) for index in range(128)]
-        tokens = model.generate(num_samples=128, num_steps=1, generator=generators, pad_after_eos=True)
-        assert (tokens[:, 0] == token).any()
-        assert [choice["text"] for choice in answer["choices"]] == tokenizer.batch_decode(
-            tokens, skip_special_tokens=True
-        )
-
-    def test_values_of_the_model_are_those_asked_for(self, models, make_replica, tmp_path):
-        model = build_model("fmlm", vocab_size=len(models["tokenizer"]), max_position_embeddings=LENGTH)
-        model.generation_config.num_steps, model.generation_config.temperature = 2, 0.5
-        model.save_pretrained(tmp_path)
-        models["tokenizer"].save_pretrained(tmp_path)
-        same = [{}, {"num_steps": 2}, {"temperature": 0.5}, {"num_steps": 2, "temperature": 0.5}]
-        others = [{"num_steps": 3}, {"temperature": 1.0}]
-        answers = self.complete(make_replica(tmp_path), *({"prompts": [""], **fields} for fields in same + others))
-        assert [answer["batch_sizes"] for answer in answers] == [[4], [], [], [], [1], [1]]
-        assert len({answer["choices"][0]["text"] for answer in answers[:4]}) == 1
-
-    def test_times_of_the_model_are_not_a_number_of_steps(self, models, make_replica, tmp_path):
-        model = build_model("fmlm", vocab_size=len(models["tokenizer"]), max_position_embeddings=LENGTH)
-        model.generation_config.timesteps = [0.0, 0.9, 1.0]
-        model.save_pretrained(tmp_path)
-        models["tokenizer"].save_pretrained(tmp_path)
-        answers = self.complete(make_replica(tmp_path), {"prompts": [""]}, {"prompts": [""], "num_steps": 2})
-        assert [answer["batch_sizes"] for answer in answers] == [[1], [1]]
-
-    def test_failure(self, models, make_replica, monkeypatch):
-        replica = make_replica(models["folder"] / "fmlm")
-
-        def fail(texts):
-            raise torch.OutOfMemoryError
-
-        monkeypatch.setattr(replica.writer, "write", fail)
-        (answer,) = self.complete(replica, {"prompts": ["the cat"], "n": 2})
-        assert answer["error"][0] == 500 and answer["error"][3] == "model_failed"
-
-    def test_work_that_nobody_cancels(self, models, make_replica, monkeypatch):
-        replica = make_replica(models["folder"] / "fmlm", "--timeout", "0.1")
-        is_over = threading.Event()
-
-        def write(texts):
-            for _ in range(1000):
-                if all(text.is_abandoned for text in texts):
-                    is_over.set()
-                    raise serve.Abandoned
-                time.sleep(0.01)
-
-        monkeypatch.setattr(replica.writer, "write", write)
-        with pytest.raises(asyncio.TimeoutError):
-            self.complete(replica, {"prompts": ["the cat"], "n": 2})
-        assert is_over.wait(60)
-
-    def test_prompts_are_not_logged(self, models, make_replica, caplog):
-        replica = make_replica(models["folder"] / "fmlm")
-        (answer,) = self.complete(replica, {"prompts": ["a secret"]})
-        assert len(answer["choices"]) == 1
-        assert "secret" not in caplog.text
-
-
-class FailingHandle:
-    """A model whose replicas fail with each request."""
-
-    def __init__(self, error: Exception):
-        self.error, self.count, self.complete = error, 0, self
-
-    async def remote(self, prompts: list[str], **options):
-        self.count += 1
-        raise self.error
-
-
-class TestIngress:
-    """In this process."""
-
-    def send(self, body: bytes | None, error: Exception, *flags: str):
-        """The answer to a body, or to one that never arrives, with the model and the ingress."""
-        handle = FailingHandle(error)
-        ingress = serve.Ingress.func_or_class.__base__(
-            serve.make_parser().parse_args(["fmlm", *flags]), {"fmlm": handle}
-        )
-
-        async def receive():
-            if body is None:
-                await asyncio.Event().wait()
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-        response = asyncio.run(ingress.complete(Request(scope, receive)))
-        return response, json.loads(response.body)["error"], handle, ingress
-
-    def test_slow_body(self):
-        response, error, handle, _ = self.send(None, RayActorError(), "--timeout", "0.1")
-        assert response.status_code == 408 and error["type"] == "invalid_request_error"
-        assert "0.1 seconds" in error["message"] and handle.count == 0
-
-    def test_replicas_that_end(self):
-        response, error, handle, ingress = self.send(b'{"model": "fmlm"}', RayActorError())
-        assert response.status_code == 503 and response.headers["Retry-After"] == "1"
-        assert error["type"] == "server_error" and error["code"] == "model_unavailable"
-        assert handle.count == 3
-        assert b'flm_retries_total{model="fmlm"} 2.0' in ingress.metrics.show().body
-
-    def test_full_queue(self):
-        busy = BackPressureError(num_queued_requests=1, max_queued_requests=1)
-        response, error, handle, _ = self.send(b'{"model": "fmlm"}', busy)
-        assert response.status_code == 429 and response.headers["Retry-After"] == "1"
-        assert error["code"] == "queue_full" and handle.count == 1
-
-
-class LettersWriter:
-    """Texts of which the first token says which ones go together, and takes its time."""
-
-    def __init__(self):
-        self.batches = []
-
-    def group(self, text: serve.Text) -> int:
-        return text.prompt_ids[0]
-
-    def write(self, texts: list[serve.Text]) -> list[list[int]]:
-        self.batches.append([text.seed for text in texts])
-        if texts[0].seed == 99:
-            raise ValueError("a text that cannot be written")
-        time.sleep(0.1)
-        return [[text.seed] for text in texts]
-
-
-class TestBatcher:
-    def run(self, groups: str, seeds: Sequence[int], max_batch_size: int = 3, leaves: tuple[int, ...] = ()):
-        """The batches and the results of texts that come one after the other, of which some are not waited for."""
-        writer = LettersWriter()
-
-        async def send():
-            batcher = serve.Batcher(writer, max_batch_size, 0.02)
-            texts = [serve.Text([ord(group)], 4, seed) for group, seed in zip(groups, seeds)]
-            tasks = [asyncio.create_task(batcher.write(text)) for text in texts]
-            await asyncio.sleep(0.05)  # the first batch is being written
-            for index in leaves:
-                tasks[index].cancel()
-            return await asyncio.gather(*tasks, return_exceptions=True)
-
-        return writer.batches, asyncio.run(send())
-
-    def test_what_goes_together_is_written_together(self):
-        batches, results = self.run("abaabbac", range(8))
-        assert batches == [[0, 2, 3], [1, 4, 5], [6], [7]]
-        assert results == [([0], 3), ([1], 3), ([2], None), ([3], None), ([4], None), ([5], None), ([6], 1), ([7], 1)]
-
-    def test_what_comes_meanwhile_is_the_next_batch(self):
-        writer = LettersWriter()
-
-        async def send():
-            batcher = serve.Batcher(writer, 8, 0.0)
-            tasks = []
-            for seed in range(6):
-                tasks.append(asyncio.create_task(batcher.write(serve.Text([0], 4, seed))))
-                await asyncio.sleep(0.015)
-            await asyncio.gather(*tasks)
-
-        asyncio.run(send())
-        assert writer.batches == [[0], [1, 2, 3, 4, 5]]
-
-    def test_nobody_waits(self):
-        batches, results = self.run("aaaa", range(4), max_batch_size=1, leaves=(1, 2))
-        assert batches == [[0], [3]]
-        assert results[0] == ([0], 1) and results[3] == ([3], 1)
-        assert all(isinstance(result, asyncio.CancelledError) for result in results[1:3])
-
-    def test_a_failure_is_of_its_batch_alone(self):
-        batches, results = self.run("aab", [99, 1, 2])
-        assert batches == [[99, 1], [2]]
-        assert results == [(None, None), (None, None), ([2], 1)]
-
-
 class TestStart:
     def test_other_ports_ask_for_a_token(self, server):
         ports = {
@@ -616,7 +357,7 @@ class TestStart:
         folder = tmp_path / "a #1"
         folder.symlink_to(models["folder"] / "fmlm")
         args = serve.make_parser().parse_args([str(folder), "--device", "cpu"])
-        serve.build(args, {"a #1": str(folder), "owner/name": str(folder)})
+        application.build(args, {"a #1": str(folder), "owner/name": str(folder)})
 
     def test_mistakes(self, models, tmp_path):
         (tmp_path / "fmlm").symlink_to(models["folder"] / "gpt2")
@@ -634,46 +375,3 @@ class TestStart:
                 with pytest.raises(SystemExit) as error:
                     serve.main(serve.make_parser().parse_args(arguments))
                 assert message in str(error.value)
-
-
-class TestLoadTest:
-    @pytest.mark.parametrize("line, is_deaf", [("hello", False), ("hello", True), ("http://127.0.0.1:1/", True)])
-    def test_no_server_is_left(self, line, is_deaf, tmp_path, monkeypatch):
-        script = tmp_path / "script.py"
-        lines = ["import signal, time", *["signal.signal(signal.SIGTERM, signal.SIG_IGN)"] * is_deaf]
-        script.write_text("\n".join([*lines, f"print({line!r})", "time.sleep(600)"]))
-        processes, files = [], []
-
-        class Process(subprocess.Popen):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                processes.append(self)
-                files.append(kwargs["stderr"])
-
-            def wait(self, timeout=None):
-                if is_deaf and timeout is not None:
-                    raise subprocess.TimeoutExpired(self.args, timeout)
-                return super().wait(timeout)
-
-        monkeypatch.setattr(serving, "SCRIPT", script)
-        monkeypatch.setattr(serving.subprocess, "Popen", Process)
-        with pytest.raises(subprocess.TimeoutExpired if is_deaf else RuntimeError):
-            with serving.Server([]):
-                pass
-        assert processes[0].poll() is not None
-        assert files[0].closed and processes[0].stdout.closed
-
-
-def test_load_test(capsys):
-    serving.main(serving.make_parser().parse_args(["--quick", "--num_steps", "1", "2", "--device", "cpu"]))
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row[:2] for row in rows[1:]] == [
-        [f"| {clients}", model]
-        for clients in (1, 4)
-        for model in ("FMLM, 1 step", "FMLM, 2 steps", "GPT-2 with KV cache")
-    ]
-    for row in rows[1:]:
-        texts, tokens, median, most, size = (float(value.strip(" |").replace(",", "")) for value in row[2:])
-        assert tokens == pytest.approx(8 * texts, rel=0.02)  # all texts have their full length
-        assert 0 < median <= most
-        assert 1 <= size <= 4
