@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .bootstrap import resampled_ratios
+from .metric import total_entropies, total_losses
 from .plots import plain_log_ticks
 
 
@@ -36,25 +38,10 @@ def _interpolate(entropies: np.ndarray, values: np.ndarray, target: np.ndarray) 
     return result
 
 
-class _Texts:
-    """The figures of each text, to be resampled."""
-
-    def __init__(self, result: Mapping[str, Any]):
-        self.counts = np.array(result["token_counts"], dtype=float)
-        logs = [0.0 if perplexity is None else math.log(perplexity) for perplexity in result["perplexities"]]
-        self.losses = np.array(logs) * self.counts
-        self.entropies = np.array([math.nan if value is None else value for value in result["entropies"]])
-
-    def means(self, uniforms: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The entropy and the logarithm of the perplexity, of each resample, `(num_resamples,)`, or of the texts as they are."""
-        number = len(self.counts)
-        indices = np.arange(number)[None] if uniforms is None else (uniforms[:, :number] * number).astype(int)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            log_ppl = self.losses[indices].sum(axis=1) / self.counts[indices].sum(axis=1)
-        entropies = self.entropies[indices]
-        known = ~np.isnan(entropies)
-        total = np.where(known, entropies, 0).sum(axis=1)
-        return np.where(known.any(axis=1), total / np.maximum(1, known.sum(axis=1)), np.nan), log_ppl
+def _means(result: Mapping[str, Any], indices: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns entropy and log-perplexity in each resample, of shape `(num_resamples,)`, or in one with every text once."""
+    indices = np.arange(len(result["token_counts"]))[None] if indices is None else indices
+    return resampled_ratios(*total_entropies(result), indices), resampled_ratios(*total_losses(result), indices)
 
 
 def perplexity_at_entropy(
@@ -90,21 +77,22 @@ def perplexity_at_entropy(
         raise ValueError(f"`num_resamples` must be at least 1, got {num_resamples}.")
     order = np.argsort(temperatures)
     temperatures = np.array(temperatures, dtype=float)[order]
-    curve = [_Texts(results[index]) for index in order]
+    curve = [results[index] for index in order]
+    sizes = [len(result["token_counts"]) for result in curve]
     rng = np.random.default_rng(0)
-    largest = max(len(texts.counts) for texts in curve)
-    uniforms = rng.random((num_resamples, largest))
+    uniforms = rng.random((num_resamples, max(sizes)))  # shared: texts with the same number have the same noise
+    indices = [(uniforms[:, :size] * size).astype(int) for size in sizes]
     if isinstance(reference, Mapping):
-        texts = _Texts(reference)
-        target = texts.means()[0]
-        targets = texts.means(rng.random((num_resamples, len(texts.counts))))[0]
+        size = len(reference["token_counts"])
+        target, _ = _means(reference)
+        targets, _ = _means(reference, (rng.random((num_resamples, size)) * size).astype(int))
     else:
         target, targets = np.array([float(reference)]), np.full(num_resamples, float(reference))
 
-    entropies, log_ppl = (np.stack(values, axis=1) for values in zip(*(texts.means() for texts in curve)))
+    entropies, log_ppl = (np.stack(values, axis=1) for values in zip(*map(_means, curve)))
     (value,) = _interpolate(entropies, log_ppl, target)
     (temperature,) = _interpolate(entropies, temperatures[None], target)
-    draws = (np.stack(values, axis=1) for values in zip(*(texts.means(uniforms) for texts in curve)))
+    draws = (np.stack(values, axis=1) for values in zip(*map(_means, curve, indices)))
     resampled = _interpolate(*draws, targets)
     reached = float(np.isfinite(resampled).mean())
     found = math.isfinite(value)

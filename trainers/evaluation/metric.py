@@ -3,12 +3,15 @@
 """Generative perplexity, and how far to trust it."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from modeling_flm import hub
+
+from .bootstrap import bootstrap_ratio
 
 
 def load_gen_ppl():
@@ -21,16 +24,28 @@ def load_gen_ppl():
 
 
 def confidence_intervals(result: dict[str, Any], num_resamples: int) -> dict[str, list[float]]:
-    """95 % intervals of the generative perplexity and the entropy, by resampling the texts."""
+    """
+    Returns 95 % intervals of the generative perplexity and the entropy, by resampling the texts.
+
+    Args:
+        result (`dict[str, Any]`): Result of the metric, with `perplexities`, `token_counts` and `entropies`.
+        num_resamples (`int`): Number of bootstrap resamples.
+
+    Returns:
+        `dict[str, list[float]]`: `gen_ppl_interval` and `entropy_interval`.
+    """
+    _, gen_ppl = bootstrap_ratio(*total_losses(result), num_resamples, np.exp)
+    _, entropy = bootstrap_ratio(*total_entropies(result), num_resamples)
+    return {"gen_ppl_interval": gen_ppl, "entropy_interval": entropy}
+
+
+def total_losses(result: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the negative log-likelihood of each text and its number of tokens: their ratio is the log-perplexity."""
     counts = np.array(result["token_counts"], dtype=float)
-    totals = np.array([0 if ppl is None else math.log(ppl) for ppl in result["perplexities"]]) * counts
-    entropies = np.array([0 if value is None else value for value in result["entropies"]], dtype=float)
-    known = np.array([value is not None for value in result["entropies"]])
-    rng = np.random.default_rng(0)
-    resampled = rng.integers(len(counts), size=(num_resamples, len(counts)))
-    with np.errstate(invalid="ignore"):
-        draws = {
-            "gen_ppl": np.exp(totals[resampled].sum(axis=1) / counts[resampled].sum(axis=1)),
-            "entropy": entropies[resampled].sum(axis=1) / known[resampled].sum(axis=1),
-        }
-    return {f"{name}_interval": np.nanquantile(values, [0.025, 0.975]).tolist() for name, values in draws.items()}
+    return np.array([0 if ppl is None else math.log(ppl) for ppl in result["perplexities"]]) * counts, counts
+
+
+def total_entropies(result: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the entropy of each text, and 1; or 0 and 0 for an empty text."""
+    has_tokens = np.array([value is not None for value in result["entropies"]], dtype=float)
+    return np.array([0 if value is None else value for value in result["entropies"]], dtype=float), has_tokens

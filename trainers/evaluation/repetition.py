@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 from tqdm.auto import tqdm
 
+from .bootstrap import bootstrap_ratio
+
 
 _WORD = r"[^\W_]+(?:['’][^\W_]+)*"
 _WORDS = re.compile(_WORD)
@@ -31,28 +33,6 @@ def split_words(text: str, with_punctuation: bool = False) -> list[str]:
 
 def _ngrams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
     return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
-
-
-def ratio_with_interval(counts: np.ndarray, num_resamples: int = 1000) -> tuple[float, list[float]]:
-    """
-    A share or a mean over all texts, and its 95 % interval by resampling the texts.
-
-    Args:
-        counts (`np.ndarray` of shape `(num_texts, 2)`): A numerator and a denominator for each text.
-        num_resamples (`int`, *optional*, defaults to 1000): How often to resample.
-
-    Returns:
-        `tuple[float, list[float]]`: the sum of the numerators over that of the denominators, and both ends of the interval.
-        NaN where there is nothing to count.
-    """
-    rng = np.random.default_rng(0)
-    indices = rng.integers(len(counts), size=(num_resamples, len(counts)))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        numerator, denominator = counts.sum(axis=0)
-        numerators, denominators = (counts[:, column][indices].sum(axis=1) for column in (0, 1))
-        ratios = numerators[denominators > 0] / denominators[denominators > 0]
-        ratio = float(numerator / denominator)
-    return ratio, np.quantile(ratios, [0.025, 0.975]).tolist() if len(ratios) > 0 else [math.nan, math.nan]
 
 
 def self_bleu(texts: Sequence[str], max_size: int = 4) -> np.ndarray:
@@ -211,5 +191,5 @@ def repetition_figures(
     for row in counts:
         figures.append({})
         for name, values in row.items():
-            figures[-1][name], figures[-1][f"{name}_interval"] = ratio_with_interval(values, num_resamples)
+            figures[-1][name], figures[-1][f"{name}_interval"] = bootstrap_ratio(*values.T, num_resamples)
     return figures

@@ -41,7 +41,6 @@ from modeling_flm.trainers.evaluation import (
     EvaluationArguments,
     Setting,
     check_arguments,
-    confidence_intervals,
     decode,
     describe_evaluation,
     describe_sampling,
@@ -51,22 +50,6 @@ from modeling_flm.trainers.evaluation import (
     perplexity_at_entropy,
     self_bleu,
 )
-
-
-def test_intervals_cover():
-    """Of the mean of normal variables, about as often as they say, and with the width that theory gives."""
-    rng = np.random.default_rng(1)
-    hits, widths = 0, []
-    for _ in range(200):
-        logs = rng.normal(2.0, 0.3, size=60)
-        figures = {"token_counts": [10] * 60, "perplexities": np.exp(logs).tolist(), "entropies": (logs + 1).tolist()}
-        intervals = confidence_intervals(figures, 300)
-        low, high = intervals["gen_ppl_interval"]
-        hits += low < math.exp(2.0) < high
-        widths.append(math.log(high / low))
-        assert intervals["entropy_interval"][0] == pytest.approx(math.log(low) + 1, abs=1e-3)
-    assert 175 <= hits <= 199
-    assert np.mean(widths) == pytest.approx(2 * 1.96 * 0.3 / 60**0.5, rel=0.1)
 
 
 @pytest.fixture(scope="module")
