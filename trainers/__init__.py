@@ -4,6 +4,7 @@
 
 from modeling_flm.tokenization_flm import add_special_tokens, train_tokenizer
 
+from .averaging import EMACallback
 from .callbacks import GenPPLCallback, SampleCallback
 from .data import (
     PREPROCESSING,
@@ -14,7 +15,6 @@ from .data import (
     pack_dataset,
     pack_tokens,
 )
-from .ema import EMACallback
 from .evaluation import generate_samples, load_gen_ppl
 from .flm_config import FLMTrainingArguments
 from .flm_trainer import FLMTrainer

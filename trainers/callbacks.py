@@ -13,8 +13,8 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, TrainerCallback
 
+from .averaging import EMACallback
 from .distributed import is_sharded, through_forward
-from .ema import EMACallback
 from .evaluation import generate_samples, load_gen_ppl
 
 

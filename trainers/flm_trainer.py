@@ -7,37 +7,26 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import HfApi
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import HubStrategy, has_length
-from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
+from transformers.utils import PushInProgress, logging
 
 from modeling_flm import FLMModel, FLMOutput, FMLMModel
 from modeling_flm.flow import times_with_known
-from modeling_flm.hub.publish import PublishError, assemble, publish
+from modeling_flm.hub.publish import assemble, publish
 from modeling_flm.hub.records import TRAINING_NAME
 from modeling_flm.joint_noise import JointNoise, noise_size
 from modeling_flm.posterior_flm import Posterior
 
-from .adapters import has_added_adapters, load_added_adapters, network_of
+from .adapters import network_of
+from .averaging import AveragedTrainer, EMACallback
 from .batches import (
     FlowBatch,
     draw_known_masks,
@@ -47,46 +36,21 @@ from .batches import (
     stratified_uniforms,
 )
 from .callbacks import GenPPLCallback, SampleCallback
-from .data import DataCollatorForFLM, check_dataset, check_length, describe_dataset
+from .data import DataCollatorForFLM, begins_with_bos_token, check_dataset, check_length
 from .distributed import (
     check_support,
     is_sharded,
-    load_whole_state_dict,
     region_options,
     restore_class_name,
     through_forward,
-    trained_state_dict,
     without_mixed_precision,
 )
-from .ema import EMACallback
 from .flm_config import FLMTrainingArguments
 from .metrics import TokenMeans
+from .pushing import push_checkpoint, repo_id, training_record
 
 
 logger = logging.get_logger(__name__)
-
-# What a model card tells of transformers' own arguments, beside the length of the training and those of ours
-_RECORDED_ARGUMENTS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_grad_norm",
-    "optim",
-    "weight_decay",
-    "seed",
-    "bf16",
-    "fp16",
-)
-_RECORDED_OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-
-# In a checkpoint, `model.safetensors` or the adapter has the averaged weights, for everybody who loads it, and this file those
-# that the optimizer continues from.
-TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
-
-# How many of the first training texts are asked whether they begin with the BOS token.
-_NUM_BEGINNINGS = 32
 
 # What a dataset has of an example.
 _COLUMNS = ("input_ids", "attention_mask", "labels")
@@ -100,7 +64,7 @@ def _per_token(values: torch.Tensor) -> torch.Tensor:
     return values[:, None] if values.dim() == 1 else values
 
 
-class FLMTrainer(Trainer):
+class FLMTrainer(AveragedTrainer):
     r"""
     Trains a flow-based language model by flow matching: tokens are noised along the interpolant at a random time, and the
     cross-entropy of the denoiser to the clean tokens is minimized (paper, denoiser objective).
@@ -197,17 +161,16 @@ class FLMTrainer(Trainer):
             self._check_model(model)
         # Before those of the user, which see the new average of the weights, and the figures of samples in an evaluation.
         own_callbacks: list[TrainerCallback] = []
-        self.ema = None if args.ema_decay is None else EMACallback(args.ema_decay)
-        if self.ema is not None:
-            own_callbacks.append(self.ema)
+        ema = None if args.ema_decay is None else EMACallback(args.ema_decay)
+        if ema is not None:
             logger.warning_once(
                 f"Evaluation, samples, and saved and pushed models use the moving average of the weights "
                 f"(ema_decay={args.ema_decay}). Checkpoints keep the weights of the training beside it."
             )
         if args.sample_steps > 0:
-            own_callbacks.append(SampleCallback(processing_class, self.ema))
+            own_callbacks.append(SampleCallback(processing_class, ema))
         if args.eval_gen_ppl_steps > 0:
-            own_callbacks.append(GenPPLCallback(processing_class, self.log, self.ema))
+            own_callbacks.append(GenPPLCallback(processing_class, self.log, ema))
 
         super().__init__(
             model=model,
@@ -217,6 +180,7 @@ class FLMTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=[*own_callbacks, *(callbacks or [])],
+            ema=ema,
             **kwargs,
         )
         if getattr(data_collator, "mlm", False):
@@ -278,11 +242,9 @@ class FLMTrainer(Trainer):
                 check_dataset(f"eval_dataset[{name!r}]" if is_several else "eval_dataset", dataset, self.model.config)
 
     def call_model_init(self, trial=None):
-        """As [`~transformers.Trainer.call_model_init`]; the average of the weights begins anew with the model."""
+        """As [`~transformers.Trainer.call_model_init`]; the model is checked, and compiled if `args` say so."""
         model = super().call_model_init(trial)
         self._check_model(model)
-        if self.ema is not None:
-            self.ema.averaged = None
         self._compile_regions(network_of(model))
         return model
 
@@ -296,56 +258,22 @@ class FLMTrainer(Trainer):
             network.compile_regions(**self._compile_options)
 
     def _prepare_for_training(self, *args, **kwargs):
+        self._decide_bos_token()  # `Trainer.train` has just made the special tokens of the tokenizer those of the model
         with without_mixed_precision(self.accelerator):
             return super()._prepare_for_training(*args, **kwargs)
-
-    # The token that begins prompts
-
-    def _inner_training_loop(self, batch_size=None, *args, **kwargs):
-        self._decide_bos_token()  # `Trainer` has just made the special tokens of the tokenizer those of the model
-        return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def _decide_bos_token(self):
         """Prompts begin with the BOS token if texts do. The first process looks at some, and all do what it says."""
         config = self.network.generation_config
         if config.bos_token_id is None:
             return
-        is_kept = self._texts_begin_with(config.bos_token_id) if self.is_world_process_zero() else None
+        is_kept = None
+        if self.is_world_process_zero():
+            collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+            is_kept = begins_with_bos_token(self.train_dataset, collate, config.bos_token_id)
         (is_kept,) = broadcast_object_list([is_kept])
         if not is_kept:
             config.bos_token_id = None
-
-    def _texts_begin_with(self, bos_token_id: int) -> bool:
-        """Whether any of the first training texts begins with the BOS token, or it is not known. The logs have the answer."""
-        examples = self._first_training_examples()
-        if not examples:
-            logger.warning(
-                f"Whether training texts begin with the BOS token ({bos_token_id}) is not known, as they cannot be looked at "
-                "before the training: `generation_config.bos_token_id` stays, and the pipeline begins prompts with it."
-            )
-            return True
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        count = int((collate(examples)["input_ids"][:, 0] == bos_token_id).sum())
-        if count == 0:
-            logger.warning(
-                f"None of the first {len(examples)} training texts begins with the BOS token ({bos_token_id}): "
-                "`generation_config.bos_token_id` is set to `None`, and the pipeline does not begin prompts with it."
-            )
-        else:
-            logger.info(
-                f"{count} of the first {len(examples)} training texts begin with the BOS token ({bos_token_id}): "
-                "`generation_config.bos_token_id` stays, and the pipeline begins prompts with it."
-            )
-        return count > 0
-
-    def _first_training_examples(self) -> list[dict[str, Any]] | None:
-        """The first examples of the training dataset, or `None` where looking at them could take them from the training."""
-        dataset = self.train_dataset
-        if isinstance(dataset, datasets.IterableDataset):
-            return list(dataset.take(_NUM_BEGINNINGS))  # the training starts a reading of its own
-        if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
-            return None  # which can perhaps be read only once
-        return [dataset[index] for index in range(min(_NUM_BEGINNINGS, len(dataset)))]
 
     # The examples
 
@@ -581,26 +509,6 @@ class FLMTrainer(Trainer):
         counts = batch.mask.any(dim=1)
         self._means.add("nll", -output.log_likelihood * counts, output.num_tokens * counts)
 
-    # The moving average of the weights
-
-    def _averaged_weights(self) -> AbstractContextManager:
-        return nullcontext() if self.ema is None else self.ema.applied(self.model)
-
-    def evaluate(self, *args, **kwargs):
-        """As [`~transformers.Trainer.evaluate`], with the averaged weights."""
-        with self._averaged_weights():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args, **kwargs):
-        """As [`~transformers.Trainer.predict`], with the averaged weights."""
-        with self._averaged_weights():
-            return super().predict(*args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """As [`~transformers.Trainer.save_model`], with the averaged weights."""
-        with self._averaged_weights():
-            super().save_model(output_dir, _internal_call)
-
     def _save(self, output_dir: str | None = None, state_dict=None):
         restore_class_name(self.model)
         super()._save(output_dir, state_dict)
@@ -610,61 +518,7 @@ class FLMTrainer(Trainer):
 
     def _training_record(self) -> dict[str, Any]:
         """What a model card tells of the training."""
-        inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-        own = {
-            field.name: getattr(self.args, field.name)
-            for field in dataclasses.fields(self.args)
-            if field.name not in inherited and not field.name.startswith(("sample_", "eval_gen_ppl_"))
-        }
-        length = "max_steps" if self.args.max_steps > 0 else "num_train_epochs"
-        names = (length, *_RECORDED_ARGUMENTS, *(_RECORDED_OF_ADAM if "adam" in self.args.optim else ()))
-        arguments = {name: getattr(self.args, name) for name in names}
-        arguments = {name: getattr(value, "value", value) for name, value in arguments.items()}  # of enumerations
-        record = {"trainer": type(self).__name__, "step": self.state.global_step, "num_devices": self.args.world_size}
-        return {**record, "data": describe_dataset(self.train_dataset), "arguments": {**arguments, **own}}
-
-    def _save_optimizer_and_scheduler(self, output_dir: str):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.ema is None:
-            return
-        state_dict = trained_state_dict(self.model)  # on all processes, for those that shard it
-        if self.args.should_save:
-            state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
-            metadata = {"format": "pt", "ema_updates": str(self.ema.num_updates)}
-            save_file(state_dict, Path(output_dir) / TRAINING_WEIGHTS_NAME, metadata=metadata)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
-        if has_added_adapters(self.model):
-            load_added_adapters(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / TRAINING_WEIGHTS_NAME
-        if not path.is_file():
-            if self.ema is not None:
-                logger.warning(f"{resume_from_checkpoint} has no {path.name}: the average starts from its weights.")
-            return
-        if self.ema is not None:
-            with safe_open(path, framework="pt") as file:
-                num_updates = int(file.metadata()["ema_updates"])
-            self._start_average(resume_from_checkpoint, num_updates)
-        load_whole_state_dict(self.model, load_file(path))
-
-    def _load_best_model(self):
-        checkpoint = self.state.best_model_checkpoint
-        # `Trainer` only warns where the checkpoint is gone; then the average is still the best there is.
-        exists = Path(checkpoint).is_dir()
-        if has_added_adapters(self.model) and exists:
-            load_added_adapters(self.model, checkpoint)
-        else:
-            super()._load_best_model()
-        if self.ema is not None and exists:
-            self._start_average(checkpoint, self.ema.num_updates)
-
-    def _start_average(self, checkpoint: str, num_updates: int):
-        """Goes on with the average of a checkpoint that `Trainer` has loaded."""
-        if self.is_fsdp_enabled:  # where accelerate has loaded the weights of the training instead
-            load_whole_state_dict(self.model, load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
-        self.ema.start(self.model, num_updates)
+        return training_record(type(self).__name__, self.args, self.state.global_step, self.train_dataset)
 
     def create_model_card(self, model_name: str | None = None, **kwargs):
         """
@@ -677,11 +531,8 @@ class FLMTrainer(Trainer):
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
             with tempfile.TemporaryDirectory() as folder:
-                assemble(self.args.output_dir, Path(folder, "repository"), model_name or self._repo_id(), **kwargs)
+                assemble(self.args.output_dir, Path(folder, "repository"), model_name or repo_id(self.args), **kwargs)
                 shutil.copy(Path(folder, "repository", "README.md"), self.args.output_dir)
-
-    def _repo_id(self) -> str:
-        return self.args.hub_model_id or Path(self.args.output_dir).resolve().name
 
     def push_to_hub(
         self,
@@ -714,7 +565,7 @@ class FLMTrainer(Trainer):
         self._finish_current_push()
         return publish(
             self.args.output_dir,
-            self._repo_id(),
+            repo_id(self.args),
             private=self.args.hub_private_repo if private is None else private,
             revision=self.args.hub_revision if revision is None else revision,
             token=token or self.args.hub_token,
@@ -724,37 +575,14 @@ class FLMTrainer(Trainer):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
-        # Not `Trainer`'s, which uploads whatever lies in the output directory, without code and with the token.
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if is_pushing and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        settings = {
-            "revision": self.args.hub_revision,
-            "token": self.args.hub_token,
-            "commit_message": f"Training in progress, step {self.state.global_step}",
-        }
-        private = self.args.hub_private_repo
-        try:
-            jobs = [publish(checkpoint_folder, self._repo_id(), private, blocking=False, check=False, **settings)]
-        except PublishError as error:
-            logger.warning(f"The checkpoint of step {self.state.global_step} is not pushed. {error}")
-            return  # a training does not end because the Hub is away
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            name = "last-checkpoint" if is_last else Path(checkpoint_folder).name
-            upload = HfApi().upload_folder(
-                repo_id=self.hub_model_id,
-                folder_path=checkpoint_folder,
-                path_in_repo=name,
-                ignore_patterns=["training_args.bin"],
-                run_as_future=True,
-                **settings,
-            )
-            jobs.append(upload)
-        if is_pushing:
+        jobs = push_checkpoint(checkpoint_folder, self.args, self.hub_model_id, self.state.global_step)
+        if jobs and is_pushing:
             self.push_in_progress.jobs.extend(jobs)
-        else:
+        elif jobs:
             self.push_in_progress = PushInProgress(jobs)

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
-from modeling_flm.trainers.ema import EMACallback
+from modeling_flm.trainers.averaging import EMACallback
 
 
 class AveragedTrainer(Trainer):

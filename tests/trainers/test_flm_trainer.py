@@ -185,7 +185,7 @@ class TestBosToken:
     @pytest.mark.parametrize("streaming", [False, True])
     @pytest.mark.parametrize("with_bos", [False, True])
     def test_bos_token_begins_prompts_as_it_begins_texts(self, with_bos, streaming, tmp_path, caplog):
-        caplog.set_level("INFO", "modeling_flm.trainers.flm_trainer")
+        caplog.set_level("INFO", "modeling_flm.trainers.data.checking")
         trainer = build(tmp_path, **self.options)
         bos = trainer.processing_class.bos_token_id
         rows = trainer.train_dataset.to_dict()["input_ids"]

@@ -2,16 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What trainers cannot learn from, said before the training, and what a dataset is, for the record of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from .collator import check_tokens
 
+
+logger = logging.get_logger(__name__)
 
 # How many of the first examples are looked at.
 _NUM_EXAMPLES = 32
@@ -75,6 +78,45 @@ def check_length(name: str, length: int, config: PreTrainedConfig):
             f"{name} have {length} tokens, but the model was made for at most {longest}: pack them with "
             f"`block_size={longest}`, or build the model with `max_position_embeddings={length}`."
         )
+
+
+def begins_with_bos_token(dataset: Any, collate: Callable[[list[Any]], dict[str, Any]], bos_token_id: int) -> bool:
+    """
+    Whether any of the first training texts begins with the BOS token, or it is not known. The logs have the answer.
+
+    Args:
+        dataset ([`~datasets.Dataset`], or any other dataset): The training examples.
+        collate (`Callable`): Makes a batch with `input_ids` of examples.
+        bos_token_id (`int`): The token.
+    """
+    examples = _first_examples(dataset)
+    if not examples:
+        logger.warning(
+            f"Whether training texts begin with the BOS token ({bos_token_id}) is not known, as they cannot be looked at "
+            "before the training: `generation_config.bos_token_id` stays, and the pipeline begins prompts with it."
+        )
+        return True
+    count = int((collate(examples)["input_ids"][:, 0] == bos_token_id).sum())
+    if count == 0:
+        logger.warning(
+            f"None of the first {len(examples)} training texts begins with the BOS token ({bos_token_id}): "
+            "`generation_config.bos_token_id` is set to `None`, and the pipeline does not begin prompts with it."
+        )
+    else:
+        logger.info(
+            f"{count} of the first {len(examples)} training texts begin with the BOS token ({bos_token_id}): "
+            "`generation_config.bos_token_id` stays, and the pipeline begins prompts with it."
+        )
+    return count > 0
+
+
+def _first_examples(dataset: Any) -> list[Any] | None:
+    """The first examples of a dataset, or `None` where looking at them could take them from the training."""
+    if isinstance(dataset, IterableDataset):
+        return list(dataset.take(_NUM_EXAMPLES))  # the training starts a reading of its own
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
+        return None  # which can perhaps be read only once
+    return [dataset[index] for index in range(min(_NUM_EXAMPLES, len(dataset)))]
 
 
 def describe_dataset(dataset: Any) -> dict[str, Any]:
