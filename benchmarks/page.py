@@ -24,7 +24,7 @@ from playwright.sync_api import Page, sync_playwright
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import browser_demo  # noqa: E402
 
-from modeling_flm.hub.spaces import make_server  # noqa: E402
+from modeling_flm.hub.page_server import make_server  # noqa: E402
 
 
 # Notes when something was written, and when all that follows it was.

@@ -19,7 +19,8 @@ from pathlib import Path
 from demo import MODEL
 
 from modeling_flm.hub.export import ExportError, export_onnx
-from modeling_flm.hub.spaces import assemble_space, make_server
+from modeling_flm.hub.page_server import make_server
+from modeling_flm.hub.spaces import assemble_space
 
 
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")

@@ -11,8 +11,16 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_update
 from transformers import PreTrainedModel
 
-from .export import ONNX_FILES, ONNX_FOLDER
-from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, clean_sampling, is_hub_name, public_name
+from .records import (
+    DATA_SETTINGS_NAME,
+    EVALUATION_NAME,
+    ONNX_FILES,
+    ONNX_FOLDER,
+    TRAINING_NAME,
+    clean_sampling,
+    is_hub_name,
+    public_name,
+)
 
 
 TEMPLATES = Path(__file__).parent / "templates"

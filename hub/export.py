@@ -29,16 +29,13 @@ from modeling_flm.joint_noise import JointNoise
 from modeling_flm.modeling_flm import FLMPreTrainedModel
 from modeling_flm.time_reparameterization import TimeMap
 
+from .records import ONNX_FILES, ONNX_FOLDER
+
 
 if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-
-ONNX_FOLDER = "onnx"
-
-# Files by their precision, with the names that transformers.js knows.
-ONNX_FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_int8.onnx"}
 
 # What share of the tokens of one step must be PyTorch's: two tokens may be equally likely up to rounding.
 MIN_AGREEMENT = {"float32": 0.999, "float16": 0.98, "int8": 0.98}

@@ -37,8 +37,15 @@ import modeling_flm
 from modeling_flm.modeling_flm import FLMPreTrainedModel
 
 from .card import MARKER, TEMPLATES, build_card, missing_metadata
-from .export import ONNX_FILES, ONNX_FOLDER, ExportError, export_onnx
-from .records import DATA_SETTINGS_NAME, EVALUATION_NAME, TRAINING_NAME, is_hub_name, read_records
+from .records import (
+    DATA_SETTINGS_NAME,
+    EVALUATION_NAME,
+    ONNX_FILES,
+    ONNX_FOLDER,
+    TRAINING_NAME,
+    is_hub_name,
+    read_records,
+)
 from .spaces import assemble_space
 
 
@@ -157,6 +164,8 @@ def assemble(
         for name, record in records.items():
             (unfinished / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if onnx:
+            from .export import ExportError, export_onnx  # here, so that a trainer can be imported without it
+
             try:
                 export_onnx(model, unfinished, onnx)
             except ExportError as error:

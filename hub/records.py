@@ -16,6 +16,11 @@ TRAINING_NAME = "training.json"  # written by the trainers
 EVALUATION_NAME = "evaluation.json"  # scorer, num_samples, results: [{num_steps, gen_ppl, entropy}, ...]
 DATA_SETTINGS_NAME = "data_settings.json"  # written by the training scripts
 
+ONNX_FOLDER = "onnx"
+
+# Exported files by their precision, with the names that transformers.js expects
+ONNX_FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_int8.onnx"}
+
 
 def is_hub_name(name: Any) -> bool:
     """Whether `name` can be that of a repository, and is not of something on this machine."""

@@ -18,8 +18,10 @@ from small_models import build_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from modeling_flm.hub.export import ONNX_FILES, FlowStep
-from modeling_flm.hub.spaces import PAGE, assemble_space, make_server
+from modeling_flm.hub.export import FlowStep
+from modeling_flm.hub.page_server import make_server
+from modeling_flm.hub.records import ONNX_FILES
+from modeling_flm.hub.spaces import PAGE, assemble_space
 from modeling_flm.pipeline_flm import encode_prompts
 from modeling_flm.trainers import train_tokenizer
 

@@ -110,6 +110,15 @@ def run_elsewhere(script: str, folder: Path, server: LoopbackHub | None = None, 
     return process.stdout
 
 
+@pytest.mark.slow
+def test_trainers_import_no_server_and_no_export():
+    script = "import sys, modeling_flm.trainers; print(*sys.modules)"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    imported = set(process.stdout.split())
+    assert "modeling_flm.hub.publish" in imported
+    assert not {"http.server", "onnx", "onnxruntime", "gradio", "modeling_flm.hub.export"} & imported
+
+
 class TestAssemble:
     def test_files(self, assembled, trained):
         assert {path.name for path in assembled.iterdir()} == PUBLISHED
@@ -432,7 +441,9 @@ class TestPublish:
 
     def test_command_with_a_space(self, trained, tmp_path, server, quick, monkeypatch, capsys):
         exported = []
-        monkeypatch.setattr(hub.publish, "export_onnx", lambda model, output, precisions: exported.append(precisions))
+        monkeypatch.setattr(
+            "modeling_flm.hub.export.export_onnx", lambda model, output, precisions: exported.append(precisions)
+        )
         hub.publish.main([str(trained), "--repo_id", "tiny", "--token", TOKEN, "--space"])
         assert exported == [["float32", "float16", "int8"]]
         first, second = capsys.readouterr().out.split()[-2:]
