@@ -98,7 +98,7 @@ def test_real_words():
     assert counts.tolist() == [[2, 3], [1, 1], [0, 0], [0, 0]]
 
 
-def test_repetition_figures(self):
+def test_repetition_figures():
     training = ["a b c d", "e f g h"]
     first, second = repetition_figures([["a b c d"] * 9, ["a b c x"] * 9], training, {"a", "b"}, sizes=(2,))
     assert (first["copied_2"], second["copied_2"]) == (1, pytest.approx(2 / 3))
