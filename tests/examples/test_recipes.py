@@ -193,8 +193,7 @@ def test_values_of_a_file_are_checked_as_those_of_flags(run, tmp_path, monkeypat
 
 
 EVALUATIONS = sorted(RECIPES.glob("evaluation_*.yaml"))
-STUDIES = sorted(RECIPES.glob("study_*.yaml"))
-TRAININGS = sorted(path for path in RECIPES.glob("*_*.yaml") if path not in (*EVALUATIONS, *STUDIES))
+TRAININGS = sorted(path for path in RECIPES.glob("*_*.yaml") if path not in EVALUATIONS)
 
 
 def test_global_batches_are_as_published():

@@ -37,7 +37,7 @@ def starts_with(name: str, *packages: str) -> bool:
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_go_one_way(room):
     later = list(ROOMS.values())[list(ROOMS).index(room) + 1 :]
-    scripts = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    scripts = {path.stem for path in (ROOT / "examples").rglob("*.py")}
     for path in (ROOT / room).rglob("*.py"):
         depth = len(path.relative_to(ROOT / room).parts)
         for level, name in imported(path):

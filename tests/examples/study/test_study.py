@@ -107,13 +107,13 @@ def test_unknown_models_and_stages(tmp_path):
         study.main(["data", "--output_dir", str(tmp_path), "--train_file", "nowhere.txt"])
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("study_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes(recipe, monkeypatch):
     monkeypatch.setitem(study.STAGES, "train", lambda data, args: seen.append(args))
     monkeypatch.setattr(study.Data, "load", lambda args: None)
     seen = []
     study.main(["train", str(recipe)])
-    assert Path(seen[0].output_dir) == Path("outputs", recipe.stem)
+    assert Path(seen[0].output_dir) == Path("outputs", f"study_{recipe.stem}")
     assert seen[0].hidden_size % seen[0].num_attention_heads == 0
 
 

@@ -3,8 +3,8 @@
 r"""
 The definitions of WordNet, a dictionary of English, as texts: "word: definition", one a line.
 
-    python examples/wordnet.py definitions.txt
-    python examples/wordnet.py words.txt --headwords
+    python examples/study/wordnet.py definitions.txt
+    python examples/study/wordnet.py words.txt --headwords
 
 It reads the database of Debian's `wordnet-base` or Homebrew's `wordnet`, which has to be there: `apt install wordnet-base` or `brew
 install wordnet`. Its licence allows any use.

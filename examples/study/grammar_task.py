@@ -4,7 +4,7 @@
 A task for the lm-evaluation-harness, of the grammar's stories: how does a story go on? Of four ends, the three wrong ones break one
 dependency each: the pronoun, the second verb, the color or the thing that was found, who thanks, or who is thanked.
 
-    python examples/grammar_task.py outputs/grammar_task
+    python examples/study/grammar_task.py outputs/grammar_task
     python -m modeling_flm.trainers.evaluation.harness --model flm --model_args pretrained=outputs/quickstart/fmlm \
         --tasks grammar --include_path outputs/grammar_task
 """
@@ -12,9 +12,12 @@ dependency each: the pronoun, the second verb, the color or the thing that was f
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
-import grammar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import grammar  # noqa: E402
 
 
 # What is said twice, with all that can stand there: where the second one is wrong, the story is.

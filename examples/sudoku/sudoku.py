@@ -4,8 +4,8 @@
 Sudoku by a flow map that writes in any order (FMLM+), beside a masked diffusion model of the same size, steps and data: how
 many puzzles each solves in how many forward passes.
 
-    python examples/sudoku.py                                    # 4 x 4, under an hour on two cores
-    python examples/sudoku.py --size 9 --hidden_size 512 --num_hidden_layers 8 --num_attention_heads 8 \
+    python examples/sudoku/sudoku.py                             # 4 x 4, under an hour on two cores
+    python examples/sudoku/sudoku.py --size 9 --hidden_size 512 --num_hidden_layers 8 --num_attention_heads 8 \
         --num_puzzles 50000 --max_steps 50000 --start_steps 12000 --batch_size 256 --bf16   # 9 x 9, on a GPU; not tried yet
 
 The flow map starts from a masked model that was trained for some of the steps, and takes the others itself. Its steps take longer, by
@@ -30,7 +30,6 @@ import matplotlib
 import sudoku_puzzles as sudoku
 import torch
 from datasets import Dataset
-from peers.masked_diffusion import MaskedDiffusionTrainer, new_masked_model, unmask
 from transformers import AutoModel, TrainingArguments, set_seed
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel
@@ -40,6 +39,10 @@ from modeling_flm.trainers import FMLMTrainer, FMLMTrainingArguments
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen
 import matplotlib.pyplot as plt  # noqa: E402
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "study"))
+from peers.masked_diffusion import MaskedDiffusionTrainer, new_masked_model, unmask  # noqa: E402
 
 
 FORWARD_PASSES = (1, 2, 4, 8, 16)

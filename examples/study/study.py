@@ -4,12 +4,12 @@
 GPT-2, masked diffusion (MDLM), uniform-state diffusion (Duo), FLM and FMLM beside each other, on a text of one's own or on the
 definitions of a dictionary: equal widths, parameters, texts, optimizer steps, and searches for the learning rate.
 
-    python examples/study.py data examples/recipes/study_definitions.yaml    # texts and tokenizer
-    python examples/study.py search examples/recipes/study_definitions.yaml  # a learning rate for each kind of model
-    python examples/study.py train examples/recipes/study_definitions.yaml   # all models, and one that scores; --only for some
-    python examples/study.py sample examples/recipes/study_definitions.yaml  # texts at all numbers of steps, and likelihoods
-    python examples/study.py report examples/recipes/study_definitions.yaml  # scores, tables and pictures
-    python examples/study.py keep examples/recipes/study_words.yaml          # the flow map, small enough for a repository
+    python examples/study/study.py data examples/study/recipes/definitions.yaml    # texts and tokenizer
+    python examples/study/study.py search examples/study/recipes/definitions.yaml  # a learning rate for each kind of model
+    python examples/study/study.py train examples/study/recipes/definitions.yaml   # all models, and one that scores; --only for some
+    python examples/study/study.py sample examples/study/recipes/definitions.yaml  # texts at all numbers of steps, and likelihoods
+    python examples/study/study.py report examples/study/recipes/definitions.yaml  # scores, tables and pictures
+    python examples/study/study.py keep examples/study/recipes/words.yaml          # the flow map, small enough for a repository
 
 Every stage skips what is there and goes on with what was interrupted. A flag after the YAML file takes precedence over it.
 """

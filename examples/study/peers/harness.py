@@ -3,7 +3,7 @@
 """
 The peers in the lm-evaluation-harness, as `peer_gpt2` and `peer_mdlm`, beside flow-based models, `flm`:
 
-    python examples/peers/harness.py --model peer_mdlm --model_args pretrained=outputs/study_grammar/models/mdlm-0/after-1 \
+    python examples/study/peers/harness.py --model peer_mdlm --model_args pretrained=outputs/study_grammar/models/mdlm-0/after-1 \
         --tasks grammar --include_path outputs/grammar_task
 
 They are scored, by the exact likelihood of GPT-2 and the bound of the masked model, and do not write.
