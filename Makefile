@@ -1,46 +1,47 @@
-# Everything works on a bare clone: the first target that needs the virtual environment makes it.
+# Every target works on a bare clone: it first makes the virtual environment and installs what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
-# A process for each core, each with one thread, and with tests that lie together, which share what they train.
+# The file that marks an extra as installed. `dev` includes all extras that a target needs.
+installed = $(or $(wildcard $(VENV)/.installed-dev),$(VENV)/.installed-$(1))
+# One process per core, each with one thread. Neighboring tests share a process, and with it the models they train.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: install demo quickstart published test test-slow test-browser lint format clean
 
-install: $(INSTALLED)
+install: $(VENV)/.installed-dev  ## everything, to work on the library itself
 
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --constraint constraints.txt --editable ".[dev]"
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
-demo: $(INSTALLED)  ## a page on this machine on which the model in this repository writes; ARGS=--no_browser only serves it
+demo: $(call installed,onnx)  ## open a page on which the model in this repository generates; ARGS=--no_browser only serves it
 	$(BIN)/python examples/browser_demo.py $(ARGS)
 
-quickstart: $(INSTALLED)  ## train a small model and watch it write
-	$(BIN)/python examples/quickstart.py
+quickstart: $(call installed,quickstart)  ## train a small model, distill it and sample from both
+	$(BIN)/python examples/quickstart.py $(ARGS)
 
-published: $(INSTALLED)  ## the released models beside their published figures; ARGS=--quick for a first look
+published: $(call installed,evaluate)  ## evaluate the released models as published; ARGS=--quick for a first look
 	$(BIN)/python examples/published.py $(ARGS)
 
-test: $(INSTALLED)  ## the fast tests
+test: $(VENV)/.installed-dev  ## the fast tests
 	$(PYTEST)
 
-test-slow: $(INSTALLED)  ## the tests that take long
+test-slow: $(VENV)/.installed-dev  ## the slow tests
 	$(PYTEST) -m "slow and not gpu"
 
-test-browser: $(INSTALLED)  ## the tests of the page, in Chromium
+test-browser: $(VENV)/.installed-dev  ## the tests of the page, in Chromium
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v google-chrome >/dev/null || { echo "Chromium is missing: 'apt-get install chromium', or set CHROMIUM to an executable"; exit 1; }
 	@command -v npm >/dev/null || { echo "npm is missing: install Node.js"; exit 1; }
 	npm ci --prefix tests/browser --ignore-scripts --no-audit --no-fund
 	$(PYTEST) -m browser
 
-lint: $(INSTALLED)
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(INSTALLED)
+format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

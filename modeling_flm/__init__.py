@@ -1,6 +1,19 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402  (the filters below must precede the imports that warn)
 """Flow-based language models (FLM) for transformers."""
+
+import logging
+
+
+# transformers imports torchao, and peft imports bitsandbytes, where they are installed, and both warn on import about kernels
+# that this library does not use. Drop only these messages; import those packages first to see them.
+for _logger, _start in {
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "%s is an Enum subclass",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+}.items():
+    logging.getLogger(_logger).addFilter(lambda record, start=_start: not str(record.msg).startswith(start))
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 

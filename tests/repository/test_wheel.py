@@ -36,6 +36,17 @@ assert (TEMPLATES / "model_card.md").is_file()
 flm_trainers.load_gen_ppl()
 """
 
+# Shows the help of several commands in one process, where packages are imported once.
+HELP = """
+import runpy, sys
+for path in sys.argv[1:]:
+    sys.argv = [path, "-h"]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0, path
+"""
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
@@ -73,12 +84,14 @@ def project(tmp_path) -> Path:
     return tmp_path
 
 
-def run(command: list, folder: Path) -> str:
+def run(command: list, folder: Path, stderr: str | None = None) -> str:
+    """Runs a command without this checkout. Returns its output and checks what it printed as `stderr`, if passed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.run(
         [*map(str, command)], cwd=folder, env={**environment, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    assert stderr is None or process.stderr == stderr
     return process.stdout
 
 
@@ -105,11 +118,11 @@ def test_beside_a_project_with_the_same_folders(bin_folder, project, flm):
     assert run([*module, *arguments], project).splitlines() == texts
 
 
-@pytest.mark.parametrize(
-    "name", sorted(entry.name for entry in entry_points(group="console_scripts") if entry.name.startswith("flm-"))
-)
-def test_commands_say_what_they_do(name, bin_folder, project):
-    assert f"\n    {name} " in run([bin_folder / name, "-h"], project)
+def test_help_of_every_command_and_nothing_else(bin_folder, project):
+    names = [entry.name for entry in entry_points(group="console_scripts") if entry.name.startswith("flm-")]
+    output = run([bin_folder / "python", "-c", HELP, *(bin_folder / name for name in names)], project, stderr="")
+    for name in names:
+        assert f"\n    {name} " in output
 
 
 def test_pages_adapters_and_quantization(bin_folder, tmp_path):
