@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from modeling_flm.flow import semigroup_weight
-from modeling_flm.generation_flm import evaluating
+from modeling_flm.utils_flm import evaluating
 
 
 def like(times: torch.Tensor) -> torch.Tensor:

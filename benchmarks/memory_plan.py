@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from modeling_flm import FLMConfig, FLMModel
-from modeling_flm.losses import CHUNK_ELEMENTS
+from modeling_flm.utils_flm import CHUNK_ELEMENTS
 
 
 GIB = 2**30

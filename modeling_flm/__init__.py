@@ -18,7 +18,8 @@ for _logger, _start in {
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
-from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, FLMGenerationOutput
+from .generation_config_flm import FLMGenerationConfig, FLMGenerationOutput
+from .generation_flm import FLMGenerationMixin
 from .likelihood_flm import FLMLikelihoodOutput
 from .modeling_flm import FLMModel, FLMOutput, FMLMModel, FMLMTwoNetworkModel
 from .pipeline_flm import FLMPipeline

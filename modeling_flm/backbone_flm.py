@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_flm import FLMConfig, FMLMConfig
-from .losses import chunks
+from .utils_flm import chunks
 
 
 class FLMLayerNorm(nn.Module):

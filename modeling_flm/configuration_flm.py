@@ -17,10 +17,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .pipeline_flm import CUSTOM_PIPELINES
-
 
 logger = logging.get_logger(__name__)
+
+# For `pipeline()` to find the file of the pipeline beside the model
+CUSTOM_PIPELINES = {"text-generation": {"impl": "pipeline_flm.FLMPipeline", "pt": ["AutoModel"]}}
 
 
 @strict

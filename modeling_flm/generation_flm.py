@@ -3,21 +3,15 @@
 """Generation with flow-based language models: one sampler for every model that can denoise."""
 
 import copy
-import difflib
-import functools
-import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     CompileConfig,
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
-    GenerationConfig,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
@@ -28,42 +22,27 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
-from .commitment_flm import BlockByBlock, Commitment, PosteriorRefinement
 from .configuration_flm import FLOW_MODEL_TYPES
 from .flow import expand_times, reward_coefficient, times_with_known
+from .generation_config_flm import (
+    FLMGenerationConfig,
+    FLMGenerationOutput,
+    explicit_settings,
+    own_generation_config,
+    prepare_generation_config,
+    set_sizes,
+)
 from .guidance_flm import Autoguidance, Reward, reward_gradient
 from .joint_noise import JointNoise
+from .known_tokens_flm import KnownTokens, check_known, is_after_eos, pad_after_eos, prepare_known
 from .posterior_flm import first_probability, probability_of
-from .sampling_flm import Sampler, SamplerConfig, StochasticFlowMapSamplerConfig, load_sampler_config
+from .sampling_flm import BlockByBlock, Commitment, PosteriorRefinement, Sampler, StochasticFlowMapSamplerConfig
+from .utils_flm import in_evaluation_mode, raise_recompile_limit
 
 
 logger = logging.get_logger(__name__)
-
-
-@contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Within this context networks have no dropout; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    for network in networks:
-        network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def in_evaluation_mode(method: Callable) -> Callable:
-    """A method of a model that runs without dropout, in the model and in what networks it is passed."""
-
-    @functools.wraps(method)
-    def run(self, *args, **kwargs):
-        with evaluating(self, *(value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module))):
-            return method(self, *args, **kwargs)
-
-    return run
 
 
 # Seconds before a batch shows its progress: most are finished by then.
@@ -75,30 +54,6 @@ def _progress(number: int, unit: str) -> Iterable[int]:
     options = {"desc": f"{unit.capitalize()}s", "unit": unit, "delay": _PROGRESS_DELAY, "leave": None}
     return range(number) if number == 1 else logging.tqdm(range(number), **options)
 
-
-def raise_recompile_limit():
-    """Lets `torch.compile` keep as many graphs of one function as several networks, shapes and modes come to."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-
-
-# What other models of transformers are told, and what says the same here.
-_ELSEWHERE = {
-    "num_return_sequences": "pass `num_samples`, the number of texts in all, or in a pipeline of each prompt",
-    "max_new_tokens": "pass `length`, the number of tokens of a text with its prompt",
-    "max_length": "pass `length`",
-    "min_length": "pass `length`; texts end where `pad_after_eos` finds their end",
-    "min_new_tokens": "pass `length`; texts end where `pad_after_eos` finds their end",
-    "do_sample": "leave it out: texts differ by their noise, see `generator`; `BridgeSamplerConfig` draws tokens, too",
-    "num_beams": "leave it out: texts are not written token by token",
-    "repetition_penalty": "pass a `logits_processor`",
-    "seed": "pass `generator=torch.Generator().manual_seed(seed)`",
-    "stopping_criteria": "pass `pad_after_eos=True` for texts that end, or a `callback` to watch every step",
-    "return_full_text": "leave it out: texts have their prompts in them",
-    "num_inference_steps": "pass `num_steps`",
-}
-
-# What `transformers.TextGenerationPipeline` passes of its own accord.
-_OF_OTHER_PIPELINES = {"max_new_tokens", "do_sample"}
 
 # Processors that look at what has been written so far, which is nothing: all positions are written at once.
 _NEEDS_PREFIX = (
@@ -114,269 +69,6 @@ def _needs_prefix(processor: Callable) -> bool:
     if isinstance(processor, SequenceBiasLogitsProcessor):  # also of bad words
         return any(len(sequence) > 1 for sequence in processor.sequence_bias)
     return isinstance(processor, _NEEDS_PREFIX)
-
-
-class FLMGenerationConfig(GenerationConfig):
-    # no-format
-    r"""
-    Parameters of [`~FLMGenerationMixin.generate`], saved in `generation_config.json`. `None` stands for the default of
-    the model.
-
-    Args:
-        num_samples (`int`, *optional*, defaults to 1):
-            The number of texts to generate.
-        num_steps (`int`, *optional*, defaults to 64):
-            The number of steps from noise to text, which is the number of forward passes; with `num_rounds` or `block_length`
-            that of each round or block.
-        timesteps (`list[float]`, *optional*):
-            The reparameterized times of the steps, from 0 to 1, by default evenly spaced. They set `num_steps`.
-        length (`int`, *optional*):
-            The number of tokens of each text. By default the length that the model was trained for
-            (`config.max_position_embeddings`).
-        batch_size (`int`, *optional*, defaults to 64):
-            The most texts that are generated at a time. It changes speed and memory, not the texts.
-        temperature (`float`, *optional*):
-            Divides the logits of every step. Below 1 texts become more likely and less diverse. Without effect where
-            only the largest logit counts, which is at the last step without guidance, unless tokens are drawn. With
-            `num_rounds`, probabilities decide which tokens are kept, and they are those after temperature, top-k, top-p and
-            guidance.
-        top_k (`int`, *optional*):
-            Keeps the `top_k` most likely tokens of each position at every step.
-        top_p (`float`, *optional*):
-            Keeps the smallest set of tokens of each position whose probabilities reach `top_p`.
-        gamma (`float`, *optional*):
-            Short for `sampler_config=StochasticFlowMapSamplerConfig(gamma)`: the share of the noise, in [0, 1], that is drawn
-            anew at every step but the last. 0 follows the flow, which is the default.
-        sampler_config ([`FlowMapSamplerConfig`], [`StochasticFlowMapSamplerConfig`] or [`BridgeSamplerConfig`], *optional*):
-            What a step takes from the model, and how it moves the state. Follows the flow by default.
-        num_rounds (`int`, *optional*):
-            Posterior refinement: how often what is not known is written, each time from noise. After each round some tokens
-            become known. The model should be told the time of each token (`config.per_token_timesteps`).
-        commit_threshold (`float`, *optional*):
-            Tokens become known after a round of posterior refinement if their probability is at least this. By default none
-            does for that reason. (With guidance, which leaves the simplex, a "probability" may be above 1.)
-        commit_budget (`int` or `str`, *optional*, defaults to `"uniform"`):
-            How many of the likeliest tokens of each text become known after a round whatever their probability: a number, or
-            `"uniform"` for as many as leave equally many to each round.
-        block_length (`int`, *optional*):
-            Writes texts from left to right, so many tokens at a time. Each time everything to the right is written, too, and
-            dropped.
-        fresh_noise (`bool`, *optional*, defaults to `True`):
-            Whether tokens that are written again start from new noise, and not from what they started from before. Only new
-            noise is independent of the tokens that are known by then.
-        guidance_scale (`float`, *optional*):
-            How far to go beyond the model, away from the `guidance_model` (autoguidance). 0 turns it off.
-        reward_scale (`float`, *optional*):
-            The weight of the `reward`. In many steps, and as long as it is small, texts become more likely by the factor
-            `exp(reward_scale * reward)`; in few, less so. 0 turns it off.
-        pad_after_eos (`bool`, *optional*, defaults to `False`):
-            Whether texts end at their first end-of-sequence token, after which there is nothing but padding. With rounds or
-            blocks, nothing more is written after an end that is known.
-        output_drafts (`bool`, *optional*, defaults to `False`):
-            Whether to return the tokens of every step, or of every round or block.
-        return_dict_in_generate (`bool`, *optional*, defaults to `False`):
-            Whether to return a [`FLMGenerationOutput`] rather than the tokens alone.
-        bos_token_id (`int`, *optional*):
-            The token that begins a text. The pipeline begins prompts with it.
-        eos_token_id (`int` or `list[int]`, *optional*):
-            The token that ends a text, or several, for `pad_after_eos`.
-        pad_token_id (`int`, *optional*):
-            The token that fills a text up. By default `eos_token_id`.
-    """
-
-    def __init__(self, **kwargs):
-        # The parent's attributes are about autoregressive decoding: none of them is wanted here.
-        self.num_samples: int | None = kwargs.pop("num_samples", None)
-        self.num_steps: int | None = kwargs.pop("num_steps", None)
-        self.length: int | None = kwargs.pop("length", None)
-        self.batch_size: int | None = kwargs.pop("batch_size", None)
-        self.temperature: float | None = kwargs.pop("temperature", None)
-        self.top_k: int | None = kwargs.pop("top_k", None)
-        self.top_p: float | None = kwargs.pop("top_p", None)
-        self.timesteps: list[float] | None = kwargs.pop("timesteps", None)
-        self.gamma: float | None = kwargs.pop("gamma", None)
-        self.sampler_config: SamplerConfig | None = kwargs.pop("sampler_config", None)
-        self.num_rounds: int | None = kwargs.pop("num_rounds", None)
-        self.commit_threshold: float | None = kwargs.pop("commit_threshold", None)
-        self.commit_budget: int | str | None = kwargs.pop("commit_budget", None)
-        self.block_length: int | None = kwargs.pop("block_length", None)
-        self.fresh_noise: bool | None = kwargs.pop("fresh_noise", None)
-        self.guidance_scale: float | None = kwargs.pop("guidance_scale", None)
-        self.reward_scale: float | None = kwargs.pop("reward_scale", None)
-        self.pad_after_eos: bool | None = kwargs.pop("pad_after_eos", None)
-        self.output_drafts: bool | None = kwargs.pop("output_drafts", None)
-        self.return_dict_in_generate: bool | None = kwargs.pop("return_dict_in_generate", None)
-        self.bos_token_id: int | None = kwargs.pop("bos_token_id", None)
-        self.eos_token_id: int | list[int] | None = kwargs.pop("eos_token_id", None)
-        self.pad_token_id: int | None = kwargs.pop("pad_token_id", None)
-
-        self._commit_hash: str | None = kwargs.pop("_commit_hash", None)
-        self._from_model_config: bool | None = kwargs.pop("_from_model_config", None)
-        self.transformers_version: str | None = kwargs.pop("transformers_version", None)
-        if kwargs:
-            raise ValueError(f"Unknown generation parameters {self._suggest(kwargs)}.")
-        self.validate()
-
-    def __setattr__(self, name: str, value: Any):
-        # Once `__init__` is through: what nobody would read is refused here, not where a saved folder is loaded.
-        if "transformers_version" in vars(self) and not name.startswith("_") and name not in vars(self):
-            raise AttributeError(f"Unknown generation parameter {self._suggest([name])}.")
-        super().__setattr__(name, value)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As [`~transformers.GenerationConfig.from_dict`]: what a file has that this version does not know is left out."""
-        known = vars(cls())
-        if unknown := sorted(config_dict.keys() - known.keys()):
-            logger.warning(f"generation_config.json has unknown parameters, which are ignored: {', '.join(unknown)}.")
-        return super().from_dict({name: value for name, value in config_dict.items() if name in known}, **kwargs)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """The parameters that are not `None`, which are those that are saved."""
-        return {name: value for name, value in super().to_diff_dict().items() if value is not None}
-
-    def _suggest(self, names) -> str:
-        """The unknown `names`, each with what to pass in its place, or the parameter that may have been meant."""
-        known = [name for name in vars(self) if not name.startswith("_")]
-        hints = []
-        for name in names:
-            if name in _ELSEWHERE:
-                hints.append(f"`{name}` ({_ELSEWHERE[name]})")
-                continue
-            close = difflib.get_close_matches(name, known, n=1)
-            hints.append(f"`{name}`" + (f" (did you mean `{close[0]}`?)" if close else ""))
-        return ", ".join(hints)
-
-    def validate(self, **kwargs):
-        """Raises a `ValueError` that names the parameter whose value cannot be used."""
-        for name in ("num_samples", "num_steps", "length", "batch_size", "top_k", "num_rounds", "block_length"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if self.temperature is not None and not (isinstance(self.temperature, (int, float)) and self.temperature > 0):
-            raise ValueError(f"`temperature` must be a number above 0, got {self.temperature!r}.")
-        if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
-            raise ValueError(f"`top_p` must be a number above 0 and at most 1, got {self.top_p!r}.")
-        threshold, budget = self.commit_threshold, self.commit_budget
-        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 < threshold <= 1):
-            raise ValueError(f"`commit_threshold` must be a probability above 0 and at most 1, got {threshold!r}.")
-        is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0
-        if budget is not None and budget != "uniform" and not is_count:
-            raise ValueError(f"`commit_budget` must be 'uniform' or a number of tokens, got {budget!r}.")
-        if self.fresh_noise is not None and not isinstance(self.fresh_noise, bool):
-            raise ValueError(f"`fresh_noise` must be `True` or `False`, got {self.fresh_noise!r}.")
-        if self.gamma is not None:
-            StochasticFlowMapSamplerConfig(self.gamma)
-        if self.sampler_config is not None:
-            self.sampler_config = load_sampler_config(self.sampler_config)
-        for name in ("guidance_scale", "reward_scale"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
-        if self.timesteps is not None:
-            times = self.timesteps
-            if not isinstance(times, (list, tuple)) or not all(isinstance(tau, (int, float)) for tau in times):
-                raise ValueError(f"`timesteps` must be a list of numbers, got {times!r}.")
-            is_increasing = all(first < second for first, second in zip(times, times[1:]))
-            if len(times) < 2 or times[0] != 0 or times[-1] != 1 or not is_increasing:
-                raise ValueError(f"`timesteps` must increase from 0 to 1, got {times!r}.")
-
-    @staticmethod
-    def _get_default_generation_params() -> dict[str, Any]:
-        return {
-            "num_samples": 1,
-            "num_steps": 64,
-            "batch_size": 64,
-            "commit_budget": "uniform",
-            "fresh_noise": True,
-            "pad_after_eos": False,
-            "output_drafts": False,
-            "return_dict_in_generate": False,
-        }
-
-    def get_generation_mode(self, *args, **kwargs):
-        raise NotImplementedError(f"{type(self).__name__} has no generation modes: there is one sampler.")
-
-    @classmethod
-    def from_model_config(cls, model_config):
-        """A configuration with the special tokens of the model."""
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        return cls(**{name: getattr(model_config, name) for name in names})
-
-
-@dataclass
-class FLMGenerationOutput(ModelOutput):
-    """
-    Output of [`~FLMGenerationMixin.generate`] with `return_dict_in_generate=True`.
-
-    Args:
-        sequences (`torch.LongTensor` of shape `(num_samples, length)`):
-            The generated tokens.
-        drafts (`torch.LongTensor` of shape `(num_samples, num_drafts, length)`, *optional*, returned when `output_drafts=True`):
-            The tokens that were most likely, or drawn, at every step; with `num_rounds` or `block_length` those that every
-            round or block ended with. The last draft is the text, before `pad_after_eos`.
-        num_forward_passes (`torch.LongTensor` of shape `(num_samples,)`):
-            How often the model was evaluated for each text: once a step, and once more with a reward. Rounds and blocks that
-            find nothing to write in a text do not count.
-        commit_rounds (`torch.LongTensor` of shape `(num_samples, length)`, *optional*, returned with `num_rounds` or `block_length`):
-            The round or block, from 1, after which each token was known, and 0 where it was from the beginning.
-    """
-
-    sequences: torch.LongTensor | None = None
-    drafts: torch.LongTensor | None = None
-    num_forward_passes: torch.LongTensor | None = None
-    commit_rounds: torch.LongTensor | None = None
-
-
-@dataclass
-class _Known:
-    """What is known of a batch of texts: tokens where `mask`, and which positions there are."""
-
-    tokens: torch.LongTensor  # (num_samples, length), with padding where nothing is known
-    mask: torch.BoolTensor | None = None
-    attention_mask: torch.BoolTensor | None = None
-
-    def __getitem__(self, rows: slice | torch.Tensor) -> "_Known":
-        masks = (None if mask is None else mask[rows] for mask in (self.mask, self.attention_mask))
-        return _Known(self.tokens[rows], *masks)
-
-    @property
-    def is_fixed(self) -> torch.BoolTensor | None:
-        """Where there is nothing to generate."""
-        if self.attention_mask is None:
-            return self.mask
-        return ~self.attention_mask if self.mask is None else self.mask | ~self.attention_mask
-
-    @property
-    def is_open(self) -> torch.BoolTensor:
-        """Where there is something to generate."""
-        return torch.ones_like(self.tokens, dtype=torch.bool) if self.is_fixed is None else ~self.is_fixed
-
-    def commit(self, tokens: torch.LongTensor, where: torch.BoolTensor) -> "_Known":
-        """What is known once these tokens are."""
-        mask = where if self.mask is None else self.mask | where
-        return replace(self, tokens=torch.where(where, tokens, self.tokens), mask=mask)
-
-    def start(self, state: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """A state of noise with the clean state of what is known in its place."""
-        if self.mask is None:
-            return state
-        clean = embedding[self.tokens.masked_fill(~self.mask, 0)]
-        return torch.where(self.mask[..., None], clean, state)
-
-    def complete(self, tokens: torch.LongTensor) -> torch.LongTensor:
-        """Generated tokens with what is known in its place."""
-        return tokens if self.is_fixed is None else torch.where(self.is_fixed, self.tokens, tokens)
-
-    def complete_soft(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """The same for soft tokens; where there is no position, there is none."""
-        if self.is_fixed is None:
-            return probabilities
-        certain = torch.zeros_like(probabilities)
-        if self.mask is not None:
-            tokens = self.tokens.masked_fill(~self.mask, 0)[..., None]
-            certain = certain.scatter(-1, tokens, self.mask[..., None].to(certain.dtype))
-        return torch.where(self.is_fixed[..., None], certain, probabilities)
 
 
 class _TextStream:
@@ -553,11 +245,13 @@ class FLMGenerationMixin:
             kwargs["num_samples"] = num_samples
         if num_steps is not None:
             kwargs["num_steps"] = num_steps
-        masks = self._check_known(input_ids, attention_mask, prompt_mask)
+        masks = check_known(input_ids, attention_mask, prompt_mask)
         self._check_types(generator, prior_state, streamer, callback)
-        explicit = self._explicit(generation_config, kwargs)
-        self._set_sizes(kwargs, explicit, input_ids, masks, prior_state)
-        config = self._prepare_generation_config(generation_config, kwargs, explicit)
+        explicit = explicit_settings(generation_config, kwargs)
+        set_sizes(kwargs, explicit, input_ids, masks, prior_state)
+        config = prepare_generation_config(
+            generation_config, kwargs, explicit, self.generation_config, self.config.max_position_embeddings
+        )
         if streamer is not None and config.num_samples != 1:
             raise ValueError(f"`streamer` shows one text: pass `num_samples=1`, got {config.num_samples}.")
         if logits_processor is not None and not isinstance(logits_processor, list):
@@ -604,7 +298,7 @@ class FLMGenerationMixin:
             compile_config=compile_config,
             finite=[],
         )
-        known = self._prepare_known(input_ids, *masks, config, embedding.device)
+        known = prepare_known(input_ids, *masks, config, self.config.vocab_size, embedding.device)
 
         results = []
         progress = logging.tqdm(
@@ -631,7 +325,7 @@ class FLMGenerationMixin:
             None if parts[0] is None else torch.cat(parts) for parts in zip(*results)
         )
         if config.pad_after_eos:
-            sequences = self._pad_after_eos(sequences, known, config)
+            sequences = pad_after_eos(sequences, known, config)
         if run.stream is not None:
             run.stream.end(sequences)
         if not config.return_dict_in_generate:
@@ -639,7 +333,7 @@ class FLMGenerationMixin:
         return FLMGenerationOutput(sequences, drafts, num_forward_passes, commit_rounds)
 
     def _write(
-        self, run: _Run, state: torch.Tensor, known: _Known, generators: list[torch.Generator]
+        self, run: _Run, state: torch.Tensor, known: KnownTokens, generators: list[torch.Generator]
     ) -> tuple[torch.LongTensor, torch.LongTensor | None, torch.LongTensor, torch.LongTensor | None]:
         """
         The loop around the sampler, in the steps that the docstring of `generate` names by letters. `state` is noise, and
@@ -670,12 +364,12 @@ class FLMGenerationMixin:
                 chosen[rows] = commitment.commit(round, probabilities, is_open[rows])
                 if config.pad_after_eos:  # what comes after a known end is as good as known
                     written = prompt.is_open & (chosen | ~is_open)
-                    chosen |= is_open & self._is_after_eos(tokens, written, config)
+                    chosen |= is_open & is_after_eos(tokens, written, config)
                 commit_rounds[chosen] = round + 1
                 known = known.commit(tokens, chosen)
                 # c. The rest starts from noise again
                 if run.stream is not None:
-                    certain = self._pad_after_eos(tokens, prompt, config) if config.pad_after_eos else tokens
+                    certain = pad_after_eos(tokens, prompt, config) if config.pad_after_eos else tokens
                     run.stream.show(certain, num_certain=int((~known.is_open).long().cumprod(dim=1).sum()))
             if run.output_drafts:
                 drafts.append(tokens.clone())
@@ -685,7 +379,7 @@ class FLMGenerationMixin:
         return known.tokens, drafts, num_passes, commit_rounds
 
     def _sample_rows(
-        self, run: _Run, state: torch.Tensor, known: _Known, rows: torch.Tensor, generators: list[torch.Generator]
+        self, run: _Run, state: torch.Tensor, known: KnownTokens, rows: torch.Tensor, generators: list[torch.Generator]
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """Writes some of the texts of a batch: their tokens, and how likely these are if anybody asks."""
         num_rows = len(rows)
@@ -698,7 +392,7 @@ class FLMGenerationMixin:
         return tokens[:num_rows], None if probabilities is None else probabilities[:num_rows]
 
     def _sample(
-        self, run: _Run, state: torch.Tensor, known: _Known, fresh_generators: list[torch.Generator] | None
+        self, run: _Run, state: torch.Tensor, known: KnownTokens, fresh_generators: list[torch.Generator] | None
     ) -> tuple[torch.LongTensor, torch.Tensor | None, torch.LongTensor | None]:
         """
         The sampler: moves a batch of states from noise to text, in the steps that the docstring of `generate` numbers.
@@ -760,7 +454,7 @@ class FLMGenerationMixin:
         return tokens, probabilities, torch.stack(drafts, dim=1) if drafts else None
 
     @staticmethod
-    def _times(known: _Known, batch_size: int, *grid: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _times(known: KnownTokens, batch_size: int, *grid: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Times of the grid for every text, or where something is known, for every token."""
         return tuple(times_with_known(time.repeat(batch_size), known.mask) for time in grid)
 
@@ -800,7 +494,7 @@ class FLMGenerationMixin:
         return sampler.move(state, estimate, s, t, noise), tokens, None
 
     def _steer_by_reward(
-        self, run: _Run, state: torch.Tensor, known: _Known, times: tuple[torch.Tensor, ...], is_first: bool
+        self, run: _Run, state: torch.Tensor, known: KnownTokens, times: tuple[torch.Tensor, ...], is_first: bool
     ) -> torch.Tensor:
         r"""
         The state moved towards the reward, \\(x \leftarrow x + \eta\,\frac{(1-s)(t-s)}{t}\,\nabla_x r(\delta)\\).
@@ -997,170 +691,6 @@ class FLMGenerationMixin:
         uniforms = [torch.rand(state.shape[1], generator=each, device=each.device) for each in generators]
         return torch.stack(uniforms).to(state.device)
 
-    # What is known of the texts
-
-    @staticmethod
-    def _check_known(
-        input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, prompt_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The masks as Booleans. Raises a `ValueError` where these arguments do not go together."""
-        if input_ids is not None and (
-            not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point()
-        ):
-            is_tensor = isinstance(input_ids, torch.Tensor)
-            got = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}" if is_tensor else type(input_ids).__name__
-            raise ValueError(
-                f"`input_ids` must be an integer tensor of shape (num_prompts, prompt_length), got {got}. (The number of texts "
-                "is `num_samples`.)"
-            )
-        if prompt_mask is not None and input_ids is None:
-            raise ValueError("`prompt_mask` says which of the `input_ids` are known: pass those as well.")
-        for name, mask in (("attention_mask", attention_mask), ("prompt_mask", prompt_mask)):
-            if mask is None:
-                continue
-            if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-                raise ValueError(f"`{name}` must be a tensor with two dimensions, texts and positions.")
-            if input_ids is not None and mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"`{name}` of shape {tuple(mask.shape)} does not go with `input_ids` of shape {tuple(input_ids.shape)}."
-                )
-        return tuple(None if mask is None else mask.bool() for mask in (attention_mask, prompt_mask))
-
-    @staticmethod
-    def _explicit(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The parameters of this call, without the model's own."""
-        explicit = generation_config.to_diff_dict() if isinstance(generation_config, GenerationConfig) else {}
-        return {name: value for name, value in {**explicit, **kwargs}.items() if value is not None}
-
-    @staticmethod
-    def _set_sizes(
-        kwargs: dict[str, Any],
-        explicit: dict[str, Any],
-        input_ids: torch.Tensor | None,
-        masks: tuple[torch.Tensor | None, torch.Tensor | None],
-        prior_state: torch.Tensor | None,
-    ):
-        """Puts `num_samples` and `length` into `kwargs` where other arguments say them."""
-        attention_mask, prompt_mask = masks
-        sizes = {name: explicit[name] for name in ("num_samples", "length") if name in explicit}
-        if prior_state is not None and prior_state.dim() == 3:
-            sizes = {"num_samples": prior_state.shape[0], "length": prior_state.shape[1]} | sizes
-        whole = prompt_mask if prompt_mask is not None else attention_mask if input_ids is None else None
-        if whole is not None:  # it has all positions of a text
-            length = sizes.setdefault("length", whole.shape[1])
-            if attention_mask is not None and length != whole.shape[1]:
-                raise ValueError(
-                    f"`attention_mask` has {whole.shape[1]} positions, which are all there are: leave out `length={length}`."
-                )
-        tensor = input_ids if input_ids is not None else attention_mask
-        if tensor is not None:
-            num_samples = sizes.setdefault("num_samples", len(tensor))
-            if isinstance(num_samples, int) and (num_samples < 1 or num_samples % max(len(tensor), 1) != 0):
-                name = "input_ids" if input_ids is not None else "attention_mask"
-                raise ValueError(
-                    f"`num_samples={num_samples}` is not a multiple of the {len(tensor)} rows of `{name}`: every row has "
-                    "equally many texts."
-                )
-        kwargs.update(sizes)
-
-    def _prepare_known(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        prompt_mask: torch.Tensor | None,
-        config: FLMGenerationConfig,
-        device: torch.device,
-    ) -> _Known:
-        """What is known, for every text and all of its positions."""
-        tokens = torch.full((config.num_samples, config.length), self._pad_token(config, 0), device=device)
-        if input_ids is None and attention_mask is None:
-            return _Known(tokens)
-        rows = torch.arange(config.num_samples, device=device)
-        rows = rows // (config.num_samples // len(attention_mask if input_ids is None else input_ids))
-        exists = None if attention_mask is None else attention_mask.to(device)
-        if input_ids is None:
-            return _Known(tokens, None, exists[rows])
-        ids = input_ids.to(device, torch.long)
-        known = torch.ones_like(ids, dtype=torch.bool) if prompt_mask is None else prompt_mask.to(device)
-        if exists is not None:
-            known = known & exists
-        if prompt_mask is None:  # padding may be on either side
-            begins = known.long().diff(dim=1, prepend=ids.new_zeros(len(ids), 1)) == 1
-            if (begins.sum(dim=1) > 1).any():
-                raise ValueError(
-                    "`attention_mask` must be 0 on the sides of a prompt only. To generate what is between tokens, pass a "
-                    "`prompt_mask`."
-                )
-            self._warn_of_ends(ids, known, config)
-            if attention_mask is None:
-                self._warn_of_padding(ids, config)
-            order = known.long().argsort(dim=1, descending=True, stable=True)
-            ids, known, exists = ids.gather(1, order), known.gather(1, order), None
-            ids, known = (x[:, : int(known.sum(dim=1).max())] for x in (ids, known))
-        size = ids.shape[1]
-        if size == config.length and (known | (False if exists is None else ~exists)).all(dim=1).any():
-            logger.warning_once(
-                f"There is nothing to write in a text whose `input_ids` are as long as texts are ({config.length} tokens)."
-            )
-        if size > config.length:
-            raise ValueError(f"`input_ids` has {size} tokens, but texts have {config.length} (`length`).")
-        if ((ids < 0) | (ids >= self.config.vocab_size))[known].any():
-            raise ValueError(
-                f"`input_ids` must be tokens of the model, from 0 to {self.config.vocab_size - 1}: is it another's tokenizer?"
-            )
-        tokens[:, :size] = torch.where(known, ids, tokens[0, 0])[rows]
-        is_known = torch.zeros_like(tokens, dtype=torch.bool)
-        is_known[:, :size] = known[rows]
-        return _Known(tokens, is_known, None if exists is None else exists[rows])
-
-    @staticmethod
-    def _warn_of_ends(ids: torch.LongTensor, known: torch.BoolTensor, config: FLMGenerationConfig):
-        """A prompt that ends in an end-of-sequence token is one that a tokenizer has added special tokens to."""
-        if config.eos_token_id is None or ids.shape[1] < 2:
-            return
-        last = (known * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(dim=1, keepdim=True)
-        eos = torch.tensor(config.eos_token_id, device=ids.device)
-        if (torch.isin(ids.gather(1, last), eos) & (last > 0)).any():
-            logger.warning_once(
-                "`input_ids` end with an end-of-sequence token, which is kept as it is. If it is not meant, tokenize with "
-                "`add_special_tokens=False`."
-            )
-
-    @staticmethod
-    def _warn_of_padding(ids: torch.LongTensor, config: FLMGenerationConfig):
-        """Prompts whose padding is to be told from their tokens by an `attention_mask` that was left out."""
-        pad = config.pad_token_id
-        if pad is not None and ids.shape[1] > 1 and (ids[:, [0, -1]] == pad).any():
-            logger.warning_once(
-                "`input_ids` begin or end with padding, which is kept as part of the prompt: pass the tokenizer's "
-                "`attention_mask` as well."
-            )
-
-    @staticmethod
-    def _pad_token(config: FLMGenerationConfig, default: int | None = None) -> int | None:
-        eos = config.eos_token_id
-        eos = eos[0] if isinstance(eos, list) else eos
-        candidates = (config.pad_token_id, eos, default)
-        return next((token for token in candidates if token is not None), None)
-
-    def _pad_after_eos(
-        self, sequences: torch.LongTensor, known: _Known, config: FLMGenerationConfig
-    ) -> torch.LongTensor:
-        """Texts up to the first end-of-sequence token, and padding. Known tokens stay, and do not end a text."""
-        is_after = self._is_after_eos(sequences, known.is_open, config)
-        return known.complete(sequences.masked_fill(is_after, self._pad_token(config)))
-
-    @staticmethod
-    def _is_after_eos(
-        sequences: torch.LongTensor, may_end: torch.BoolTensor, config: FLMGenerationConfig
-    ) -> torch.BoolTensor:
-        """What comes after the first end-of-sequence token of each text, of those tokens that may end one."""
-        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        is_end = may_end & torch.isin(sequences, torch.tensor(eos, device=sequences.device))
-        if config.bos_token_id in eos:
-            is_end[:, 0] = False
-        return is_end.cumsum(dim=1) - is_end.long() > 0
-
     @staticmethod
     def _check_prior_state(prior_state: torch.Tensor, embedding: torch.Tensor, kwargs: dict[str, Any]):
         sizes = tuple(embedding.shape)
@@ -1176,52 +706,6 @@ class FLMGenerationMixin:
                 raise ValueError(
                     f"`prior_state` of shape {tuple(prior_state.shape)} does not go with `{name}={kwargs[name]}`."
                 )
-
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], explicit: dict[str, Any]
-    ) -> FLMGenerationConfig:
-        """Parameters by precedence: arguments, `generation_config`, `self.generation_config`, defaults."""
-        if generation_config is None:
-            config = copy.deepcopy(self.generation_config)
-        else:
-            config = self._own_generation_config(generation_config)
-        if unknown := [name for name in kwargs if name.startswith("_") or name not in vars(config)]:
-            message = f"`generate()` got unknown arguments: {config._suggest(unknown)}."
-            if _OF_OTHER_PIPELINES <= set(unknown):
-                message += (
-                    " If they are from `pipeline()` with a model that is loaded already, pass it "
-                    "`pipeline_class=modeling_flm.FLMPipeline`, or the name or folder of the model."
-                )
-            raise ValueError(message)
-        config.update(**kwargs)
-        config.update(defaults_only=True, **self.generation_config.to_dict())
-        if "num_steps" in explicit and "timesteps" not in explicit:
-            config.timesteps = None
-        elif config.timesteps is not None:
-            if explicit.get("num_steps", len(config.timesteps) - 1) != len(config.timesteps) - 1:
-                raise ValueError(
-                    f"`num_steps={explicit['num_steps']}` does not go with the {len(config.timesteps)} `timesteps`: leave it out."
-                )
-            config.num_steps = len(config.timesteps) - 1
-        config.update(defaults_only=True, **config._get_default_generation_params())
-        max_length = self.config.max_position_embeddings
-        config.update(defaults_only=True, length=max_length)
-        if config.length > max_length:
-            raise ValueError(
-                f"`length` is {config.length}, but the model was made for at most {max_length} tokens "
-                "(`config.max_position_embeddings`)."
-            )
-        return config
-
-    def _own_generation_config(self, generation_config: GenerationConfig) -> FLMGenerationConfig:
-        """A copy of what the user set, as the model's own class: code from a repository has another one than a package."""
-        if not isinstance(generation_config, GenerationConfig):
-            raise ValueError(
-                f"`generation_config` must be a `{self.generation_config_class.__name__}`, got "
-                f"`{type(generation_config).__name__}`."
-            )
-        settings = generation_config.to_diff_dict()
-        return self.generation_config_class(**{name: value for name, value in settings.items() if value is not None})
 
     @staticmethod
     def _prepare_logits_processor(
@@ -1255,7 +739,7 @@ class FLMGenerationMixin:
     ):
         """Called by `from_pretrained` to set `model.generation_config`."""
         if generation_config is not None:
-            self.generation_config = self._own_generation_config(generation_config)
+            self.generation_config = own_generation_config(generation_config)
             return
         # What else is there is for the configuration of the model.
         kwargs = {name: value for name, value in kwargs.items() if name in vars(self.generation_config)}
@@ -1277,4 +761,4 @@ class FLMGenerationMixin:
             logger.info("No generation_config.json was found: `generate()` uses its defaults.")
 
 
-__all__ = ["FLMGenerationConfig", "FLMGenerationMixin", "FLMGenerationOutput"]
+__all__ = ["FLMGenerationMixin"]

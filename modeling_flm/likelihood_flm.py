@@ -8,10 +8,10 @@ import torch
 from transformers.utils import ModelOutput
 
 from .flow import interpolate, times_with_known
-from .generation_flm import in_evaluation_mode
 from .joint_noise import JointNoise
 from .posterior_flm import Reader
 from .time_reparameterization import ReparameterizedTime, TimeMap
+from .utils_flm import in_evaluation_mode
 
 
 # Of the times that a network is trained at it hardly ever sees those beyond this one.

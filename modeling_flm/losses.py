@@ -6,30 +6,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from .utils_flm import chunks
 
-# How many probabilities are made at a time: 330 tokens at V = 50k on a CPU, where they should stay near the caches, and
-# 1300 on a GPU, which takes larger matrices to be busy.
-CHUNK_ELEMENTS = {"cpu": 2**24, "default": 2**26}
 
 DIVERGENCES = ("cross_entropy", "kl", "squared_error")
-
-
-def chunks(batch_size: int, length: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """
-    Chunks of the positions of a batch, such that probabilities over the vocabulary can be held for one of them.
-
-    Args:
-        batch_size (`int`): The number of sequences.
-        length (`int`): The number of positions of each.
-        vocab_size (`int`): The size of the vocabulary.
-        device (`torch.device`): Where the probabilities are to be.
-
-    Returns:
-        `list[slice]`: the chunks, which follow each other.
-    """
-    budget = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["default"])
-    size = max(1, budget // (batch_size * vocab_size))
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def softcap_logits(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:

@@ -27,20 +27,22 @@ from .backbone_flm import (
 )
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .flow import correction_coefficient, expand_times, interpolate
-from .generation_flm import FLMGenerationConfig, FLMGenerationMixin, raise_recompile_limit
+from .generation_config_flm import FLMGenerationConfig
+from .generation_flm import FLMGenerationMixin
 from .joint_noise import JointNoise
 from .likelihood_flm import FLMLikelihoodMixin, FLMLikelihoodOutput
 from .losses import (
     LossFunction,
-    chunks,
     head_loss,
     layer_loss,
     softcap_logits,
     softmax_cross_entropy,
     softmax_divergence,
 )
+from .pipeline_flm import FLMPipeline  # noqa: F401  # transformers copies what is imported here into a repository
 from .posterior_flm import Posterior, times_of
 from .time_reparameterization import TimeMap, build_time_map
+from .utils_flm import chunks, raise_recompile_limit
 
 
 @dataclass
@@ -362,7 +364,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         return Posterior(probabilities, self.chunks(state), state.device)
 
     def chunks(self, state: torch.Tensor) -> list[slice]:
-        """Chunks of positions for which probabilities can be held, see [`~losses.chunks`]."""
+        """Chunks of positions for which probabilities can be held, see [`~utils_flm.chunks`]."""
         return chunks(*state.shape[:2], self.config.vocab_size, state.device)
 
     def _as_target(

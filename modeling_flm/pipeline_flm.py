@@ -13,12 +13,10 @@ from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .configuration_flm import CUSTOM_PIPELINES
+
 
 logger = logging.get_logger(__name__)
-
-
-# In the configuration, for `pipeline()` to find this file beside the model.
-CUSTOM_PIPELINES = {"text-generation": {"impl": "pipeline_flm.FLMPipeline", "pt": ["AutoModel"]}}
 
 
 def encode_prompts(

@@ -98,7 +98,7 @@ class Posterior:
     Args:
         probabilities (`Callable[[slice], torch.Tensor]`):
             From positions to what is said there, of shape `(batch_size, num_positions, vocab_size)`.
-        chunks (`list[slice]`): The positions that are read at a time, see [`~losses.chunks`].
+        chunks (`list[slice]`): The positions that are read at a time, see [`~utils_flm.chunks`].
         device (`torch.device`): Where readings are to be.
     """
 

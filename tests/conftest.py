@@ -1,3 +1,5 @@
+import sys
+
 import huggingface_hub.constants
 import pytest
 import torch
@@ -6,7 +8,7 @@ from hub_server import LoopbackHub
 from oracle import SCORER
 from small_models import build_flm
 
-from modeling_flm import FLMModel, backbone_flm, losses, modeling_flm
+from modeling_flm import FLMModel, utils_flm
 from modeling_flm.trainers import load_gen_ppl
 
 
@@ -44,18 +46,33 @@ def server(monkeypatch, tmp_path):
         yield server
 
 
+class CountedChunks(list):
+    """Chunks that record how many there are each time they are read."""
+
+    def __init__(self, slices: list[slice], counts: list[int]):
+        super().__init__(slices)
+        self.counts = counts
+
+    def __iter__(self):
+        self.counts.append(len(self))
+        return super().__iter__()
+
+
 @pytest.fixture(params=["whole", 1, 7, pytest.param("compiled", marks=pytest.mark.slow)])
 def path(request, monkeypatch) -> str | int:
-    """Ways to compute the same: all positions at once, chunks of 1 or 7 of them, and compiled."""
+    """Ways to compute the same values: all positions at once, chunks of 1 or 7 positions, and compiled."""
+    counts = []
     if isinstance(request.param, int):
 
         def chunks(batch_size, length, vocab_size, device):
-            return [slice(start, start + request.param) for start in range(0, length, request.param)]
+            starts = range(0, length, request.param)
+            return CountedChunks([slice(start, start + request.param) for start in starts], counts)
 
-        monkeypatch.setattr(losses, "chunks", chunks)
-        monkeypatch.setattr(modeling_flm, "chunks", chunks)
-        monkeypatch.setattr(backbone_flm, "chunks", chunks)
-    return request.param
+        readers = [module for module in sys.modules.values() if getattr(module, "chunks", None) is utils_flm.chunks]
+        for module in readers:
+            monkeypatch.setattr(module, "chunks", chunks)
+    yield request.param
+    assert not isinstance(request.param, int) or max(counts, default=0) > 1, "no test path read several chunks"
 
 
 @pytest.fixture(scope="module")

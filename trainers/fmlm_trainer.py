@@ -9,10 +9,10 @@ from transformers.utils import logging
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import remaining_noise
-from modeling_flm.generation_flm import evaluating
 from modeling_flm.hub.records import is_hub_name
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.posterior_flm import Posterior
+from modeling_flm.utils_flm import evaluating
 
 from .adapters import network_of
 from .batches import FlowBatch

@@ -33,7 +33,7 @@ from datasets import Dataset
 from transformers import AutoModel, TrainingArguments, set_seed
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel
-from modeling_flm.commitment_flm import PosteriorRefinement
+from modeling_flm.sampling_flm import PosteriorRefinement
 from modeling_flm.trainers import FMLMTrainer, FMLMTrainingArguments
 
 

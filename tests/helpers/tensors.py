@@ -2,7 +2,7 @@
 
 import torch
 
-from modeling_flm import losses
+from modeling_flm import utils_flm
 from modeling_flm.joint_noise import JointNoise
 
 
@@ -23,4 +23,4 @@ def noise_factors(*embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def set_chunk(monkeypatch, num_positions: int, batch_size: int, vocab_size: int):
     """Has losses and samples take so many positions of a batch at a time."""
-    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", num_positions * batch_size * vocab_size)
+    monkeypatch.setitem(utils_flm.CHUNK_ELEMENTS, "cpu", num_positions * batch_size * vocab_size)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from small_models import build_flm
 from transformers import AutoModel
 
-from modeling_flm import losses
+from modeling_flm import utils_flm
 
 
 class TestAttention:
@@ -70,7 +70,7 @@ def test_eager_attention_holds_the_weights_of_a_chunk(flm, monkeypatch):
     mask[2:, 7:] = 0
     with torch.no_grad():
         expected, expected_masked = flm.encode(state, tau), flm.encode(state, tau, attention_mask=mask)
-    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 2 * 4 * 12**2)  # two texts, four heads
+    monkeypatch.setitem(utils_flm.CHUNK_ELEMENTS, "cpu", 2 * 4 * 12**2)  # two texts, four heads
     softmax, seen = F.softmax, []
     monkeypatch.setattr(
         F, "softmax", lambda weights, **kwargs: seen.append(len(weights)) or softmax(weights, **kwargs)

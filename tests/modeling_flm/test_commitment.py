@@ -14,8 +14,8 @@ from transformers import TextDiffusionStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_flm import BridgeSamplerConfig, FLMGenerationConfig
-from modeling_flm.commitment_flm import BlockByBlock, PosteriorRefinement
 from modeling_flm.hub.convert import convert
+from modeling_flm.sampling_flm import BlockByBlock, PosteriorRefinement
 from modeling_flm.tokenization_flm import train_tokenizer
 
 

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from train_tiny import build, build_packed, distillation, launch, logged
 from transformers import CompileConfig
 
-from modeling_flm import FMLMModel, FMLMTwoNetworkModel, losses
+from modeling_flm import FMLMModel, FMLMTwoNetworkModel, utils_flm
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def test_several_processes(fsdp, tmp_path):
     ],
 )
 def test_generation(model_class, backend, monkeypatch):
-    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 4 * 5 * 53)  # three chunks
+    monkeypatch.setitem(utils_flm.CHUNK_ELEMENTS, "cpu", 4 * 5 * 53)  # three chunks
     model = build_flm()
     if model_class is not None:
         model = model_class.from_flm(model).eval()

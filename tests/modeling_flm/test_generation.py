@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from modeling_flm import BridgeSamplerConfig, FLMGenerationConfig, FLMGenerationOutput, losses
+from modeling_flm import BridgeSamplerConfig, FLMGenerationConfig, FLMGenerationOutput, utils_flm
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_long_sequences_are_denoised_in_chunks(flm, monkeypatch):
     widths = []
     head = flm.lm_head.forward
     monkeypatch.setattr(flm.lm_head, "forward", lambda x: widths.append(x.shape[1]) or head(x))
-    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 20 * 53)
+    monkeypatch.setitem(utils_flm.CHUNK_ELEMENTS, "cpu", 20 * 53)
     assert torch.equal(flm.generate(num_samples=4, num_steps=3, generator=seed()), expected)
     assert widths == [5, 5, 2] * 3
 

@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from train_tiny import build_packed
 
-from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel, losses
+from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel, utils_flm
 from modeling_flm.joint_noise import JointNoise
-from modeling_flm.losses import chunks, head_loss, softcap_logits, softmax_cross_entropy, softmax_divergence
+from modeling_flm.losses import head_loss, softcap_logits, softmax_cross_entropy, softmax_divergence
 from modeling_flm.trainers import PRESETS
+from modeling_flm.utils_flm import chunks
 
 
 VOCAB_SIZE = 200
@@ -146,7 +147,7 @@ def test_divergence_to_labels(model_class, kind, monkeypatch):
 
 
 def test_chunks_cover_all_positions_within_the_budget(monkeypatch):
-    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 1000)
+    monkeypatch.setitem(utils_flm.CHUNK_ELEMENTS, "cpu", 1000)
     for batch_size, length, vocab_size in ((1, 10, 100), (3, 17, 50), (5, 4, 2000), (2, 1000, 2)):
         pieces = chunks(batch_size, length, vocab_size, torch.device("cpu"))
         assert [n for chunk in pieces for n in range(chunk.start, chunk.stop)] == list(range(length))

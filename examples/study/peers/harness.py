@@ -17,7 +17,7 @@ from lm_eval.api.registry import register_model
 from transformers import GPT2LMHeadModel
 
 from modeling_flm import FLMModel
-from modeling_flm.commitment_flm import PosteriorRefinement
+from modeling_flm.sampling_flm import PosteriorRefinement
 from modeling_flm.trainers.evaluation.harness import FLMHarnessModel, main
 
 

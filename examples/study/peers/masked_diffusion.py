@@ -9,8 +9,8 @@ each of them as if it knew nothing of the others.
 import torch
 
 from modeling_flm import FLMConfig, FLMModel
-from modeling_flm.commitment_flm import PosteriorRefinement
 from modeling_flm.modeling_flm import flm_settings
+from modeling_flm.sampling_flm import PosteriorRefinement
 
 from .averaging import AveragedTrainer
 
@@ -148,7 +148,7 @@ def unmask(
         model ([`FLMModel`]): A masked diffusion model.
         input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Tokens.
         known (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Which of them are given.
-        rule ([`~modeling_flm.commitment_flm.PosteriorRefinement`]): Which tokens are kept after each pass.
+        rule ([`~modeling_flm.sampling_flm.PosteriorRefinement`]): Which tokens are kept after each pass.
 
     Returns:
         `tuple[torch.LongTensor, torch.LongTensor]`: the texts, and how many forward passes each of them took.

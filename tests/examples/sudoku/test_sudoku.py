@@ -14,7 +14,7 @@ from small_models import build_flm
 from transformers import TrainingArguments
 
 from modeling_flm import FMLMConfig, FMLMModel
-from modeling_flm.commitment_flm import PosteriorRefinement
+from modeling_flm.sampling_flm import PosteriorRefinement
 
 
 def is_filled(grid: str) -> bool:
