@@ -30,19 +30,20 @@ from modeling_flm.trainers import FMLMTrainer, FMLMTrainingArguments  # noqa: E4
 PRESETS = ("single_stage", "self_distillation", "two_network", "second_stage")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=PRESETS, choices=PRESETS)
-    parser.add_argument("--teacher", default="outputs/quickstart/flm")
-    parser.add_argument("--benchmark_dir", default="outputs/distillation_presets")
-    own, others = parser.parse_known_args()
-    sys.argv[1:] = [*others, "--output_dir", own.benchmark_dir]
-    args = quickstart.parse_arguments()
-    disable_progress_bars()
+def make_parser() -> argparse.ArgumentParser:
+    parser = quickstart.make_parser()
+    parser.description = __doc__
+    parser.add_argument("--presets", nargs="+", default=PRESETS, choices=PRESETS, help="presets to compare")
+    parser.add_argument("--teacher", default="outputs/quickstart/flm", help="folder of the quickstart's FLM")
+    parser.set_defaults(output_dir="outputs/distillation_presets")
+    return parser
 
+
+def main(args: argparse.Namespace):
+    disable_progress_bars()
     set_seed(args.seed)
     tokenizer, dataset, _ = quickstart.load_stories(args.seed)
-    flm = FLMModel.from_pretrained(own.teacher)
+    flm = FLMModel.from_pretrained(args.teacher)
 
     def train(preset: str, model: PreTrainedModel, teacher: PreTrainedModel | None, max_steps: int) -> list[dict]:
         settings = quickstart.distillation_settings(args, preset, max_steps)
@@ -54,7 +55,7 @@ def main():
         return quickstart.measure(preset, model, tokenizer, quickstart.FMLM_STEPS, grammar.is_valid, args)
 
     steps, rows = args.distillation_steps, {}
-    for preset in own.presets:
+    for preset in args.presets:
         if preset == "single_stage":
             rows[preset] = train(preset, FMLMModel.from_flm(flm), flm, steps)
         elif preset == "self_distillation":
@@ -63,7 +64,7 @@ def main():
         elif preset == "two_network":
             rows[preset] = train(preset, FMLMTwoNetworkModel.from_flm(flm), None, steps)
         else:
-            teacher = FMLMTwoNetworkModel.from_pretrained(f"{own.benchmark_dir}/two_network")
+            teacher = FMLMTwoNetworkModel.from_pretrained(f"{args.output_dir}/two_network")
             rows[preset] = train(preset, FMLMModel.from_flm(flm), teacher, steps)
 
     print("\n| preset | " + " | ".join(map(str, quickstart.FMLM_STEPS)) + " |")
@@ -73,4 +74,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(make_parser().parse_args())

@@ -34,7 +34,7 @@ from modeling_flm.modeling_flm import FLMPreTrainedModel
 SIZES = {"small": (256, 6, 8192, 128), "medium": (512, 8, 32768, 128)}
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--models",
@@ -51,7 +51,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=20, help="calls of each contender")
     parser.add_argument("--no_compile", action="store_true", help="leave out compiled PyTorch, which takes minutes")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def build(name: str) -> FLMPreTrainedModel:
@@ -146,12 +146,11 @@ def show_times(
         )
 
 
-def main(arguments: list[str] | None = None):
-    args = parse_arguments(arguments)
+def main(args: argparse.Namespace):
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}")
     for name in args.models:
         measure(name, args)
 
 
 if __name__ == "__main__":
-    main()
+    main(make_parser().parse_args())

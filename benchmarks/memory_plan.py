@@ -86,14 +86,16 @@ def count(name: str, vocab_size: int) -> Counts:
         )
 
 
-def main():
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab_size", type=int, default=50258)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--gpu_memory", type=float, default=80, help="GiB")
     parser.add_argument("--num_gpus", type=int, nargs="+", default=[1, 8, 64])
-    args = parser.parse_args()
+    return parser
 
+
+def main(args: argparse.Namespace):
     models = [count(name, args.vocab_size) for name in SHAPES]
     print(
         "| model | parameters | states, GiB | a teacher, GiB | activations per text, GiB | with checkpointing | "
@@ -140,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(make_parser().parse_args())

@@ -46,11 +46,11 @@ _PRESS = """() => {
 }"""
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=browser_demo.MODEL, help="the folder of a model")
     parser.add_argument("--repeats", type=int, default=10, help="how often to open the page, and to press a key")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def wait(page: Page, name: str) -> float:
@@ -77,8 +77,7 @@ def measure(page: Page, address: str, repeats: int) -> dict[str, list[float]]:
     return times
 
 
-def main(arguments: list[str] | None = None):
-    args = parse_arguments(arguments)
+def main(args: argparse.Namespace):
     executable = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if executable is None or not browser_demo.PACKAGES.is_dir():
         raise SystemExit("error: it needs Chromium and two packages of npm: see `make test-browser`")
@@ -101,4 +100,4 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    main(make_parser().parse_args())

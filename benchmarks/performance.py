@@ -55,7 +55,7 @@ AXES = ("vocab_size", "length", "hidden_size", "attention", "batch_size")
 PRESETS = ("single_stage", "self_distillation", "two_network", "second_stage")
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="+", choices=SUITES)
     parser.add_argument("--vocab_sizes", type=int, nargs="+", default=[50258])
@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/performance.json"))
     parser.add_argument("--plot", type=Path, help="where to write a picture of `train` against vocabulary and length")
-    return parser.parse_args()
+    return parser
 
 
 class Benchmark:
@@ -535,8 +535,7 @@ class Benchmark:
         figure.savefig(path, dpi=110)
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     set_seed(0)
     # A student that starts as its teacher has gradients near zero, whose squares a CPU takes long to handle.
     torch.set_flush_denormal(True)
@@ -551,4 +550,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(make_parser().parse_args())

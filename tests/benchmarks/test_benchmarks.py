@@ -1,22 +1,26 @@
-"""The benchmarks: that the dense formulation computes what the library does, and that measurements measure."""
+"""The benchmarks: the dense formulation computes what the library does, measurements measure, and every script runs."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 
+import dense
+import distillation_presets
+import measure
+import memory_plan
 import pytest
+import quickstart
 import torch
 from distilling import build_batch, compute_loss
-from places import BENCHMARKS
+from example_scripts import run_here
+from markdown_pages import check_command
+from places import BENCHMARKS, KEPT_MODEL, ROOT
 from train_tiny import build_packed
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
-
-
-sys.path.insert(0, str(BENCHMARKS))
-import dense  # noqa: E402
-import measure  # noqa: E402
-import memory_plan  # noqa: E402
 
 
 CPU = torch.device("cpu")
@@ -114,45 +118,19 @@ class TestMeasures:
         # Of a block with hidden size d and an MLP four times as wide, for each token: its input (4d bytes), two normalized
         # inputs of products (2d each), query, key, value (6d), attention (2d), MLP before and after GELU (16d), ...
         assert 40 * 768 < counts.saved_per_token < 80 * 768
-        monkeypatch.setattr(sys, "argv", ["memory_plan.py"])
         monkeypatch.setattr(memory_plan, "SHAPES", {"170M": (768, 12, 12)})
-        memory_plan.main()
+        run_here(memory_plan)
         assert "| 170M | 8 | FSDP2 |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_program(tmp_path):
-    sizes = ["--vocab_sizes", "200", "300", "--lengths", "8", "--hidden_sizes", "64", "--batch_sizes", "2"]
-    command = [
-        sys.executable,
-        BENCHMARKS / "performance.py",
-        "train",
-        "distill",
-        "generate",
-        "sample",
-        "gpt2",
-        "head",
-        "growth",
-        "noise",
-        "batch",
-    ]
-    options = [
-        "--num_hidden_layers",
-        "1",
-        "--num_steps",
-        "1",
-        "2",
-        "--repeats",
-        "1",
-        "--memory",
-        "0.01",
-        "--device",
-        "cpu",
-    ]
-    outputs = ["--output", tmp_path / "measured.json", "--plot", tmp_path / "plot.png"]
-    result = subprocess.run(
-        [*command, *sizes, *options, *outputs], check=True, timeout=300, capture_output=True, text=True
-    )
+def test_performance(tmp_path):
+    suites = "train distill generate sample gpt2 head growth noise batch".split()
+    sizes = "--vocab_sizes 200 300 --lengths 8 --hidden_sizes 64 --batch_sizes 2 --num_hidden_layers 1".split()
+    options = "--num_steps 1 2 --repeats 1 --memory 0.01 --device cpu".split()
+    command = [sys.executable, BENCHMARKS / "performance.py", *suites, *sizes, *options]
+    command += ["--output", tmp_path / "measured.json", "--plot", tmp_path / "plot.png"]
+    result = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
     rows = json.loads((tmp_path / "measured.json").read_text())["records"]
     contenders = {}
     for row in rows:
@@ -170,25 +148,46 @@ def test_program(tmp_path):
 
 @pytest.mark.slow
 def test_export(capsys):
-    import export
-
-    kept_model = BENCHMARKS.parent / "examples" / "models" / "words_fmlm"
-    options = [
-        "--batch_sizes",
-        "1",
-        "--repeats",
-        "2",
-        "--no_compile",
-        "--precisions",
-        "float32",
-        "--num_steps",
-        "1",
-        "4",
-    ]
-    export.main(["--models", str(kept_model), *options])
+    options = "--batch_sizes 1 --repeats 2 --no_compile --precisions float32 --num_steps 1 4".split()
+    run_here("export", "--models", KEPT_MODEL, *options)
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in row] for row in rows]
     (agreement,) = (row[2:] for row in rows if row[0] == "float32")
     assert agreement == ["100.00%", "100.00%"]
     ratios = {row[1]: float(row[3]) for row in rows if row[0] == "1"}
     assert ratios.keys() == {"PyTorch, eager", "ONNX Runtime, float32"} and ratios["PyTorch, eager"] == 1
+
+
+@pytest.mark.slow
+def test_distillation_presets(tmp_path, capsys):
+    sizes = "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2".split()
+    options = "--max_steps 2 --distillation_steps 2 --num_samples 2 --batch_size 8".split()
+    args = quickstart.make_parser().parse_args(sizes)
+    tokenizer, _, length = quickstart.load_stories(args.seed)
+    quickstart.new_flm(args, tokenizer, length).save_pretrained(tmp_path / "flm")
+    run_here(distillation_presets, *sizes, *options, "--teacher", tmp_path / "flm", "--output_dir", tmp_path)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| preset", *(f"| `{preset}`" for preset in distillation_presets.PRESETS)]
+    for row in rows[1:]:
+        assert len(row) == len(rows[0])
+        assert all(0 <= float(cell.strip(" %|")) <= 100 for cell in row[1:])
+
+
+@pytest.mark.browser
+def test_page(capsys):
+    executable = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None or not (ROOT / "tests" / "browser" / "node_modules").is_dir():
+        pytest.fail("The page is measured with Chromium and two packages of npm: see `make test-browser`.")
+    run_here("page", "--repeats", 1)
+    rows = re.findall(r"^\| (.+) \| (\d+) \((\d+) to (\d+)\) \|$", capsys.readouterr().out, re.MULTILINE)
+    assert len(rows) == 3
+    for _, median, least, most in rows:
+        assert 0 < int(median) == int(least) == int(most)
+
+
+def test_commands_of_the_gpu_script(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = re.findall(r"^measure \w+ (.+)$", (BENCHMARKS / "gpu.sh").read_text(), re.MULTILINE)
+    assert lines
+    for line in lines:
+        check_command(f"python benchmarks/performance.py {line} --device cuda --dtype bfloat16")

@@ -1,14 +1,11 @@
 """The load test of the server."""
 
 import subprocess
-import sys
 
 import pytest
-from places import BENCHMARKS
 
 
 pytest.importorskip("ray")
-sys.path.insert(0, str(BENCHMARKS))
 import serving  # noqa: E402
 
 

@@ -126,6 +126,8 @@ def check_command(command: str, is_whole: bool = True):
         _parse(main, words[2:], is_whole)
     elif program == "python":
         source = (ROOT / words[1]).read_text(encoding="utf-8")
+        # The check stops a script where it reads its arguments, so it must read all of them at once.
+        assert "parse_known_args" not in source, f"{words[1]} reads its arguments in parts"
         if library := re.search(r"^from ([\w.]+) import .*\bmain$", source, re.MULTILINE):
             _parse(import_module(library[1]).main, words[1:], is_whole)
         elif "parse_args" not in source:

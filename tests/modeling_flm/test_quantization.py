@@ -1,10 +1,10 @@
 """Quantized models: each method works with its defaults, and the table of the documentation is of these methods."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import quantization
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from places import ROOT
@@ -16,10 +16,6 @@ from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
 from modeling_flm import FLMModel, FMLMModel
 from modeling_flm.joint_noise import noise_size
 from modeling_flm.trainers import FLMTrainer
-
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import quantization  # noqa: E402
 
 
 # What of the tokens of a model with random weights stays, which is less sure of them than a trained one
@@ -39,9 +35,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
 def test_methods_work_with_their_defaults(kind, folders):
-    rows = quantization.measure(
-        str(folders[kind]), list(quantization.METHODS), num_samples=32, num_steps=2, device="cpu"
-    )
+    options = ["--model", str(folders[kind]), "--num_samples", "32", "--num_steps", "2", "--device", "cpu"]
+    rows = quantization.main(quantization.make_parser().parse_args(options))
     exact, *others = rows
     assert exact.name == "float32" and exact.agreement == 1
     for row in others:

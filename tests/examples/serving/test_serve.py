@@ -4,14 +4,12 @@ import itertools
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from places import BENCHMARKS
 
 from modeling_flm.trainers.batches import example_seed
 from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM
@@ -20,7 +18,6 @@ from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM
 grpc = pytest.importorskip("grpc")
 pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
-sys.path.insert(0, str(BENCHMARKS))
 import application  # noqa: E402
 import serve  # noqa: E402
 import serving  # noqa: E402
