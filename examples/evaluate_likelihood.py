@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import modeling_flm  # noqa: F401  so that models of this library load without their own code
 from modeling_flm.trainers import find_text_column, load_texts, pack_dataset
+from modeling_flm.trainers.commands.command_line import check_kind
 from modeling_flm.trainers.evaluation import evaluate_likelihood
-from modeling_flm.trainers.scripts import check_kind
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -34,8 +34,8 @@ from modeling_flm.trainers import (
     pack_dataset,
     train_tokenizer,
 )
+from modeling_flm.trainers.commands.command_line import explained
 from modeling_flm.trainers.evaluation.plots import plain_log_ticks, share_errors
-from modeling_flm.trainers.scripts import explained
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen

@@ -43,8 +43,8 @@ from starlette.requests import ClientDisconnect
 from transformers.utils import logging as transformers_logging
 
 from modeling_flm.trainers.batches import example_seed
+from modeling_flm.trainers.commands.command_line import terminated_as_interrupted
 from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM
-from modeling_flm.trainers.scripts import terminated_as_interrupted
 
 
 logger = logging.getLogger("ray.serve")

@@ -21,7 +21,7 @@ import torch
 from application import run
 from transformers import AutoConfig, AutoTokenizer
 
-from modeling_flm.trainers.scripts import check_device, check_model, explained
+from modeling_flm.trainers.commands.command_line import check_device, check_model, explained
 
 
 def find_port(host: str, port: int) -> int:

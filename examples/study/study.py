@@ -42,7 +42,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_flm import FLMConfig, FMLMModel
 from modeling_flm.hub.records import TRAINING_NAME
 from modeling_flm.trainers import DataCollatorForFLM
-from modeling_flm.trainers.scripts import ScriptParser, explained
+from modeling_flm.trainers.commands.command_line import ScriptParser, explained
 
 
 # Training

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from places import EXAMPLES
 
-from modeling_flm.trainers.scripts import ScriptParser
+from modeling_flm.trainers.commands.command_line import ScriptParser
 
 
 def run_here(script: str | ModuleType, *arguments):

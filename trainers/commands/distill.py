@@ -20,13 +20,10 @@ from transformers import AutoModel, PreTrainedModel, set_seed
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 
 from .. import PRESETS, FMLMTrainer, FMLMTrainingArguments
-from ..scripts import (
+from .command_line import ScriptParser, check_kind, check_model, explained
+from .training import (
     DataArguments,
-    ScriptParser,
-    check_kind,
-    check_model,
     check_output_dir,
-    explained,
     load_datasets,
     load_model,
     load_tokenizer,

@@ -25,7 +25,7 @@ Hub. Every flag can also stand in a YAML file, given as the first argument. Need
 """
 
 from ..evaluation import EvaluationArguments, GenPPLEvaluation
-from ..scripts import ScriptParser, check_model, explained
+from .command_line import ScriptParser, check_model, explained
 
 
 def make_parser() -> ScriptParser:

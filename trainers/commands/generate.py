@@ -42,8 +42,8 @@ from modeling_flm.pipeline_flm import encode_prompts  # which registers the mode
 from ..data import find_text_column, load_texts
 from ..evaluation import generate_samples
 from ..evaluation.arguments import SAMPLERS
-from ..scripts import check_device, check_kind, check_model, explained, terminated_as_interrupted
-from ..shards import TextShards
+from .command_line import check_device, check_kind, check_model, explained, terminated_as_interrupted
+from .shards import TextShards
 
 
 # Where prompts come from, and what does not change texts.

@@ -24,12 +24,10 @@ from .. import (
     find_text_column,
     train_tokenizer,
 )
-from ..scripts import (
+from .command_line import ScriptParser, check_model, explained
+from .training import (
     DataArguments,
-    ScriptParser,
-    check_model,
     check_output_dir,
-    explained,
     load_datasets,
     load_model,
     load_tokenizer,

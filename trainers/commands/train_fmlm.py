@@ -17,8 +17,9 @@ from transformers import AutoModel, set_seed
 from modeling_flm import FMLMModel
 
 from .. import PRESETS, FMLMTrainer, FMLMTrainingArguments
-from ..scripts import DataArguments, ScriptParser, check_kind, check_output_dir, explained, pack_datasets, run
+from .command_line import ScriptParser, check_kind, explained
 from .train import ModelArguments, get_model, load_data
+from .training import DataArguments, check_output_dir, pack_datasets, run
 
 
 @dataclass

@@ -21,7 +21,7 @@ from small_models import build_flm
 from modeling_flm import FLMModel, generation_flm
 from modeling_flm.trainers import train_tokenizer
 from modeling_flm.trainers.commands.generate import deal_out, main
-from modeling_flm.trainers.shards import TextShards
+from modeling_flm.trainers.commands.shards import TextShards
 
 
 NUM_TEXTS = 11
