@@ -6,7 +6,7 @@ How likely a model finds the texts of a file: a bound in nats per token and per 
     python examples/evaluate_likelihood.py --model outputs/quickstart/flm --text_file heldout.txt
     python examples/evaluate_likelihood.py --model me/fmlm --text_file heldout.jsonl --packing wrapped --output_file bound.json
 
-It is an upper bound of the negative log-likelihood: see `model.log_likelihood`. Of a flow map it is that of its diagonal.
+It is an upper bound of the negative log-likelihood: see `model.log_likelihood_bound`. Of a flow map it is that of its diagonal.
 """
 
 import argparse

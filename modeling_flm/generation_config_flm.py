@@ -18,9 +18,9 @@ from .sampling_flm import SamplerConfig, StochasticFlowMapSamplerConfig, load_sa
 logger = logging.get_logger(__name__)
 
 
-# What other models of transformers are told, and what says the same here.
-_ELSEWHERE = {
-    "num_return_sequences": "pass `num_samples`, the number of texts in all, or in a pipeline of each prompt",
+# Parameters of transformers that do not exist here, and what to pass instead.
+_RENAMED_PARAMETERS = {
+    "num_return_sequences": "pass `num_samples`, the number of samples in all; a pipeline accepts both",
     "max_new_tokens": "pass `length`, the number of tokens of a text with its prompt",
     "max_length": "pass `length`",
     "min_length": "pass `length`; texts end where `pad_after_eos` finds their end",
@@ -50,7 +50,7 @@ class FLMGenerationConfig(GenerationConfig):
         num_steps (`int`, *optional*, defaults to 64):
             The number of steps from noise to text, which is the number of forward passes; with `num_rounds` or `block_length`
             that of each round or block.
-        timesteps (`list[float]`, *optional*):
+        timestep_grid (`list[float]`, *optional*):
             The reparameterized times of the steps, from 0 to 1, by default evenly spaced. They set `num_steps`.
         length (`int`, *optional*):
             The number of tokens of each text. By default the length that the model was trained for
@@ -115,7 +115,7 @@ class FLMGenerationConfig(GenerationConfig):
         self.temperature: float | None = kwargs.pop("temperature", None)
         self.top_k: int | None = kwargs.pop("top_k", None)
         self.top_p: float | None = kwargs.pop("top_p", None)
-        self.timesteps: list[float] | None = kwargs.pop("timesteps", None)
+        self.timestep_grid: list[float] | None = kwargs.pop("timestep_grid", None)
         self.gamma: float | None = kwargs.pop("gamma", None)
         self.sampler_config: SamplerConfig | None = kwargs.pop("sampler_config", None)
         self.num_rounds: int | None = kwargs.pop("num_rounds", None)
@@ -162,8 +162,8 @@ class FLMGenerationConfig(GenerationConfig):
         known = [name for name in vars(self) if not name.startswith("_")]
         hints = []
         for name in names:
-            if name in _ELSEWHERE:
-                hints.append(f"`{name}` ({_ELSEWHERE[name]})")
+            if name in _RENAMED_PARAMETERS:
+                hints.append(f"`{name}` ({_RENAMED_PARAMETERS[name]})")
                 continue
             close = difflib.get_close_matches(name, known, n=1)
             hints.append(f"`{name}`" + (f" (did you mean `{close[0]}`?)" if close else ""))
@@ -195,13 +195,13 @@ class FLMGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
-        if self.timesteps is not None:
-            times = self.timesteps
+        if self.timestep_grid is not None:
+            times = self.timestep_grid
             if not isinstance(times, (list, tuple)) or not all(isinstance(tau, (int, float)) for tau in times):
-                raise ValueError(f"`timesteps` must be a list of numbers, got {times!r}.")
+                raise ValueError(f"`timestep_grid` must be a list of numbers, got {times!r}.")
             is_increasing = all(first < second for first, second in zip(times, times[1:]))
             if len(times) < 2 or times[0] != 0 or times[-1] != 1 or not is_increasing:
-                raise ValueError(f"`timesteps` must increase from 0 to 1, got {times!r}.")
+                raise ValueError(f"`timestep_grid` must increase from 0 to 1, got {times!r}.")
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:
@@ -309,14 +309,14 @@ def prepare_generation_config(
         raise ValueError(message)
     config.update(**kwargs)
     config.update(defaults_only=True, **own.to_dict())
-    if "num_steps" in explicit and "timesteps" not in explicit:
-        config.timesteps = None
-    elif config.timesteps is not None:
-        if explicit.get("num_steps", len(config.timesteps) - 1) != len(config.timesteps) - 1:
+    if "num_steps" in explicit and "timestep_grid" not in explicit:
+        config.timestep_grid = None
+    elif config.timestep_grid is not None:
+        if explicit.get("num_steps", len(config.timestep_grid) - 1) != len(config.timestep_grid) - 1:
             raise ValueError(
-                f"`num_steps={explicit['num_steps']}` does not go with the {len(config.timesteps)} `timesteps`: leave it out."
+                f"`num_steps={explicit['num_steps']}` does not match the {len(config.timestep_grid)} times of `timestep_grid`: leave it out."
             )
-        config.num_steps = len(config.timesteps) - 1
+        config.num_steps = len(config.timestep_grid) - 1
     config.update(defaults_only=True, **config._get_default_generation_params())
     config.update(defaults_only=True, length=max_length)
     if config.length > max_length:

@@ -38,7 +38,7 @@ from .guidance_flm import Autoguidance, Reward, reward_gradient
 from .joint_noise import JointNoise
 from .known_tokens_flm import KnownTokens, check_known, is_after_eos, pad_after_eos, prepare_known
 from .posterior_flm import first_probability, probability_of
-from .sampling_flm import BlockByBlock, Commitment, PosteriorRefinement, Sampler, StochasticFlowMapSamplerConfig
+from .sampling_flm import BlockByBlock, CommitRule, PosteriorRefinement, Sampler, StochasticFlowMapSamplerConfig
 from .utils_flm import in_evaluation_mode, raise_recompile_limit
 
 
@@ -101,7 +101,7 @@ class _Run:
 
     config: FLMGenerationConfig
     sampler: Sampler
-    commitment: Commitment
+    commitment: CommitRule
     model: "PreTrainedModel | Autoguidance"
     embedding: torch.Tensor
     factor: torch.Tensor | None  # of the noise, where any is drawn
@@ -402,10 +402,10 @@ class FLMGenerationMixin:
         shows_drafts = run.stream is not None and run.stream.takes_drafts
         wants_drafts = run.output_drafts or shows_drafts or run.callback is not None
         advance = self._step if compile_config is None else self._get_compiled_step(compile_config)
-        if config.timesteps is None:
+        if config.timestep_grid is None:
             tau = torch.linspace(0, 1, config.num_steps + 1, device=state.device)
         else:
-            tau = torch.tensor(config.timesteps, dtype=torch.float32, device=state.device)
+            tau = torch.tensor(config.timestep_grid, dtype=torch.float32, device=state.device)
         t = self.time_map.tau_to_t(tau)
         target_tau = sampler.target_tau(tau[:-1], tau[1:], self.time_map)
 
@@ -541,7 +541,7 @@ class FLMGenerationMixin:
         return config.sampler_config.build()
 
     @staticmethod
-    def _get_commitment(config: FLMGenerationConfig, explicit: dict[str, Any]) -> Commitment:
+    def _get_commitment(config: FLMGenerationConfig, explicit: dict[str, Any]) -> CommitRule:
         """The loop around the sampler that was asked for last: by this call, or by the model's own configuration."""
         wants_rounds, wants_blocks = (explicit.get(name) is not None for name in ("num_rounds", "block_length"))
         if wants_rounds and wants_blocks:
@@ -558,7 +558,7 @@ class FLMGenerationMixin:
             return PosteriorRefinement(config.num_rounds, threshold, budget, config.fresh_noise)
         if has_blocks:
             return BlockByBlock(config.block_length, config.length, config.fresh_noise)
-        return Commitment()
+        return CommitRule()
 
     def _get_guided_model(
         self, guidance_model: PreTrainedModel | None, config: FLMGenerationConfig, explicit: dict[str, Any]

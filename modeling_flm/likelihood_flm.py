@@ -25,7 +25,7 @@ _NUM_LAST = 2  # states at the end of the way; two say how much their likelihood
 @dataclass
 class FLMLikelihoodOutput(ModelOutput):
     """
-    Output of [`~FLMLikelihoodMixin.log_likelihood`].
+    Output of [`~FLMLikelihoodMixin.log_likelihood_bound`].
 
     Args:
         log_likelihood (`torch.DoubleTensor` of shape `(num_texts,)`):
@@ -134,14 +134,14 @@ def negative_log_probability(tokens: torch.LongTensor) -> Reader:
 
 
 class FLMLikelihoodMixin:
-    """Gives a model of one network its `log_likelihood()`."""
+    """Gives a model of one network its `log_likelihood_bound()`."""
 
     # What is kept from one call to the next, with what identifies the embedding that it belongs to
     _likelihood_space: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor | None, SignalLevels]] | None = None
 
     @torch.no_grad()
     @in_evaluation_mode
-    def log_likelihood(
+    def log_likelihood_bound(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
@@ -188,7 +188,7 @@ class FLMLikelihoodMixin:
 
         ```python
         >>> batch = tokenizer(["The cat sat.", "The dog ran."], padding=True, return_tensors="pt")
-        >>> output = model.log_likelihood(batch.input_ids, attention_mask=batch.attention_mask)
+        >>> output = model.log_likelihood_bound(batch.input_ids, attention_mask=batch.attention_mask)
         >>> perplexity = (-output.log_likelihood.sum() / output.num_tokens.sum()).exp()
         ```
         """

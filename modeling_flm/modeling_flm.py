@@ -804,9 +804,9 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     def log_loss_weight(self, tau_s):
         return self.correction.log_loss_weight(tau_s)
 
-    def log_likelihood(self, *args, **kwargs) -> FLMLikelihoodOutput:
-        """That of the flow, which the model is where both times are equal: see [`FLMModel.log_likelihood`]."""
-        return self.flow.log_likelihood(*args, **kwargs)
+    def log_likelihood_bound(self, *args, **kwargs) -> FLMLikelihoodOutput:
+        """That of the flow, which the model is where both times are equal: see [`FLMModel.log_likelihood_bound`]."""
+        return self.flow.log_likelihood_bound(*args, **kwargs)
 
 
 def load_network(model: FMLMModel, weights: dict[str, torch.Tensor], config_overrides: dict):

@@ -23,21 +23,21 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: list[str], bos_token_id: int | None
 ) -> dict[str, torch.LongTensor]:
     """
-    The `input_ids` and the `attention_mask` of texts to continue. What a tokenizer adds is left out, as it may end texts.
+    Tokenizes prompts, without the special tokens that a tokenizer adds, since these may include an EOS token.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the model.
-        prompts (`list[str]`): How texts begin.
-        bos_token_id (`int`, *optional*): The token to begin them with, if any.
+        prompts (`list[str]`): The prompts.
+        bos_token_id (`int`, *optional*): A token to put before every prompt.
 
     Returns:
-        `dict[str, torch.LongTensor]`: both of shape `(num_prompts, prompt_length)`.
+        `dict[str, torch.LongTensor]`: `input_ids` and `attention_mask`, of shape `(num_prompts, prompt_length)`.
     """
-    begin = [] if bos_token_id is None else [bos_token_id]
+    prefix = [] if bos_token_id is None else [bos_token_id]
     token_lists = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     _warn_of_unknown_words(tokenizer, prompts, token_lists)
-    rows = [torch.tensor([*begin, *tokens], dtype=torch.long) for tokens in token_lists]
-    # Not by the tokenizer, which may have no padding token
+    rows = [torch.tensor([*prefix, *tokens], dtype=torch.long) for tokens in token_lists]
+    # Padded here, since the tokenizer may have no padding token
     return {
         "input_ids": pad_sequence(rows, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
@@ -45,25 +45,26 @@ def encode_prompts(
 
 
 def _warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase, prompts: list[str], token_lists: list[list[int]]):
-    """Warns of prompts with words that are lost, as texts would seem not to begin with these prompts."""
+    """Warns about prompts with unknown words: the samples would not show these words."""
     token, token_id = tokenizer.unk_token, tokenizer.unk_token_id
     if token_id is None:
         return
     with_unknown = [prompt for prompt, ids in zip(prompts, token_lists) if token_id in ids and token not in prompt]
     if with_unknown:
         logger.warning(
-            f"Prompts have words that the tokenizer does not know, and that become {token}: {with_unknown[0]!r}"
+            f"The tokenizer does not know some words of the prompts, and replaces them by {token}: {with_unknown[0]!r}"
             + (f", and {len(with_unknown) - 1} more." if len(with_unknown) > 1 else ".")
         )
 
 
 class FLMPipeline(Pipeline):
     r"""
-    Texts in one call: whole ones, or continued prompts.
+    Text generation pipeline: generates whole texts, or continues prompts.
 
     Args:
-        kwargs: As for [`~transformers.Pipeline`], of which `model` and `tokenizer` are needed; and parameters of `generate`
-            and of a call to keep as defaults.
+        kwargs:
+            Arguments of [`~transformers.Pipeline`], which must include `model` and `tokenizer`, and default values for the
+            parameters of a call.
 
     Example:
 
@@ -71,7 +72,7 @@ class FLMPipeline(Pipeline):
     >>> from transformers import pipeline
 
     >>> pipe = pipeline("text-generation", model="path/to/model", trust_remote_code=True)
-    >>> pipe(num_samples=2, num_steps=1)
+    >>> pipe(num_return_sequences=2, num_steps=1)
     [{'generated_text': '...'}, {'generated_text': '...'}]
     >>> pipe("The cat", num_steps=16)
     [{'generated_text': 'The cat ...'}]
@@ -79,7 +80,7 @@ class FLMPipeline(Pipeline):
     ...     print(rows[0]["generated_text"])
     ```
 
-    A model that is loaded already: `FLMPipeline(model=model, tokenizer=tokenizer)`, or
+    For a model in memory, use `FLMPipeline(model=model, tokenizer=tokenizer)`, or
     `pipeline("text-generation", model=model, tokenizer=tokenizer, pipeline_class=FLMPipeline)`.
     """
 
@@ -92,10 +93,10 @@ class FLMPipeline(Pipeline):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.tokenizer is None:
-            raise ValueError("`tokenizer` is needed to turn tokens into texts: pass that of the model.")
-        if self._batch_size is not None:  # here it is not about inputs
+            raise ValueError("`tokenizer` is needed to decode tokens: pass the model's tokenizer.")
+        if self._batch_size is not None:  # of `generate`, not of the inputs
             self._forward_params["batch_size"] = self._batch_size
-        # `pipeline()` has put classes into it, with which the configuration could not be saved.
+        # `pipeline()` puts classes into it, which cannot be saved as JSON.
         self.model.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
 
     def __call__(self, text_inputs: str | Iterable[str] | None = None, **kwargs) -> list | Iterator[list]:
@@ -104,20 +105,21 @@ class FLMPipeline(Pipeline):
 
         Args:
             text_inputs (`str`, `list[str]` or `Iterable[str]`, *optional*):
-                How texts begin. Generators and [`~transformers.pipelines.pt_utils.KeyDataset`] are read while texts are
-                generated, `batch_size` of them at a time.
+                Prompts. Generators and [`~transformers.pipelines.pt_utils.KeyDataset`] are read lazily, `batch_size` prompts
+                at a time.
+            num_return_sequences (`int`, *optional*, defaults to 1):
+                Number of samples for each prompt; without prompts, the number of samples.
             add_special_tokens (`bool`, *optional*, defaults to `True`):
-                Whether prompts begin with the `bos_token_id` of the model's generation configuration, if it has one. What
-                the tokenizer adds otherwise is left out, as it may end texts.
-            skip_special_tokens (`bool`, *optional*, defaults to `True`): Whether to leave special tokens out of the texts.
+                Whether to put the `bos_token_id` of the model's generation configuration, if any, before every prompt. No
+                other special tokens are added.
+            skip_special_tokens (`bool`, *optional*, defaults to `True`): Whether to omit special tokens from the texts.
             return_tensors (`bool`, *optional*, defaults to `False`):
                 Whether to return the tokens as well, as `"generated_token_ids"`.
-            kwargs: Parameters of [`~FLMGenerationMixin.generate`], such as `num_samples` (for each prompt), `num_steps` or
-                `generator`.
+            kwargs: Parameters of [`~FLMGenerationMixin.generate`], such as `num_steps` or `generator`.
 
         Returns:
-            `list[dict[str, Any]]`: for each of `num_samples` texts a dictionary with `"generated_text"`. For a list of prompts,
-            or a column of a dataset, a list of such lists; for what is read while generating an iterator of them.
+            `list[dict[str, Any]]`: for each sample a dictionary with `"generated_text"`, the prompt included. For a list of
+            prompts or a column of a dataset, a list of such lists; for lazily read prompts, an iterator over such lists.
 
         Raises:
             `ValueError`: if a parameter is unknown or has a value that cannot be used.
@@ -126,7 +128,7 @@ class FLMPipeline(Pipeline):
             return self._generate([] if text_inputs is None else [text_inputs], **kwargs)[0]
         if isinstance(text_inputs, Sequence):  # a list, or a column of a dataset
             if len(text_inputs) == 0:
-                raise ValueError("`text_inputs` must have at least one text, got none.")
+                raise ValueError("`text_inputs` must contain at least one text, got an empty list.")
             return self._generate(list(text_inputs), **kwargs)
         if isinstance(text_inputs, (Iterable, Dataset)) and not isinstance(text_inputs, Mapping):
             return self._generate_lazily(text_inputs, **kwargs)
@@ -135,7 +137,7 @@ class FLMPipeline(Pipeline):
         )
 
     def _generate_lazily(self, text_inputs: Iterable[str] | Dataset, **kwargs) -> Iterator[list[dict[str, Any]]]:
-        """The texts of one prompt after the other, of which as many as make a batch are read at a time."""
+        """Yields the samples of each prompt; reads one batch of prompts at a time."""
         config = self.model.generation_config
         size = {**self._forward_params, **kwargs}.get("batch_size") or config.batch_size
         size = size or config._get_default_generation_params()["batch_size"]
@@ -145,20 +147,24 @@ class FLMPipeline(Pipeline):
             yield from self._generate(prompts, **kwargs)
 
     def _generate(self, prompts: list[str], **kwargs) -> list[list[dict[str, Any]]]:
-        """The texts of each prompt; without prompts, one list."""
+        """Returns the samples of each prompt; without prompts, a single list."""
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise ValueError(
-                    f"`text_inputs` must be a text or a list of texts, got {prompt!r}. Of a dataset pass a column, "
-                    "`dataset['text']`; chats are not supported."
+                    f"`text_inputs` must be a text or a list of texts, got {prompt!r}. For a dataset, pass a "
+                    "column, `dataset['text']`. Chats are not supported."
                 )
         preprocess_kwargs, generate_kwargs, decode_kwargs = self._sanitize_parameters(**kwargs)
         generate_kwargs = {**self._forward_params, **generate_kwargs}
-        num_samples = generate_kwargs.get("num_samples")
-        if num_samples is None and "generation_config" in generate_kwargs:
-            num_samples = getattr(generate_kwargs["generation_config"], "num_samples", None)
-        if prompts and isinstance(num_samples, int):
-            generate_kwargs["num_samples"] = num_samples * len(prompts)
+        num_sequences = generate_kwargs.pop("num_return_sequences", None)
+        if prompts and "num_samples" in generate_kwargs:
+            raise ValueError(
+                "With prompts, pass `num_return_sequences`, the number of samples for each, instead of `num_samples`."
+            )
+        if num_sequences is not None:
+            if not isinstance(num_sequences, int) or num_sequences < 1:
+                raise ValueError(f"`num_return_sequences` must be an integer of at least 1, got {num_sequences!r}.")
+            generate_kwargs["num_samples"] = num_sequences * max(len(prompts), 1)
         preprocess_kwargs = {**self._preprocess_params, **preprocess_kwargs}
         decode_kwargs = {**self._postprocess_params, **decode_kwargs}
         rows = self.run_single(prompts, preprocess_kwargs, generate_kwargs, decode_kwargs)

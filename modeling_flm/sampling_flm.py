@@ -208,7 +208,7 @@ class BridgeSampler(Sampler):
         return a * state + b * estimate + c * noise
 
 
-class Commitment:
+class CommitRule:
     """
     A rule of which tokens become known after each round. This one is that of generation without rounds: everything is written
     once, and stays.
@@ -253,7 +253,7 @@ class Commitment:
 
 
 @dataclass
-class PosteriorRefinement(Commitment):
+class PosteriorRefinement(CommitRule):
     """
     Every round writes what is not known. Tokens that are likely enough become known, and besides, the likeliest of each text up
     to a budget; what is left is written again. After the last round everything stays as it is.
@@ -290,7 +290,7 @@ class PosteriorRefinement(Commitment):
 
 
 @dataclass
-class BlockByBlock(Commitment):
+class BlockByBlock(CommitRule):
     """
     From left to right, a block at a time: every round writes what is not known up to the end of the text, and its block becomes
     known.
@@ -322,7 +322,7 @@ __all__ = [
     "BlockByBlock",
     "BridgeSampler",
     "BridgeSamplerConfig",
-    "Commitment",
+    "CommitRule",
     "FlowMapSampler",
     "FlowMapSamplerConfig",
     "PosteriorRefinement",

@@ -40,7 +40,7 @@ class FLMTrainingArguments(TrainingArguments):
         eval_likelihood_times (`int`, *optional*, defaults to 0):
             Log the bound on the negative log-likelihood of the evaluation texts, in nats per token, as `eval_nll`, and
             `eval_perplexity`, its exponential: how many times each text is noised for it, such as 32, with a forward pass
-            each. 0 does not. `metric_for_best_model` takes either. See [`~FLMLikelihoodMixin.log_likelihood`].
+            each. 0 does not. `metric_for_best_model` takes either. See [`~FLMLikelihoodMixin.log_likelihood_bound`].
         sample_steps (`int`, *optional*, defaults to 0):
             Write samples to `samples.jsonl` in `output_dir` every so many optimizer steps. 0 writes none.
         sample_num_samples (`int`, *optional*, defaults to 4):

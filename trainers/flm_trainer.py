@@ -497,7 +497,7 @@ class FLMTrainer(AveragedTrainer):
             output = through_forward(
                 model,
                 self.model,
-                lambda: self.network.log_likelihood(
+                lambda: self.network.log_likelihood_bound(
                     batch.input_ids,
                     batch.attention_mask,
                     known,

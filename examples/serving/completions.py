@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 
 # Fields of OpenAI's that mean nothing here, and what says the same.
-_ELSEWHERE = {
+_RENAMED_PARAMETERS = {
     "best_of": "pass `n`, and choose among the texts",
     "frequency_penalty": "leave it out: texts are not written token by token",
     "logit_bias": "leave it out",
@@ -81,6 +81,6 @@ class RequestError(Exception):
         param = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             known = ", ".join(f"`{name}`" for name in CompletionRequest.model_fields)
-            hint = _ELSEWHERE.get(param, f"the fields are {known}")
+            hint = _RENAMED_PARAMETERS.get(param, f"the fields are {known}")
             return cls(400, f"Unknown field `{param[:100]}`: {hint}.", param[:100], "unknown_field")
         return cls(400, f"`{param}`: {first['msg'].removeprefix('Value error, ')}.", param, "invalid_value")

@@ -88,7 +88,7 @@ class FlowWriter:
         """Texts for which this is the same can be written together."""
         own = self.model.generation_config
         # With the model's own values for what is left out, so that these texts go with those that ask for the same
-        num_steps = own.num_steps if text.num_steps is None and own.timesteps is None else text.num_steps
+        num_steps = own.num_steps if text.num_steps is None and own.timestep_grid is None else text.num_steps
         temperature = own.temperature if text.temperature is None else text.temperature
         return text.length, num_steps, 1 if temperature is None else temperature
 

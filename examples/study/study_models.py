@@ -149,7 +149,7 @@ def flow_log_likelihood(
     model: FLMModel, input_ids: torch.LongTensor, num_times: int, generator: torch.Generator
 ) -> torch.Tensor:
     """The bound of an FLM or a flow map."""
-    return model.log_likelihood(input_ids, num_times=num_times, generator=generator).log_likelihood
+    return model.log_likelihood_bound(input_ids, num_times=num_times, generator=generator).log_likelihood
 
 
 def _flow(**options) -> Contender:

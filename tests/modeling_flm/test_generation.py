@@ -390,8 +390,8 @@ class TestTimesteps:
         model = build_model("fmlm")
         prior = torch.randn(4, 12, 53)
         even = model.generate(prior_state=prior, num_steps=4)
-        assert torch.equal(model.generate(prior_state=prior, timesteps=[0, 0.25, 0.5, 0.75, 1]), even)
-        output = model.generate(prior_state=prior, timesteps=[0, 0.7, 1], return_dict_in_generate=True)
+        assert torch.equal(model.generate(prior_state=prior, timestep_grid=[0, 0.25, 0.5, 0.75, 1]), even)
+        output = model.generate(prior_state=prior, timestep_grid=[0, 0.7, 1], return_dict_in_generate=True)
         assert output.num_forward_passes.eq(2).all()
         t = model.time_map.tau_to_t(torch.tensor([0.0, 0.7, 1.0]))
         zero, middle, one = (torch.full((4,), tau) for tau in (0.0, 0.7, 1.0))
@@ -401,11 +401,11 @@ class TestTimesteps:
 
     def test_what_is_said_last_counts(self):
         model = build_model("fmlm")
-        model.generation_config.timesteps = [0.0, 0.5, 1.0]
+        model.generation_config.timestep_grid = [0.0, 0.5, 1.0]
         passes = lambda **options: model.generate(return_dict_in_generate=True, **options).num_forward_passes[0]  # noqa: E731
         assert passes() == 2
         assert passes(num_steps=5) == 5
-        assert passes(timesteps=[0, 1]) == 1
+        assert passes(timestep_grid=[0, 1]) == 1
 
 
 class TestLengths:
@@ -510,12 +510,12 @@ def test_compiled_steps_are_the_same():
             {"sampler_config": BridgeSamplerConfig(), "reward": lambda delta: delta.sum((1, 2)), "reward_scale": 1.0},
             "`reward` does not go with `BridgeSampler`",
         ),
-        ({"timesteps": [0, 0.5]}, "`timesteps` must increase from 0 to 1"),
-        ({"timesteps": [0, 0.5, 0.5, 1]}, "`timesteps` must increase from 0 to 1"),
-        ({"timesteps": 4}, "`timesteps` must be a list of numbers"),
-        ({"timesteps": [0, 0.5, 1], "num_steps": 3}, "`num_steps=3` does not go with the 3 `timesteps`"),
+        ({"timestep_grid": [0, 0.5]}, "`timestep_grid` must increase from 0 to 1"),
+        ({"timestep_grid": [0, 0.5, 0.5, 1]}, "`timestep_grid` must increase from 0 to 1"),
+        ({"timestep_grid": 4}, "`timestep_grid` must be a list of numbers"),
+        ({"timestep_grid": [0, 0.5, 1], "num_steps": 3}, "`num_steps=3` does not match the 3 times of `timestep_grid`"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(flm, arguments, message):
     with pytest.raises(ValueError, match=message):
-        flm.generate(**{"num_steps": 2, **arguments} if "timesteps" not in arguments else arguments)
+        flm.generate(**{"num_steps": 2, **arguments} if "timestep_grid" not in arguments else arguments)

@@ -71,7 +71,7 @@ def test_log_likelihood_is_the_integral(vocab_size, width, time_reparameterizati
     sizes = {"vocab_size": vocab_size, "hidden_size": width, "num_attention_heads": 1, "num_hidden_layers": 1}
     model = build_flm(**sizes, max_position_embeddings=1, time_reparameterization=time_reparameterization)
     expected = integral(model, token=1)
-    output = model.log_likelihood(
+    output = model.log_likelihood_bound(
         torch.ones(4000, 1, dtype=torch.long), num_times=128, batch_size=20_000, generator=generator()
     )
     error = output.log_likelihood.std().item() / math.sqrt(4000)
@@ -88,7 +88,7 @@ class TestExactPosterior:
 
     def test_log_likelihood_is_the_entropy(self):
         model = ExactFlowMap(self.texts, self.weights)
-        output = model.log_likelihood(self.sample(4000), batch_size=20_000, generator=generator())
+        output = model.log_likelihood_bound(self.sample(4000), batch_size=20_000, generator=generator())
         entropy = -sum(weight * math.log(weight) for weight in self.weights)
         assert abs(-output.log_likelihood.mean().item() - entropy) < 0.005 * entropy + 3 * self.error(output)
         # Of each text as well, as they are so different
@@ -97,7 +97,7 @@ class TestExactPosterior:
     def test_conditional_bounds_add_up(self):
         model, texts = ExactFlowMap(self.texts, self.weights), self.sample(4000)
         first = torch.tensor([[1, 0]]).expand(4000, 2)
-        output = model.log_likelihood(texts, prompt_mask=first, batch_size=20_000, generator=generator())
+        output = model.log_likelihood_bound(texts, prompt_mask=first, batch_size=20_000, generator=generator())
         # The first token is 0 with probability 0.7, and leaves a choice then.
         conditional = -0.5 * math.log(5 / 7) - 0.2 * math.log(2 / 7)
         of_first = -0.7 * math.log(0.7) - 0.3 * math.log(0.3)
@@ -115,7 +115,7 @@ class TestExactPosterior:
 
 def test_standard_error_of_log_likelihood_is_that_of_repetitions(flm):
     text = texts_of(flm, 1).expand(400, -1)
-    output = flm.log_likelihood(text, num_times=16, batch_size=1024, generator=generator())
+    output = flm.log_likelihood_bound(text, num_times=16, batch_size=1024, generator=generator())
     ratio = output.standard_error.square().mean().sqrt() / output.log_likelihood.std()
     assert 0.85 < ratio < 1.3
 
@@ -125,54 +125,54 @@ def test_log_likelihood_does_not_depend_on_batches(flm):
     mask[1, 7:] = mask[3, 4:] = 0
     known = torch.zeros_like(mask)
     known[2, :6] = 1
-    whole = flm.log_likelihood(texts, mask, known, generator=generator())
+    whole = flm.log_likelihood_bound(texts, mask, known, generator=generator())
     for batch_size in (1, 7):
-        other = flm.log_likelihood(texts, mask, known, batch_size=batch_size, generator=generator())
+        other = flm.log_likelihood_bound(texts, mask, known, batch_size=batch_size, generator=generator())
         torch.testing.assert_close(other.log_likelihood, whole.log_likelihood, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(other.standard_error, whole.standard_error, rtol=1e-3, atol=1e-4)
-    fewer = flm.log_likelihood(texts[:3], mask[:3], known[:3], generator=generator())
+    fewer = flm.log_likelihood_bound(texts[:3], mask[:3], known[:3], generator=generator())
     torch.testing.assert_close(fewer.log_likelihood, whole.log_likelihood[:3], rtol=1e-4, atol=1e-4)
     assert whole.num_tokens.tolist() == [12, 7, 6, 4, 12]
     # What stands under padding does not matter, nor how much of it there is.
-    padded = flm.log_likelihood(texts.masked_fill(mask == 0, -100), mask, known, generator=generator())
+    padded = flm.log_likelihood_bound(texts.masked_fill(mask == 0, -100), mask, known, generator=generator())
     torch.testing.assert_close(padded.log_likelihood, whole.log_likelihood)
     generators = [generator(seed) for seed in (1, 3)]
     rows = torch.tensor([1, 3])
-    long = flm.log_likelihood(texts[rows], mask[rows], generator=generators)
+    long = flm.log_likelihood_bound(texts[rows], mask[rows], generator=generators)
     generators = [generator(seed) for seed in (1, 3)]
-    short = flm.log_likelihood(texts[rows, :7], mask[rows, :7], generator=generators)
+    short = flm.log_likelihood_bound(texts[rows, :7], mask[rows, :7], generator=generators)
     torch.testing.assert_close(short.log_likelihood, long.log_likelihood, rtol=1e-4, atol=1e-4)
 
 
 def test_chunks_of_log_likelihood(flm, monkeypatch):
-    whole = flm.log_likelihood(texts_of(flm), generator=generator())
+    whole = flm.log_likelihood_bound(texts_of(flm), generator=generator())
     set_chunk(monkeypatch, 7, 64, flm.config.vocab_size)
-    chunked = flm.log_likelihood(texts_of(flm), generator=generator())
+    chunked = flm.log_likelihood_bound(texts_of(flm), generator=generator())
     torch.testing.assert_close(chunked.log_likelihood, whole.log_likelihood, rtol=1e-4, atol=1e-4)
 
 
 def test_log_likelihood_of_flow_maps_is_that_of_their_diagonal(flm):
     texts = texts_of(flm)
-    expected = flm.log_likelihood(texts, generator=generator()).log_likelihood
+    expected = flm.log_likelihood_bound(texts, generator=generator()).log_likelihood
     for model in (FMLMModel.from_flm(flm), FMLMTwoNetworkModel.from_flm(flm)):
         # The start of a flow map is its teacher.
-        value = model.log_likelihood(texts, generator=generator()).log_likelihood
+        value = model.log_likelihood_bound(texts, generator=generator()).log_likelihood
         torch.testing.assert_close(value, expected)
 
 
 def test_log_likelihood_is_in_evaluation_mode_and_leaves_the_mode(flm):
     texts = texts_of(flm)
     flm.config.dropout = 0.5
-    expected = flm.log_likelihood(texts, generator=generator()).log_likelihood
+    expected = flm.log_likelihood_bound(texts, generator=generator()).log_likelihood
     flm.train()
     flm.layers[0].eval()
-    torch.testing.assert_close(flm.log_likelihood(texts, generator=generator()).log_likelihood, expected)
+    torch.testing.assert_close(flm.log_likelihood_bound(texts, generator=generator()).log_likelihood, expected)
     assert flm.training and flm.layers[1].training and not flm.layers[0].training
 
 
 def test_known_tokens_have_no_log_likelihood(flm):
     texts = texts_of(flm)
-    output = flm.log_likelihood(texts, prompt_mask=torch.ones_like(texts), generator=generator())
+    output = flm.log_likelihood_bound(texts, prompt_mask=torch.ones_like(texts), generator=generator())
     assert not output.log_likelihood.any() and not output.standard_error.any() and not output.num_tokens.any()
 
 
@@ -201,7 +201,7 @@ def test_last_signal_is_where_tokens_are_read_or_training_ends():
 )
 def test_bad_arguments_of_log_likelihood(flm, arguments, message):
     with pytest.raises(ValueError, match=message):
-        flm.log_likelihood(**{"input_ids": torch.zeros(2, 12, dtype=torch.long), **arguments})
+        flm.log_likelihood_bound(**{"input_ids": torch.zeros(2, 12, dtype=torch.long), **arguments})
 
 
 class TestTrainer:
@@ -219,7 +219,7 @@ class TestTrainer:
             trainer.save_model()
             model, rows = FLMModel.from_pretrained(tmp_path), list(trainer.eval_dataset["input_ids"])
             repeated = [torch.tensor([row] * 20) for row in rows]
-            outputs = [model.log_likelihood(row, num_times=16, generator=generator()) for row in repeated]
+            outputs = [model.log_likelihood_bound(row, num_times=16, generator=generator()) for row in repeated]
             nll = -sum(output.log_likelihood.mean().item() for output in outputs) / sum(map(len, rows))
             assert metrics["eval_nll"] == pytest.approx(nll, rel=0.1)
 
@@ -255,7 +255,7 @@ def test_script(tmp_path):
     assert figures["tokens"] == sum(map(len, tokens))
     parts = [row[start : start + 12] for row in tokens for start in range(0, len(row), 12)]
     nats = -sum(
-        model.log_likelihood(torch.tensor([row] * 20), num_times=64, generator=generator())
+        model.log_likelihood_bound(torch.tensor([row] * 20), num_times=64, generator=generator())
         .log_likelihood.mean()
         .item()
         for row in parts
@@ -271,4 +271,4 @@ def test_script(tmp_path):
 
 def test_texts_that_are_longer_than_those_of_the_model_are_refused(flm):
     with pytest.raises(ValueError, match="`input_ids` has texts of 300 tokens, but the model was made for at most"):
-        flm.log_likelihood(torch.zeros(1, 300, dtype=torch.long))
+        flm.log_likelihood_bound(torch.zeros(1, 300, dtype=torch.long))

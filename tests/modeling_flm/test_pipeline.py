@@ -51,11 +51,14 @@ def test_prompts(flm, tokenizer):
     expected = flm.generate(torch.tensor([ids[0]]), num_steps=2, generator=generator())
     assert row["generated_text"] == tokenizer.decode(expected[0], skip_special_tokens=True)
     assert row["generated_text"].startswith("w5 w6 ")
-    rows = pipe(prompts, num_samples=2, return_tensors=True)
+    rows = pipe(prompts, num_return_sequences=2, return_tensors=True)
     assert [len(texts) for texts in rows] == [2, 2, 2]
     for start, texts in zip(ids, rows):
         assert all(text["generated_token_ids"][: len(start)] == start for text in texts)
-    assert [len(texts) for texts in pipe(prompts, generation_config=FLMGenerationConfig(num_samples=3))] == [3, 3, 3]
+    with pytest.raises(ValueError, match="pass `num_return_sequences`.* instead of `num_samples`"):
+        pipe(prompts, num_samples=3)
+    config = FLMGenerationConfig(num_steps=1)
+    assert [len(texts) for texts in pipe(prompts, generation_config=config, num_return_sequences=3)] == [3, 3, 3]
     assert pipe("", generator=generator()) == pipe(generator=generator())
     # Texts that begin with a special token begin with it still.
     flm.generation_config.bos_token_id = tokenizer.bos_token_id
@@ -69,12 +72,15 @@ def test_prompts_of_datasets_and_generators(flm, tokenizer):
     pipe = FLMPipeline(model=flm, tokenizer=tokenizer, num_steps=2)
     prompts = ["w5 w6", "w7", "w8 w9", "w1", "w2 w3"]
     dataset = Dataset.from_dict({"prompt": prompts})
-    expected = pipe(prompts, num_samples=2, generator=generator())
-    assert pipe(dataset["prompt"], num_samples=2, generator=generator()) == expected
-    assert pipe(tuple(prompts), num_samples=2, generator=generator()) == expected
-    assert list(pipe(KeyDataset(dataset, "prompt"), num_samples=2, generator=generator(), batch_size=2)) == expected
+    expected = pipe(prompts, num_return_sequences=2, generator=generator())
+    assert pipe(dataset["prompt"], num_return_sequences=2, generator=generator()) == expected
+    assert pipe(tuple(prompts), num_return_sequences=2, generator=generator()) == expected
+    assert (
+        list(pipe(KeyDataset(dataset, "prompt"), num_return_sequences=2, generator=generator(), batch_size=2))
+        == expected
+    )
     read = []
-    stream = pipe((read.append(p) or p for p in prompts), num_samples=2, generator=generator(), batch_size=2)
+    stream = pipe((read.append(p) or p for p in prompts), num_return_sequences=2, generator=generator(), batch_size=2)
     assert read == []
     assert next(stream) == expected[0] and read == prompts[:2]
     assert list(stream) == expected[1:]
@@ -95,7 +101,7 @@ def test_unknown_words_of_prompts_are_warned_of(flm, tokenizer, caplog):
     pipe(["w1 w2", f"w1 {tokenizer.unk_token}"])
     assert caplog.text == ""
     pipe(["w1 w2", "w1 dragon", "sleeps"])
-    assert "become [UNK]: 'w1 dragon', and 1 more" in caplog.text
+    assert "replaces them by [UNK]: 'w1 dragon', and 1 more" in caplog.text
 
 
 def test_task_is_inferred_and_the_pipeline_can_be_saved(folder, tmp_path):
@@ -115,7 +121,7 @@ def test_flow_maps_take_one_step(model_class, flm, tokenizer):
     model = model_class.from_flm(flm).eval()
     pipe = FLMPipeline(model=model, tokenizer=tokenizer)
     expected = model.generate(num_samples=2, num_steps=1, generator=generator())
-    rows = pipe(num_samples=2, generator=generator(), return_tensors=True)
+    rows = pipe(num_return_sequences=2, generator=generator(), return_tensors=True)
     assert [row["generated_token_ids"] for row in rows] == expected.tolist()
 
 
@@ -133,11 +139,11 @@ def test_mistakes_are_explained(flm, tokenizer, folder):
     pipe = FLMPipeline(model=flm, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="`text_inputs` must be a text or a list of texts"):
         pipe([1, 2])
-    with pytest.raises(ValueError, match="got {'role': 'user', 'content': 'w1'}.*chats are not supported"):
+    with pytest.raises(ValueError, match="got {'role': 'user', 'content': 'w1'}.*Chats are not supported"):
         pipe([{"role": "user", "content": "w1"}])
-    with pytest.raises(ValueError, match="Of a dataset pass a column"):
+    with pytest.raises(ValueError, match="For a dataset, pass a column"):
         list(pipe(Dataset.from_dict({"prompt": ["w1"]})))
-    with pytest.raises(ValueError, match="must have at least one text"):
+    with pytest.raises(ValueError, match="must contain at least one text"):
         pipe([])
     for wrong in (5, {"text": "w1"}):
         with pytest.raises(ValueError, match=f"a generator or a `KeyDataset`, got `{type(wrong).__name__}`"):
@@ -148,6 +154,8 @@ def test_mistakes_are_explained(flm, tokenizer, folder):
         pipe(num_step=2)
     with pytest.raises(ValueError, match="`num_samples` must be"):
         pipe(num_samples=0)
+    with pytest.raises(ValueError, match="`num_return_sequences` must be"):
+        pipe(num_return_sequences=0)
     with pytest.raises(ValueError, match="`tokenizer` is needed"):
         FLMPipeline(model=build_flm())
     with pytest.raises(ValueError, match="trust_remote_code=True"):

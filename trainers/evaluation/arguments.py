@@ -19,7 +19,7 @@ SAMPLERS = ("flow_map", "bridge")
 GENERATION = ("length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos", *LOOPS)
 
 # What says nothing where a causal language model writes the texts, and what where they come from a file.
-FLOW_ONLY = ("num_steps", "timesteps", "samplers", "gamma", *LOOPS, "guidance_model", "guidance_scale")
+FLOW_ONLY = ("num_steps", "timestep_grid", "samplers", "gamma", *LOOPS, "guidance_model", "guidance_scale")
 MODEL_ONLY = (
     *(
         "model",
@@ -65,7 +65,7 @@ class EvaluationArguments:
     num_steps: list[int] | None = field(
         default=None, metadata={"help": "Numbers of sampling steps. By default 1, 2, 4 and 8."}
     )
-    timesteps: list[float] | None = field(
+    timestep_grid: list[float] | None = field(
         default=None,
         metadata={"help": "Reparameterized times of the steps, from 0 to 1, in the place of --num_steps."},
     )
@@ -199,13 +199,15 @@ def check_arguments(args: EvaluationArguments):
                 raise ValueError(f"`update_card` writes one figure for each number of steps: leave out `{name}`.")
         if args.samplers is not None and len(args.samplers) > 1:
             raise ValueError("`update_card` writes one figure for each number of steps: pass one of `samplers`.")
-    if args.timesteps is not None:
+    if args.timestep_grid is not None:
         if args.num_steps is not None:
-            raise ValueError("`timesteps` sets the number of steps: leave out `num_steps`, also that of a YAML file")
-        args.num_steps = [len(args.timesteps) - 1]
+            raise ValueError(
+                "`timestep_grid` sets the number of steps: leave out `num_steps`, also that of a YAML file"
+            )
+        args.num_steps = [len(args.timestep_grid) - 1]
     if isinstance(args.commit_budget, str) and args.commit_budget.isdigit():
         args.commit_budget = int(args.commit_budget)
-    FLMGenerationConfig(**{name: getattr(args, name) for name in (*GENERATION, "timesteps")})
+    FLMGenerationConfig(**{name: getattr(args, name) for name in (*GENERATION, "timestep_grid")})
     if not all(temperature > 0 for temperature in args.temperatures or []):
         raise ValueError(f"`temperatures` must be above 0, got {args.temperatures}.")
     args.num_steps = [1, 2, 4, 8] if args.num_steps is None else args.num_steps

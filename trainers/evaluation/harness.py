@@ -28,7 +28,7 @@ class FLMHarnessModel(TemplateLM):
 
     Args:
         pretrained (`str`): Name or folder of an FLM or a flow map with its tokenizer.
-        num_times (`int`, *optional*, defaults to 32): How many times each text is noised, see [`~FLMLikelihoodMixin.log_likelihood`].
+        num_times (`int`, *optional*, defaults to 32): How many times each text is noised, see [`~FLMLikelihoodMixin.log_likelihood_bound`].
         num_steps (`int`, *optional*): The number of steps from noise to text where texts are generated.
         batch_size (`int`, *optional*, defaults to 64):
             The most texts in a forward pass; at least 8 requests are taken at a time, and 64 of their noised versions, as the
@@ -162,7 +162,9 @@ class FLMHarnessModel(TemplateLM):
 
     def _bound(self, input_ids: torch.LongTensor, **options) -> torch.Tensor:
         """Of the log-likelihoods of what is not known."""
-        output = self.model.log_likelihood(input_ids, num_times=self.num_times, batch_size=self.batch_size, **options)
+        output = self.model.log_likelihood_bound(
+            input_ids, num_times=self.num_times, batch_size=self.batch_size, **options
+        )
         return output.log_likelihood
 
     def _write(self, input_ids: torch.LongTensor | None, **options) -> torch.LongTensor:

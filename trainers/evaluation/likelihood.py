@@ -24,7 +24,7 @@ def evaluate_likelihood(
     seed: int = 0,
 ) -> dict[str, float]:
     """
-    The bound on the negative log-likelihood of texts, see [`~FLMLikelihoodMixin.log_likelihood`]. Shows its progress.
+    The bound on the negative log-likelihood of texts, see [`~FLMLikelihoodMixin.log_likelihood_bound`]. Shows its progress.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): An FLM or a flow map.
@@ -65,7 +65,7 @@ def evaluate_likelihood(
             input_ids[row, : len(token_lists[index])] = torch.tensor(token_lists[index])
             attention_mask[row, : len(token_lists[index])] = 1
         generators = [torch.Generator().manual_seed(example_seed(seed, LIKELIHOOD_STREAM, index)) for index in indices]
-        output = model.log_likelihood(
+        output = model.log_likelihood_bound(
             input_ids,
             None if attention_mask.all() else attention_mask,
             num_times=num_times,

@@ -18,7 +18,7 @@ from .plots import plain_log_ticks
 
 # What changes the figures, and so goes into the card with them. A gamma always does: 0 is a choice as well.
 _SAMPLING = (
-    *("protocol", "sampler", "gamma", "temperature", "top_k", "top_p", "timesteps", "length", "pad_after_eos"),
+    *("protocol", "sampler", "gamma", "temperature", "top_k", "top_p", "timestep_grid", "length", "pad_after_eos"),
     *LOOPS,
     *("guidance_model", "guidance_revision", "guidance_scale"),
     *("max_length", "keep_special_tokens", "scorer_dtype", "dtype", "revision", "tokenizer"),

@@ -172,8 +172,8 @@ class FlowSource(TextSource):
 
     def write(self, setting, indices, seed):
         options = {**self._options(setting), "num_steps": setting.num_steps, "batch_size": len(indices)}
-        if self.args.timesteps is not None:
-            options["timesteps"] = self.args.timesteps
+        if self.args.timestep_grid is not None:
+            options["timestep_grid"] = self.args.timestep_grid
         output = generate_samples(self.model, indices, seed, return_dict_in_generate=True, **options)
         ends = set()
         if self.sampling.get("pad_after_eos"):

@@ -87,7 +87,7 @@ class TestReplica:
 
     def test_times_of_the_model_are_not_a_number_of_steps(self, models, make_replica, tmp_path):
         model = build_model("fmlm", vocab_size=len(models["tokenizer"]), max_position_embeddings=LENGTH)
-        model.generation_config.timesteps = [0.0, 0.9, 1.0]
+        model.generation_config.timestep_grid = [0.0, 0.9, 1.0]
         model.save_pretrained(tmp_path)
         models["tokenizer"].save_pretrained(tmp_path)
         answers = self.complete(make_replica(tmp_path), {"prompts": [""]}, {"prompts": [""], "num_steps": 2})

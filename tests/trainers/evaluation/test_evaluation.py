@@ -241,14 +241,14 @@ class TestSampling:
             {"top_p": 0.1},
             {"gamma": 0.9},
             {"length": 5},
-            {"timesteps": [0.0, 0.9, 0.95, 1.0]},
+            {"timestep_grid": [0.0, 0.9, 0.95, 1.0]},
             {"temperature": 0.5, "gamma": 1.0, "length": 9},
         ],
         ids=lambda options: "-".join(options),
     )
     def test_flags_reach_generate(self, options, folder, tmp_path):
         flags = [*OPTIONS[:2], *OPTIONS[5:]]  # without the numbers of steps
-        flags += [] if "timesteps" in options else ["--num_steps", 3]
+        flags += [] if "timestep_grid" in options else ["--num_steps", 3]
         for name, value in options.items():
             flags += [f"--{name}", *(value if isinstance(value, list) else [value])]
         evaluate("--model", folder, *flags, "--output_dir", tmp_path / "out")
@@ -355,7 +355,7 @@ class TestSampling:
     @pytest.mark.parametrize(
         "flags, message",
         [
-            (["--timesteps", 0, 0.5, 1], "--timesteps sets the number of steps: leave out --num_steps"),
+            (["--timestep_grid", 0, 0.5, 1], "--timestep_grid sets the number of steps: leave out --num_steps"),
             (["--gamma", 1.5], r"--gamma must be a number in \[0, 1\], got 1.5"),
             (["--temperature", 0], "--temperature must be a number above 0"),
             (["--top_p", 2], "--top_p must be a number above 0 and at most 1"),
@@ -383,9 +383,9 @@ class TestSampling:
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("times", [[0], [0, 0.5], [0, 0.7, 0.3, 1]])
-    def test_timesteps_that_do_not_increase_from_0_to_1(self, times, tmp_path):
-        with pytest.raises(SystemExit, match="--timesteps must increase from 0 to 1"):
-            evaluate("--model", "x", "--timesteps", *times, "--output_dir", tmp_path / "out")
+    def test_timestep_grid_that_does_not_increase_from_0_to_1(self, times, tmp_path):
+        with pytest.raises(SystemExit, match="--timestep_grid must increase from 0 to 1"):
+            evaluate("--model", "x", "--timestep_grid", *times, "--output_dir", tmp_path / "out")
 
     def test_help(self, capsys):
         with pytest.raises(SystemExit) as error:

@@ -60,7 +60,7 @@ def test_loglikelihood_is_the_conditional_bound(model):
         assert known.sum() == (7 if request.args[0] else 0)
         number = 0 if request.args[0] else index  # noise is that of the context
         generator = torch.Generator().manual_seed(example_seed(0, harness.LIKELIHOOD_STREAM, number))
-        output = model.model.log_likelihood(tokens, prompt_mask=known, num_times=4, generator=[generator])
+        output = model.model.log_likelihood_bound(tokens, prompt_mask=known, num_times=4, generator=[generator])
         assert value == pytest.approx(output.log_likelihood.item(), rel=1e-4)
         assert is_greedy in (True, False)
 
@@ -73,7 +73,9 @@ def test_texts_that_are_over_where_a_continuation_is(folder, model):
     tokens = model.tok_encode(f"{context} in a castle") + [tokenizer.eos_token_id] + [tokenizer.pad_token_id] * 3
     known = torch.tensor([[1] * 5 + [0] * 7])
     generator = torch.Generator().manual_seed(example_seed(0, harness.LIKELIHOOD_STREAM, 0))
-    output = model.model.log_likelihood(torch.tensor([tokens]), prompt_mask=known, num_times=4, generator=[generator])
+    output = model.model.log_likelihood_bound(
+        torch.tensor([tokens]), prompt_mask=known, num_times=4, generator=[generator]
+    )
     assert value == pytest.approx(output.log_likelihood.item(), rel=1e-4)
     with pytest.raises(ValueError, match="A request has 13 tokens, but the model's texts have 12"):
         whole.loglikelihood([Request(STORY, " max the clever")], disable_tqdm=True)
