@@ -17,5 +17,5 @@ measure sample sample --lengths 1024 --batch_sizes 1 8 32 --num_steps 1 32 --att
 measure head head --lengths 1024 --batch_sizes 32
 measure distill distill --lengths 1024 --batch_sizes 8
 measure attention train --lengths 1024 --batch_sizes 16 --attn_implementations sdpa flex_attention --compile
-measure vocabulary train --vocab_sizes 27 1000 30522 50258 --lengths 128 1024 --batch_sizes 16 --plot "$out/performance.png"
+measure vocabulary train --vocab_sizes 27 1000 30522 50258 --lengths 128 1024 --batch_sizes 16
 measure batch batch --lengths 1024 --memory 70

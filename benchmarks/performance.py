@@ -6,7 +6,7 @@ Measures the library against the dense formulation, and against transformers' GP
     python benchmarks/performance.py train --vocab_sizes 50258 --lengths 128 --hidden_sizes 768 --batch_sizes 32
     python benchmarks/performance.py generate gpt2 --vocab_sizes 50258 --lengths 1024 --num_steps 1 8
     python benchmarks/performance.py sample --lengths 1024 --batch_sizes 1 8 32 --num_steps 1 32 --attn_implementations eager
-    python benchmarks/performance.py train --vocab_sizes 27 1000 30522 50258 --hidden_sizes 256 --plot cost.png
+    python benchmarks/performance.py growth --vocab_sizes 1000 50258 --batch_sizes 64
     python benchmarks/performance.py train distill generate gpt2 head batch --dtype bfloat16 --compile  # on a GPU
 
 Suites: `train`, an optimizer step of an FLM; `distill`, one of each recipe; `generate`, sampling; `sample`, that of the library
@@ -74,7 +74,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", type=float, default=4.0, help="GiB, for `batch`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/performance.json"))
-    parser.add_argument("--plot", type=Path, help="where to write a picture of `train` against vocabulary and length")
     return parser
 
 
@@ -497,43 +496,6 @@ class Benchmark:
         result = {"command": " ".join(sys.argv), "machine": self.machine(), "ceilings": str(self.ceilings)}
         self.args.output.write_text(json.dumps(result | {"records": self.records}, indent=2) + "\n")
 
-    def plot(self, path: Path):
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-
-        rows = [row for row in self.records if row["suite"] == "train"]
-        axes = [name for name in ("vocab_size", "length") if len({row[name] for row in rows}) > 1]
-        names = {"vocab_size": "vocabulary", "length": "length"}
-        quantities = {
-            "milliseconds per token": lambda row: 1e3 / row["tokens_per_second"],
-            "peak memory beyond weights\nand optimizer (GiB)": lambda row: row["peak_gib"],
-        }
-        figure, panels = plt.subplots(len(axes), 2, figsize=(9, 3.6 * len(axes)), squeeze=False, layout="constrained")
-        for line, axis in zip(panels, axes):
-            others = {name: max(row[name] for row in rows) for name in names if name != axis}
-            shown = [row for row in rows if all(row[name] == value for name, value in others.items())]
-            sizes = sorted({row[axis] for row in shown})
-            for panel, (label, quantity) in zip(line, quantities.items()):
-                for contender in dict.fromkeys(row["contender"] for row in shown):
-                    points = sorted((row for row in shown if row["contender"] == contender), key=lambda row: row[axis])
-                    panel.plot([row[axis] for row in points], [*map(quantity, points)], "o-", label=contender)
-                fixed = ", ".join(f"{names[name]} {value}" for name, value in others.items())
-                # Logarithmic, as small vocabularies would lie on top of each other.
-                panel.set(xscale="log", xlabel=f"{names[axis]} (tokens)", ylabel=label, ylim=(0, None), title=fixed)
-                panel.set_xticks(sizes, labels=map(str, sizes), rotation=45, ha="right", fontsize=8)
-                panel.minorticks_off()
-                panel.grid(alpha=0.3)
-                panel.legend(loc="best")
-        hidden, texts = (
-            ", ".join(map(str, sorted({row[name] for row in rows}))) for name in ("hidden_size", "batch_size")
-        )
-        title = f"A training step: hidden size {hidden}, {texts} texts; medians, repeats: {self.args.repeats}"
-        figure.suptitle(title, fontsize=11)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
-
 
 def main(args: argparse.Namespace):
     set_seed(0)
@@ -545,8 +507,6 @@ def main(args: argparse.Namespace):
         benchmark.run(suite)
         benchmark.save()
     benchmark.show()
-    if args.plot is not None:
-        benchmark.plot(args.plot)
 
 
 if __name__ == "__main__":

@@ -129,8 +129,8 @@ def test_performance(tmp_path):
     sizes = "--vocab_sizes 200 300 --lengths 8 --hidden_sizes 64 --batch_sizes 2 --num_hidden_layers 1".split()
     options = "--num_steps 1 2 --repeats 1 --memory 0.01 --device cpu".split()
     command = [sys.executable, BENCHMARKS / "performance.py", *suites, *sizes, *options]
-    command += ["--output", tmp_path / "measured.json", "--plot", tmp_path / "plot.png"]
-    result = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    command += ["--output", tmp_path / "measured.json"]
+    result = subprocess.run(command, check=True, timeout=900, capture_output=True, text=True)
     rows = json.loads((tmp_path / "measured.json").read_text())["records"]
     contenders = {}
     for row in rows:
@@ -143,7 +143,6 @@ def test_performance(tmp_path):
     assert {row["num_steps"] for row in rows if row["suite"] in ("generate", "sample")} == {1, 2}
     assert contenders["sample"] == {"library"}
     assert {"plain product", "one network, made", "student and teacher, backward"} <= contenders["noise"]
-    assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 @pytest.mark.slow
