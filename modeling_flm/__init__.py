@@ -23,7 +23,7 @@ from .generation_flm import FLMGenerationMixin
 from .likelihood_flm import FLMLikelihoodOutput
 from .modeling_flm import FLMModel, FLMOutput, FMLMModel, FMLMTwoNetworkModel
 from .pipeline_flm import FLMPipeline
-from .rewards import ClassifierReward, LanguageModelReward
+from .rewards import ClassifierReward
 from .sampling_flm import (
     BridgeSampler,
     BridgeSamplerConfig,
@@ -67,7 +67,6 @@ __all__ = [
     "FlowMapSampler",
     "FlowMapSamplerConfig",
     "IdentityTime",
-    "LanguageModelReward",
     "ReparameterizedTime",
     "Sampler",
     "SamplerConfig",

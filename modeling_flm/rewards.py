@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards that steer generation: what other models of the Hub make of soft tokens."""
+"""Rewards that steer generation: other transformers models applied to soft tokens."""
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 
@@ -12,12 +12,12 @@ logger = logging.get_logger(__name__)
 
 def embed_soft_tokens(probabilities: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
     """
-    Soft tokens as input embeddings of any transformers model with the same tokenizer: the expected embedding.
+    Expected input embeddings of soft tokens, for any transformers model with the same tokenizer.
 
     Args:
         probabilities (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
-            The soft tokens. Where one vocabulary is a little larger than the other (by an added token, or filled up to a
-            round number), the tokens that both have count.
+            The soft tokens. The vocabularies may differ at their ends, by added tokens or padding: only the tokens that both
+            have count.
         model ([`~transformers.PreTrainedModel`]): The model.
 
     Returns:
@@ -28,32 +28,28 @@ def embed_soft_tokens(probabilities: torch.Tensor, model: PreTrainedModel) -> to
     size = min(sizes)
     if size < 0.75 * max(sizes):
         raise ValueError(
-            f"`model` has {sizes[0]} tokens, but texts are of {sizes[1]}: it needs the tokenizer of the texts."
+            f"`model` has {sizes[0]} tokens, but the soft tokens have {sizes[1]}: pass a model with the same tokenizer."
         )
     if size < max(sizes):
         logger.warning_once(
-            f"`model` has {sizes[0]} tokens, but texts are of {sizes[1]}: is it the same tokenizer? The tokens that both have count."
+            f"`model` has {sizes[0]} tokens, but the soft tokens have {sizes[1]}: is it the same tokenizer? Only the first {size} "
+            "tokens count."
         )
     device = "cpu" if module.weight.device.type == "meta" else module.weight.device
-    # By a call of the module, which may scale what it looks up, or be offloaded
+    # Call the module, which may scale its output or be offloaded
     embeddings = module(torch.arange(size, device=device))
     return probabilities[..., :size].to(embeddings) @ embeddings
 
 
-def existing_positions(probabilities: torch.Tensor) -> torch.LongTensor:
-    """The attention mask of soft tokens, which are all 0 where a text has no position."""
-    return (probabilities != 0).any(dim=-1).long()
-
-
 class ClassifierReward:
     """
-    How likely a sequence classifier finds a label, as a `reward` of [`~FLMGenerationMixin.generate`].
+    Log-probability of a label under a sequence classifier, as a `reward` of [`~FLMGenerationMixin.generate`].
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A sequence classifier with the tokenizer of the texts. One that reads the last token (a decoder) needs a
-            `pad_token_id` in its configuration, and texts of equal lengths.
-        label (`int` or `str`): The wanted label, or its name in `model.config.label2id`.
+            A sequence classifier with the tokenizer of the texts. A classifier that reads the last token (a decoder) needs a
+            `pad_token_id` in its configuration, and sequences of equal length.
+        label (`int` or `str`): The desired label, or its name in `model.config.label2id`.
 
     Example:
 
@@ -74,35 +70,20 @@ class ClassifierReward:
         self.label = labels[label] if isinstance(label, str) else label
 
     def __call__(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """The log-probability of the label, of shape `(batch_size,)`, for soft tokens."""
+        """
+        Returns the log-probability of the label.
+
+        Args:
+            probabilities (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
+                The soft tokens. Positions that are all 0 are padding.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`.
+        """
         embeddings = embed_soft_tokens(probabilities, self.model)
-        mask = existing_positions(probabilities).to(embeddings.device)
+        mask = (probabilities != 0).any(dim=-1).long().to(embeddings.device)
         logits = self.model(inputs_embeds=embeddings, attention_mask=mask).logits
         return logits.float().log_softmax(dim=-1)[:, self.label].to(probabilities.device)
 
 
-class LanguageModelReward:
-    """
-    How likely a causal language model finds a text, as a `reward` of [`~FLMGenerationMixin.generate`].
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): A causal language model with the tokenizer of the texts.
-    """
-
-    def __init__(self, model: PreTrainedModel):
-        if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
-            raise ValueError(f"`model` must be a causal language model, got `{type(model).__name__}`.")
-        self.model = model
-
-    def __call__(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """The expected log-probability per token after the first, of shape `(batch_size,)`, for soft tokens."""
-        embeddings = embed_soft_tokens(probabilities, self.model)
-        mask = existing_positions(probabilities)
-        logits = self.model(inputs_embeds=embeddings, attention_mask=mask.to(embeddings.device)).logits
-        size = min(logits.shape[-1], probabilities.shape[-1])
-        scores = logits[:, :-1].float().log_softmax(dim=-1)[..., :size].to(probabilities.device)
-        totals = (probabilities[:, 1:, :size] * scores).sum(dim=(1, 2))  # 0 where there is no position
-        return totals / mask[:, 1:].sum(dim=1).clamp(min=1)
-
-
-__all__ = ["ClassifierReward", "LanguageModelReward"]
+__all__ = ["ClassifierReward"]
