@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the stages of `study.py` share: its arguments, its texts, and where everything lies."""
+"""What the stages of `study.py` share: arguments, texts, and the folders of the results."""
 
 import re
 from dataclasses import dataclass, field
@@ -9,93 +9,105 @@ from pathlib import Path
 import numpy as np
 import wordnet
 from datasets import Dataset, DatasetInfo, load_from_disk
-from study_models import CONTENDERS
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_flm.tokenization_flm import has_characters_only
 from modeling_flm.trainers import find_text_column, load_texts, pack_dataset, train_tokenizer
 
 
-# Parts of the training after which the average of the weights is kept, to see what more of it brings.
+# All models, as tables and plots call them. `study_models.py` defines them.
+LABELS = {
+    "gpt2": "GPT-2",
+    "mdlm": "MDLM",
+    "duo": "Duo",
+    "flm": "FLM",
+    "flm_continued": "FLM, continued",
+    "fmlm": "FMLM",
+    "fmlm_continued": "FMLM, continued",
+}
+# Fractions of the training after which the averaged weights are saved, to measure what more training brings.
 FRACTIONS = (0.25, 0.5, 1.0)
 
 
 @dataclass
 class StudyArguments:
-    """What to compare, and how long."""
+    """What to compare, at what size."""
 
-    output_dir: str = field(metadata={"help": "Where everything is written."})
+    output_dir: str = field(metadata={"help": "Folder for all results."})
     train_file: str | None = field(
         default=None,
-        metadata={"help": "A txt, jsonl, csv or parquet file of texts. By default WordNet's definitions."},
+        metadata={"help": "Text file (txt, jsonl, csv or parquet). By default the definitions of WordNet."},
     )
     description: str = field(
         default="definitions of WordNet, a dictionary of English",
-        metadata={"help": "What the texts are, for model cards."},
+        metadata={"help": "Description of the texts, for model cards."},
     )
-    wordnet_dir: str | None = field(default=None, metadata={"help": "Where WordNet is, if not where Debian puts it."})
+    wordnet_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the WordNet database, if Debian or Homebrew did not install it."}
+    )
     tokenizer: str = field(
         default="bpe",
         metadata={
-            "help": "bpe, or char for characters, or word: a text at a time; text8: 27 characters, packed.",
+            "help": "bpe, char or word: each text is one example; text8: 27 characters, texts are joined and cut into blocks.",
             "choices": ["bpe", "char", "word", "text8"],
         },
     )
-    vocab_size: int = field(default=4096, metadata={"help": "Of a tokenizer that is not text8."})
-    length: int = field(default=32, metadata={"help": "Tokens of a text; longer ones are left out, unless packed."})
-    num_held_out: int = field(default=2000, metadata={"help": "Texts for validation, and as many for the test."})
+    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary size, except for text8."})
+    length: int = field(
+        default=32, metadata={"help": "Sequence length in tokens. Longer texts are dropped, except with text8."}
+    )
+    num_held_out: int = field(default=2000, metadata={"help": "Number of validation texts, and of test texts."})
 
-    hidden_size: int = field(default=128, metadata={"help": "Of all models."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of all models."})
     num_hidden_layers: int = field(
-        default=4, metadata={"help": "Of all models but GPT-2, which has as many parameters."}
+        default=4, metadata={"help": "Blocks of each model. GPT-2 gets as many as match the number of parameters."}
     )
-    num_attention_heads: int = field(default=4, metadata={"help": "Of all models."})
-    dropout: float = field(default=0.0, metadata={"help": "Of all models."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads of all models."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout of all models."})
 
-    models: list[str] = field(default_factory=lambda: list(CONTENDERS), metadata={"help": "Which to compare."})
-    only: list[str] | None = field(default=None, metadata={"help": "Train or sample only these of them."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "A training of each model for each."})
+    models: list[str] = field(default_factory=lambda: list(LABELS), metadata={"help": "Models to compare."})
+    only: list[str] | None = field(default=None, metadata={"help": "Train or sample only these models."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Train each model once per seed."})
     prompt_fraction: float = field(
-        default=0.0, metadata={"help": "Share of the texts of which flows and flow maps learn to write a part only."}
+        default=0.0, metadata={"help": "Fraction of examples in which flow-based models get some tokens as a prompt."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Texts of an optimizer step."})
-    max_steps: int = field(
-        default=5000, metadata={"help": "Optimizer steps of all models but those that are distilled."}
-    )
-    distillation_steps: int = field(default=2500, metadata={"help": "Those of the distilled, beside their teacher's."})
-    warmup_steps: int = field(default=100, metadata={"help": "Steps in which the learning rate rises."})
+    batch_size: int = field(default=64, metadata={"help": "Examples per optimizer step."})
+    max_steps: int = field(default=5000, metadata={"help": "Optimizer steps of a model trained from scratch."})
+    distillation_steps: int = field(default=2500, metadata={"help": "Optimizer steps of a distilled model."})
+    warmup_steps: int = field(default=100, metadata={"help": "Warm-up steps of the learning rate."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [5e-4, 1e-3, 2e-3], metadata={"help": "Those to search among."}
+        default_factory=lambda: [5e-4, 1e-3, 2e-3], metadata={"help": "Candidates of the learning-rate search."}
     )
-    search_steps: int = field(default=500, metadata={"help": "Optimizer steps at each of them."})
-    ema_decay: float = field(default=0.998, metadata={"help": "Of the moving average of all models."})
-    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
+    search_steps: int = field(default=500, metadata={"help": "Optimizer steps per candidate of the search."})
+    ema_decay: float = field(default=0.998, metadata={"help": "Decay of the moving average of the weights."})
+    save_steps: int = field(default=500, metadata={"help": "Optimizer steps between checkpoints."})
     bf16: bool = field(default=False, metadata={"help": "Train in bfloat16."})
 
-    scorer_hidden_size: int = field(default=192, metadata={"help": "Of the GPT-2 that scores."})
-    scorer_num_hidden_layers: int = field(default=6, metadata={"help": "Its blocks."})
-    scorer_max_steps: int = field(default=8000, metadata={"help": "Its optimizer steps."})
+    scorer_hidden_size: int = field(default=192, metadata={"help": "Width of the GPT-2 that scores samples."})
+    scorer_num_hidden_layers: int = field(default=6, metadata={"help": "Blocks of the scorer."})
+    scorer_max_steps: int = field(default=8000, metadata={"help": "Optimizer steps of the scorer."})
 
     keep_dir: str | None = field(
-        default=None, metadata={"help": "Where to keep a flow map in bfloat16, for `keep`, such as outputs/kept."}
+        default=None, metadata={"help": "Folder that the stage `keep` writes, such as outputs/kept."}
     )
 
-    num_samples: int = field(default=512, metadata={"help": "Texts of each model and number of steps."})
+    num_samples: int = field(default=512, metadata={"help": "Samples per model, number of steps and temperature."})
     num_steps: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8, 16, 64], metadata={"help": "Numbers of forward passes."}
+        default_factory=lambda: [1, 2, 4, 8, 16, 64], metadata={"help": "Numbers of forward passes to sample with."}
     )
     temperatures: list[float] = field(
-        default_factory=lambda: [0.7, 0.85, 1.0], metadata={"help": "Of the texts, where they can have one."}
+        default_factory=lambda: [0.7, 0.85, 1.0],
+        metadata={"help": "Sampling temperatures, where they have an effect."},
     )
-    num_times: int = field(default=32, metadata={"help": "How often a text is noised for a bound."})
-    num_likelihood_texts: int = field(default=500, metadata={"help": "Held-out texts whose likelihood is measured."})
+    num_times: int = field(default=32, metadata={"help": "Noise levels per text for a bound of the likelihood."})
+    num_likelihood_texts: int = field(default=500, metadata={"help": "Test texts whose likelihood is measured."})
 
 
 # Texts
 
 
 def read_texts(args: StudyArguments) -> list[str]:
-    """All texts, in random order."""
+    """Returns the distinct texts in random order."""
     if args.train_file is None:
         texts = list(wordnet.definitions(wordnet.find_wordnet(args.wordnet_dir)))
     else:
@@ -107,12 +119,15 @@ def read_texts(args: StudyArguments) -> list[str]:
 
 
 def to_characters(text: str) -> str:
-    """A text in the letters from a to z and single spaces."""
+    """Reduces a text to the letters from a to z and single spaces."""
     return " ".join(re.findall("[a-z]+", text.lower()))
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, args: StudyArguments) -> Dataset:
-    """Texts of one length: with an end, and what fills them up; or of characters one after the other, cut into blocks."""
+    """
+    Makes examples of `args.length` tokens. With a tokenizer of 27 characters, texts are joined and cut into blocks; otherwise each text is
+    one example, followed by an end-of-text token and padding.
+    """
     if has_characters_only(tokenizer):
         blocks = pack_dataset(Dataset.from_dict({"text": [f"{text} " for text in texts]}), tokenizer, args.length)
         input_ids = blocks["input_ids"][:]
@@ -131,26 +146,30 @@ def make_data(args: StudyArguments):
         return
     texts = read_texts(args)
     if len(texts) <= 3 * args.num_held_out:
-        raise SystemExit(f"error: --num_held_out {args.num_held_out} takes too many of {len(texts)} texts, twice")
+        raise SystemExit(
+            f"error: --num_held_out {args.num_held_out} is too large: {len(texts)} texts leave too few to train on"
+        )
     if args.tokenizer == "text8":
         texts = list(map(to_characters, texts))
-    cuts = {"validation": slice(args.num_held_out), "test": slice(args.num_held_out, 2 * args.num_held_out)}
-    cuts["train"] = slice(2 * args.num_held_out, None)
-    tokenizer = train_tokenizer(texts[cuts["train"]], args.tokenizer, args.vocab_size)
+    splits = {
+        "validation": texts[: args.num_held_out],
+        "test": texts[args.num_held_out : 2 * args.num_held_out],
+        "train": texts[2 * args.num_held_out :],
+    }
+    tokenizer = train_tokenizer(splits["train"], args.tokenizer, args.vocab_size)
     tokenizer.save_pretrained(folder / "tokenizer")
-    for name, cut in cuts.items():
-        dataset = tokenize(texts[cut], tokenizer, args)
+    for name, split in splits.items():
+        dataset = tokenize(split, tokenizer, args)
         dataset.save_to_disk(folder / name)
-        (folder / f"{name}.txt").write_text(
-            "\n".join(decode(dataset["input_ids"][:], tokenizer)) + "\n", encoding="utf-8"
-        )
-        print(f"{name}: {len(dataset):,} texts of {args.length} tokens, from {len(texts[cut]):,}, such as")
-        print(f"    {decode(dataset['input_ids'][:1], tokenizer)[0]}")
+        decoded = decode(dataset["input_ids"][:], tokenizer)
+        (folder / f"{name}.txt").write_text("\n".join(decoded) + "\n", encoding="utf-8")
+        print(f"{name}: {len(dataset):,} examples of {args.length} tokens, from {len(split):,} texts. The first one:")
+        print(f"    {decoded[0]}")
     (folder / "done").touch()
 
 
 def decode(token_lists: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts of tokens, up to their end, each on one line."""
+    """Decodes sequences up to their end-of-text token, each to one line."""
     end = tokenizer.eos_token_id
     if end is not None:
         token_lists = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in token_lists]
@@ -159,7 +178,14 @@ def decode(token_lists: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> 
 
 @dataclass
 class Data:
-    """What the stages after the first one read."""
+    """
+    The results of the stage `data`.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
+        tokens (`dict[str, Dataset]`): The examples of the splits `train`, `validation` and `test`.
+        texts (`dict[str, list[str]]`): The same examples as texts.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     tokens: dict[str, Dataset]
@@ -178,7 +204,7 @@ class Data:
         )
 
 
-# Where everything lies
+# Folders
 
 
 def snapshot_name(fraction: float) -> str:

@@ -1,20 +1,18 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""The models that `study.py` compares: how each is made, trained, sampled and measured."""
+"""The models that `study.py` compares: how each is built, trained, sampled and evaluated."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from peers.autoregressive import (
     AutoregressiveTrainer,
     autoregressive_log_likelihood,
     autoregressive_samples,
     new_gpt2,
 )
+from peers.averaging import AveragedTrainer
 from peers.masked_diffusion import (
     MaskedDiffusionTrainer,
     ancestral_samples,
@@ -22,7 +20,8 @@ from peers.masked_diffusion import (
     new_masked_model,
 )
 from peers.uniform_diffusion import UniformDiffusionTrainer, uniform_log_likelihood, uniform_samples
-from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from study_data import Data, StudyArguments
+from transformers import GPT2LMHeadModel, PreTrainedModel, Trainer, TrainingArguments
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel
 from modeling_flm.trainers import (
@@ -34,176 +33,200 @@ from modeling_flm.trainers import (
 )
 
 
-# A short distillation should often see the whole way, which one step takes.
+# A short distillation should often train on the whole interval from 0 to 1, which one-step sampling uses.
 BOUNDARY_PROBABILITY = 0.25
 
 
-@dataclass
-class Contender:
+class StudyModel(ABC):
     """
     A model to compare.
 
-    Args:
-        new_trainer (`Callable`):
-            From a configuration, settings of the training, the decay of the moving average, the texts, the tokenizer, the teacher, if
-            there is one, and the share of the texts with known tokens, which flows need to be trained for, to the trainer of a new
-            model.
-        load (`Callable`): From a folder to the model.
-        sample (`Callable`):
-            From the model, a number of texts, their length, a number of steps, a temperature and a generator to tokens.
-        log_likelihood (`Callable`):
-            From the model, texts, how often each is noised, and a generator to their log-likelihoods or lower bounds, in nats.
-        teacher (`str`, *optional*): The model that it is distilled from.
-        searched_as (`str`, *optional*): The model whose learning rate it has, if none was searched for it.
-        sampler (`str`, *optional*, defaults to `"steps"`):
-            `"steps"` if any number of forward passes will do, `"one pass a token"` if it is the number of tokens.
-        has_temperature (`Callable`, *optional*): Whether a temperature changes what so many steps write. By default always.
+    Attributes:
+        model_class (`type`): Class of the model.
+        teacher (`str`, *optional*): Name of the model it is distilled from.
+        searched_as (`str`, *optional*): Name of the model whose learning rate it uses. By default its own is searched.
+        one_pass_per_token (`bool`): Whether sampling takes one forward pass per token, instead of any number of steps.
+        has_temperature_at_one_step (`bool`): Whether a temperature has an effect on sampling in one step.
     """
 
-    new_trainer: Callable[..., Trainer]
-    load: Callable[[Path], PreTrainedModel]
-    sample: Callable[..., torch.LongTensor]
-    log_likelihood: Callable[..., torch.Tensor]
+    model_class: type[PreTrainedModel] = FLMModel
     teacher: str | None = None
     searched_as: str | None = None
-    sampler: str = "steps"
-    has_temperature: Callable[[int], bool] = field(default=lambda num_steps: True)
+    one_pass_per_token = False
+    has_temperature_at_one_step = True
+
+    @abstractmethod
+    def new_trainer(
+        self, config: FLMConfig, settings: dict, data: Data, args: StudyArguments, teacher: FLMModel | None
+    ) -> Trainer:
+        """
+        Returns the trainer of a new model.
+
+        Args:
+            config ([`FLMConfig`]): Configuration of the flow-based model. Other models take the same sizes from it.
+            settings (`dict`): Arguments of [`~transformers.TrainingArguments`].
+            data (`Data`): Training and validation examples, and the tokenizer.
+            args (`StudyArguments`): Arguments of the study.
+            teacher ([`FLMModel`], *optional*): The trained teacher, for a model that has one.
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        model: PreTrainedModel,
+        num_samples: int,
+        length: int,
+        num_steps: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> torch.LongTensor:
+        """Returns samples of shape `(num_samples, length)`."""
+
+    @abstractmethod
+    def log_likelihood(
+        self, model: PreTrainedModel, input_ids: torch.LongTensor, num_times: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Returns the log-likelihoods in nats, or lower bounds from `num_times` noise levels, of shape `(num_texts,)`."""
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        return self.model_class.from_pretrained(folder)
 
 
-def new_peer_trainer(
-    new_model: Callable,
-    trainer_class: type,
-    config: FLMConfig,
-    settings: dict,
-    ema_decay: float,
-    datasets,
-    tokenizer,
-    *_,
-) -> Trainer:
-    """The trainer of a model that is no flow."""
-    return trainer_class(
-        new_model(config),
-        TrainingArguments(**settings, remove_unused_columns=False),
-        train_dataset=datasets["train"],
-        eval_dataset=datasets["validation"],
-        data_collator=DataCollatorForFLM(tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        ema_decay=ema_decay,
-    )
+class PeerModel(StudyModel):
+    """A model that is not flow-based, trained by a trainer of `peers/`."""
+
+    trainer_class: type[AveragedTrainer]
+
+    @abstractmethod
+    def new_model(self, config: FLMConfig) -> PreTrainedModel:
+        """Returns a new model as large as the flow-based model with this configuration."""
+
+    def new_trainer(self, config, settings, data, args, teacher) -> AveragedTrainer:
+        return self.trainer_class(
+            self.new_model(config),
+            TrainingArguments(**settings, remove_unused_columns=False),
+            train_dataset=data.tokens["train"],
+            eval_dataset=data.tokens["validation"],
+            data_collator=DataCollatorForFLM(data.tokenizer.pad_token_id),
+            processing_class=data.tokenizer,
+            ema_decay=args.ema_decay,
+        )
 
 
-def new_flow_trainer(
-    options: dict, config: FLMConfig, settings: dict, ema_decay: float, datasets, tokenizer, _, prompt_fraction: float
-) -> FLMTrainer:
-    """The trainer of an FLM, with further `options` of its configuration."""
-    return FLMTrainer(
-        FLMModel(FLMConfig(**{**config.to_dict(), **options})),
-        FLMTrainingArguments(**settings, ema_decay=ema_decay, prompt_fraction=prompt_fraction),
-        train_dataset=datasets["train"],
-        eval_dataset=datasets["validation"],
-        processing_class=tokenizer,
-    )
+class GPT2(PeerModel):
+    """An autoregressive model."""
+
+    model_class = GPT2LMHeadModel
+    trainer_class = AutoregressiveTrainer
+    one_pass_per_token = True
+
+    def new_model(self, config) -> GPT2LMHeadModel:
+        return new_gpt2(config)
+
+    def sample(self, model, num_samples, length, num_steps, temperature, generator) -> torch.LongTensor:
+        return autoregressive_samples(model, num_samples, length, temperature, generator)
+
+    def log_likelihood(self, model, input_ids, num_times, generator) -> torch.Tensor:
+        return autoregressive_log_likelihood(model, input_ids)
 
 
-def new_flow_map_trainer(
-    config: FLMConfig,
-    settings: dict,
-    ema_decay: float,
-    datasets: dict[str, Dataset],
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: FLMModel,
-    prompt_fraction: float,
-) -> FMLMTrainer:
-    """The trainer of an FMLM."""
-    return FMLMTrainer(
-        FMLMModel.from_flm(teacher),
-        FMLMTrainingArguments.from_preset(
-            "single_stage",
-            **settings,
-            ema_decay=ema_decay,
-            boundary_probability=BOUNDARY_PROBABILITY,
-            prompt_fraction=prompt_fraction,
-        ),
-        teacher=teacher,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets["validation"],
-        processing_class=tokenizer,
-    )
+class MDLM(PeerModel):
+    """Masked diffusion."""
+
+    trainer_class = MaskedDiffusionTrainer
+    sample = staticmethod(ancestral_samples)
+    log_likelihood = staticmethod(masked_log_likelihood)
+
+    def new_model(self, config) -> FLMModel:
+        # Absolute positions matter where texts begin and end, and not in blocks of a longer text.
+        return new_masked_model(config, with_positions=config.eos_token_id is not None)
 
 
-def flow_samples(
-    model: FLMModel, num_samples: int, length: int, num_steps: int, temperature: float, generator: torch.Generator
-) -> torch.LongTensor:
-    """Texts of an FLM or a flow map."""
-    return model.generate(
-        num_samples=num_samples,
-        length=length,
-        num_steps=num_steps,
-        temperature=temperature,
-        batch_size=num_samples,
-        generator=generator,
-    )
+class Duo(PeerModel):
+    """Uniform-state diffusion."""
+
+    trainer_class = UniformDiffusionTrainer
+    sample = staticmethod(uniform_samples)
+    log_likelihood = staticmethod(uniform_log_likelihood)
+
+    def new_model(self, config) -> FLMModel:
+        return FLMModel(config)
 
 
-def flow_log_likelihood(
-    model: FLMModel, input_ids: torch.LongTensor, num_times: int, generator: torch.Generator
-) -> torch.Tensor:
-    """The bound of an FLM or a flow map."""
-    return model.log_likelihood_bound(input_ids, num_times=num_times, generator=generator).log_likelihood
+class FLM(StudyModel):
+    """
+    A flow-based language model.
+
+    Args:
+        config_overrides: Fields of [`FLMConfig`] that differ from the configuration of the study.
+    """
+
+    has_temperature_at_one_step = False  # the last step takes the most likely tokens
+
+    def __init__(self, **config_overrides):
+        self.config_overrides = config_overrides
+        self.searched_as = "flm" if config_overrides else None
+
+    def new_trainer(self, config, settings, data, args, teacher) -> FLMTrainer:
+        return FLMTrainer(
+            FLMModel(FLMConfig(**{**config.to_dict(), **self.config_overrides})),
+            FLMTrainingArguments(**settings, ema_decay=args.ema_decay, prompt_fraction=args.prompt_fraction),
+            train_dataset=data.tokens["train"],
+            eval_dataset=data.tokens["validation"],
+            processing_class=data.tokenizer,
+        )
+
+    def sample(self, model, num_samples, length, num_steps, temperature, generator) -> torch.LongTensor:
+        return model.generate(
+            num_samples=num_samples,
+            length=length,
+            num_steps=num_steps,
+            temperature=temperature,
+            batch_size=num_samples,
+            generator=generator,
+        )
+
+    def log_likelihood(self, model, input_ids, num_times, generator) -> torch.Tensor:
+        return model.log_likelihood_bound(input_ids, num_times=num_times, generator=generator).log_likelihood
 
 
-def _flow(**options) -> Contender:
-    return Contender(
-        new_trainer=partial(new_flow_trainer, options),
-        load=FLMModel.from_pretrained,
-        sample=flow_samples,
-        log_likelihood=flow_log_likelihood,
-        searched_as="flm" if options else None,
-        has_temperature=lambda num_steps: num_steps > 1,  # one step takes the likeliest tokens
-    )
+class FMLM(FLM):
+    """
+    A flow map, distilled from an FLM.
+
+    Args:
+        teacher (`str`): Name of the FLM.
+    """
+
+    model_class = FMLMModel
+
+    def __init__(self, teacher: str):
+        self.teacher = teacher
+        self.searched_as = "flm"
+
+    def new_trainer(self, config, settings, data, args, teacher) -> FMLMTrainer:
+        return FMLMTrainer(
+            FMLMModel.from_flm(teacher),
+            FMLMTrainingArguments.from_preset(
+                "single_stage",
+                **settings,
+                ema_decay=args.ema_decay,
+                boundary_probability=BOUNDARY_PROBABILITY,
+                prompt_fraction=args.prompt_fraction,
+            ),
+            teacher=teacher,
+            train_dataset=data.tokens["train"],
+            eval_dataset=data.tokens["validation"],
+            processing_class=data.tokenizer,
+        )
 
 
-def _flow_map(teacher: str) -> Contender:
-    return Contender(
-        new_trainer=new_flow_map_trainer,
-        load=FMLMModel.from_pretrained,
-        sample=flow_samples,
-        log_likelihood=flow_log_likelihood,
-        teacher=teacher,
-        searched_as="flm",
-        has_temperature=lambda num_steps: num_steps > 1,
-    )
-
-
-def new_masked_study_model(config: FLMConfig) -> FLMModel:
-    """A masked model that knows where texts begin if they have an end, and are no blocks of a longer one."""
-    return new_masked_model(config, with_places=config.eos_token_id is not None)
-
-
-CONTENDERS = {
-    "gpt2": Contender(
-        new_trainer=partial(new_peer_trainer, new_gpt2, AutoregressiveTrainer),
-        load=GPT2LMHeadModel.from_pretrained,
-        sample=lambda model, num_samples, length, num_steps, temperature, generator: autoregressive_samples(
-            model, num_samples, length, temperature, generator
-        ),
-        log_likelihood=lambda model, input_ids, num_times, generator: autoregressive_log_likelihood(model, input_ids),
-        sampler="one pass a token",
-    ),
-    "mdlm": Contender(
-        new_trainer=partial(new_peer_trainer, new_masked_study_model, MaskedDiffusionTrainer),
-        load=FLMModel.from_pretrained,
-        sample=ancestral_samples,
-        log_likelihood=masked_log_likelihood,
-    ),
-    "duo": Contender(
-        new_trainer=partial(new_peer_trainer, FLMModel, UniformDiffusionTrainer),
-        load=FLMModel.from_pretrained,
-        sample=uniform_samples,
-        log_likelihood=uniform_log_likelihood,
-    ),
-    "flm": _flow(),
-    "flm_continued": _flow(time_reparameterization_end=60.0),
-    "fmlm": _flow_map("flm"),
-    "fmlm_continued": _flow_map("flm_continued"),
+STUDY_MODELS = {
+    "gpt2": GPT2(),
+    "mdlm": MDLM(),
+    "duo": Duo(),
+    "flm": FLM(),
+    "flm_continued": FLM(time_reparameterization_end=60.0),
+    "fmlm": FMLM("flm"),
+    "fmlm_continued": FMLM("flm_continued"),
 }

@@ -1,17 +1,17 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""What `study.py` says of its models: scores of their texts, tables and a picture."""
+"""The stage `report` of `study.py`: scores of the samples, tables and a plot."""
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from safetensors import safe_open
-from study_data import FRACTIONS, Data, StudyArguments, model_folder, snapshot_name
-from study_models import CONTENDERS
+from study_data import FRACTIONS, LABELS, Data, StudyArguments, model_folder, snapshot_name
+from study_models import STUDY_MODELS
 from tqdm.auto import tqdm
 
 from modeling_flm.trainers import load_gen_ppl
@@ -20,24 +20,12 @@ from modeling_flm.trainers.evaluation.plots import plain_log_ticks
 from modeling_flm.trainers.evaluation.repetition import real_words, repetition_figures, vocabulary_of
 
 
-matplotlib.use("Agg")  # draws to files, also where there is no screen
+matplotlib.use("Agg")  # draws to files and needs no display
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-# How tables and pictures call the models
-LABELS = {
-    "gpt2": "GPT-2",
-    "mdlm": "MDLM",
-    "duo": "Duo",
-    "flm": "FLM",
-    "flm_continued": "FLM, continued",
-    "fmlm": "FMLM",
-    "fmlm_continued": "FMLM, continued",
-}
-
-
 def read_samples(args: StudyArguments) -> tuple[list[dict], list[dict]]:
-    """Rows of texts and rows of likelihoods, with what made them."""
+    """Returns the rows of samples and the rows of likelihoods of the stage `sample`, with model, seed and fraction of the training."""
     rows, likelihoods = [], []
     for seed in args.seeds:
         for name in args.models:
@@ -50,7 +38,7 @@ def read_samples(args: StudyArguments) -> tuple[list[dict], list[dict]]:
 
 
 def score(texts: list[str], data: Data, args: StudyArguments) -> dict:
-    """Perplexity, by the scorer of the study, and entropy of texts."""
+    """Returns the perplexity of texts under the scorer of the study, and their entropy."""
     return load_gen_ppl().compute(
         predictions=texts,
         model_id=str(Path(args.output_dir, "scorer", snapshot_name(1.0))),
@@ -60,7 +48,7 @@ def score(texts: list[str], data: Data, args: StudyArguments) -> dict:
 
 
 def spread(values: list[float | None], digits: int) -> str:
-    """The mean of what several seeds gave, and how far they lie from it."""
+    """Formats the mean over seeds, and the largest deviation above it."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return "-"
@@ -71,15 +59,15 @@ def spread(values: list[float | None], digits: int) -> str:
 
 def long_real_words(texts: list[str], vocabulary: set[str], is_packed: bool) -> float:
     """
-    How many of the words of at least four letters are real, as letters by chance often are shorter ones.
+    Returns the fraction of words with at least four letters that are real words. Random letters often form shorter ones.
 
     Args:
         texts (`list[str]`): The texts.
         vocabulary (`set[str]`): The words of the training texts.
-        is_packed (`bool`): Whether texts are cut from a longer one, so that the words at their ends do not count.
+        is_packed (`bool`): Whether texts are blocks of a longer one. Then their first and last words, which may be cut, do not count.
 
     Returns:
-        `float`: the share, 0 where there is no such word.
+        `float`: the fraction, or 0 if there is no such word.
     """
     texts = [" ".join(text.split(" ")[1:-1]) for text in texts] if is_packed else texts
     counts = real_words([" ".join(word for word in text.split() if len(word) >= 4) for text in texts], vocabulary)
@@ -87,10 +75,10 @@ def long_real_words(texts: list[str], vocabulary: set[str], is_packed: bool) -> 
 
 
 def report(data: Data, args: StudyArguments):
-    """Scores all texts, prints tables, and draws pictures."""
+    """Scores all samples, writes and prints the tables, and draws the plot."""
     rows, likelihoods = read_samples(args)
     if not rows:
-        raise SystemExit("error: there are no texts yet: run the stage `sample` first")
+        raise SystemExit("error: there are no samples yet: run the stage `sample` first")
     vocabulary = vocabulary_of(data.texts["train"])
     path = Path(args.output_dir, "scores.json")
     known = json.loads(path.read_text()) if path.is_file() else {}
@@ -107,10 +95,10 @@ def report(data: Data, args: StudyArguments):
     for row in rows:
         curve = [other for other in rows if setting(other)[:-1] == setting(row)[:-1]]
         row["matched"] = perplexity_near(curve, reference["scores"])
-    lines = [f"Text: perplexity {reference['scores']['gen_ppl']:.1f}, entropy {reference['scores']['entropy']:.3f}, "]
-    lines[0] += (
-        f"real words {100 * reference['long_real_words']:.1f} %, {len(data.tokens['train']):,} texts to learn from."
-    )
+    lines = [
+        f"Text: perplexity {reference['scores']['gen_ppl']:.1f}, entropy {reference['scores']['entropy']:.3f}, "
+        f"real words {100 * reference['long_real_words']:.1f} %, {len(data.tokens['train']):,} training examples."
+    ]
     for table in (
         quality_table(rows, args),
         peers_table(rows, args),
@@ -131,40 +119,47 @@ def report(data: Data, args: StudyArguments):
 
 
 def setting(row: dict) -> tuple:
-    """What distinguishes rows, the temperature last."""
+    """Returns the settings of a row, the temperature last."""
     return tuple(row[name] for name in ("model", "seed", "fraction", "num_steps", "temperature"))
 
 
 def over_seeds(rows: list[dict], **wanted) -> list[dict]:
+    """Returns the rows with these values."""
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def quality_table(rows: list[dict], args: StudyArguments) -> list[str]:
-    """Everything about the texts of whole trainings at temperature 1, and the perplexity at the entropy of the text."""
-    lines = [
-        "| model | forward passes | ms a text | perplexity | entropy | at the text's entropy | real words, % | self-BLEU | "
-        "copied whole, % |",
-        "|" + "---|" * 9,
-    ]
+def final_rows(rows: list[dict], args: StudyArguments) -> Iterator[tuple[str, int, list[dict]]]:
+    """Yields each model, each of its numbers of steps, and their rows after the whole training, at temperature 1."""
     for name in args.models:
         for num_steps in sorted({row["num_steps"] for row in rows if row["model"] == name}):
             same = over_seeds(rows, model=name, num_steps=num_steps, temperature=1.0, fraction=1.0)
             if same:
-                cells = [
-                    spread([1000 * row["seconds_per_text"] for row in same], 2),
-                    spread([row["scores"]["gen_ppl"] for row in same], 1),
-                    spread([row["scores"]["entropy"] for row in same], 3),
-                    spread([row["matched"] for row in same], 1),
-                    spread([100 * row["long_real_words"] for row in same], 1),
-                    spread([row["self_bleu"] for row in same], 3),
-                    spread([100 * row["copied_texts"] for row in same], 1),
-                ]
-                lines.append(f"| {LABELS[name]} | {num_steps} | " + " | ".join(cells) + " |")
+                yield name, num_steps, same
+
+
+def quality_table(rows: list[dict], args: StudyArguments) -> list[str]:
+    """Tabulates the samples of fully trained models at temperature 1, and the perplexity at the entropy of the text."""
+    lines = [
+        "| model | forward passes | ms per text | perplexity | entropy | at the text's entropy | real words, % | self-BLEU | "
+        "copied whole, % |",
+        "|" + "---|" * 9,
+    ]
+    for name, num_steps, same in final_rows(rows, args):
+        cells = [
+            spread([1000 * row["seconds_per_text"] for row in same], 2),
+            spread([row["scores"]["gen_ppl"] for row in same], 1),
+            spread([row["scores"]["entropy"] for row in same], 3),
+            spread([row["matched"] for row in same], 1),
+            spread([100 * row["long_real_words"] for row in same], 1),
+            spread([row["self_bleu"] for row in same], 3),
+            spread([100 * row["copied_texts"] for row in same], 1),
+        ]
+        lines.append(f"| {LABELS[name]} | {num_steps} | " + " | ".join(cells) + " |")
     return lines
 
 
 def peers_table(rows: list[dict], args: StudyArguments) -> list[str]:
-    """The perplexity of the models that are no flows at the entropy of the texts that the FMLM writes in few steps, by seed."""
+    """Tabulates the perplexity of MDLM and Duo at the entropy of the FMLM's samples in few steps, for each seed."""
     peers = [name for name in ("mdlm", "duo") if name in args.models]
     done = [row for row in rows if row["fraction"] == 1.0]
     columns = sorted({row["num_steps"] for row in done if row["model"] in peers})
@@ -174,18 +169,18 @@ def peers_table(rows: list[dict], args: StudyArguments) -> list[str]:
         if row["num_steps"] > 4:
             continue
         entropy = row["scores"]["entropy"]
-        beginning = f"| {row['num_steps']} | {row['seed']} | {entropy:.3f} | {row['scores']['gen_ppl']:.1f} |"
+        row_start = f"| {row['num_steps']} | {row['seed']} | {entropy:.3f} | {row['scores']['gen_ppl']:.1f} |"
         for name in peers:
             cells = []
             for num_steps in columns:
                 curve = over_seeds(done, model=name, seed=row["seed"], num_steps=num_steps)
                 cells.append(spread([perplexity_near(curve, entropy)], 1))
-            lines.append(f"{beginning} {LABELS[name]} | " + " | ".join(cells) + " |")
+            lines.append(f"{row_start} {LABELS[name]} | " + " | ".join(cells) + " |")
     return lines
 
 
 def perplexity_near(curve: list[dict], reference: dict | float) -> float | None:
-    """The perplexity of texts at several temperatures where they have the entropy of others, or one that is given."""
+    """Interpolates the perplexity of samples at several temperatures to an entropy, given as a number or by other scores."""
     if not curve:
         return None
     temperatures, results = [row["temperature"] for row in curve], [row["scores"] for row in curve]
@@ -193,23 +188,23 @@ def perplexity_near(curve: list[dict], reference: dict | float) -> float | None:
 
 
 def likelihood_table(likelihoods: list[dict], data: Data, args: StudyArguments) -> list[str]:
-    """The likelihoods of held-out texts, of whole trainings."""
-    number = sum(len(text.encode()) for text in data.texts["test"][: args.num_likelihood_texts])
-    number /= min(args.num_likelihood_texts, len(data.texts["test"]))
-    lines = ["| model | nats a text | standard error | bits a byte |", "|---|---|---|---|"]
+    """Tabulates the likelihoods of test texts under fully trained models."""
+    sizes = [len(text.encode()) for text in data.texts["test"][: args.num_likelihood_texts]]
+    bytes_per_text = sum(sizes) / len(sizes)
+    lines = ["| model | nats per text | standard error | bits per byte |", "|---|---|---|---|"]
     for name in args.models:
         same = over_seeds(likelihoods, model=name, fraction=1.0)
         if same:
             sign = "" if name == "gpt2" else "≤ "
             nats = [row["nats_per_text"] for row in same]
-            bits = spread([value / number / math.log(2) for value in nats], 3)
+            bits = spread([value / bytes_per_text / math.log(2) for value in nats], 3)
             errors = spread([row["error"] for row in same], 2)
             lines.append(f"| {LABELS[name]} | {sign}{spread(nats, 2)} | {errors} | {sign}{bits} |")
     return lines
 
 
 def cost_table(args: StudyArguments) -> list[str]:
-    """What the trainings took. The steps of a distilled model are beside those of its teacher."""
+    """Tabulates the sizes and training times of the models. A distilled model also needs the steps of its teacher."""
     lines = ["| model | parameters | optimizer steps | minutes |", "|---|---|---|---|"]
     for name in args.models:
         minutes, parameters, steps = [], 0, 0
@@ -222,14 +217,14 @@ def cost_table(args: StudyArguments) -> list[str]:
                 last = json.loads((folder / "log.json").read_text())[-1]
                 minutes, steps = [*minutes, last["train_runtime"] / 60], last["step"]
         if minutes:
-            teacher = CONTENDERS[name].teacher
-            text = f"{steps:,}" if teacher is None else f"{steps:,}, and those of {LABELS[teacher]}"
+            teacher = STUDY_MODELS[name].teacher
+            text = f"{steps:,}" if teacher is None else f"{steps:,} after the {LABELS[teacher]}"
             lines.append(f"| {LABELS[name]} | {parameters:,} | {text} | {spread(minutes, 1)} |")
     return lines
 
 
 def compute_table(rows: list[dict], args: StudyArguments) -> list[str]:
-    """What more training brings: the perplexity of the fewest and of the most steps after parts of the training."""
+    """Tabulates the perplexity after fractions of the training, at the fewest and the most steps."""
     lines = ["| model | forward passes | " + " | ".join(f"after {part:g}" for part in FRACTIONS) + " |"]
     lines.append("|" + "---|" * (2 + len(FRACTIONS)))
     for name in args.models:
@@ -249,27 +244,23 @@ def compute_table(rows: list[dict], args: StudyArguments) -> list[str]:
 
 
 def sample_list(rows: list[dict], args: StudyArguments) -> list[str]:
-    """The first texts of each model."""
-    lines = ["| model | forward passes | the first two texts |", "|---|---|---|"]
-    for name in args.models:
-        for num_steps in sorted({row["num_steps"] for row in rows if row["model"] == name}):
-            same = over_seeds(rows, model=name, num_steps=num_steps, temperature=1.0, fraction=1.0)
-            if same:
-                texts = [
-                    f"`{text.replace('|', ' ')}`" if text.strip() else "(only spaces)" for text in same[0]["texts"][:2]
-                ]
-                lines.append(f"| {LABELS[name]} | {num_steps} | {', '.join(texts)} |")
+    """Tabulates the first samples of each model."""
+    lines = ["| model | forward passes | first two samples |", "|---|---|---|"]
+    for name, num_steps, same in final_rows(rows, args):
+        texts = [f"`{text.replace('|', ' ')}`" if text.strip() else "(only spaces)" for text in same[0]["texts"][:2]]
+        lines.append(f"| {LABELS[name]} | {num_steps} | {', '.join(texts)} |")
     return lines
 
 
 def plot(rows: list[dict], reference: dict, path: Path):
     """
-    Perplexity at the text's entropy, or where that is out of reach at temperature 1, against passes and seconds. What has an
-    entropy far from the text's is left out, as its perplexity says nothing.
+    Plots the perplexity at the entropy of the text against forward passes and time. Where no temperature reaches that entropy, the
+    perplexity at temperature 1 is a hollow point. Samples whose entropy differs by more than 10 % are left out, because their perplexity
+    is not comparable.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    keys: tuple[Callable, Callable] = (lambda row: row["num_steps"], lambda row: 1000 * row["seconds_per_text"])
-    for axis, key, label in zip(axes, keys, ("forward passes", "milliseconds a text")):
+    costs = (("num_steps", 1, "forward passes"), ("seconds_per_text", 1000, "milliseconds per text"))
+    for axis, (key, scale, label) in zip(axes, costs):
         for color, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
             own = over_seeds(rows, model=name, temperature=1.0, fraction=1.0)
             points = []
@@ -281,9 +272,8 @@ def plot(rows: list[dict], reference: dict, path: Path):
                 matched = [row["matched"] for row in same]
                 reached = None not in matched
                 values = matched if reached else [row["scores"]["gen_ppl"] for row in same]
-                points.append(
-                    (np.mean([key(row) for row in same]), np.mean(values), min(values), max(values), reached)
-                )
+                cost = scale * np.mean([row[key] for row in same])
+                points.append((cost, np.mean(values), min(values), max(values), reached))
             if not points:
                 continue
             x, y, low, high, reached = (np.array(column) for column in zip(*points))
@@ -301,7 +291,7 @@ def plot(rows: list[dict], reference: dict, path: Path):
         for each in (axis.xaxis, axis.yaxis):
             plain_log_ticks(each)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("perplexity at the entropy of the text\n(hollow: at temperature 1, entropy out of reach)")
+    axes[0].set_ylabel("perplexity at the entropy of the text\n(hollow: at temperature 1; entropy not reached)")
     axes[1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-transformers' GPT-2 as what flow maps are compared with: from left to right, with as many parameters, on the same texts of one
-length, each after a token that begins it.
+transformers' GPT-2, to compare flow maps with: generation from left to right, with as many parameters, on the same sequences of one
+length. A BOS token precedes each sequence.
 """
 
 import torch
@@ -16,10 +16,10 @@ from .averaging import AveragedTrainer
 
 def new_gpt2(config: FLMConfig) -> GPT2LMHeadModel:
     """
-    A GPT-2 of the width, and as nearly as whole blocks allow of the number of parameters, of a flow-based model.
+    Builds a GPT-2 with the width of a flow-based model and the number of blocks that matches its number of parameters best.
 
     Args:
-        config ([`FLMConfig`]): That of the flow-based model to compare with. What begins a text is a further token after its vocabulary.
+        config ([`FLMConfig`]): Configuration of the flow-based model. The BOS token is one more token after its vocabulary.
     """
 
     def build(num_layers: int) -> GPT2LMHeadModel:
@@ -47,21 +47,21 @@ def new_gpt2(config: FLMConfig) -> GPT2LMHeadModel:
 
 def autoregressive_logits(model: GPT2LMHeadModel, input_ids: torch.LongTensor) -> torch.Tensor:
     """
-    What each token may be, from those before it.
+    Predicts each token from the tokens before it.
 
     Args:
-        model ([`~transformers.GPT2LMHeadModel`]): A model whose last token begins texts.
-        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The texts.
+        model ([`~transformers.GPT2LMHeadModel`]): A model whose last token is the BOS token.
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The sequences, without the BOS token.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`: logits of all tokens but the first one's.
+        `torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`: logits of all tokens except the BOS token.
     """
-    begin = model.config.vocab_size - 1
-    return model(F.pad(input_ids[:, :-1], (1, 0), value=begin)).logits[..., :begin]
+    bos = model.config.vocab_size - 1
+    return model(F.pad(input_ids[:, :-1], (1, 0), value=bos)).logits[..., :bos]
 
 
 class AutoregressiveTrainer(AveragedTrainer):
-    """Trains a GPT-2 on texts of one length, all of whose tokens count."""
+    """Trains a GPT-2 on sequences of one length."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits = autoregressive_logits(model, inputs["input_ids"])
@@ -74,15 +74,15 @@ def autoregressive_log_likelihood(
     model: GPT2LMHeadModel, input_ids: torch.LongTensor, prompt_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    The log-likelihood, which is exact.
+    Returns the exact log-likelihood.
 
     Args:
         model ([`~transformers.GPT2LMHeadModel`]): The model, in evaluation mode.
         input_ids (`torch.LongTensor` of shape `(num_texts, sequence_length)`): The texts.
-        prompt_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*): 1 where tokens are known, how texts begin.
+        prompt_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*): 1 for the tokens of a prefix.
 
     Returns:
-        `torch.Tensor` of shape `(num_texts,)`: of what is not known, in nats.
+        `torch.Tensor` of shape `(num_texts,)`: log-likelihoods of the tokens after the prefix, in nats.
     """
     losses = F.cross_entropy(autoregressive_logits(model, input_ids).mT, input_ids, reduction="none")
     return -(losses if prompt_mask is None else losses.masked_fill(prompt_mask.bool(), 0.0)).sum(dim=1)
@@ -97,24 +97,24 @@ def autoregressive_samples(
     generator: torch.Generator | None = None,
 ) -> torch.LongTensor:
     """
-    Texts, one token after the other.
+    Generates one token after the other.
 
     Args:
         model ([`~transformers.GPT2LMHeadModel`]): The model, in evaluation mode.
-        num_samples (`int`): The number of texts.
-        length (`int`): Their length, in tokens, which is that of the forward passes.
-        temperature (`float`, *optional*, defaults to 1.0): Divides the logits.
-        generator (`torch.Generator`, *optional*): The source of what is drawn, on the CPU.
+        num_samples (`int`): Number of samples.
+        length (`int`): Sequence length, and number of forward passes.
+        temperature (`float`, *optional*, defaults to 1.0): Divisor of the logits.
+        generator (`torch.Generator`, *optional*): Generator of all draws, on the CPU.
 
     Returns:
         `torch.LongTensor` of shape `(num_samples, length)`.
     """
-    begin = model.config.vocab_size - 1
-    newest, cache, tokens = torch.full((num_samples, 1), begin, device=model.device), None, []
+    bos = model.config.vocab_size - 1
+    newest, cache, tokens = torch.full((num_samples, 1), bos, device=model.device), None, []
     for _ in range(length):
         output = model(newest, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        probabilities = (output.logits[:, -1, :begin].float() / temperature).softmax(dim=-1).cpu()
+        probabilities = (output.logits[:, -1, :bos].float() / temperature).softmax(dim=-1).cpu()
         newest = torch.multinomial(probabilities, 1, generator=generator).to(model.device)
         tokens.append(newest)
     return torch.cat(tokens, dim=1)

@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The peers in the lm-evaluation-harness, as `peer_gpt2` and `peer_mdlm`, beside flow-based models, `flm`:
+The lm-evaluation-harness with the models `peer_gpt2` and `peer_mdlm`, in addition to `flm` for flow-based models.
 
     python examples/study/peers/harness.py --model peer_mdlm --model_args pretrained=outputs/study_grammar/models/mdlm-0/after-1 \
         --tasks grammar --include_path outputs/grammar_task
 
-They are scored, by the exact likelihood of GPT-2 and the bound of the masked model, and do not write.
+Answers are scored by the exact likelihood of GPT-2, and by the bound of the masked diffusion model. Tasks that generate are not supported.
 """
 
 import sys
@@ -28,10 +28,10 @@ from peers.masked_diffusion import masked_log_likelihood, unmask  # noqa: E402
 
 class PeerHarnessModel(FLMHarnessModel):
     """
-    What the peers have in common: they are scored, and write nothing. Texts of one length are taken together.
+    Base class of the peers, which score answers. Texts of equal length form a batch.
 
     Args:
-        kwargs: As for [`~modeling_flm.trainers.evaluation.harness.FLMHarnessModel`].
+        kwargs: Arguments of [`~modeling_flm.trainers.evaluation.harness.FLMHarnessModel`].
     """
 
     def _bound(self, input_ids, attention_mask, prompt_mask, generator):
@@ -44,16 +44,16 @@ class PeerHarnessModel(FLMHarnessModel):
     def _likelihoods(
         self, input_ids: torch.LongTensor, prompt_mask: torch.LongTensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """Of what is not known of texts of one length, or bounds of them."""
+        """Returns log-likelihoods of the unknown tokens, or lower bounds, for sequences of one length."""
         raise NotImplementedError
 
     def generate_until(self, requests, disable_tqdm: bool = False):
-        raise NotImplementedError("The peers are compared by likelihoods: choose tasks that write nothing.")
+        raise NotImplementedError("Only likelihoods are supported: choose tasks that do not use `generate_until`.")
 
 
 @register_model("peer_gpt2")
 class GPT2HarnessModel(PeerHarnessModel):
-    """A GPT-2 of `autoregressive.py`, whose likelihoods are exact."""
+    """A GPT-2 of `autoregressive.py`, with exact likelihoods."""
 
     model_class = GPT2LMHeadModel
 
@@ -64,15 +64,15 @@ class GPT2HarnessModel(PeerHarnessModel):
     def _write(self, input_ids, attention_mask, prompt_mask, generator):
         tokens = input_ids.to(self._device)
         known = prompt_mask.to(self._device).bool()
-        for place in range(tokens.shape[1]):
-            likeliest = autoregressive_logits(self.model, tokens[:, : place + 1])[:, -1].argmax(dim=-1)
-            tokens[:, place] = torch.where(known[:, place], tokens[:, place], likeliest)
+        for index in range(tokens.shape[1]):
+            most_likely = autoregressive_logits(self.model, tokens[:, : index + 1])[:, -1].argmax(dim=-1)
+            tokens[:, index] = torch.where(known[:, index], tokens[:, index], most_likely)
         return tokens
 
 
 @register_model("peer_mdlm")
 class MaskedHarnessModel(PeerHarnessModel):
-    """A masked diffusion model of `masked_diffusion.py`, with its bound."""
+    """A masked diffusion model of `masked_diffusion.py`, with its bound of the likelihood."""
 
     model_class = FLMModel
 

@@ -1,9 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Masked diffusion (MDLM, arXiv 2406.07524) on the network of [`~modeling_flm.FLMModel`], as what flow maps are compared with: the
-same blocks, training loop and rule of which tokens become known; but tokens are either known or a mask, and a step writes
-each of them as if it knew nothing of the others.
+Masked diffusion (MDLM, arXiv 2406.07524) on the network of [`~modeling_flm.FLMModel`], to compare flow maps with. It has the same blocks,
+training loop and commit rule, but each token is either known or masked, and the tokens of one step are sampled independently.
 """
 
 import torch
@@ -15,32 +14,33 @@ from modeling_flm.sampling_flm import PosteriorRefinement
 from .averaging import AveragedTrainer
 
 
-def new_masked_model(config: FLMConfig, with_places: bool = False) -> FLMModel:
+def new_masked_model(config: FLMConfig, with_positions: bool = False) -> FLMModel:
     """
-    A masked diffusion model.
+    Builds a masked diffusion model.
 
     Args:
-        config ([`FLMConfig`]): That of the flow-based model to compare with. The mask is a further token after its vocabulary.
-        with_places (`bool`, *optional*, defaults to `False`):
-            Whether the network is told the place of each token, in the place of its time, which masked diffusion does not need.
-            Its positions are relative, and masks are all alike: it cannot tell places apart where all tokens are masked, as
-            flows can by their noise. That matters where texts begin and end, and not for blocks of a longer text.
+        config ([`FLMConfig`]): Configuration of the flow-based model to compare with. The mask is one more token after its vocabulary.
+        with_positions (`bool`, *optional*, defaults to `False`):
+            Whether the network is conditioned on the absolute position of each token, in place of the time, which masked diffusion
+            does not need. Rotary positions are relative and all masks are equal, so without this the network cannot distinguish the
+            positions of a fully masked sequence; a flow can, by its noise. Use it for texts that begin and end, not for blocks of
+            a longer text.
     """
-    options = {"vocab_size": config.vocab_size + 1, "per_token_timesteps": with_places}
+    options = {"vocab_size": config.vocab_size + 1, "per_token_timesteps": with_positions}
     return FLMModel(FLMConfig(**{**flm_settings(config), **options}))
 
 
 def masked_logits(model: FLMModel, input_ids: torch.LongTensor, known: torch.BoolTensor) -> torch.Tensor:
     """
-    What the tokens under masks may be.
+    Predicts the masked tokens.
 
     Args:
         model ([`FLMModel`]): A masked diffusion model, whose last token is the mask.
         input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Tokens.
-        known (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Which of them the model sees.
+        known (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Mask of the tokens that the model sees.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`: logits of all tokens but the mask.
+        `torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`: logits of all tokens except the mask.
     """
     mask_token = model.config.vocab_size - 1
     tokens = input_ids.masked_fill(~known, mask_token)
@@ -48,14 +48,14 @@ def masked_logits(model: FLMModel, input_ids: torch.LongTensor, known: torch.Boo
         times = torch.linspace(0, 1, model.config.max_position_embeddings, device=tokens.device)
         times = times[: tokens.shape[1]].expand(tokens.shape)
     else:
-        times = torch.zeros(len(tokens), device=tokens.device)  # the number of masks tells the time
+        times = torch.zeros(len(tokens), device=tokens.device)  # the number of masks determines the time
     return model(tokens, timesteps=times).logits[..., :mask_token]
 
 
 class MaskedDiffusionTrainer(AveragedTrainer):
     """
-    Trains a masked diffusion model: in each text a share of the tokens is masked that is uniform in (0, 1], and their
-    cross-entropy counts in inverse proportion to it. Tokens whose label is -100 are known.
+    Trains a masked diffusion model. In each example a fraction of the tokens, uniform in (0, 1], is masked, and their cross-entropy is
+    weighted by the inverse of the fraction. Tokens whose label is -100 are known.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -78,17 +78,17 @@ def masked_log_likelihood(
     prompt_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    The variational bound of masked diffusion in continuous time: the loss of the training, summed over a text.
+    Returns the variational bound of masked diffusion in continuous time: the training loss, summed over a text.
 
     Args:
         model ([`FLMModel`]): A masked diffusion model, in evaluation mode.
         input_ids (`torch.LongTensor` of shape `(num_texts, sequence_length)`): The texts.
-        num_times (`int`, *optional*, defaults to 32): How often each is masked, at stratified shares; a forward pass each.
-        generator (`torch.Generator`, *optional*): The source of shares and masks, on the CPU.
+        num_times (`int`, *optional*, defaults to 32): Number of forward passes, at stratified fractions of masked tokens.
+        generator (`torch.Generator`, *optional*): Generator of the fractions and masks, on the CPU.
         prompt_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*): 1 where tokens are known.
 
     Returns:
-        `torch.Tensor` of shape `(num_texts,)`: lower bounds of the log-likelihoods of what is not known, in nats.
+        `torch.Tensor` of shape `(num_texts,)`: lower bounds of the log-likelihoods of the unknown tokens, in nats.
     """
     total = torch.zeros(len(input_ids), device=input_ids.device)
     given = torch.zeros_like(input_ids, dtype=torch.bool) if prompt_mask is None else prompt_mask.bool()
@@ -112,16 +112,16 @@ def ancestral_samples(
     generator: torch.Generator | None = None,
 ) -> torch.LongTensor:
     """
-    Texts by ancestral sampling: in each of equal steps, every token under a mask is written with the probability that the
-    schedule asks for, drawn from what it may be, independently of the others.
+    Generates by ancestral sampling in equal steps. Each step unmasks tokens with the probability that the schedule requires, and draws
+    them independently from the model's predictions.
 
     Args:
         model ([`FLMModel`]): A masked diffusion model, in evaluation mode.
-        num_samples (`int`): The number of texts.
-        length (`int`): Their length, in tokens.
-        num_steps (`int`): The number of steps, a forward pass each.
-        temperature (`float`, *optional*, defaults to 1.0): Divides the logits.
-        generator (`torch.Generator`, *optional*): The source of what is drawn, on the CPU.
+        num_samples (`int`): Number of samples.
+        length (`int`): Sequence length.
+        num_steps (`int`): Number of steps, one forward pass each.
+        temperature (`float`, *optional*, defaults to 1.0): Divisor of the logits.
+        generator (`torch.Generator`, *optional*): Generator of all draws, on the CPU.
 
     Returns:
         `torch.LongTensor` of shape `(num_samples, length)`.
@@ -142,16 +142,16 @@ def unmask(
     model: FLMModel, input_ids: torch.LongTensor, known: torch.BoolTensor, rule: PosteriorRefinement
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
     """
-    Writes what is not known, the likeliest tokens first.
+    Completes sequences, the most likely tokens first.
 
     Args:
         model ([`FLMModel`]): A masked diffusion model.
         input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Tokens.
-        known (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Which of them are given.
-        rule ([`~modeling_flm.sampling_flm.PosteriorRefinement`]): Which tokens are kept after each pass.
+        known (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Mask of the known tokens.
+        rule ([`~modeling_flm.sampling_flm.PosteriorRefinement`]): Rule that chooses the tokens to keep after each pass.
 
     Returns:
-        `tuple[torch.LongTensor, torch.LongTensor]`: the texts, and how many forward passes each of them took.
+        `tuple[torch.LongTensor, torch.LongTensor]`: the sequences, and the number of forward passes of each.
     """
     tokens, known = input_ids.clone(), known.clone()
     num_passes = torch.zeros(len(tokens), dtype=torch.long)
@@ -160,9 +160,9 @@ def unmask(
         if not rows.any():
             break
         probabilities = masked_logits(model, tokens[rows], known[rows]).softmax(dim=-1)
-        likelihood, written = probabilities.max(dim=-1)
+        likelihood, predicted = probabilities.max(dim=-1)
         chosen = rule.commit(round, likelihood, ~known[rows])
-        tokens[rows] = torch.where(chosen, written, tokens[rows])
+        tokens[rows] = torch.where(chosen, predicted, tokens[rows])
         known[rows] |= chosen
         num_passes[rows.cpu()] += 1
     return tokens, num_passes

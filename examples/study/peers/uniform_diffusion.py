@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Uniform-state diffusion (Duo, arXiv 2506.10892) on the network of [`~modeling_flm.FLMModel`], as what flow maps are compared with.
+Uniform-state diffusion (Duo, arXiv 2506.10892) on the network of [`~modeling_flm.FLMModel`], to compare flow maps with.
 
-At the level \\(\alpha\\), from 0 for noise to 1 for text, a token is kept with probability \\(\alpha\\), or else is any of the K
-tokens. The paper has found that this is the largest entry of a noised one-hot vector, which makes it a neighbour of flow-based
-models: \\(\alpha\\) is the reparameterized time \\(\tau\\) of the state that an FLM sees.
+At the level \\(\alpha\\), from 0 for noise to 1 for text, a token is kept with probability \\(\alpha\\), and is otherwise uniform over
+the K tokens. The paper shows that this is the argmax of a noised one-hot vector, which relates it to flow-based models: \\(\alpha\\) is the
+reparameterized time \\(\tau\\) of an FLM's state.
 
-The network says what each token would be, \\(x_\theta\\), if its own noised token were not known.
+The network predicts \\(x_\theta\\), the distribution of each clean token given the other noised tokens.
 """
 
 import torch
@@ -19,7 +19,7 @@ from modeling_flm.time_reparameterization import ReparameterizedTime
 from .averaging import AveragedTrainer
 
 
-# Levels are drawn from within these: at 0 and 1 the loss is finite, but the terms of which it is made are not.
+# Range of the levels. At 0 and 1 the loss is finite, but its terms are not.
 LEVELS = (1e-4, 1 - 1e-4)
 
 
@@ -27,13 +27,13 @@ def noised_tokens(
     input_ids: torch.LongTensor, levels: torch.Tensor, vocab_size: int, generator: torch.Generator | None = None
 ) -> torch.LongTensor:
     """
-    Draws tokens at levels of noise.
+    Draws noised tokens.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The text.
-        levels (`torch.Tensor` of shape `(batch_size, 1)`): With what probability a token is kept.
-        vocab_size (`int`): The number of tokens.
-        generator (`torch.Generator`, *optional*): The source of the noise, on the CPU.
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Clean tokens.
+        levels (`torch.Tensor` of shape `(batch_size, 1)`): Probability that a token is kept.
+        vocab_size (`int`): Vocabulary size.
+        generator (`torch.Generator`, *optional*): Generator of the noise, on the CPU.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, sequence_length)`.
@@ -46,19 +46,19 @@ def uniform_loss(
     logits: torch.Tensor, input_ids: torch.LongTensor, noised: torch.LongTensor, levels: torch.Tensor
 ) -> torch.Tensor:
     r"""
-    The integrand of the negative variational bound for levels that are uniform in (0, 1), per token. Reversed in time,
+    Returns the integrand of the negative variational bound for levels uniform in (0, 1), per token. Reversed in time,
     noising is a process whose tokens jump from i to j at the rate \\(\bar x_j / (K \alpha \bar x_i)\\), where
-    \\(\bar x = K \alpha x + 1 - \alpha\\). This is the divergence of these jumps from those that the model's
-    \\(x_\theta\\) has in the place of the text's x (paper, appendix on the bound).
+    \\(\bar x = K \alpha x + 1 - \alpha\\). The loss is the divergence between these jumps and the jumps of the
+    model, with \\(x_\theta\\) instead of x (paper, appendix on the bound).
 
     Args:
-        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Those of the model.
-        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The text.
-        noised (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The noised tokens, i.
-        levels (`torch.Tensor` of shape `(batch_size, 1)`): The levels.
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Logits of the model.
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Clean tokens x.
+        noised (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Noised tokens i.
+        levels (`torch.Tensor` of shape `(batch_size, 1)`): Levels.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, sequence_length)`: in nats.
+        `torch.Tensor` of shape `(batch_size, sequence_length)`: losses in nats.
     """
     vocab_size, levels = logits.shape[-1], levels[..., None]
     x_bar = vocab_size * levels * F.one_hot(input_ids, vocab_size) + 1 - levels
@@ -70,13 +70,12 @@ def uniform_loss(
 
 class UniformDiffusionTrainer(AveragedTrainer):
     """
-    Trains a uniform-state diffusion model. For the first part of the training the network sees, in the place of the
-    noised tokens, soft ones: a softmax of the Gaussian states whose largest entries the tokens are.
+    Trains a uniform-state diffusion model. In the first part of the training the network reads soft tokens: a softmax of the Gaussian
+    state whose argmax is the noised token.
 
     Args:
-        curriculum_fraction (`float`, *optional*, defaults to 0.5): Which part of the training that is.
-        curriculum_temperature (`float`, *optional*, defaults to 0.001):
-            Of the softmax, for states whose variance would be 1 if the text's were.
+        curriculum_fraction (`float`, *optional*, defaults to 0.5): Fraction of the training with soft tokens.
+        curriculum_temperature (`float`, *optional*, defaults to 0.001): Temperature of the softmax, of states with unit variance.
     """
 
     def __init__(self, *args, curriculum_fraction: float = 0.5, curriculum_temperature: float = 1e-3, **kwargs):
@@ -111,13 +110,13 @@ def uniform_log_likelihood(
     model: FLMModel, input_ids: torch.LongTensor, num_times: int = 32, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """
-    The variational bound of uniform-state diffusion in continuous time: the loss of the training, summed over a text.
+    Returns the variational bound of uniform-state diffusion in continuous time: the training loss, summed over a text.
 
     Args:
         model ([`FLMModel`]): A uniform-state diffusion model, in evaluation mode.
         input_ids (`torch.LongTensor` of shape `(num_texts, sequence_length)`): The texts.
-        num_times (`int`, *optional*, defaults to 32): How often each is noised, at stratified levels; a forward pass each.
-        generator (`torch.Generator`, *optional*): The source of levels and noise, on the CPU.
+        num_times (`int`, *optional*, defaults to 32): Number of forward passes, at stratified levels.
+        generator (`torch.Generator`, *optional*): Generator of the levels and the noise, on the CPU.
 
     Returns:
         `torch.Tensor` of shape `(num_texts,)`: lower bounds of the log-likelihoods, in nats.
@@ -143,16 +142,16 @@ def uniform_samples(
     generator: torch.Generator | None = None,
 ) -> torch.LongTensor:
     """
-    Texts by ancestral sampling: from any tokens, in equal steps of the level, each drawn from what it may be one level on
-    given what it is, independently of the others.
+    Generates by ancestral sampling: starts from uniform tokens, and in equal steps draws each token from its posterior at the next level,
+    independently of the others.
 
     Args:
         model ([`FLMModel`]): A uniform-state diffusion model, in evaluation mode.
-        num_samples (`int`): The number of texts.
-        length (`int`): Their length, in tokens.
-        num_steps (`int`): The number of steps, a forward pass each.
-        temperature (`float`, *optional*, defaults to 1.0): Divides the logits.
-        generator (`torch.Generator`, *optional*): The source of what is drawn, on the CPU.
+        num_samples (`int`): Number of samples.
+        length (`int`): Sequence length.
+        num_steps (`int`): Number of steps, one forward pass each.
+        temperature (`float`, *optional*, defaults to 1.0): Divisor of the logits.
+        generator (`torch.Generator`, *optional*): Generator of all draws, on the CPU.
 
     Returns:
         `torch.LongTensor` of shape `(num_samples, length)`.

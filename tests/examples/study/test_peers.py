@@ -64,10 +64,10 @@ def test_places_of_masks():
         vocab_size=20, max_position_embeddings=6, attn_logit_softcapping=None, hidden_size=16, num_attention_heads=2
     )
     known = torch.zeros(1, 6, dtype=torch.bool)
-    for with_places in (False, True):
-        model = without_zeros(new_masked_model(config, with_places)).eval()
+    for with_positions in (False, True):
+        model = without_zeros(new_masked_model(config, with_positions)).eval()
         logits = masked_logits(model, torch.zeros(1, 6, dtype=torch.long), known)
-        assert torch.allclose(logits[:, :1].expand_as(logits), logits, atol=1e-4) != with_places
+        assert torch.allclose(logits[:, :1].expand_as(logits), logits, atol=1e-4) != with_positions
         shorter = masked_logits(model, torch.zeros(1, 4, dtype=torch.long), known[:, :4])
         assert torch.isfinite(shorter).all() and shorter.shape == (1, 4, 20)
 

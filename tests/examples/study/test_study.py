@@ -11,8 +11,8 @@ import study_data
 import study_report
 import torch
 import wordnet
-from study_models import CONTENDERS
-from study_report import LABELS
+from study_data import LABELS
+from study_models import STUDY_MODELS
 
 from modeling_flm import FMLMModel
 
@@ -99,9 +99,9 @@ def test_stages_need_texts(stage, tmp_path):
 
 
 def test_unknown_models_and_stages(tmp_path):
-    with pytest.raises(SystemExit, match="there is no gpt3, only gpt2, mdlm"):
+    with pytest.raises(SystemExit, match="there is no model gpt3; choose from gpt2, mdlm"):
         study.main(["train", "--output_dir", str(tmp_path), "--only", "gpt3"])
-    with pytest.raises(SystemExit, match="say what to do first: data, search"):
+    with pytest.raises(SystemExit, match="pass a stage first: data, search"):
         study.main(["--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: .*nowhere.txt"):
         study.main(["data", "--output_dir", str(tmp_path), "--train_file", "nowhere.txt"])
@@ -155,11 +155,11 @@ def test_all_stages(tokenizer, tmp_path, capsys):
         study.main([stage, *flags])
     folder = tmp_path / "study"
     report = (folder / "report.md").read_text()
-    for name, contender in CONTENDERS.items():
+    for name, study_model in STUDY_MODELS.items():
         num_steps = [24] if name == "gpt2" else [1, 2]
         assert all(f"| {LABELS[name]} | {steps} | " in report for steps in num_steps)
         for part in study.FRACTIONS:
-            model = contender.load(folder / "models" / f"{name}-0" / study.snapshot_name(part))
+            model = study_model.load(folder / "models" / f"{name}-0" / study.snapshot_name(part))
             assert model.num_parameters() > 0
     assert "| FMLM, passes | seed | entropy | perplexity | at its entropy | 1 | 2 |" in report
     assert (folder / "study.png").stat().st_size > 10_000
