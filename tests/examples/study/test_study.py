@@ -117,15 +117,14 @@ def test_recipes(recipe, monkeypatch):
     assert seen[0].hidden_size % seen[0].num_attention_heads == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tokenizer", ["char", "text8"])
-def test_all_stages(tokenizer, tmp_path, capsys):
+def flags(tmp_path: Path, **overrides) -> list[str]:
+    """The arguments of a tiny study on stories of the grammar."""
     rng = random.Random(0)
     (tmp_path / "stories.txt").write_text("\n".join(grammar.sample_story(rng)[:20] for _ in range(400)))
     options = {
         "output_dir": tmp_path / "study",
         "train_file": tmp_path / "stories.txt",
-        "tokenizer": tokenizer,
+        "description": "stories of a grammar",
         "vocab_size": 40,
         "length": 24,
         "num_held_out": 40,
@@ -134,25 +133,45 @@ def test_all_stages(tokenizer, tmp_path, capsys):
         "num_attention_heads": 2,
         "seeds": 0,
         "batch_size": 8,
-        "max_steps": 8,
-        "distillation_steps": 4,
         "warmup_steps": 1,
-        "search_steps": 2,
-        "save_steps": 2,
+        "search_steps": 1,
         "scorer_hidden_size": 16,
         "scorer_num_hidden_layers": 1,
-        "scorer_max_steps": 4,
+        "scorer_max_steps": 1,
         "num_samples": 6,
+        "num_steps": [1, 2],
+        "temperatures": [0.7, 1.0],
         "num_times": 2,
         "num_likelihood_texts": 8,
-        "prompt_fraction": 0.5,
-        "description": "stories of a grammar",
-        "keep_dir": tmp_path / "kept",
+        **overrides,
     }
-    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    flags += ["--learning_rates", "0.001", "0.002", "--num_steps", "1", "2", "--temperatures", "0.7", "1.0"]
+    lists = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    return [str(part) for name, values in lists.items() for part in (f"--{name}", *values)]
+
+
+def test_one_step_of_each_stage(tmp_path, capsys):
+    """Packed characters; the teacher, its student and a peer."""
+    options = {"tokenizer": "text8", "models": ["gpt2", "flm", "fmlm"], "learning_rates": 1e-3, "temperatures": 1.0}
+    arguments = flags(tmp_path, **options, max_steps=1, distillation_steps=1)
+    study.main(["data", *arguments])
+    with pytest.raises(SystemExit, match="gpt2 needs the learning rate of gpt2: run the stage `search` first"):
+        study.main(["train", *arguments])
+    for stage in ("search", "train", "sample", "report"):
+        study.main([stage, *arguments])
+    report = (tmp_path / "study" / "report.md").read_text()
+    assert report in capsys.readouterr().out
+    assert all(f"| {label} | {steps} | " in report for label in ("FLM", "FMLM") for steps in (1, 2))
+    assert "| GPT-2 | 24 | " in report
+
+
+@pytest.mark.slow
+def test_all_models(tmp_path):
+    """Texts of different lengths; snapshots, resuming, and the model to keep."""
+    options = {"tokenizer": "char", "learning_rates": [1e-3, 2e-3], "prompt_fraction": 0.5, "save_steps": 2}
+    options |= {"max_steps": 8, "distillation_steps": 4, "description": "stories", "keep_dir": tmp_path / "kept"}
+    arguments = flags(tmp_path, **options)
     for stage in study.STAGES:
-        study.main([stage, *flags])
+        study.main([stage, *arguments])
     folder = tmp_path / "study"
     report = (folder / "report.md").read_text()
     for name, study_model in STUDY_MODELS.items():
@@ -170,13 +189,11 @@ def test_all_stages(tokenizer, tmp_path, capsys):
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(kept.state_dict()[name], weight, rtol=1 / 128, atol=1e-6)
     record = json.loads((tmp_path / "kept" / "training.json").read_text())
-    assert record["data"]["source"] == "stories of a grammar" and record["arguments"]["prompt_fraction"] == 0.5
-    # What is there is not made again.
+    assert record["data"]["source"] == "stories" and record["arguments"]["prompt_fraction"] == 0.5
+    # Running a stage again changes nothing.
     before = {path: path.stat().st_mtime_ns for path in (folder / "models").rglob("*") if path.is_file()}
     for stage in ("data", "search", "train", "sample"):
-        study.main([stage, *flags])
+        study.main([stage, *arguments])
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "models").rglob("*") if path.is_file()}
     rows = json.loads((folder / "report.json").read_text())
     assert {row["num_steps"] for row in rows if row["model"] == "mdlm" and row["fraction"] == 1} == {1, 2}
-    # A training that was interrupted goes on as if it had not been.
-    assert "took" in capsys.readouterr().out
