@@ -4,16 +4,16 @@
 Reads the checkpoints of the paper's published code: files of PyTorch Lightning, and what `PyTorchModelHubMixin` writes to a
 folder or a Hub repository.
 
-A file of Lightning is a pickle, which could run any code if it were loaded as one. It is read here without `pickle`: its
-instructions make plain containers and tensors, and inert placeholders of everything else. (The restricted unpickler of
-`torch.load` is no substitute: it crashes, hangs or takes all memory with files that are a few bytes large.)
+A Lightning file is a pickle, which can run any code when it is loaded. It is loaded here with `torch.load(weights_only=True)`,
+with inert stand-ins for all classes and functions that torch does not know, so nothing in it runs. (A file that was made
+for the purpose can still exhaust the memory or crash the process.)
 """
 
 import json
-import math
-import pickletools
+import pickle
 import zipfile
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,184 +60,59 @@ _RENAMES = {
     "output_layer.": "",
 }
 
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-}
-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be converted; the message says why."""
 
 
-# Pickles that are not unpickled
-
-
-class _Object:
-    """Stands in for a class, a function, or what they would make. It keeps what the pickle gives it, and does nothing."""
-
-    __slots__ = ("name", "state")
-
-    def __init__(self, name: str):
-        self.name, self.state = name, None
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    """A member of the archive with numbers."""
-
-    member: str
-    dtype: torch.dtype
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor of the checkpoint, whose numbers are still in the archive."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.storage.dtype.itemsize
-
-
-# No class, no module and no storage of a checkpoint has a longer name. Names that are put together from strings which a
-# pickle has once could take any memory.
-_MAX_NAME = 200
-
-_MAX_DIMENSIONS = 8
-
-
-def _is_sizes(value: Any) -> bool:
-    if type(value) is not tuple or len(value) > _MAX_DIMENSIONS:
-        return False
-    return all(type(size) is int and 0 <= size < 2**48 for size in value)
-
-
-def _is_name(value: Any) -> bool:
-    return type(value) is str and len(value) <= _MAX_NAME
-
-
-def _reduce(function: Any, arguments: Any) -> Any:
-    """What calling `function` stands for: a tensor or a dictionary where it is known, and else nothing."""
-    name = function.name if isinstance(function, _Object) else ""
-    if name == "collections.OrderedDict":
-        return {}
-    if name == "torch._utils._rebuild_parameter" and type(arguments) is tuple and arguments:
-        return arguments[0]
-    if name == "torch._utils._rebuild_tensor_v2" and type(arguments) is tuple and len(arguments) >= 4:
-        storage, offset, shape, stride = arguments[:4]
-        sizes_are_sizes = _is_sizes((offset,)) and _is_sizes(shape) and _is_sizes(stride)
-        if isinstance(storage, _Storage) and sizes_are_sizes and len(shape) == len(stride):
-            return _Tensor(storage, offset, shape, stride)
-    return _Object(name)
-
-
-def _persistent(identifier: Any, root: str) -> Any:
-    """The storage with an identifier as `torch.save` writes it."""
-    if type(identifier) is tuple and len(identifier) == 5:
-        _, kind, key, _, size = identifier
-        dtype = _STORAGES.get(kind.name.removeprefix("torch.")) if isinstance(kind, _Object) else None
-        if dtype is not None and _is_name(key) and _is_sizes((size,)):
-            return _Storage(f"{root}/data/{key}", dtype, size)
-    return _Object("storage")
-
-
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_MARK = object()
-
-
-def _interpret(data: bytes, root: str) -> Any:
+class _Inert:
     """
-    What a pickle describes, as plain containers, numbers, strings, tensors and [`_Object`]s. Its opcodes are followed here
-    and not by `pickle`: nothing is imported, called, hashed but for strings and numbers, or given attributes.
+    Stands in for the classes and functions that a checkpoint names and that torch does not load by itself. Whatever it is
+    called with, it makes an object that keeps the state it is given, and does nothing else.
     """
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
 
-    def pop_to_mark() -> list[Any]:
-        position = len(stack) - 1
-        while stack[position] is not _MARK:
-            position -= 1
-            if position < 0:
-                raise ValueError("no mark")
-        items = stack[position + 1 :]
-        del stack[position:]
-        return items
+    state: Any = None
 
-    def set_items(target: Any, items: list[Any]):
-        if type(target) is dict:
-            plain = (str, int, float, bool, type(None))
-            target.update((key, value) for key, value in zip(items[::2], items[1::2]) if type(key) in plain)
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
 
-    for opcode, argument, _ in pickletools.genops(data):
-        name = opcode.name
-        if name in ("PROTO", "FRAME"):
-            continue
-        elif name == "STOP":
-            return stack.pop()
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_SET"):
-            stack.append({"EMPTY_DICT": {}, "EMPTY_LIST": [], "EMPTY_TUPLE": (), "EMPTY_SET": []}[name])
-        elif name in ("TUPLE", "LIST", "FROZENSET"):
-            items = pop_to_mark()
-            stack.append(tuple(items) if name == "TUPLE" else items)
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(name[-1])
-            items = tuple(stack[-count:])
-            del stack[-count:]
-            stack.append(items)
-        elif name in ("APPEND", "APPENDS", "ADDITEMS"):
-            items = [stack.pop()] if name == "APPEND" else pop_to_mark()
-            if type(stack[-1]) is list:
-                stack[-1].extend(items)
-        elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            set_items(stack[-1], [key, value])
-        elif name == "SETITEMS":
-            items = pop_to_mark()
-            set_items(stack[-1], items)
-        elif name == "GLOBAL":
-            stack.append(_Object(argument.replace(" ", ".", 1) if _is_name(argument) else ""))
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(_Object(f"{module}.{attribute}" if _is_name(module) and _is_name(attribute) else ""))
-        elif name in ("REDUCE", "NEWOBJ"):
-            arguments, function = stack.pop(), stack.pop()
-            stack.append(_reduce(function, arguments))
-        elif name == "NEWOBJ_EX":
-            del stack[-3:]
-            stack.append(_Object(""))
-        elif name == "BUILD":
-            state = stack.pop()
-            if isinstance(stack[-1], _Object):
-                stack[-1].state = state
-        elif name == "BINPERSID":
-            stack.append(_persistent(stack.pop(), root))
-        elif name.startswith(("BININT", "LONG", "BINFLOAT", "BINUNICODE", "SHORT_BIN", "BINBYTES", "BINSTRING")):
-            stack.append(argument)
-        else:
-            raise ValueError(f"it has the opcode {name}, which `torch.save` does not write")
-    raise ValueError("it has no end")
+    def __setstate__(self, state: Any):
+        self.state = state
+
+
+def _empty_dict(*arguments) -> dict[Any, Any]:
+    """Stands in for `defaultdict`, because torch fills plain dictionaries only."""
+    return {}
+
+
+def _load_inert(path: Path, keep_storage: Callable[[torch.UntypedStorage, str], torch.UntypedStorage]) -> Any:
+    """
+    Loads a checkpoint with a stand-in for every name in it but the few that torch needs to rebuild tensors. The file is mapped
+    into memory, so no tensor is read.
+    """
+    # Names that this process has declared safe for other files get stand-ins as well.
+    trusted = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        stand_ins = [(_empty_dict if name == "collections.defaultdict" else _Inert, name) for name in names]
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location=keep_storage, weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        # torch surrounds its reason with the advice to run the code in the file.
+        raise ValueError(str(error).split("\n\n")[-2:][0]) from None
+    finally:
+        torch.serialization.add_safe_globals(trusted)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout is torch.strided
 
 
 def _content_of(node: Any) -> Any:
     """What a node of omegaconf holds, which it keeps in its state."""
-    state = node.state if isinstance(node, _Object) else None
-    if type(state) is not dict:
+    state = node.state if isinstance(node, _Inert) else None
+    if not isinstance(state, dict):
         return node
     return state.get("_content", state.get("_val"))
 
@@ -332,11 +207,11 @@ class LightningCheckpoint(Checkpoint):
             ) from None
         except Exception as error:  # there is no end to what can be wrong with a file
             raise CheckpointError(f"{path} cannot be read: {describe(error)}") from error
-        self.has_settings = type(_content_of(self._hyper_parameters())) is dict
+        self.has_settings = isinstance(_content_of(self._hyper_parameters()), dict)
 
     def _read(self) -> dict[str, Any]:
         members = self.archive.infolist()
-        # `torch.save` does not compress. Whatever does would be larger in memory than the file says.
+        # `torch.save` does not compress. A compressed member would be larger in memory than in the file.
         declared = sum(member.file_size for member in members)
         if declared > self.size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise CheckpointError(
@@ -345,58 +220,66 @@ class LightningCheckpoint(Checkpoint):
         pickles = [member.filename for member in members if member.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise CheckpointError(f"{self.path} is not a checkpoint: it has {len(pickles)} files `data.pkl`, not one.")
-        root = pickles[0].removesuffix("/data.pkl")
-        byteorder = f"{root}/byteorder"
-        if byteorder in self.archive.namelist() and self.archive.read(byteorder) != b"little":
-            raise CheckpointError(f"{self.path} was written on a big-endian machine: save it anew on another.")
-        content = _interpret(self.archive.read(pickles[0]), root)
-        if type(content) is not dict or type(content.get("state_dict")) is not dict:
+        storages = []
+
+        def keep_storage(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+            storages.append(storage)
+            return storage
+
+        content = _load_inert(self.path, keep_storage)
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise CheckpointError(f"{self.path} has no `state_dict`: it is not a checkpoint of PyTorch Lightning.")
+        # Storages are parts of one mapping of the file: in the order of their addresses they are its members in their order.
+        folder = pickles[0].removesuffix(".pkl") + "/"
+        stored = [member for member in members if member.filename.startswith(folder) and member.file_size > 0]
+        stored.sort(key=lambda member: member.header_offset)
+        storages = sorted((storage for storage in storages if storage.nbytes() > 0), key=torch.UntypedStorage.data_ptr)
+        if [storage.nbytes() for storage in storages] != [member.file_size for member in stored]:
+            raise ValueError("the sizes of its tensors are not the sizes of what is stored for them")
+        self.members = dict(zip(map(torch.UntypedStorage.data_ptr, storages), stored))
         return content
 
     def _hyper_parameters(self) -> Any:
         hyper_parameters = _content_of(self.content.get("hyper_parameters"))
-        return hyper_parameters.get("config") if type(hyper_parameters) is dict else None
+        return hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
 
     def setting(self, *keys: str) -> Any:
         node = self._hyper_parameters()
         for key in keys:
             node = _content_of(node)
-            node = node.get(key) if type(node) is dict else None
+            node = node.get(key) if isinstance(node, dict) else None
         return _content_of(node)
 
     @cached_property
-    def tensors(self) -> dict[str, _Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         tensors = self.content["state_dict"].items()
-        return self._rename({name: tensor for name, tensor in tensors if isinstance(tensor, _Tensor)})
+        return self._rename({name: tensor for name, tensor in tensors if _is_weight(tensor)})
 
-    def weights(self, raw: bool = False) -> dict[str, _Tensor]:
+    def weights(self, raw: bool = False) -> dict[str, torch.Tensor]:
         weights = self.tensors
         if raw:
             return weights
         ema = self.content.get("ema")
-        averages = ema.get("shadow_params") if type(ema) is dict else None
+        averages = ema.get("shadow_params") if isinstance(ema, dict) else None
         if type(averages) is not list:
             raise CheckpointError(f"{self.path} has no averaged weights: pass `--raw_weights` to convert the others.")
-        if len(averages) != len(weights) or not all(isinstance(average, _Tensor) for average in averages):
+        if len(averages) != len(weights) or not all(map(_is_weight, averages)):
             raise CheckpointError(
                 f"{self.path} has {len(averages)} averages for {len(weights)} weights: pass `--raw_weights` to convert "
                 "the weights."
             )
         return dict(zip(weights, averages))
 
-    def check_size(self, weights: dict[str, _Tensor]):
-        needed = sum(tensor.num_bytes for tensor in weights.values())
+    def check_size(self, weights: dict[str, torch.Tensor]):
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
         if needed > self.size:
             raise CheckpointError(f"{self.path} is {self.size:,} bytes large, but its tensors need {needed:,}.")
 
-    def load(self, tensor: _Tensor) -> torch.Tensor:
-        storage = tensor.storage
-        declared, stored = storage.size * storage.dtype.itemsize, self.archive.getinfo(storage.member).file_size
-        if declared != stored:
-            raise ValueError(f"it declares {declared:,} bytes of numbers, but {stored:,} are stored")
-        numbers = torch.frombuffer(bytearray(self.archive.read(storage.member)), dtype=storage.dtype)
-        tensor = numbers.as_strided(tensor.shape, tensor.stride, tensor.offset)
+    def load(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Not from the mapping: this checks the checksum, and pages of a mapping count as memory.
+        member = self.members[tensor.untyped_storage().data_ptr()]
+        numbers = torch.frombuffer(bytearray(self.archive.read(member)), dtype=tensor.dtype)
+        tensor = numbers.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 

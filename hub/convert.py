@@ -168,10 +168,12 @@ def _build(
         for block in range(settings["num_hidden_layers"] if "layers.0." in name else 1):
             expected[name.replace("layers.0.", f"layers.{block}.")] = tuple(tensor.shape)
     problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in prefixed]
-    problems += [f"unknown: {name!r} {tensor.shape}" for name, tensor in prefixed.items() if name not in expected]
+    problems += [
+        f"unknown: {name!r} {tuple(tensor.shape)}" for name, tensor in prefixed.items() if name not in expected
+    ]
     for name in expected.keys() & prefixed.keys():
         if prefixed[name].shape != expected[name]:
-            problems.append(f"of the wrong shape: {name} {prefixed[name].shape}, expected {expected[name]}")
+            problems.append(f"of the wrong shape: {name} {tuple(prefixed[name].shape)}, expected {expected[name]}")
     names = " and ".join(checkpoint.name for checkpoint, _ in networks.values())
     if problems:
         listed = sorted(problems)[:_MAX_LISTED]
