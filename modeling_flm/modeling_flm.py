@@ -565,32 +565,25 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
     def head_loss(
         self, function: LossFunction, token_weights: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What [`~losses.head_loss`] makes of the outputs of the head."""
+        """
+        The weighted sum of losses of the head's outputs, a chunk of positions at a time. The weights of the head are read here,
+        so FSDP must gather them for a call of this method.
+
+        Args:
+            function (`Callable`): See [`~losses.head_loss`].
+            token_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): Weight of each token's loss.
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): From `encode`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: the weighted sum, and the losses without weights and gradient.
+        """
         layer = self.lm_head
-
-        def called() -> tuple[torch.Tensor, torch.Tensor]:
-            parameters, vocab_size = layer.parameters(), self.config.vocab_size
-            return layer_loss(function, token_weights, hidden_states, self.head, parameters, vocab_size)
-
-        def read(hidden_states: torch.Tensor, token_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            if type(layer.weight) is not nn.Parameter:  # but a quantized one
-                return called()
+        is_linear = type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
+        if is_linear and type(layer.weight) is nn.Parameter:
             return head_loss(function, token_weights, hidden_states, layer.weight, layer.bias)
-
-        def forward(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            del layer.forward
-            return read(*inputs)
-
-        if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
-            return called()  # with adapters, or with quantized or offloaded weights
-        if not hasattr(layer, "unshard"):
-            return read(hidden_states, token_weights)
-        # FSDP gathers the weights while the layer is called: in the place of its `forward`
-        layer.forward = forward
-        try:
-            return layer(hidden_states, token_weights)
-        finally:
-            vars(layer).pop("forward", None)
+        # The layer has adapters, or its weights are quantized or offloaded: call it.
+        parameters, vocab_size = layer.parameters(), self.config.vocab_size
+        return layer_loss(function, token_weights, hidden_states, self.head, parameters, vocab_size)
 
     def logits(self, hidden_states: torch.Tensor, logits_processor: LogitsProcessorList | None = None) -> torch.Tensor:
         """The capped and processed logits of what `encode` returned, or of a chunk of its positions, in float32."""

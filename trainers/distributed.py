@@ -15,8 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from transformers import PreTrainedModel
+
+from modeling_flm import FLMModel
 
 
 # State dictionaries of whole weights, also where processes have shards of them
@@ -36,6 +38,7 @@ def through_forward(wrapper: nn.Module, model: PreTrainedModel, function: Callab
     Returns:
         What the function returns.
     """
+    _gather_heads_for_losses(model)
     before = model.__dict__.get("forward")  # accelerate's autocast, if any
 
     def restore():
@@ -53,6 +56,15 @@ def through_forward(wrapper: nn.Module, model: PreTrainedModel, function: Callab
         return wrapper()
     finally:
         restore()
+
+
+def _gather_heads_for_losses(model: nn.Module):
+    """Makes FSDP gather the weights of a sharded head for `head_loss` of its model, as it does for the head's `forward`."""
+    for network in model.modules():
+        if isinstance(network, FLMModel) and is_sharded(network.lm_head) and "loss" not in vars(network.lm_head):
+            network.lm_head.loss = network.head_loss
+            register_fsdp_forward_method(network.lm_head, "loss")
+            network.head_loss = network.lm_head.loss
 
 
 def is_sharded(model: nn.Module) -> bool:
