@@ -157,7 +157,9 @@ def launch(output_dir: Path, num_processes: int, fsdp: bool = False, **options) 
 
 
 def train(output_dir: str, options: dict, fsdp: bool):
-    """The training of one of these processes."""
+    """The training of one of these processes; `wrap` names the modules that FSDP shards as units."""
+    if "wrap" in options:
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = options.pop("wrap")
     if options.pop("distill", False):
         trainer = distillation(output_dir, trainer_class=RecordingDistillation, **options)
     else:

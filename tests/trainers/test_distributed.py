@@ -67,6 +67,14 @@ class TestProcesses:
         assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
 
     @pytest.mark.slow
+    def test_a_sharded_head_by_itself_is_gathered_for_the_loss(self, tmp_path):
+        options = {"max_steps": 3, "eval_strategy": "no", "save_strategy": "no"}
+        log = launch(tmp_path, 2, fsdp=True, wrap="Linear", **options)[0]["log"]
+        whole = build(tmp_path, per_device_train_batch_size=16, **options)
+        whole.train()
+        assert logged(log, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-5)
+
+    @pytest.mark.slow
     @pytest.mark.parametrize("distill", [False, True])
     def test_mixed_precision_is_the_same_with_sharded_weights(self, distill, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_strategy": "no", "bf16": True}
