@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,7 @@ def publish(
     api = HfApi(token=token, library_name="modeling-flm")
     try:
         validate_repo_id(repo_id)
-        account = _persistently(api.whoami)["name"]
+        account = _with_retries(api.whoami)["name"]
     except HFValidationError as error:
         raise PublishError(f"`repo_id`: {error}") from error
     except Exception as error:
@@ -304,35 +305,37 @@ def publish(
     if "/" not in repo_id:
         repo_id = f"{account}/{repo_id}"
 
-    scratch = tempfile.mkdtemp()
-    assembled = Path(scratch, "repository")
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        assembled = Path(scratch, "repository")
+        assemble(folder, assembled, repo_id, **options)
+        kept = stack.pop_all()  # removed after the upload, which may run in another thread
 
     def upload() -> CommitInfo:
-        try:
-            _persistently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-            if private and not _persistently(lambda: api.repo_info(repo_id)).private:
-                raise PublishError(
-                    f"{repo_id} exists and is public: make it private in its settings, or publish without."
-                )
-            if revision is not None:
-                _persistently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-            return _persistently(lambda: _commit(api, assembled, repo_id, revision, commit_message))
-        except PublishError:
-            raise
-        except Exception as error:
-            raise PublishError(
-                f"Nothing was uploaded to {repo_id}, whose files are as they were (if it is new, it is empty): run this "
-                f"again, after dealing with\n{_reason(error)}"
-            ) from error
-        finally:
-            shutil.rmtree(scratch)
+        with kept:
+            return _upload(api, assembled, repo_id, private, revision, commit_message)
 
-    try:
-        assemble(folder, assembled, repo_id, **options)
-    except BaseException:
-        shutil.rmtree(scratch)
-        raise
     return upload() if blocking else api.run_as_future(upload)
+
+
+def _upload(
+    api: HfApi, folder: Path, repo_id: str, private: bool | None, revision: str | None, commit_message: str
+) -> CommitInfo:
+    """Creates the repository and the branch if they do not exist, and commits the folder."""
+    try:
+        _with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        if private and not _with_retries(lambda: api.repo_info(repo_id)).private:
+            raise PublishError(f"{repo_id} exists and is public: make it private in its settings, or publish without.")
+        if revision is not None:
+            _with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        return _with_retries(lambda: _commit(api, folder, repo_id, revision, commit_message))
+    except PublishError:
+        raise
+    except Exception as error:
+        raise PublishError(
+            f"Nothing was uploaded to {repo_id}, whose files are as they were (if it is new, it is empty): run this again, "
+            f"after dealing with\n{_reason(error)}"
+        ) from error
 
 
 def publish_space(
@@ -367,8 +370,8 @@ def publish_space(
         assemble_space(folder, model, revision)
         operations = [CommitOperationAdd(path.name, path) for path in sorted(Path(folder).iterdir())]
         try:
-            _persistently(lambda: api.create_repo(repo_id, repo_type="space", space_sdk="static", exist_ok=True))
-            return _persistently(
+            _with_retries(lambda: api.create_repo(repo_id, repo_type="space", space_sdk="static", exist_ok=True))
+            return _with_retries(
                 lambda: api.create_commit(repo_id, operations, commit_message=f"Show {model}", repo_type="space")
             )
         except Exception as error:
@@ -399,19 +402,19 @@ def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, commit
     return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
 
 
-def _persistently(task: Callable[[], Any]) -> Any:
+def _with_retries(task: Callable[[], Any]) -> Any:
     """The result of `task`, which is tried again where the network or the server failed."""
     for attempt in range(1, _NUM_ATTEMPTS + 1):
         try:
             return task()
         except Exception as error:
-            if attempt == _NUM_ATTEMPTS or not _may_pass(error):
+            if attempt == _NUM_ATTEMPTS or not _is_transient(error):
                 raise
             logger.warning(f"Trying again after {_reason(error)}")
             time.sleep(attempt)
 
 
-def _may_pass(error: BaseException | None) -> bool:
+def _is_transient(error: BaseException | None) -> bool:
     """Whether an error is one of the network or the server, rather than of what was asked for."""
     while error is not None:
         if (status := _status(error)) is not None:
@@ -436,7 +439,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def main(arguments: list[str] | None = None):
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="the model folder")
     parser.add_argument("--model", help="the same, as for the other commands")
@@ -445,60 +448,63 @@ def main(arguments: list[str] | None = None):
     )
     parser.add_argument("--private", action="store_true", help="make the repository private if it is created")
     parser.add_argument("--revision", help="the branch to commit to (default: main)")
-    parser.add_argument("--token", help="a token with the right to write (default: that of `hf auth login`)")
+    parser.add_argument("--token", help="a token with write access (default: the one of `hf auth login`)")
     parser.add_argument("--commit_message", "--commit-message", default="Publish the model")
     parser.add_argument(
         "--dry_run", "--dry-run", metavar="OUT", help="write the repository to this folder and upload nothing"
     )
     parser.add_argument("--tokenizer", help="name or folder of the tokenizer (default: the one in the model folder)")
     parser.add_argument(
-        "--num_samples", "--num-samples", type=int, default=3, help="texts to show in the card (default: 3)"
+        "--num_samples", "--num-samples", type=int, default=3, help="samples to show in the card (default: 3)"
     )
     parser.add_argument(
         "--onnx",
         nargs="*",
         choices=[*ONNX_FILES],
         default=(),
-        help=f"add the model as ONNX, in these precisions (with nothing after it: {' '.join(ONNX_FILES)})",
+        help=f"add the model as ONNX, in these precisions (default: {' '.join(ONNX_FILES)})",
     )
     parser.add_argument(
         "--space",
         nargs="?",
         const=True,
         metavar="NAME",
-        help="publish a page, too, that runs the model in the browser (default: by the name of the model); implies --onnx",
+        help="also publish a page that runs the model in the browser (default: under the name of the model); implies --onnx",
     )
     card = parser.add_argument_group("metadata of the card")
-    card.add_argument("--license", help="the licence of the weights, such as mit (default: the card names none)")
-    card.add_argument("--language", nargs="+", help="codes of the languages of the texts")
+    card.add_argument("--license", help="license of the weights, such as mit (default: the card names none)")
+    card.add_argument("--language", nargs="+", help="language codes of the texts")
     card.add_argument("--datasets", nargs="+", help="names of the datasets that the model was trained on")
     card.add_argument("--base_model", "--base-model", help="name of the model that this one was distilled from")
-    card.add_argument("--tags", nargs="+", help="further tags")
+    card.add_argument("--tags", nargs="+", help="more tags")
+    return parser
+
+
+def main(arguments: list[str] | None = None):
+    parser = make_parser()
     args = parser.parse_args(arguments)
-    options = {
-        name: getattr(args, name)
-        for name in ("tokenizer", "num_samples", "license", "language", "datasets", "base_model", "tags")
-    }
+    names = ("tokenizer", "num_samples", "license", "language", "datasets", "base_model", "tags")
+    options = {name: getattr(args, name) for name in names}
     options["onnx"] = [*ONNX_FILES] if args.onnx == [] or args.space and not args.onnx else args.onnx
     if args.model is None:
         parser.error("name the model folder")
     if not Path(args.model).is_dir():
         parser.error(f"--model: there is no folder {args.model}")
     if args.space and args.private:
-        parser.error("--space: the page has no account, and cannot show a model that is private")
+        parser.error("--space: the page has no account, and cannot show a private model")
     dry_run_space = args.dry_run and f"{Path(args.dry_run)}-space"
     if args.space and dry_run_space and Path(dry_run_space).exists():
-        parser.error(f"--dry_run: {dry_run_space} exists already: name another folder")
-    print(f"Putting {args.repo_id} together, and checking that it works by itself", flush=True)
+        parser.error(f"--dry_run: {dry_run_space} already exists: name another folder")
+    if args.dry_run is not None and "/" not in args.repo_id:
+        parser.error("--repo_id: for a dry run name the account as well, such as me/my-model")
+    print(f"Assembling {args.repo_id}, and checking that it works by itself", flush=True)
     try:
         if args.dry_run is not None:
-            if "/" not in args.repo_id:
-                parser.error("--repo_id: for a dry run name the account, too, such as me/my-model")
             assemble(args.model, args.dry_run, args.repo_id, **options)
-            print(f"{args.dry_run} is what would be uploaded.")
+            print(f"{args.dry_run} has the files that would be uploaded.")
             if args.space:
                 assemble_space(dry_run_space, args.repo_id, args.revision)
-                print(f"{dry_run_space} is what would become the Space.")
+                print(f"{dry_run_space} has the files of the Space.")
             return
         commit = publish(
             args.model, args.repo_id, args.private or None, args.revision, args.token, args.commit_message, **options

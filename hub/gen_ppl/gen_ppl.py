@@ -53,10 +53,12 @@ Example:
 """
 
 _CITATION = """
-@article{flm2026,
-    title = {Flow Map Language Models: One-step Language Modeling via Continuous Denoising},
-    journal = {arXiv:2602.16813},
-    year = {2026},
+@misc{lee2026flow,
+  title = {Flow Map Language Models: One-step Language Modeling via Continuous Denoising},
+  author = {Chanhyuk Lee and Jaehoon Yoo and Manan Agarwal and Sheel Shah and Jerry Huang and Aditi Raghunathan and Seunghoon Hong and Nicholas M. Boffi and Jinwoo Kim},
+  year = {2026},
+  eprint = {2602.16813},
+  archivePrefix = {arXiv},
 }
 """
 

@@ -22,6 +22,7 @@ from modeling_flm.hub.export import FlowStep
 from modeling_flm.hub.page_server import make_server
 from modeling_flm.hub.records import ONNX_FILES
 from modeling_flm.hub.spaces import PAGE, assemble_space
+from modeling_flm.known_tokens_flm import is_after_eos
 from modeling_flm.pipeline_flm import encode_prompts
 from modeling_flm.trainers import train_tokenizer
 
@@ -495,7 +496,7 @@ def test_several_ends_of_which_one_also_begins(page, tmp_path):
         rows = [[end, word, end, word], [word, other, word, word], [other, word, word, other], [end, end, word, word]]
         may_end = torch.ones(len(rows), 4, dtype=torch.bool)
         may_end[1, 1] = False  # a known token ends no text
-        is_after = model._is_after_eos(torch.tensor(rows), may_end, model.generation_config)
+        is_after = is_after_eos(torch.tensor(rows), may_end, model.generation_config)
         expected = torch.tensor(rows).masked_fill(is_after, tokenizer.pad_token_id).tolist()
         script = "([rows, known]) => rows.map((row, index) => flm.model.padAfterEnd(row, new Map(known[index])))"
         assert page.evaluate(script, [rows, [[], [[1, other]], [], []]]) == expected

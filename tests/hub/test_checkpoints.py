@@ -124,7 +124,9 @@ class TestHostileFiles:
         self.refuse(tmp_path, "cannot be read: BadZipFile: Bad CRC")
 
     def test_compressed(self, tmp_path):
-        edit = lambda name, content: content + b"\0" * 10**7 if name.endswith("/data/0") else content  # noqa: E731
+        def edit(name, content):
+            return content + b"\0" * 10**7 if name.endswith("/data/0") else content
+
         rewrite(STAGE_2, tmp_path / "x.ckpt", edit, zipfile.ZIP_DEFLATED)
         self.refuse(tmp_path, "declares .* bytes of content")
 
@@ -138,8 +140,7 @@ class TestHostileFiles:
 
     def test_storage_that_is_too_small(self, tmp_path):
         member = member_of("embed_tokens.weight")
-        edit = lambda name, content: content[:-4] if name == member else content  # noqa: E731
-        rewrite(STAGE_2, tmp_path / "x.ckpt", edit)
+        rewrite(STAGE_2, tmp_path / "x.ckpt", lambda name, content: content[:-4] if name == member else content)
         self.refuse(tmp_path, "cannot be read: ValueError: the sizes of its tensors")
 
     def test_storage_that_is_not_there(self, tmp_path):
@@ -193,7 +194,9 @@ class TestHostileFiles:
 
     @pytest.mark.parametrize("name", BOMBS)
     def test_bombs(self, name, tmp_path):
-        edit = lambda member, content: self.BOMBS[name] if member.endswith("data.pkl") else content  # noqa: E731
+        def edit(member, content):
+            return self.BOMBS[name] if member.endswith("data.pkl") else content
+
         rewrite(STAGE_2, tmp_path / "x.ckpt", edit)
         self.refuse(tmp_path, "no `state_dict`|cannot be read")
 

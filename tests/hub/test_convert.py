@@ -196,9 +196,11 @@ class TestHubFolders:
         assert model.generation_config.gamma == gamma
         model.save_pretrained(tmp_path / "model")
         reloaded = AutoModel.from_pretrained(tmp_path / "model")
-        generator = lambda: torch.Generator().manual_seed(0)  # noqa: E731
-        tokens = reloaded.generate(num_samples=4, num_steps=4, generator=generator())
-        assert torch.equal(tokens, model.generate(num_samples=4, num_steps=4, gamma=gamma, generator=generator()))
+        tokens, expected = (
+            each.generate(num_samples=4, num_steps=4, generator=torch.Generator().manual_seed(0), **options)
+            for each, options in ((reloaded, {}), (model, {"gamma": gamma}))
+        )
+        assert torch.equal(tokens, expected)
 
     @pytest.mark.parametrize("gamma", [-0.1, 2, "much", [1], True])
     def test_gamma_that_makes_no_sense_is_left_out(self, gamma, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,11 +13,23 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from hub_server import File, LoopbackHub, Repository
 from huggingface_hub import ModelCard
 from oracle import SCORER
 from places import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def test_cites_the_paper_like_the_cards():
+    card = (ROOT / "hub" / "templates" / "model_card.md").read_text()
+    (citation,) = re.findall(r"```bibtex\n(.+?)```", card, re.DOTALL)
+    assert citation in (ROOT / "hub" / "gen_ppl" / "gen_ppl.py").read_text()
+    references = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    (paper,) = (reference for reference in references if "2602.16813" in reference["url"])
+    assert f"title = {{{paper['title']}}}" in citation
+    authors = [f"{author['given-names']} {author['family-names']}" for author in paper["authors"]]
+    assert f"author = {{{' and '.join(authors)}}}" in citation
 
 
 class TestMetric:

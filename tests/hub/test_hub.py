@@ -455,8 +455,8 @@ class TestPublish:
         hub.publish.main([str(trained), "--repo_id", "me/tiny", "--dry_run", output, "--space", "--onnx", "int8"])
         assert exported[1:] == [["int8"]] and Path(f"{output}-space", "index.html").is_file()
         for arguments, message in (
-            (["--dry_run", f"{output}/"], "out-space exists already: name another folder"),
-            (["--private"], "cannot show a model that is private"),
+            (["--dry_run", f"{output}/"], "out-space already exists: name another folder"),
+            (["--private"], "cannot show a private model"),
         ):
             with pytest.raises(SystemExit):
                 hub.publish.main([str(trained), "--repo_id", "me/tiny", "--space", *arguments])

@@ -39,7 +39,10 @@ def noised(model, t: torch.Tensor) -> torch.Tensor:
 def with_recorded_noise(model, monkeypatch):
     """Has the sampler add the recorded noise of each step."""
     noise = iter(VALUES["fmlm.fresh_noise"])
-    draw = lambda length, factor, generators: next(noise) @ model.state_embedding  # noqa: E731
+
+    def draw(length, factor, generators):
+        return next(noise) @ model.state_embedding
+
     monkeypatch.setattr(type(model), "_draw_noise", staticmethod(draw))
 
 
