@@ -64,10 +64,6 @@ class FLMConfig(PreTrainedConfig):
         time_reparameterization (`str`, *optional*, defaults to `"argmax"`):
             The reparameterized time \\(\tau\\), in which times are drawn and the network is conditioned: `"argmax"`, how
             likely the largest entry of a noised token is the right one, or `None` for none, \\(\tau = t\\), as in FMLM+.
-        time_reparameterization_end (`float`, *optional*):
-            Continues `"argmax"`, which ends where *one-hot* tokens can be read, to this ratio of signal to noise, such as 60.
-            Where the vocabulary is larger than `hidden_size`, tokens show in the states of the network only then, and the
-            bound on the likelihood needs that. By default nothing is continued, as published.
         rope_parameters (`dict`, *optional*):
             The rotary position embedding. By default `{"rope_type": "default", "rope_theta": 10000.0}`.
         bos_token_id (`int`, *optional*):
@@ -104,7 +100,6 @@ class FLMConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     per_token_timesteps: bool = False
     time_reparameterization: str | None = "argmax"
-    time_reparameterization_end: float | int | None = None
     rope_parameters: dict | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -112,6 +107,11 @@ class FLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        if kwargs.pop("time_reparameterization_end", None) is not None:
+            raise ValueError(
+                "`time_reparameterization_end` is not supported: models with this longer time schedule need the version that "
+                "they were trained with."
+            )
         names = [field.name for field in dataclasses.fields(self)]
         for name in kwargs:
             if close := difflib.get_close_matches(name, names, n=1, cutoff=0.7):
@@ -157,12 +157,6 @@ class FLMConfig(PreTrainedConfig):
         if self.time_reparameterization not in (None, "argmax"):
             raise ValueError(
                 f"`time_reparameterization` must be 'argmax', or `None` for none, got {self.time_reparameterization!r}."
-            )
-        end = self.time_reparameterization_end
-        if end is not None and (self.time_reparameterization is None or not 6 < end <= 1e4):
-            raise ValueError(
-                "`time_reparameterization_end` must be a ratio of signal to noise above 6 and at most 1e4, and goes with "
-                f"`time_reparameterization='argmax'`, got {end} with {self.time_reparameterization!r}."
             )
         if self.rope_parameters["rope_type"] != "default":
             raise ValueError(

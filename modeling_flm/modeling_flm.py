@@ -664,7 +664,6 @@ class FMLMModel(FLMModel):
         any_order = {
             "per_token_timesteps": True,
             "time_reparameterization": None,
-            "time_reparameterization_end": None,
             "vocab_size": vocab_size,
         }
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

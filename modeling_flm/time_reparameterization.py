@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reparameterized time: `tau`, the probability that a noised token can still be told from the others, against the interpolant time `t`."""
 
-import math
-
 import torch
 from transformers import PreTrainedConfig
 
@@ -53,18 +51,10 @@ def _check_floating_point(name: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-# Of the times of a continued map this share is for what comes after the published one, which ends where one-hot tokens can be
-# read, about here.
-_CONTINUED_SHARE = 0.25
-_CONTINUED_FROM = 6.0
-_NUM_CONTINUED_KNOTS = 1024
-
-_TABLES: dict[tuple[int, float | None, torch.device], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+_TABLES: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
 
-def _build_table(
-    vocab_size: int, end: float | None, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _build_table(vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Knots `a`, `tau(a)` and `dtau/da` on `device`, in float64 (float32 where the device has no float64).
 
@@ -86,33 +76,10 @@ def _build_table(
     tau = 1 - scale * (miss.unfold(0, z.numel(), 1) @ weights)
     tau[0] = 0.0  # P(0) = 1/V exactly
     slope = scale * (density.unfold(0, z.numel(), 1) @ weights)
-    if end is not None:
-        a, tau, slope = _continue_table(a, tau, slope, end)
     # Far out tau rounds to 1: keep the knots that still rise.
     rising = int((tau.diff() > 0).long().cumprod(0).sum()) + 1
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return tuple(x[:rising].to(device, dtype) for x in (a, tau, slope))
-
-
-def _continue_table(
-    a: torch.Tensor, tau: torch.Tensor, slope: torch.Tensor, end: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The table with a part of the times that is uniform in `log a` from where one-hot tokens can be read to `end`."""
-    within = a < end
-    if end > a[-1]:  # where tau is 1
-        further = torch.linspace(math.log(a[-1]), math.log(end), _NUM_CONTINUED_KNOTS, dtype=a.dtype).exp()[1:]
-        last_tau, last_slope = torch.ones_like(further), torch.zeros_like(further)
-    else:
-        further = a.new_tensor([end])
-        last_tau, last_slope = _hermite(further, a, tau, slope), slope[within][-1:]
-    knots = torch.cat([a[within], further])
-    tau, slope = torch.cat([tau[within], last_tau]) / last_tau[-1], torch.cat([slope[within], last_slope])
-    # Smooth, and with a slope from the beginning, so that the cubics between the knots are right in both directions
-    rise = torch.log1p(knots / _CONTINUED_FROM)
-    rise_slope = 1 / (knots + _CONTINUED_FROM)
-    tau = (1 - _CONTINUED_SHARE) * tau + _CONTINUED_SHARE * rise / rise[-1]
-    slope = (1 - _CONTINUED_SHARE) * slope + _CONTINUED_SHARE * rise_slope / rise[-1]
-    return knots, tau, slope
 
 
 class ReparameterizedTime:
@@ -131,10 +98,6 @@ class ReparameterizedTime:
 
     Args:
         vocab_size (`int`): The size of the vocabulary, V, at least 2.
-        end (`float`, *optional*):
-            A ratio of signal to noise, \\(\frac{t}{1-t}\\), to which times are continued. A quarter of them is then spread, for
-            large ratios evenly in their logarithm, over all that there are up to this one; and the time 1 is the text itself
-            again. By default times end where one-hot tokens can be read.
 
     Example:
 
@@ -145,23 +108,17 @@ class ReparameterizedTime:
     ```
     """
 
-    def __init__(self, vocab_size: int, end: float | None = None):
+    def __init__(self, vocab_size: int):
         if vocab_size < 2:
             raise ValueError(f"`vocab_size` must be at least 2, got {vocab_size}.")
-        if end is not None and not _CONTINUED_FROM < end <= 1e4:
-            raise ValueError(
-                f"`end` must be a ratio of signal to noise above {_CONTINUED_FROM} and at most 1e4, got {end}."
-            )
         self.vocab_size = vocab_size
-        self.end = end
 
     def __repr__(self) -> str:
-        end = "" if self.end is None else f", end={self.end}"
-        return f"{type(self).__name__}(vocab_size={self.vocab_size}{end})"
+        return f"{type(self).__name__}(vocab_size={self.vocab_size})"
 
     def _prepare(self, name: str, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         value = _check_floating_point(name, value)
-        key = (self.vocab_size, self.end, value.device)
+        key = (self.vocab_size, value.device)
         if key not in _TABLES:
             _TABLES[key] = _build_table(*key)
         a, tau, slope = _TABLES[key]
@@ -223,7 +180,7 @@ def build_time_map(config: PreTrainedConfig) -> TimeMap:
     """
     if config.time_reparameterization is None:
         return IdentityTime()
-    return ReparameterizedTime(config.vocab_size, config.time_reparameterization_end)
+    return ReparameterizedTime(config.vocab_size)
 
 
 def translate_tau(tau: torch.Tensor, source: TimeMap, target: TimeMap) -> torch.Tensor:

@@ -21,9 +21,7 @@ LABELS = {
     "mdlm": "MDLM",
     "duo": "Duo",
     "flm": "FLM",
-    "flm_continued": "FLM, continued",
     "fmlm": "FMLM",
-    "fmlm_continued": "FMLM, continued",
 }
 # Fractions of the training after which the averaged weights are saved, to measure what more training brings.
 FRACTIONS = (0.25, 0.5, 1.0)

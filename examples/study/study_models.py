@@ -154,22 +154,13 @@ class Duo(PeerModel):
 
 
 class FLM(StudyModel):
-    """
-    A flow-based language model.
-
-    Args:
-        config_overrides: Fields of [`FLMConfig`] that differ from the configuration of the study.
-    """
+    """A flow-based language model."""
 
     has_temperature_at_one_step = False  # the last step takes the most likely tokens
 
-    def __init__(self, **config_overrides):
-        self.config_overrides = config_overrides
-        self.searched_as = "flm" if config_overrides else None
-
     def new_trainer(self, config, settings, data, args, teacher) -> FLMTrainer:
         return FLMTrainer(
-            FLMModel(FLMConfig(**{**config.to_dict(), **self.config_overrides})),
+            FLMModel(config),
             FLMTrainingArguments(**settings, ema_decay=args.ema_decay, prompt_fraction=args.prompt_fraction),
             train_dataset=data.tokens["train"],
             eval_dataset=data.tokens["validation"],
@@ -226,7 +217,5 @@ STUDY_MODELS = {
     "mdlm": MDLM(),
     "duo": Duo(),
     "flm": FLM(),
-    "flm_continued": FLM(time_reparameterization_end=60.0),
     "fmlm": FMLM("flm"),
-    "fmlm_continued": FMLM("flm_continued"),
 }

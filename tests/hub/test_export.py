@@ -33,7 +33,6 @@ MODELS = {
     "two networks, few tokens": ("two_network", {"vocab_size": 50}),
     "per token": ("fmlm", {"per_token_timesteps": True}),
     "no reparameterization": ("flm", {"time_reparameterization": None}),
-    "continued": ("flm", {"time_reparameterization_end": 60.0}),
 }
 
 

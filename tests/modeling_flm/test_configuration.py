@@ -46,6 +46,12 @@ class TestConfig:
         assert "no `hidden_sise`: did you mean `hidden_size`?" in caplog.text
         assert "did you mean `num_hidden_layers`?" in caplog.text and caplog.text.count("did you mean") == 2
 
+    def test_time_reparameterization_end_is_refused_unless_none(self, caplog):
+        assert "time_reparameterization_end" not in FLMConfig(time_reparameterization_end=None).to_dict()
+        assert "did you mean" not in caplog.text
+        with pytest.raises(ValueError, match="`time_reparameterization_end` is not supported"):
+            FLMConfig.from_dict({**FLMConfig().to_dict(), "time_reparameterization_end": 60.0})
+
     def test_saves_and_loads(self, tmp_path):
         config = FLMConfig(vocab_size=100, attn_logit_softcapping=None, eos_token_id=2)
         config.save_pretrained(tmp_path)

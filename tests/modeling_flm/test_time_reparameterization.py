@@ -6,8 +6,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from small_models import build_flm
 
 from modeling_flm import IdentityTime, ReparameterizedTime
 from modeling_flm.time_reparameterization import translate_tau
@@ -93,36 +91,3 @@ def test_translation():
     assert translate_tau(tau, time, ReparameterizedTime(53)) is tau
     torch.testing.assert_close(translate_tau(tau, time, IdentityTime()), time.tau_to_t(tau))
     torch.testing.assert_close(translate_tau(time.tau_to_t(tau), IdentityTime(), time), tau, rtol=0, atol=1e-5)
-
-
-class TestContinued:
-    @pytest.mark.parametrize("vocab_size", [27, 50258])
-    @pytest.mark.parametrize("end", [8.0, 20.0, 60.0, 1000.0])
-    def test_is_the_published_map_and_a_logarithm(self, vocab_size, end):
-        published, continued = ReparameterizedTime(vocab_size), ReparameterizedTime(vocab_size, end)
-        a = torch.linspace(0, end, 5000, dtype=torch.float64)[1:-1]
-        t = a / (1 + a)
-        last = published.t_to_tau(torch.tensor(end / (1 + end), dtype=torch.float64))
-        expected = 0.75 * published.t_to_tau(t) / last + 0.25 * (1 + a / 6).log() / math.log(1 + end / 6)
-        torch.testing.assert_close(continued.t_to_tau(t), expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(continued.tau_to_t(continued.t_to_tau(t)), t, rtol=0, atol=1e-6)
-        slope = 0.75 * published.dtau_dt(t) / last + 0.25 / math.log(1 + end / 6) / (a + 6) / (1 - t) ** 2
-        torch.testing.assert_close(continued.dtau_dt(t), slope, rtol=2e-3, atol=1e-5)
-
-    def test_ends(self):
-        continued = ReparameterizedTime(2048, end=60.0)
-        tau = torch.linspace(0, 1, 100_001)
-        t = continued.tau_to_t(tau)
-        assert (t.diff() > 0).all() and t[0] == 0 and t[-1] == 1
-        assert 0.98 < t[-2] < 60 / 61
-        assert repr(continued) == "ReparameterizedTime(vocab_size=2048, end=60.0)"
-
-    def test_configuration(self):
-        model = build_flm(time_reparameterization_end=40)
-        assert repr(model.time_map) == "ReparameterizedTime(vocab_size=53, end=40)"
-        with pytest.raises(StrictDataclassError, match="`time_reparameterization_end` must be a ratio"):
-            build_flm(time_reparameterization_end=2.0)
-        with pytest.raises(StrictDataclassError, match="goes with `time_reparameterization='argmax'`"):
-            build_flm(time_reparameterization_end=40.0, time_reparameterization=None)
-        with pytest.raises(ValueError, match="`end` must be a ratio"):
-            ReparameterizedTime(53, end=1.0)

@@ -60,7 +60,7 @@ def get_student(
     """A flow map for the preset: loaded, new, or with the weights of the teacher."""
     told = {"per_token_timesteps": True} if prompt_fraction > 0 else {}
     if arguments.preset == "any_order":
-        told |= {"time_reparameterization": None, "time_reparameterization_end": None}
+        told |= {"time_reparameterization": None}
     if arguments.student is not None:
         return load_model("student", arguments.student, told, **options)
     overrides = {"dropout": arguments.dropout, "learned_loss_weighting": arguments.learned_loss_weighting}

@@ -55,8 +55,7 @@ def train_fmlm(model_args: FlowMapArguments, data_args: DataArguments, training_
                 if getattr(model_args, name) is not None:
                     raise SystemExit(f"--{name} does not go with --masked_model, which gives weights and sizes.")
         dataset, tokenizer = load_data(model_args, data_args, training_args)
-        not_reparameterized = {"time_reparameterization": None, "time_reparameterization_end": None}
-        any_order = {"per_token_timesteps": True, **not_reparameterized}
+        any_order = {"per_token_timesteps": True, "time_reparameterization": None}
         told = any_order if model_args.preset == "any_order" else {}
         masked_model = None
         if model_args.masked_model is None:
