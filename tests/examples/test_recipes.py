@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
 from modeling_flm.trainers import FMLMTrainingArguments
 from modeling_flm.trainers.commands import distill, evaluate, train, train_fmlm
-from modeling_flm.trainers.evaluation import check_arguments
+from modeling_flm.trainers.commands.evaluate import check_arguments, complete_arguments
 
 
 RECIPES = EXAMPLES / "recipes"
@@ -233,6 +233,7 @@ def test_evaluations_of_the_released_models_are_as_published():
         num_steps, gamma, repository = PUBLISHED_EVALUATIONS[path.stem]
         (args,) = parse(evaluate, path)
         check_arguments(args)
+        args = complete_arguments(args)
         assert (args.num_steps, args.gamma, args.protocol) == (num_steps, gamma, "published")
         assert (args.scorer, args.scorer_dtype, args.num_samples) == ("gpt2-large", "float32", 1024)
         assert len(args.seeds) == 1 and args.keep_special_tokens

@@ -9,17 +9,7 @@ import numpy as np
 
 
 def resampled_ratios(numerators: np.ndarray, denominators: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """
-    Returns the sum of the numerators over the sum of the denominators in each resample, NaN where both are 0.
-
-    Args:
-        numerators (`np.ndarray` of shape `(num_texts,)`): A numerator for each text.
-        denominators (`np.ndarray` of shape `(num_texts,)`): A denominator for each text.
-        indices (`np.ndarray` of shape `(num_resamples, num_texts)`): The texts of each resample.
-
-    Returns:
-        `np.ndarray` of shape `(num_resamples,)`
-    """
+    """Returns the ratio of sums in each resample, from the texts' `indices` of shape `(num_resamples, num_texts)`."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return numerators[indices].sum(axis=1) / denominators[indices].sum(axis=1)
 

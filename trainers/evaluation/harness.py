@@ -5,7 +5,7 @@ Flow-based language models in the lm-evaluation-harness:
 
     python -m modeling_flm.trainers.evaluation.harness --model flm --model_args pretrained=me/fmlm,num_times=64 --tasks arc_easy
 
-takes what `lm_eval` takes. Needs `pip install modeling-flm[lm-eval]`.
+All other arguments are those of `lm_eval`. Needs `pip install modeling-flm[lm-eval]`.
 """
 
 import torch
@@ -14,33 +14,33 @@ from lm_eval.api.registry import register_model
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-import modeling_flm  # noqa: F401  so that models of this library load without their own code
+import modeling_flm  # noqa: F401  registers the models of this library
 
 from ..batches import example_seed
 from .likelihood import LIKELIHOOD_STREAM
+from .samples import pad_tokens
 
 
 @register_model("flm")
 class FLMHarnessModel(TemplateLM):
     """
-    A model for the lm-evaluation-harness. Likelihoods are variational bounds, with noise of their own for each context, so that
-    batches do not change them, and the answers to one question differ by what they say and not by their noise.
+    A model for the lm-evaluation-harness. Likelihoods are variational bounds. All requests with the same context have the same
+    noise, so that batches do not change the likelihoods, and the answers to one question are compared under equal noise.
 
     Args:
         pretrained (`str`): Name or folder of an FLM or a flow map with its tokenizer.
-        num_times (`int`, *optional*, defaults to 32): How many times each text is noised, see [`~FLMLikelihoodMixin.log_likelihood_bound`].
-        num_steps (`int`, *optional*): The number of steps from noise to text where texts are generated.
+        num_times (`int`, *optional*, defaults to 32): Number of noise levels for each text, see [`~FLMLikelihoodMixin.log_likelihood_bound`].
+        num_steps (`int`, *optional*): Number of sampling steps where texts are generated.
         batch_size (`int`, *optional*, defaults to 64):
-            The most texts in a forward pass; at least 8 requests are taken at a time, and 64 of their noised versions, as the
-            harness asks for 1 where nobody has said anything.
-        max_batch_size (`int`, *optional*): Is not used.
-        device (`str`, *optional*): Where to run. By default on an accelerator if there is one.
-        seed (`int`, *optional*, defaults to 0): The seed of all noise.
-        revision (`str`, *optional*): The branch, tag or commit.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code that comes with the model.
+            Largest number of noised texts in a forward pass, at least 64: the harness passes 1 by default.
+        max_batch_size (`int`, *optional*): Not used.
+        device (`str`, *optional*): Device. By default an accelerator if there is one.
+        seed (`int`, *optional*, defaults to 0): Seed of all noise.
+        revision (`str`, *optional*): Branch, tag or commit of the model.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code from the model's repository.
         append_eos (`bool`, *optional*, defaults to `False`):
-            Whether a text is over where a continuation is: an end-of-sequence token comes after it, and padding up to the model's
-            length. For models that were trained on texts one by one, to whose eyes a text without an end is no text.
+            Whether to append an EOS token to each continuation, and padding up to the model's length. For models that were
+            trained on one text per example.
     """
 
     model_class = AutoModel
@@ -63,7 +63,7 @@ class FLMHarnessModel(TemplateLM):
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
         found = torch.accelerator.current_accelerator(check_available=True)
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
-            device = found or "cpu"  # the harness asks for CUDA where nobody has said anything
+            device = found or "cpu"  # the harness passes CUDA by default
         self._device = torch.device(device)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.model = self.model_class.from_pretrained(pretrained, **options).to(self._device).eval()
@@ -76,7 +76,7 @@ class FLMHarnessModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """The length of the texts that the model was trained on."""
+        """Number of tokens of the model's texts."""
         return self.model.config.max_position_embeddings
 
     @property
@@ -93,7 +93,7 @@ class FLMHarnessModel(TemplateLM):
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = []
         for context, continuation in (request.args for request in requests):
-            # Nothing needs to come before a text.
+            # A text needs no context, not even a BOS token
             known, rest = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
             if self.append_eos:
                 end = [self.tokenizer.eos_token_id]
@@ -114,24 +114,21 @@ class FLMHarnessModel(TemplateLM):
             texts = [requests[index][1] + requests[index][2] for index in indices]
             if longest := [len(text) for text in texts if len(text) > self.max_length]:
                 raise ValueError(f"A request has {max(longest)} tokens, but the model's texts have {self.max_length}.")
-            masks = torch.zeros(3, len(texts), max(map(len, texts)), dtype=torch.long)
-            input_ids, attention_mask, known = masks
-            for row, (index, text) in enumerate(zip(indices, texts)):
-                input_ids[row, : len(text)] = torch.tensor(text)
-                attention_mask[row, : len(text)] = 1
-                known[row, : len(requests[index][1])] = 1
+            input_ids, attention_mask = pad_tokens(texts)
+            num_known = torch.tensor([len(requests[index][1]) for index in indices])
+            known = (torch.arange(input_ids.shape[1]) < num_known[:, None]).long()
             options = {"attention_mask": None if attention_mask.all() else attention_mask, "prompt_mask": known}
             numbers = [noise_of[index] for index in indices]
             values = self._bound(input_ids, **options, generator=self._generators(numbers))
-            written = self._write(input_ids, **options, generator=self._generators(numbers)).cpu()
-            matches = (written == input_ids) | (attention_mask == 0)
+            generated = self._generate(input_ids, **options, generator=self._generators(numbers)).cpu()
+            matches = (generated == input_ids) | (attention_mask == 0)
             for row, index in enumerate(indices):
                 results[index] = (values[row].item(), bool(matches[row].all()))
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
         return [results[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        # Windows of the model's length, each by itself
+        # Independent windows of the model's length
         windows, owners = [], []
         for owner, (string,) in enumerate(request.args for request in requests):
             tokens = self.tok_encode(string)
@@ -152,8 +149,8 @@ class FLMHarnessModel(TemplateLM):
             tokens = self.tok_encode(context)[-(self.max_length - 1) :]
             length = min(self.max_length, len(tokens) + settings.get("max_gen_toks", self.max_length))
             input_ids = torch.tensor([tokens], dtype=torch.long) if tokens else None
-            written = self._write(input_ids, length=length, generator=self._generators([index]))
-            text = self.tokenizer.decode(written[0, len(tokens) :], skip_special_tokens=True)
+            generated = self._generate(input_ids, length=length, generator=self._generators([index]))
+            text = self.tokenizer.decode(generated[0, len(tokens) :], skip_special_tokens=True)
             for end in filter(None, until):
                 text = text.split(end)[0]
             results.append(text)
@@ -161,14 +158,14 @@ class FLMHarnessModel(TemplateLM):
         return results
 
     def _bound(self, input_ids: torch.LongTensor, **options) -> torch.Tensor:
-        """Of the log-likelihoods of what is not known."""
+        """Returns the bound on the log-likelihood of the unknown tokens of each text."""
         output = self.model.log_likelihood_bound(
             input_ids, num_times=self.num_times, batch_size=self.batch_size, **options
         )
         return output.log_likelihood
 
-    def _write(self, input_ids: torch.LongTensor | None, **options) -> torch.LongTensor:
-        """The model's own completions of what is known."""
+    def _generate(self, input_ids: torch.LongTensor | None, **options) -> torch.LongTensor:
+        """Returns the model's completions of the known tokens."""
         return self.model.generate(input_ids, num_steps=self.num_steps, batch_size=self.batch_size, **options)
 
     def _generators(self, indices: list[int]) -> list[torch.Generator]:
@@ -177,7 +174,7 @@ class FLMHarnessModel(TemplateLM):
 
 
 def main():
-    """`lm_eval` with this model among those that it knows."""
+    """Runs `lm_eval`, with this model registered."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""How likely a model finds texts: per token, per word and per byte."""
+"""The likelihood of texts under a model: per token, per word and per byte."""
 
 import math
 
@@ -9,9 +9,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..batches import example_seed
+from .samples import pad_tokens
 
 
-# A stream of random numbers that must not meet others, beside those of the trainers and of samples.
+# Random stream of likelihoods. The trainers and samples use other numbers.
 LIKELIHOOD_STREAM = 3
 
 
@@ -24,46 +25,40 @@ def evaluate_likelihood(
     seed: int = 0,
 ) -> dict[str, float]:
     """
-    The bound on the negative log-likelihood of texts, see [`~FLMLikelihoodMixin.log_likelihood_bound`]. Shows its progress.
+    Measures the bound on the negative log-likelihood of texts, see [`~FLMLikelihoodMixin.log_likelihood_bound`]. Shows its progress.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): An FLM or a flow map.
+        model ([`~transformers.PreTrainedModel`]): FLM or flow map.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, to count words and bytes.
-        token_lists (`list[list[int]]`): The tokens of each text, no longer than those that the model was trained on.
-        num_times (`int`, *optional*, defaults to 32): How many times each text is noised.
-        batch_size (`int`, *optional*, defaults to 64): The most noised texts in a forward pass.
-        seed (`int`, *optional*, defaults to 0): The seed of times and noise; each text has its own.
+        token_lists (`list[list[int]]`): The tokens of each text, at most as many as the model's length.
+        num_times (`int`, *optional*, defaults to 32): Number of noise levels for each text.
+        batch_size (`int`, *optional*, defaults to 64): Largest number of noised texts in a forward pass.
+        seed (`int`, *optional*, defaults to 0): Seed of noise levels and noise. Each text has its own random numbers.
 
     Returns:
-        `dict[str, float]`: `nats_per_text`, `nats_per_token`, `nats_per_word`, `bits_per_byte` and `perplexity` (of tokens), all of
-        the bound; `relative_error`, its relative standard error, of times and noise; and how many `texts`, `tokens`,
-        `words` and `bytes` there were. Special tokens count as tokens.
+        `dict[str, float]`: the bound as `nats_per_text`, `nats_per_token`, `nats_per_word`, `bits_per_byte` and `perplexity` (of
+        tokens); `relative_error`, its relative standard error from noise levels and noise; and the numbers of `texts`, `tokens`,
+        `words` and `bytes`. Special tokens count as tokens.
 
     Raises:
-        `ValueError`: if there are no texts, or one is longer than those that the model was trained on.
+        `ValueError`: if there are no tokens, or a text is longer than the model's length.
     """
     longest = max(map(len, token_lists), default=0)
     if longest == 0:
         raise ValueError("`token_lists` has no tokens.")
     if longest > model.config.max_position_embeddings:
         raise ValueError(
-            f"`token_lists` has a text of {longest} tokens, but the model was trained on "
-            f"{model.config.max_position_embeddings}: cut it into parts."
+            f"`token_lists` has a text of {longest} tokens, but the model's length is "
+            f"{model.config.max_position_embeddings}: split the text."
         )
-    order = sorted(
-        range(len(token_lists)), key=lambda index: len(token_lists[index])
-    )  # alike ones need little padding
+    order = sorted(range(len(token_lists)), key=lambda index: len(token_lists[index]))  # for little padding
     total = variance = 0.0
     rows_at_a_time = max(1, batch_size // 8)
     for start in tqdm(range(0, len(order), rows_at_a_time), desc="Likelihood", unit="batch"):
         indices = [index for index in order[start : start + rows_at_a_time] if token_lists[index]]
         if not indices:
             continue
-        width = max(len(token_lists[index]) for index in indices)
-        input_ids, attention_mask = torch.zeros(2, len(indices), width, dtype=torch.long)
-        for row, index in enumerate(indices):
-            input_ids[row, : len(token_lists[index])] = torch.tensor(token_lists[index])
-            attention_mask[row, : len(token_lists[index])] = 1
+        input_ids, attention_mask = pad_tokens([token_lists[index] for index in indices])
         generators = [torch.Generator().manual_seed(example_seed(seed, LIKELIHOOD_STREAM, index)) for index in indices]
         output = model.log_likelihood_bound(
             input_ids,

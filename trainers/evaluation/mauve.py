@@ -1,15 +1,21 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""MAUVE (arXiv 2102.01454): how far the distributions of two collections of texts are apart, as embeddings show them."""
+"""MAUVE (arXiv 2102.01454): a distance between the distributions of two collections of texts, from their embeddings."""
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .samples import pad_tokens
+
+
+# MAUVE is averaged over this many seeds of k-means, which depends on its starting points.
+_NUM_SEEDS = 5
+
 
 def check_mauve():
-    """Raises an `ImportError` with the remedy where what clusters embeddings is not installed."""
+    """Raises an `ImportError` if scikit-learn is not installed."""
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
@@ -25,14 +31,14 @@ def embed_texts(
     device: str | torch.device | None = None,
 ) -> np.ndarray:
     """
-    The last hidden state of a causal language model at the last token of each text, as MAUVE takes it. Shows its progress.
+    Embeds texts as MAUVE does: the last hidden state of a causal language model at the last token. Shows its progress.
 
     Args:
-        texts (`list[str]`): The texts. An empty one is the model's token for the end of a text.
+        texts (`list[str]`): The texts. An empty text is replaced with the model's EOS token.
         model_name (`str`): Name or folder of the model.
-        batch_size (`int`, *optional*, defaults to 8): Texts at a time.
-        max_length (`int`, *optional*): Tokens of a text to read. By default 1024, or the model's context if that is shorter.
-        device (`str` or `torch.device`, *optional*): Where to run. By default on an accelerator, if there is one.
+        batch_size (`int`, *optional*, defaults to 8): Texts per forward pass.
+        max_length (`int`, *optional*): Largest number of tokens of a text. By default 1024, or the model's context if shorter.
+        device (`str` or `torch.device`, *optional*): Device. By default an accelerator if there is one.
 
     Returns:
         `np.ndarray` of shape `(num_texts, hidden_size)`
@@ -42,32 +48,28 @@ def embed_texts(
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     context = getattr(model.config, "max_position_embeddings", None) or 1024
     max_length = min(1024, context) if max_length is None else max_length
-    filler = tokenizer.eos_token_id or 0
-    tokens = [tokenizer(text)["input_ids"][:max_length] or [filler] for text in texts]
-    order = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))  # little padding
+    tokens = [tokenizer(text)["input_ids"][:max_length] or [tokenizer.eos_token_id or 0] for text in texts]
+    order = sorted(range(len(tokens)), key=lambda index: -len(tokens[index]))  # for little padding
     features = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
     for start in tqdm(range(0, len(order), batch_size), desc="Embedding", unit="batch"):
         rows = order[start : start + batch_size]
-        batch = [torch.tensor(tokens[index]) for index in rows]
-        input_ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(device)
-        lengths = torch.tensor([len(row) for row in batch], device=device)
-        mask = (torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long()
+        input_ids, mask = pad_tokens([tokens[index] for index in rows], device=device)
         hidden = model.base_model(input_ids, attention_mask=mask).last_hidden_state
-        last = hidden[torch.arange(len(rows), device=device), lengths - 1]
+        last = hidden[torch.arange(len(rows), device=device), mask.sum(dim=1) - 1]
         features[rows] = last.float().cpu().numpy()
     return features
 
 
 def divergence_frontier(p: np.ndarray, q: np.ndarray, scaling: float = 5.0, num_points: int = 25) -> np.ndarray:
     r"""
-    The curve whose area MAUVE is: \\((e^{-c\,KL(q|r)}, e^{-c\,KL(p|r)})\\) over mixtures \\(r = \lambda p + (1-\lambda) q\\), with
-    the ends (1, 0) and (0, 1).
+    Returns the divergence curve, whose area is MAUVE: \\((e^{-c\,KL(q|r)}, e^{-c\,KL(p|r)})\\) over mixtures
+    \\(r = \lambda p + (1-\lambda) q\\), with the end points (1, 0) and (0, 1).
 
     Args:
-        p (`np.ndarray` of shape `(num_clusters,)`): Probabilities.
-        q (`np.ndarray` of the shape of `p`): Other probabilities.
-        scaling (`float`, *optional*, defaults to 5.0): The \\(c\\) of the paper.
-        num_points (`int`, *optional*, defaults to 25): How many mixtures.
+        p (`np.ndarray` of shape `(num_clusters,)`): Probabilities of the clusters.
+        q (`np.ndarray` of shape `(num_clusters,)`): Their probabilities for the other texts.
+        scaling (`float`, *optional*, defaults to 5.0): Scaling constant \\(c\\) of the paper.
+        num_points (`int`, *optional*, defaults to 25): Number of mixtures.
 
     Returns:
         `np.ndarray` of shape `(num_points + 2, 2)`, by increasing first coordinate.
@@ -87,23 +89,27 @@ def compute_mauve(
     seed: int = 0,
     scaling: float = 5.0,
 ) -> float:
-    """
-    MAUVE of two sets of embeddings: both are reduced by PCA to 90 % of the variance and clustered by k-means together, and
-    it is the area under the [`divergence_frontier`] of how often each falls into each cluster. 1 where both are alike,
-    near 0 where they have nothing in common.
+    r"""
+    Returns MAUVE of two sets of embeddings. Both are reduced by PCA to 90 % of the variance and clustered together by k-means;
+    MAUVE is the area under the [`divergence_frontier`] of the two cluster distributions: 1 if they are equal, near 0 if they are
+    disjoint.
 
-    It depends on the model of the embeddings, on the number of clusters and, through it, on the number of texts, so that only
-    figures with the same can be compared; the paper has 5,000 texts of each, and a few hundred say little.
+    MAUVE depends on the embedding model, the number of clusters and, through it, the number of texts. Compare figures with equal
+    settings only. The paper uses 5,000 texts of each kind; a few hundred are too few for a reliable figure.
 
     Args:
-        features (`np.ndarray` of shape `(num_texts, hidden_size)`): Embeddings of texts, as of [`embed_texts`].
-        reference_features (`np.ndarray` of shape `(num_references, hidden_size)`): Those of reference texts.
-        num_clusters (`int`, *optional*): By default a tenth of the smaller number of texts, and at least 2.
-        seed (`int`, *optional*, defaults to 0): The seed of k-means.
-        scaling (`float`, *optional*, defaults to 5.0): How fast it falls with the divergence.
+        features (`np.ndarray` of shape `(num_texts, hidden_size)`): Embeddings of the texts, from [`embed_texts`].
+        reference_features (`np.ndarray` of shape `(num_references, hidden_size)`): Embeddings of the reference texts.
+        num_clusters (`int`, *optional*): Number of clusters. By default a tenth of the smaller number of texts, at least 2.
+        seed (`int`, *optional*, defaults to 0): Seed of k-means.
+        scaling (`float`, *optional*, defaults to 5.0): Scaling constant \\(c\\) of the paper.
 
     Returns:
         `float`
+
+    Raises:
+        `ImportError`: if scikit-learn is not installed.
+        `ValueError`: for fewer than 2 texts of each kind, and for an unusable `num_clusters`.
     """
     check_mauve()
     from sklearn.cluster import KMeans
@@ -111,19 +117,32 @@ def compute_mauve(
 
     smaller = min(len(features), len(reference_features))
     if smaller < 2:
-        raise ValueError("`features` and `reference_features` must be of at least 2 texts each.")
+        raise ValueError("`features` and `reference_features` must have at least 2 texts each.")
     num_clusters = max(2, round(smaller / 10)) if num_clusters is None else num_clusters
     if not 2 <= num_clusters <= 2 * smaller:
-        raise ValueError(
-            f"`num_clusters` must be at least 2, and at most the {2 * smaller} texts, got {num_clusters}."
-        )
+        raise ValueError(f"`num_clusters` must be between 2 and the {2 * smaller} texts, got {num_clusters}.")
     points = np.concatenate([features, reference_features]).astype(np.float64)
     points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
     if points.var(axis=0).sum() < 1e-12:
-        return 1.0  # all embeddings are the same, and nothing tells the texts apart
+        return 1.0  # all embeddings are equal
     points = PCA(n_components=0.9, svd_solver="full").fit_transform(points)
     labels = KMeans(num_clusters, n_init=5, max_iter=500, random_state=seed).fit_predict(points)
     parts = labels[: len(features)], labels[len(features) :]
     p, q = (np.bincount(part, minlength=num_clusters) / len(part) for part in parts)
     curve = divergence_frontier(p, q, scaling)
     return float(np.sum(np.diff(curve[:, 0]) * (curve[1:, 1] + curve[:-1, 1]) / 2))
+
+
+def mauve_figures(
+    text_lists: list[list[str]], reference_texts: list[str], model_name: str, **kwargs
+) -> list[dict[str, float | list[float]]]:
+    """
+    Returns columns for the row of each list of texts: MAUVE against the reference texts for 5 seeds of k-means, `mauve_seeds`, and
+    their mean, `mauve`. Takes arguments of [`embed_texts`].
+    """
+    *features, reference = [embed_texts(texts, model_name, **kwargs) for texts in (*text_lists, reference_texts)]
+    figures = []
+    for each in features:
+        values = [compute_mauve(each, reference, seed=seed) for seed in range(_NUM_SEEDS)]
+        figures.append({"mauve_seeds": values, "mauve": sum(values) / _NUM_SEEDS})
+    return figures

@@ -1,21 +1,26 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Generative perplexity, and how far to trust it."""
+"""The score of texts: generative perplexity, entropy and diversity, with confidence intervals."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from modeling_flm import hub
 
 from .bootstrap import bootstrap_ratio
+from .texts import Texts
 
 
+@lru_cache(maxsize=1)
 def load_gen_ppl():
-    """The metric of `hub/gen_ppl`, an [`~evaluate.EvaluationModule`]."""
+    """Returns the metric of `hub/gen_ppl`, an [`~evaluate.EvaluationModule`]."""
     try:
         import evaluate
     except ImportError as error:
@@ -23,17 +28,67 @@ def load_gen_ppl():
     return evaluate.load(str(Path(hub.__file__).parent / "gen_ppl"), keep_in_memory=True)
 
 
-def confidence_intervals(result: dict[str, Any], num_resamples: int) -> dict[str, list[float]]:
+def score(
+    texts: Texts | Sequence[str],
+    scorer: str = "gpt2-large",
+    batch_size: int = 8,
+    max_length: int | None = None,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    num_resamples: int = 1000,
+) -> dict[str, Any]:
     """
-    Returns 95 % intervals of the generative perplexity and the entropy, by resampling the texts.
+    Scores texts: one row of the table.
 
     Args:
-        result (`dict[str, Any]`): Result of the metric, with `perplexities`, `token_counts` and `entropies`.
-        num_resamples (`int`): Number of bootstrap resamples.
+        texts ([`Texts`] or `Sequence[str]`): The texts, at least one.
+        scorer (`str`, *optional*, defaults to `"gpt2-large"`): Name or folder of the causal language model that scores them.
+        batch_size (`int`, *optional*, defaults to 8): Texts per forward pass of the scorer.
+        max_length (`int`, *optional*): Tokens of each text that count. By default 1024, or the scorer's context if shorter.
+        dtype (`str`, *optional*): Precision of the scorer. By default that of its weights.
+        device (`str` or `torch.device`, *optional*): Device of the scorer. By default an accelerator if there is one.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer for entropy and distinct n-grams, to compare models with different tokenizers. By default the model's tokens
+            count if `texts` has them, else the scorer's.
+        num_resamples (`int`, *optional*, defaults to 1000): Bootstrap resamples for the 95 % intervals.
 
     Returns:
-        `dict[str, list[float]]`: `gen_ppl_interval` and `entropy_interval`.
+        `dict[str, Any]`: the columns of `texts`; `gen_ppl`, `entropy` (nats), `distinct_1` to `distinct_3`, `num_texts`,
+        `num_tokens`, `num_empty` and `num_truncated`; `perplexities`, `token_counts` and `entropies` of each text; and
+        `gen_ppl_interval` and `entropy_interval`.
+
+    Raises:
+        `ValueError`: if there are no texts, or `max_length` is longer than the scorer's context.
+
+    Example:
+
+    ```python
+    >>> from modeling_flm.trainers.evaluation import score
+
+    >>> row = score(["It was a good day.", "The cat sat on the mat."], scorer="gpt2")
+    >>> row["num_texts"], row["gen_ppl_interval"][0] <= row["gen_ppl"] <= row["gen_ppl_interval"][1]
+    (2, True)
+    ```
     """
+    texts = texts if isinstance(texts, Texts) else Texts(list(texts))
+    tokens = texts.tokens
+    if tokenizer is not None:
+        tokens = tokenizer(texts.texts, add_special_tokens=False, verbose=False)["input_ids"]
+    result = load_gen_ppl().compute(
+        predictions=texts.texts,
+        token_ids=tokens,
+        model_id=scorer,
+        batch_size=batch_size,
+        max_length=max_length,
+        dtype=dtype,
+        device=None if device is None else str(device),
+    )
+    return {**texts.columns, **result, **confidence_intervals(result, num_resamples)}
+
+
+def confidence_intervals(result: Mapping[str, Any], num_resamples: int) -> dict[str, list[float]]:
+    """Returns `gen_ppl_interval` and `entropy_interval`, the 95 % intervals of a result of the metric."""
     _, gen_ppl = bootstrap_ratio(*total_losses(result), num_resamples, np.exp)
     _, entropy = bootstrap_ratio(*total_entropies(result), num_resamples)
     return {"gen_ppl_interval": gen_ppl, "entropy_interval": entropy}

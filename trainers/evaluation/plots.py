@@ -1,9 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""What several plots need: intervals of shares, and logarithmic axes with plain numbers."""
+"""Plots of an evaluation, and what plots of the examples share: intervals of shares, and plain numbers on log axes."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 
 if TYPE_CHECKING:
@@ -12,27 +16,27 @@ if TYPE_CHECKING:
 
 def share_interval(share: float, num_samples: int, z: float = 1.96) -> tuple[float, float]:
     """
-    Wilson's interval of a share that was counted in independent samples, which is not empty at 0 and 1 either.
+    Returns Wilson's confidence interval of a share of independent samples. It has a positive width at 0 and 1 as well.
 
     Args:
         share (`float`): The share, from 0 to 1.
-        num_samples (`int`): In how many samples it was counted.
-        z (`float`, *optional*, defaults to 1.96): How many standard deviations; 1.96 gives 95 %.
+        num_samples (`int`): Number of samples.
+        z (`float`, *optional*, defaults to 1.96): Width in standard deviations; 1.96 gives 95 %.
 
     Returns:
-        `tuple[float, float]`: the ends of the interval.
+        `tuple[float, float]`: the two ends of the interval.
     """
     if not 0 <= share <= 1 or num_samples < 1:
         raise ValueError(f"`share` must be from 0 to 1 and `num_samples` at least 1, got {share} and {num_samples}.")
     center = (share + z**2 / (2 * num_samples)) / (1 + z**2 / num_samples)
     variance = share * (1 - share) / num_samples + z**2 / (4 * num_samples**2)
     half = z * math.sqrt(variance) / (1 + z**2 / num_samples)
-    # Rounding must not leave the share outside.
+    # The share stays inside, despite rounding
     return max(0.0, min(share, center - half)), min(1.0, max(share, center + half))
 
 
 def share_errors(shares: list[float], num_samples: int) -> list[list[float]]:
-    """The lengths of these intervals below and above shares, in per cent, as the `yerr` of matplotlib."""
+    """Returns the lengths of the intervals below and above the shares, in percent, as matplotlib's `yerr`."""
     ends = [share_interval(share, num_samples) for share in shares]
     below = [100 * (share - low) for share, (low, _) in zip(shares, ends)]
     return [below, [100 * (high - share) for share, (_, high) in zip(shares, ends)]]
@@ -40,7 +44,7 @@ def share_errors(shares: list[float], num_samples: int) -> list[list[float]]:
 
 def plain_log_ticks(axis: "Axis"):
     """
-    Ticks like 0.2, 0.5 and 20 in the place of powers of ten, on an axis with a logarithmic scale and its final limits.
+    Puts ticks such as 0.2, 0.5 and 20 instead of powers of ten on a logarithmic axis with its final limits.
 
     Args:
         axis (`matplotlib.axis.Axis`): `axes.xaxis` or `axes.yaxis`.
@@ -48,7 +52,95 @@ def plain_log_ticks(axis: "Axis"):
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
-    # Within less than a decade there are too few of 1, 2 and 5 times a power of ten.
+    # Less than a decade has too few ticks at 1, 2 and 5 times a power of ten.
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high / low > 8 else MaxNLocator(5))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: str | Path):
+    """
+    Plots generative perplexity and entropy against the time per text, if there are generated texts.
+
+    Args:
+        rows (`Sequence[Mapping[str, Any]]`): Rows of [`score`]. The row with `source` "reference" becomes a line.
+        path (`str` or `Path`): File of the plot.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which may need a screen
+
+    measured = [row for row in rows if "seconds_per_text" in row and math.isfinite(row["gen_ppl"])]
+    if not measured:
+        return
+    figure = Figure(figsize=(9, 3.6))
+    axes = figure.subplots(1, 2)
+    for axis, name, label in zip(axes, ("gen_ppl", "entropy"), ("generative perplexity", "entropy (nats)")):
+        times, values = ([row[key] for row in measured] for key in ("seconds_per_text", name))
+        intervals = np.array([row[f"{name}_interval"] for row in measured])
+        errors = np.abs(intervals.T - np.array(values))
+        axis.errorbar(times, values, yerr=errors, marker="o", capsize=3)
+        for row, x, y in zip(measured, times, values):
+            axis.annotate(f" {row.get('num_steps', '')}", (x, y), textcoords="offset points", xytext=(4, 4))
+        for row in rows:
+            if row.get("source") == "reference":
+                axis.axhline(row[name], linestyle="--", color="gray", label="reference")
+                axis.legend()
+        axis.set(xscale="log", xlabel="seconds per text (numbers: steps)", ylabel=label)
+        axis.margins(0.12)  # for the numbers of steps
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    for axis in (axes[0].xaxis, axes[0].yaxis, axes[1].xaxis):
+        plain_log_ticks(axis)
+    figure.suptitle(f"{measured[0]['num_texts']} texts; bars: 95 % intervals", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def plot_frontier(rows: Sequence[Mapping[str, Any]], path: str | Path):
+    """
+    Plots generative perplexity against entropy: a curve for each sampler and number of steps, and reference texts as a point.
+
+    Args:
+        rows (`Sequence[Mapping[str, Any]]`):
+            Rows with `gen_ppl` and `entropy`, and optionally `gen_ppl_interval`, `entropy_interval`, `temperature`, `sampler`,
+            `num_steps`, and `label`, the name of the curve. The row with `source` "reference" is the point.
+        path (`str` or `Path`): File of the plot.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which may need a screen
+
+    curves: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row.get("source") != "reference" and math.isfinite(row["gen_ppl"]):
+            curves.setdefault(row.get("label") or _curve_name(row), []).append(row)
+    figure = Figure(figsize=(6, 4.2))
+    axes = figure.subplots()
+    for name, points in curves.items():
+        points = sorted(points, key=lambda row: row.get("temperature") or 1.0)
+        x, y = ([row[key] for row in points] for key in ("entropy", "gen_ppl"))
+        errors = {
+            f"{axis}err": np.abs(np.array([row[f"{key}_interval"] for row in points]).T - np.array(values))
+            for axis, key, values in (("x", "entropy", x), ("y", "gen_ppl", y))
+            if all(f"{key}_interval" in row for row in points)
+        }
+        axes.errorbar(x, y, marker="o", markersize=3, linewidth=1, elinewidth=0.5, label=name, **errors)
+        for row in points if len(points) > 1 else []:
+            text = f"{row['temperature']:g}"
+            axes.annotate(
+                text, (row["entropy"], row["gen_ppl"]), textcoords="offset points", xytext=(3, 4), fontsize=6
+            )
+    for row in rows:
+        if row.get("source") == "reference":
+            axes.plot([row["entropy"]], [row["gen_ppl"]], "k*", markersize=11, label="reference")
+            axes.axvline(row["entropy"], color="gray", linestyle="--", linewidth=0.7)
+    axes.set(yscale="log", xlabel="entropy (nats; numbers: temperature)", ylabel="generative perplexity")
+    plain_log_ticks(axes.yaxis)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def _curve_name(row: Mapping[str, Any]) -> str:
+    """Returns sampler and number of steps of a row."""
+    parts = [row["sampler"]] if "sampler" in row else []
+    parts += [f"{row['num_steps']} step{'s' if row['num_steps'] > 1 else ''}"] if "num_steps" in row else []
+    return ", ".join(parts) or row.get("source", "texts")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""What texts repeat: each other, and the texts that a model was trained on; and how many of their words are real."""
+"""Repetition: self-BLEU, copies of training data, and the share of dictionary words."""
 
 import math
 import re
@@ -22,11 +22,11 @@ NGRAM_SIZES = (4, 8)
 
 def split_words(text: str, with_punctuation: bool = False) -> list[str]:
     """
-    The words of a text in lower case.
+    Returns the words of a text in lower case.
 
     Args:
         text (`str`): The text.
-        with_punctuation (`bool`, *optional*, defaults to `False`): Whether every punctuation mark counts as a word.
+        with_punctuation (`bool`, *optional*, defaults to `False`): Whether punctuation marks count as words.
     """
     return (_WORDS_AND_MARKS if with_punctuation else _WORDS).findall(text.lower())
 
@@ -37,19 +37,19 @@ def _ngrams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
 
 def self_bleu(texts: Sequence[str], max_size: int = 4) -> np.ndarray:
     r"""
-    The BLEU of each text with all others as its references: how much texts repeat each other. 1 if every text is there twice.
+    Returns self-BLEU: the BLEU of each text with all other texts as references. It is 1 if every text occurs twice.
 
-    It grows with the number of texts: compare equally many. Words and punctuation marks count, n-grams of each size weigh
-    equally, and a size without any match counts as 0.1 matches (the first smoothing method of Chen and Cherry, 2014, which
-    is that of Texygen). For all texts together it takes about as long as reading them: an n-gram's largest count in the
-    *other* texts is the largest in all, or, for the text that has that, the second largest.
+    Self-BLEU grows with the number of texts, so compare equal numbers. Words and punctuation marks count, all n-gram sizes have
+    equal weight, and a size without a match counts as 0.1 matches (smoothing method 1 of Chen and Cherry, 2014, as in Texygen).
+    The time is linear in the number of texts: the largest count of an n-gram in the *other* texts is its largest count in all
+    texts, or the second largest for the text that has the largest.
 
     Args:
-        texts (`Sequence[str]`): The texts. Those without words are left out, and so is everything if fewer than two have any.
-        max_size (`int`, *optional*, defaults to 4): The longest n-grams.
+        texts (`Sequence[str]`): The texts. Texts without words are skipped; all are if fewer than two have words.
+        max_size (`int`, *optional*, defaults to 4): Longest n-grams.
 
     Returns:
-        `np.ndarray` of shape `(num_texts, 2)`: for each text its BLEU, and 1; or 0 and 0 if it has none.
+        `np.ndarray` of shape `(num_texts, 2)`: the BLEU of each text, and 1; or 0 and 0 for a skipped text.
     """
     words = [split_words(text, with_punctuation=True) for text in texts]
     lengths = np.array([len(row) for row in words])
@@ -60,9 +60,8 @@ def self_bleu(texts: Sequence[str], max_size: int = 4) -> np.ndarray:
     logs, matched = np.zeros(len(texts)), np.ones(len(texts), dtype=bool)
     for size in range(1, max_size + 1):
         counters = {index: Counter(_ngrams(words[index], size)) for index in filled}
-        largest: dict[
-            tuple[str, ...], tuple[int, int, int]
-        ] = {}  # the largest count, its text, and the second largest
+        # Largest count of each n-gram, the text that has it, and the second largest count
+        largest: dict[tuple[str, ...], tuple[int, int, int]] = {}
         for index, counter in counters.items():
             for ngram, count in counter.items():
                 first, owner, second = largest.get(ngram, (0, -1, 0))
@@ -89,23 +88,23 @@ def copied_from(
     text_lists: Sequence[Sequence[str]], training_texts: Iterable[str], sizes: Sequence[int] = NGRAM_SIZES
 ) -> list[dict[str, np.ndarray]]:
     """
-    How much of texts stands word for word in the training texts, which are read once, and of which nothing is kept: they may
-    be a stream. Words are compared in lower case and without punctuation.
+    Counts what texts copy from training texts word for word, in lower case and without punctuation. The training texts are read
+    once and not kept, so they may be a stream.
 
     Args:
         text_lists (`Sequence[Sequence[str]]`): Lists of texts, such as one for each number of steps.
-        training_texts (`Iterable[str]`): What they may be copied from.
-        sizes (`Sequence[int]`, *optional*, defaults to `(4, 8)`): The sizes of n-grams, in words.
+        training_texts (`Iterable[str]`): The training texts.
+        sizes (`Sequence[int]`, *optional*, defaults to `(4, 8)`): N-gram sizes, in words.
 
     Returns:
-        `list[dict[str, np.ndarray]]`: for each list arrays of shape `(num_texts, 2)`: `copied_N` has the number of a text's
-        n-grams of N words that a training text has, and their number in all; `copied_texts` has 1 if the whole text is
-        within one training text, and 1 if it has any words.
+        `list[dict[str, np.ndarray]]`: arrays of shape `(num_texts, 2)` for each list. `copied_N` has the number of a text's
+        N-grams that occur in a training text, and its number of N-grams. `copied_texts` has 1 if the whole text is part of one
+        training text, and 1 if it has words.
     """
     words = [[tuple(split_words(text)) for text in texts] for texts in text_lists]
     wanted = {size: {ngram for rows in words for row in rows for ngram in _ngrams(row, size)} for size in sizes}
     found: dict[int, set] = {size: set() for size in sizes}
-    # A whole text is found by its first words, as many as in the longest n-gram.
+    # A whole text is looked up by its first words, as many as the longest n-gram has.
     longest = max(sizes, default=8)
     whole: dict[int, dict[tuple, set]] = defaultdict(lambda: defaultdict(set))
     for row in {row for rows in words for row in rows if row}:
@@ -122,7 +121,7 @@ def copied_from(
                 for row in list(starts.get(ngram, ())):
                     if training[position : position + len(row)] == row:
                         copied.add(row)
-                        starts[ngram].discard(row)  # nothing is looked for once it is found
+                        starts[ngram].discard(row)  # found once is enough
     results = []
     for rows in words:
         counts = {}
@@ -139,20 +138,20 @@ def _is_alphabetic(word: str) -> bool:
 
 
 def vocabulary_of(texts: Iterable[str]) -> set[str]:
-    """All words of the texts, in lower case and without numbers, such as those of a word list or of the training texts."""
+    """Returns the words of a word list or of training texts, in lower case and without numbers."""
     return {word for text in texts for word in split_words(text) if _is_alphabetic(word)}
 
 
 def real_words(texts: Sequence[str], vocabulary: Collection[str]) -> np.ndarray:
     """
-    How many of the words of each text are in a vocabulary. Numbers do not count.
+    Counts the words of each text that are in a vocabulary. Numbers are ignored.
 
     Args:
         texts (`Sequence[str]`): The texts.
-        vocabulary (`Collection[str]`): Words in lower case; see [`vocabulary_of`].
+        vocabulary (`Collection[str]`): Words in lower case, from [`vocabulary_of`].
 
     Returns:
-        `np.ndarray` of shape `(num_texts, 2)`: the number of real words, and of words in all.
+        `np.ndarray` of shape `(num_texts, 2)`: the number of words in the vocabulary, and of all words.
     """
     counts = np.zeros((len(texts), 2), dtype=int)
     for index, text in enumerate(texts):
@@ -169,18 +168,19 @@ def repetition_figures(
     num_resamples: int = 1000,
 ) -> list[dict[str, float | list[float]]]:
     """
-    Everything of this module, of several lists of texts.
+    Measures self-BLEU, copies of training texts and real words. Shows its progress.
 
     Args:
-        text_lists (`Sequence[Sequence[str]]`): The lists of texts.
-        training_texts (`Iterable[str]`, *optional*): What they may be copied from. By default copies are not looked for.
-        vocabulary (`Collection[str]`, *optional*): Real words, in lower case. By default they are not counted.
-        sizes (`Sequence[int]`, *optional*, defaults to `(4, 8)`): The sizes of the n-grams that may be copied, in words.
-        num_resamples (`int`, *optional*, defaults to 1000): Resamples for the 95 % intervals.
+        text_lists (`Sequence[Sequence[str]]`): Lists of texts, such as one for each number of steps.
+        training_texts (`Iterable[str]`, *optional*): Training texts, which are read once. By default copies are not counted.
+        vocabulary (`Collection[str]`, *optional*): Real words, in lower case. By default real words are not counted.
+        sizes (`Sequence[int]`, *optional*, defaults to `(4, 8)`): N-gram sizes of copies, in words.
+        num_resamples (`int`, *optional*, defaults to 1000): Bootstrap resamples for the 95 % intervals.
 
     Returns:
-        `list[dict[str, float | list[float]]]`: for each list `self_bleu`; `copied_N` for each size and `copied_texts`, if there
-        are training texts; `real_words`, if there is a vocabulary; and the interval of each, such as `self_bleu_interval`.
+        `list[dict[str, float | list[float]]]`: columns for the row of each list: `self_bleu`; `copied_N` for each size and
+        `copied_texts`, if there are training texts; `real_words`, if there is a vocabulary; and the interval of each, such as
+        `self_bleu_interval`.
     """
     counts = [{"self_bleu": self_bleu(texts)} for texts in tqdm(text_lists, desc="Self-BLEU", unit="list")]
     if training_texts is not None:

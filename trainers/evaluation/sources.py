@@ -1,283 +1,315 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Who writes the texts of an evaluation: flow-based models and causal language models, by one interface."""
+"""Models as sources of texts: flow-based models and causal language models, with one interface."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from modeling_flm import BridgeSamplerConfig, FLMConfig
+from modeling_flm.hub.card import default_num_steps
 
-from ..batches import example_seed
-from .arguments import GENERATION, EvaluationArguments
-from .report import describe_sampling
-from .samples import SAMPLES_STREAM, generate_samples
+from .samples import (
+    count_tokens,
+    find_bos_token,
+    find_eos_tokens,
+    generate_causal_samples,
+    generate_samples,
+    sample_generators,
+)
+
+
+# Parameters of `generate()` for loops around the sampler
+LOOP_PARAMETERS = ("num_rounds", "commit_threshold", "commit_budget", "block_length", "fresh_noise")
+
+# Parameters of `generate()` that the model's generation config may set, and that go into the description of a source.
+GENERATION_PARAMETERS = (
+    *("gamma", "temperature", "top_k", "top_p", "length", "pad_after_eos"),
+    *LOOP_PARAMETERS,
+    "guidance_scale",
+)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the rows of a table differ in; `None` is what the model says itself."""
+    """
+    One row of the table: the settings that differ between the rows.
+
+    Args:
+        num_steps (`int`, *optional*): Number of sampling steps. By default the model's. Not for causal models.
+        sampler (`str`, *optional*): `"flow_map"` or `"bridge"`. By default the model's. Not for causal models.
+        temperature (`float`, *optional*): Temperature. By default the source's.
+    """
 
     num_steps: int | None = None
     sampler: str | None = None
     temperature: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What was chosen."""
+        """Returns the settings that are set."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
     def name(self) -> str:
-        """For files, such as "4" for four steps, or "bridge_4_t0.9"."""
+        """Part of a file name, such as "4" for four steps, or "bridge_4_t0.9"."""
         parts = [self.sampler, self.num_steps, None if self.temperature is None else f"t{self.temperature:g}"]
         return "_".join(str(part) for part in parts if part is not None)
 
 
 @dataclass
 class Sample:
-    """
-    A text of a model.
-
-    Args:
-        tokens (`list[int]`): Its tokens, with padding.
-        num_tokens (`int`): How many there are up to its end.
-        num_forward_passes (`int`): How many passes of each network it took.
-    """
+    """A sample: its tokens with padding, their number up to its end, and the number of forward passes of each network."""
 
     tokens: list[int]
     num_tokens: int
     num_forward_passes: int
 
 
-def is_flow_based(name: str, revision: str = "main") -> bool:
-    """Whether the model of this name, or in this folder, is one of this library. Reads its configuration only."""
-    return isinstance(AutoConfig.from_pretrained(name, revision=revision), FLMConfig)
-
-
-def _load(name: str, revision: str, args: EvaluationArguments, device: torch.device, auto_class) -> PreTrainedModel:
-    options = {"revision": revision, "dtype": args.dtype}
-    if args.attn_implementation is not None:
-        options["attn_implementation"] = args.attn_implementation
-    return auto_class.from_pretrained(name, **options).to(device).eval()
-
-
-def _end(tokens: list[int], eos_token_ids: set[int], start: int = 0) -> int:
-    """The number of tokens up to the first end token from `start` on, with it."""
-    return next((place + 1 for place in range(start, len(tokens)) if tokens[place] in eos_token_ids), len(tokens))
-
-
-class TextSource:
+@dataclass
+class FlowSource:
     """
-    Writes texts with the arguments of an evaluation. Subclasses define the attributes below, and the methods.
+    A flow-based model as the source of texts. A text depends on its seed and index only.
 
-    - `model`, `tokenizer` and `length`, the number of tokens of a text.
-    - `settings`, the rows of the table.
-    - `networks`, how many networks take each forward pass.
-    - `sampling`, a description of how texts are made.
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        guidance_model ([`~transformers.PreTrainedModel`], *optional*): A weaker model for autoguidance.
+        generate_kwargs (`dict[str, Any]`, *optional*):
+            Parameters of [`~FLMGenerationMixin.generate`] for all settings, such as `gamma` and `length`. The others are the
+            model's.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    length: int
-    settings: list[Setting]
-    networks: int
-    sampling: dict[str, Any]
+    guidance_model: PreTrainedModel | None = None
+    generate_kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def batches(self, indices: range, num_processes: int, process_index: int, batch_size: int) -> Iterator[list[int]]:
-        """The numbers of the texts that a process writes, a batch at a time."""
-        raise NotImplementedError
+    def _get_parameter(self, name: str) -> Any:
+        """Returns the value of a parameter in effect: this source's or else the model's."""
+        value = self.generate_kwargs.get(name)
+        overrides_loop = any(self.generate_kwargs.get(loop) is not None for loop in ("num_rounds", "block_length"))
+        if value is not None or (name in LOOP_PARAMETERS and overrides_loop):
+            return value
+        return getattr(self.model.generation_config, name)
+
+    def _is_guided(self) -> bool:
+        return self.guidance_model is not None and self._get_parameter("guidance_scale") != 0
+
+    def _uses_bridge(self, sampler: str | None) -> bool:
+        own = type(self.model.generation_config.sampler_config).__name__  # remote code has a class of its own
+        own_bridge = self.generate_kwargs.get("gamma") is None and own == BridgeSamplerConfig.__name__
+        return sampler == "bridge" or (sampler is None and own_bridge)
+
+    def _get_gamma(self) -> float:
+        gamma, own = self.generate_kwargs.get("gamma"), self.model.generation_config
+        if gamma is None and own.sampler_config is not None:  # takes precedence over the model's `gamma`
+            gamma = getattr(own.sampler_config, "gamma", 0)
+        return float((own.gamma if gamma is None else gamma) or 0)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of each text, with padding."""
+        return self._get_parameter("length") or self.model.config.max_position_embeddings
+
+    @property
+    def num_networks(self) -> int:
+        """Number of networks that take each forward pass."""
+        networks = [self.model, self.guidance_model] if self._is_guided() else [self.model]
+        return sum(len(network.embeddings) for network in networks)
+
+    def describe(self, sampler: str | None = None) -> dict[str, Any]:
+        """Returns the parameters in effect that differ from the defaults, and always gamma: 0 is a choice as well."""
+        values = {name: self._get_parameter(name) for name in GENERATION_PARAMETERS}
+        values["timestep_grid"] = self.generate_kwargs.get("timestep_grid")
+        is_bridge, is_guided = self._uses_bridge(sampler), self._is_guided()
+        values |= {"sampler": "bridge", "gamma": None} if is_bridge else {"gamma": self._get_gamma()}
+        values["guidance_model"] = self.guidance_model.name_or_path if is_guided else None
+        values["guidance_scale"] = values["guidance_scale"] if is_guided else None
+        defaults = {**self.model.generation_config._get_default_generation_params(), "temperature": 1.0, "top_p": 1.0}
+        return _describe(self.model, values, {**defaults, "length": self.model.config.max_position_embeddings})
+
+    def has_temperature(self, setting: Setting) -> bool:
+        """Whether temperatures have an effect. The last step takes the most likely tokens, unless they are drawn or guided."""
+        has_rounds = self._get_parameter("num_rounds") is not None
+        return setting.num_steps != 1 or self._uses_bridge(setting.sampler) or self._is_guided() or has_rounds
+
+    def columns(self, setting: Setting) -> dict[str, Any]:
+        """Returns the first columns of the row of a setting."""
+        times = self.generate_kwargs.get("timestep_grid")
+        num_steps = default_num_steps(self.model) if times is None else len(times) - 1
+        return {"num_steps": num_steps, **setting.to_dict()}
+
+    def _get_kwargs(self, setting: Setting) -> dict[str, Any]:
+        kwargs = {**self.generate_kwargs, **setting.to_dict(), "guidance_model": self.guidance_model}
+        sampler = kwargs.pop("sampler", None)
+        if sampler == "bridge":
+            kwargs |= {"sampler_config": BridgeSamplerConfig(), "gamma": None}
+        elif sampler == "flow_map":  # also where the model has another sampler
+            kwargs["gamma"] = self._get_gamma()
+        return {name: value for name, value in kwargs.items() if value is not None}
 
     def warm_up(self, setting: Setting):
-        """Writes something short, so that what happens once only takes no time later."""
-        raise NotImplementedError
+        """Takes one step: raises the errors of unusable parameters, and keeps one-time costs out of the timing."""
+        generate_samples(self.model, [0], 0, **{**self._get_kwargs(setting), "num_steps": 1, "timestep_grid": None})
 
-    def write(self, setting: Setting, indices: list[int], seed: int) -> list[Sample]:
-        """The texts with these numbers, in one batch."""
-        raise NotImplementedError
+    def sample(self, setting: Setting, indices: Sequence[int], seed: int) -> list[Sample]:
+        """Generates the samples with these indices in one batch."""
+        kwargs = {**self._get_kwargs(setting), "batch_size": len(indices), "return_dict_in_generate": True}
+        output = generate_samples(self.model, indices, seed, **kwargs)
+        lengths = [self.num_tokens] * len(indices)
+        if self._get_parameter("pad_after_eos"):
+            lengths = count_tokens(output.sequences, self.model.generation_config)
+        return list(map(Sample, output.sequences.tolist(), lengths, output.num_forward_passes.tolist()))
 
     def cpu(self):
-        """Leaves the accelerator to the scorer."""
+        """Moves the networks to the CPU, to free the accelerator for the scorer."""
         self.model.cpu()
-
-
-class FlowSource(TextSource):
-    """A flow-based model, maybe with a worse one as its guide. The text of a number and seed does not depend on its batch."""
-
-    def __init__(self, args: EvaluationArguments, accelerator: Accelerator):
-        self.args = args
-        self.model = _load(args.model, args.revision, args, accelerator.device, AutoModel)
-        self.guidance_model = None
-        if args.guidance_model is not None:
-            guide = (args.guidance_model, args.guidance_revision)
-            self.guidance_model = _load(*guide, args, accelerator.device, AutoModel)
-        self.tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
-        self.length = args.length or self.model.generation_config.length or self.model.config.max_position_embeddings
-        if args.protocol == "published":
-            self.length = args.length = args.max_length = self.model.config.max_position_embeddings
-        self.settings = [
-            Setting(*values)
-            for values in product(args.num_steps, args.samplers or [None], args.temperatures or [None])
-        ]
-        self.sampling = describe_sampling(args, self.model)
-        self._check_temperatures()
-        self.warm_up(self.settings[0])  # what cannot be generated shows at once
-        networks = [self.model] + ([self.guidance_model] if "guidance_model" in self.sampling else [])
-        self.networks = sum(len(network.embeddings) for network in networks)
-
-    def _is_bridge(self, setting: Setting) -> bool:
-        return (setting.sampler or self.sampling.get("sampler")) == "bridge"
-
-    def _check_temperatures(self):
-        """Refuses temperatures where nothing depends on them."""
-        if self.args.temperatures is None or "guidance_model" in self.sampling or "num_rounds" in self.sampling:
-            return
-        if any(setting.num_steps == 1 and not self._is_bridge(setting) for setting in self.settings):
-            raise ValueError(
-                "`temperatures` change nothing in one step of the flow map, whose text is the most likely token at every "
-                "place: leave 1 out of `num_steps`, or pass `samplers` bridge."
-            )
-
-    def _options(self, setting: Setting) -> dict[str, Any]:
-        """The arguments of `generate()` but for the steps."""
-        options = {name: getattr(self.args, name) for name in (*GENERATION, "batch_size")}
-        options["guidance_model"] = self.guidance_model
-        if setting.temperature is not None:
-            options["temperature"] = setting.temperature
-        if setting.sampler == "bridge":
-            options |= {"sampler_config": BridgeSamplerConfig(), "gamma": None}
-        elif setting.sampler == "flow_map":  # also where the model's own sampler is another
-            options["gamma"] = self.sampling.get("gamma", 0.0)
-        return {name: value for name, value in options.items() if value is not None}
-
-    def batches(self, indices, num_processes, process_index, batch_size):
-        mine = list(indices[process_index::num_processes])
-        for start in range(0, len(mine), batch_size):
-            yield mine[start : start + batch_size]
-
-    def warm_up(self, setting):
-        generate_samples(self.model, [0], 0, num_steps=1, **self._options(setting))
-
-    def write(self, setting, indices, seed):
-        options = {**self._options(setting), "num_steps": setting.num_steps, "batch_size": len(indices)}
-        if self.args.timestep_grid is not None:
-            options["timestep_grid"] = self.args.timestep_grid
-        output = generate_samples(self.model, indices, seed, return_dict_in_generate=True, **options)
-        ends = set()
-        if self.sampling.get("pad_after_eos"):
-            eos = self.model.generation_config.eos_token_id
-            ends = set(eos if isinstance(eos, list) else [eos])
-        columns = (output.sequences.tolist(), output.num_forward_passes.tolist())
-        # As in `generate()`, a token that also begins texts does not end them there.
-        start = int(self.model.generation_config.bos_token_id in ends)
-        return [Sample(tokens, _end(tokens, ends, start), passes) for tokens, passes in zip(*columns)]
-
-    def cpu(self):
-        super().cpu()
         if self.guidance_model is not None:
             self.guidance_model.cpu()
 
 
-class CausalSource(TextSource):
+@dataclass
+class CausalSource:
     """
-    A causal language model, by its own `generate()`: each token is drawn from what it says of the tokens before it, from its
-    BOS token on. Texts have `length` tokens, as those of flow-based models, and go on after an end token as theirs do unless
-    `pad_after_eos` says otherwise. They depend on the size of the batches, but not on the number of processes.
-
-    Raises:
-        `ValueError`: for arguments of flow-based models, and models that cannot write as many tokens.
-    """
-
-    networks = 1
-
-    def __init__(self, args: EvaluationArguments, accelerator: Accelerator, passed: list[str]):
-        if passed:
-            raise ValueError(f"`model` is a causal language model, which has no `{'`, `'.join(passed)}`: leave out.")
-        if args.update_card:
-            raise ValueError("`update_card` is for flow-based models: leave it out.")
-        self.model = _load(args.model, args.revision, args, accelerator.device, AutoModelForCausalLM)
-        self.tokenizer = AutoTokenizer.from_pretrained(args.model, revision=args.revision)
-        context = getattr(self.model.config, "max_position_embeddings", None) or 1024
-        self.length = args.length or context
-        if self.length > context:
-            raise ValueError(f"`length` is {self.length}, but the model reads {context} tokens.")
-        if args.protocol == "published":
-            self.length = args.length = args.max_length = context
-        self.settings = [Setting(temperature=temperature) for temperature in args.temperatures or [None]]
-        own = self.model.generation_config
-        candidates = [self.tokenizer.bos_token_id, own.bos_token_id, self.tokenizer.eos_token_id]
-        self.start = next((token for token in candidates if token is not None), None)
-        eos = self.tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
-        self.ends = (
-            set(eos if isinstance(eos, list) else [] if eos is None else [eos]) if args.pad_after_eos else set()
-        )
-        if self.start is None:
-            raise ValueError("`model` has no BOS token, which texts must begin with.")
-        if args.pad_after_eos and not self.ends:
-            raise ValueError("`pad_after_eos` needs an `eos_token_id` in the model's generation_config.json.")
-        # In the place of the model's own, whose temperature and top-k would be taken where none are passed.
-        self.model.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=args.temperature or 1.0,
-            top_k=args.top_k or 0,
-            top_p=args.top_p or 1.0,
-            max_new_tokens=self.length,
-            bos_token_id=self.start,
-            eos_token_id=sorted(self.ends) or None,
-            pad_token_id=min(self.ends, default=self.start),
-        )
-        values = {name: getattr(args, name) for name in ("protocol", "temperature", "top_k", "top_p", "pad_after_eos")}
-        values |= {"length": self.length, "max_length": args.max_length, "scorer_dtype": args.scorer_dtype}
-        values |= {"dtype": str(self.model.dtype).removeprefix("torch."), "tokenizer": args.tokenizer}
-        usual = {"dtype": "float32", "pad_after_eos": False}
-        self.sampling = {"sampler": "ancestral"}
-        self.sampling |= {name: value for name, value in values.items() if value not in (None, usual.get(name))}
-
-    def batches(self, indices, num_processes, process_index, batch_size):
-        starts = range(0, len(indices), batch_size)
-        for start in starts[process_index::num_processes]:
-            yield list(indices[start : start + batch_size])
-
-    def warm_up(self, setting):
-        self._generate(1, seed=0, max_new_tokens=1)
-
-    def _generate(self, num_texts: int, seed: int, **options) -> torch.LongTensor:
-        """The tokens of a batch, without the BOS token. Leaves the global generator as it was."""
-        device = self.model.device
-        input_ids = torch.full((num_texts, 1), self.start, device=device)
-        forked = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
-        with torch.random.fork_rng(**forked):
-            torch.manual_seed(seed)
-            return self.model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)[:, 1:]
-
-    def write(self, setting, indices, seed):
-        options = {} if setting.temperature is None else {"temperature": setting.temperature}
-        rows = self._generate(len(indices), example_seed(seed, SAMPLES_STREAM, indices[0]), **options).tolist()
-        lengths = [_end(tokens, self.ends) for tokens in rows]
-        return [Sample(tokens, length, length) for tokens, length in zip(rows, lengths)]
-
-
-def load_source(args: EvaluationArguments, accelerator: Accelerator, passed: list[str]) -> TextSource:
-    """
-    What writes the texts of `args.model`.
+    A causal language model as the source of texts: ancestral sampling, from its BOS token on. Texts have as many tokens as a
+    flow-based model's, and like these continue after an EOS token unless `pad_after_eos`. A text depends on its seed and index
+    only.
 
     Args:
-        args ([`EvaluationArguments`]): The arguments, which [`check_arguments`] has completed.
-        accelerator ([`~accelerate.Accelerator`]): Where the model runs.
-        passed (`list[str]`): Which arguments of flow-based models the user has passed.
+        model ([`~transformers.PreTrainedModel`]): The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        length (`int`, *optional*): Number of new tokens of each text. By default the model's context.
+        temperature (`float`, *optional*): Temperature.
+        top_k (`int`, *optional*): Samples from the `top_k` most likely tokens only.
+        top_p (`float`, *optional*): Samples from the smallest set of tokens whose probabilities reach `top_p`.
+        pad_after_eos (`bool`, *optional*): Whether texts end at their first EOS token.
     """
-    if is_flow_based(args.model, args.revision):
-        return FlowSource(args, accelerator)
-    return CausalSource(args, accelerator, passed)
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    length: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    pad_after_eos: bool | None = None
+
+    num_networks = 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.length or _context(self.model)
+
+    def describe(self, sampler: str | None = None) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "pad_after_eos")}
+        values = {"sampler": "ancestral", "length": self.num_tokens, **values}
+        return _describe(self.model, values, {"pad_after_eos": False})
+
+    def has_temperature(self, setting: Setting) -> bool:
+        return True
+
+    def columns(self, setting: Setting) -> dict[str, Any]:
+        return {"source": "ancestral", **setting.to_dict()}
+
+    def warm_up(self, setting: Setting):
+        self._sample(setting, [0], seed=0, num_tokens=1)
+
+    def sample(self, setting: Setting, indices: Sequence[int], seed: int) -> list[Sample]:
+        return self._sample(setting, indices, seed, self.num_tokens)
+
+    def _sample(self, setting: Setting, indices: Sequence[int], seed: int, num_tokens: int) -> list[Sample]:
+        bos, context, ends = find_bos_token(self.model, self.tokenizer), _context(self.model), None
+        if bos is None:
+            raise ValueError("`model` has no BOS token, which texts must begin with.")
+        if self.num_tokens > context:
+            raise ValueError(f"`length` is {self.num_tokens}, but the model reads {context} tokens.")
+        if self.pad_after_eos:
+            ends = find_eos_tokens(self.model, self.tokenizer)
+            if not ends:
+                raise ValueError("`pad_after_eos` needs an `eos_token_id` in the model's generation_config.json.")
+        rows = generate_causal_samples(
+            self.model,
+            [[bos]] * len(indices),
+            sample_generators(seed, indices),
+            max_new_tokens=num_tokens,
+            temperature=setting.temperature or self.temperature or 1.0,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            eos_token_id=ends,
+        )
+        return [Sample(tokens, len(tokens), len(tokens)) for tokens in rows]
+
+    def cpu(self):
+        self.model.cpu()
+
+
+def _context(model: PreTrainedModel) -> int:
+    return getattr(model.config, "max_position_embeddings", None) or 1024
+
+
+def _describe(model: PreTrainedModel, values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values that are set and differ from their defaults, and the precision of the model."""
+    values, defaults = {**values, "dtype": str(model.dtype).removeprefix("torch.")}, {**defaults, "dtype": "float32"}
+    return {name: value for name, value in values.items() if value is not None and value != defaults.get(name)}
+
+
+def is_flow_based(name: str, revision: str = "main") -> bool:
+    """Whether the configuration of the model with this name, or in this folder, is from this library."""
+    return isinstance(AutoConfig.from_pretrained(name, revision=revision), FLMConfig)
+
+
+def load_source(
+    name: str,
+    revision: str = "main",
+    guidance_model: str | None = None,
+    guidance_revision: str = "main",
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    device: str | torch.device | None = None,
+    **generate_kwargs,
+) -> FlowSource | CausalSource:
+    """
+    Loads a model as the source of texts.
+
+    Args:
+        name (`str`): Name of the model on the Hub, or its folder. Flow-based, or any causal language model.
+        revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit of the model.
+        guidance_model (`str`, *optional*): Name or folder of a weaker model for autoguidance. For flow-based models.
+        guidance_revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit of the guidance model.
+        dtype (`str`, *optional*, defaults to `"auto"`): Precision of the weights.
+        attn_implementation (`str`, *optional*): Attention implementation, such as `"sdpa"`.
+        device (`str` or `torch.device`, *optional*): Device. By default an accelerator if there is one.
+        generate_kwargs: Parameters of [`~FLMGenerationMixin.generate`], or fields of [`CausalSource`].
+
+    Returns:
+        [`FlowSource`] or [`CausalSource`]
+
+    Raises:
+        `OSError`: if there is no such model.
+        `ValueError`: for parameters of flow-based models with a causal language model.
+    """
+    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    auto_class = AutoModel if is_flow_based(name, revision) else AutoModelForCausalLM
+    if auto_class is AutoModelForCausalLM:
+        extra = {"guidance_model": guidance_model, **generate_kwargs}
+        names = [key for key, value in extra.items() if value is not None and key not in CausalSource.__annotations__]
+        if names:
+            raise ValueError(f"`{'`, `'.join(names)}` do not apply to causal language models. Remove them.")
+    model = auto_class.from_pretrained(name, revision=revision, **options).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    if auto_class is AutoModelForCausalLM:
+        return CausalSource(model, tokenizer, **generate_kwargs)
+    guide = None
+    if guidance_model is not None:
+        guide = AutoModel.from_pretrained(guidance_model, revision=guidance_revision, **options).to(device).eval()
+    return FlowSource(model, tokenizer, guide, generate_kwargs)

@@ -61,7 +61,7 @@ class GPT2HarnessModel(PeerHarnessModel):
         return autoregressive_log_likelihood(self.model, input_ids, prompt_mask)
 
     @torch.no_grad()
-    def _write(self, input_ids, attention_mask, prompt_mask, generator):
+    def _generate(self, input_ids, attention_mask, prompt_mask, generator):
         tokens = input_ids.to(self._device)
         known = prompt_mask.to(self._device).bool()
         for index in range(tokens.shape[1]):
@@ -80,7 +80,7 @@ class MaskedHarnessModel(PeerHarnessModel):
         return masked_log_likelihood(self.model, input_ids, self.num_times, generator, prompt_mask)
 
     @torch.no_grad()
-    def _write(self, input_ids, attention_mask, prompt_mask, generator):
+    def _generate(self, input_ids, attention_mask, prompt_mask, generator):
         rule = PosteriorRefinement(self.num_steps or input_ids.shape[1], None, "uniform", True)
         return unmask(self.model, input_ids.to(self._device), prompt_mask.to(self._device).bool(), rule)[0]
 

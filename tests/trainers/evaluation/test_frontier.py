@@ -170,7 +170,7 @@ class TestMAUVE:
     def test_compute_mauve_names_mistakes(self):
         with pytest.raises(ValueError, match="at least 2 texts each"):
             compute_mauve(np.ones((1, 3)), np.ones((4, 3)))
-        with pytest.raises(ValueError, match="`num_clusters` must be at least 2, and at most the 8 texts"):
+        with pytest.raises(ValueError, match="`num_clusters` must be between 2 and the 8 texts"):
             compute_mauve(np.eye(4), np.eye(4), num_clusters=9)
 
     def test_embed_texts_has_the_last_state_of_each(self):

@@ -6,8 +6,7 @@ import steering
 import torch
 from matplotlib.figure import Figure
 
-from modeling_flm.trainers.evaluation.plots import plain_log_ticks, share_errors, share_interval
-from modeling_flm.trainers.evaluation.report import plot
+from modeling_flm.trainers.evaluation.plots import plain_log_ticks, plot, share_errors, share_interval
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Evaluation by generative perplexity: the script that tabulates it, the published protocol, cards and intervals."""
+"""`flm-evaluate`: its figures, sampling flags, sweeps, files, causal models, cards and the published protocol."""
 
 import json
 import math
@@ -12,7 +12,6 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from example_scripts import run_here
 from hub_server import TOKEN, File, Repository, metadata_problems
@@ -36,15 +35,13 @@ from modeling_flm.trainers import (
     train_tokenizer,
 )
 from modeling_flm.trainers.batches import example_seed
+from modeling_flm.trainers.commands import evaluate as command
+from modeling_flm.trainers.commands.evaluate import EvaluationArguments, check_arguments, complete_arguments
 from modeling_flm.trainers.evaluation import (
-    CausalSource,
-    EvaluationArguments,
+    FlowSource,
     Setting,
-    check_arguments,
     decode,
     describe_evaluation,
-    describe_sampling,
-    evaluation,
     load_source,
     measure_throughput,
     perplexity_at_entropy,
@@ -69,7 +66,7 @@ def evaluate(*arguments):
     run_here("flm-evaluate", *arguments)
 
 
-class TestScript:
+class TestFigures:
     def test_figures(self, folder, tmp_path, gen_ppl):
         (tmp_path / "people.txt").write_text("time back us was\nlong some his him they\n")
         flags = [*OPTIONS, "--reference_file", tmp_path / "people.txt", "--output_dir", tmp_path / "out"]
@@ -280,13 +277,12 @@ class TestSampling:
         model.generation_config.pad_token_id = both
         model.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
-        args = EvaluationArguments(str(tmp_path), model=str(tmp_path / "model"), num_steps=[3], pad_after_eos=True)
-        source = load_source(args, Accelerator(), [])
-        begun = [text for text in source.write(Setting(3), range(7), 0) if text.tokens[0] == both]
+        source = load_source(str(tmp_path / "model"), pad_after_eos=True)
+        begun = [sample for sample in source.sample(Setting(3), range(7), 0) if sample.tokens[0] == both]
         assert begun
-        for text in begun:
-            rest = text.tokens[1:]
-            assert text.num_tokens == 1 + (rest.index(both) + 1 if both in rest else len(rest))
+        for sample in begun:
+            rest = sample.tokens[1:]
+            assert sample.num_tokens == 1 + (rest.index(both) + 1 if both in rest else len(rest))
 
     @pytest.mark.parametrize("scale", [0, 3])
     def test_guidance_scale_takes_a_pass_as_well(self, scale, folder, worse, tmp_path):
@@ -312,19 +308,19 @@ class TestSampling:
         assert [row["num_forward_passes"] for row in results["results"]] == [3, 9]
         assert results["sampling"] == {"gamma": 0.0, **options}
 
-    def test_num_rounds_of_the_model_do_not_count_where_block_length_is_asked_for(self, folder, tmp_path):
-        model = AutoModel.from_pretrained(folder)
-        model.generation_config.num_rounds, model.generation_config.commit_threshold = 3, 0.5
-        args = EvaluationArguments(str(tmp_path), str(folder))
-        assert describe_sampling(args, model) == {"gamma": 0.0, "num_rounds": 3, "commit_threshold": 0.5}
-        args.block_length = 4
-        assert describe_sampling(args, model) == {"gamma": 0.0, "block_length": 4}
+    def test_block_length_replaces_num_rounds_of_the_model(self, folder):
+        source = load_source(str(folder))
+        own = source.model.generation_config
+        own.num_rounds, own.commit_threshold = 3, 0.5
+        assert source.describe() == {"gamma": 0.0, "num_rounds": 3, "commit_threshold": 0.5}
+        source = FlowSource(source.model, source.tokenizer, generate_kwargs={"block_length": 4})
+        assert source.describe() == {"gamma": 0.0, "block_length": 4}
 
     def test_commit_budget_may_be_a_number(self, folder, tmp_path):
         for budget in (4, "4"):
             args = EvaluationArguments(str(tmp_path), str(folder), num_rounds=2, commit_budget=budget)
             check_arguments(args)
-            assert args.commit_budget == 4
+            assert complete_arguments(args).commit_budget == 4
 
     def test_guidance_of_two_networks_takes_three_passes(self, folder, worse, tmp_path):
         FMLMTwoNetworkModel.from_flm(build_flm()).save_pretrained(tmp_path / "two")
@@ -355,7 +351,7 @@ class TestSampling:
     @pytest.mark.parametrize(
         "flags, message",
         [
-            (["--timestep_grid", 0, 0.5, 1], "--timestep_grid sets the number of steps: leave out --num_steps"),
+            (["--timestep_grid", 0, 0.5, 1], "--timestep_grid sets the number of steps: remove --num_steps"),
             (["--gamma", 1.5], r"--gamma must be a number in \[0, 1\], got 1.5"),
             (["--temperature", 0], "--temperature must be a number above 0"),
             (["--top_p", 2], "--top_p must be a number above 0 and at most 1"),
@@ -383,7 +379,7 @@ class TestSampling:
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("times", [[0], [0, 0.5], [0, 0.7, 0.3, 1]])
-    def test_timestep_grid_that_does_not_increase_from_0_to_1(self, times, tmp_path):
+    def test_timesteps_that_do_not_increase_from_0_to_1(self, times, tmp_path):
         with pytest.raises(SystemExit, match="--timestep_grid must increase from 0 to 1"):
             evaluate("--model", "x", "--timestep_grid", *times, "--output_dir", tmp_path / "out")
 
@@ -428,11 +424,11 @@ class TestSweep:
     @pytest.mark.parametrize(
         "flags, message",
         [
-            (["--num_steps", 1, 4], "--temperatures change nothing in one step of the flow map"),
-            (["--num_steps", 1, 4, "--samplers", "bridge", "flow_map"], "leave 1 out of --num_steps, or"),
-            (["--temperature", 1], "--temperatures are several, --temperature is one"),
-            (["--update_card"], "--update_card writes one figure .* leave out --temperatures"),
-            (["--samplers", "bridge", "--gamma", 0.5], "--gamma is about --samplers flow_map"),
+            (["--num_steps", 1, 4], "--temperatures have no effect in one step of the flow map"),
+            (["--num_steps", 1, 4, "--samplers", "bridge", "flow_map"], "remove 1 from --num_steps, or"),
+            (["--temperature", 1], "Pass either --temperatures or --temperature"),
+            (["--update_card"], "--update_card .* remove --temperatures"),
+            (["--samplers", "bridge", "--gamma", 0.5], "--gamma applies to --samplers flow_map only"),
             (["--batch_sizes", 0], "--batch_sizes must be at least 1"),
             (["--mauve_model", SCORER], "--mauve_model needs --reference_file"),
         ],
@@ -450,17 +446,17 @@ class TestSweep:
         assert low["entropy"] < high["entropy"]
         assert results_of(tmp_path / "out")["sampling"] == {"sampler": "bridge"}
 
-    def test_samplers_of_the_model_are_described(self, folder, tmp_path):
-        model = AutoModel.from_pretrained(folder)
-        args = EvaluationArguments(str(tmp_path), str(folder))
-        model.generation_config.sampler_config = BridgeSamplerConfig()
-        assert describe_sampling(args, model) == {"sampler": "bridge"}
-        model.generation_config.sampler_config = StochasticFlowMapSamplerConfig(0.6)
-        assert describe_sampling(args, model) == {"gamma": 0.6}
-        args.gamma = 0.0
-        assert describe_sampling(args, model) == {"gamma": 0.0}
-        model.generation_config.sampler_config = BridgeSamplerConfig()
-        assert describe_sampling(args, model) == {"gamma": 0.0}
+    def test_samplers_of_the_model_are_described(self, folder):
+        source = load_source(str(folder))
+        own = source.model.generation_config
+        own.sampler_config = BridgeSamplerConfig()
+        assert source.describe() == {"sampler": "bridge"}
+        own.sampler_config = StochasticFlowMapSamplerConfig(0.6)
+        assert source.describe() == {"gamma": 0.6}
+        source = load_source(str(folder), gamma=0.0)
+        own = source.model.generation_config
+        for own.sampler_config in (StochasticFlowMapSamplerConfig(0.6), BridgeSamplerConfig()):
+            assert source.describe() == {"gamma": 0.0}
 
     def test_reference_packing_makes_texts_as_long_as_the_model_s(self, folder, tmp_path, gen_ppl):
         lines = ["time back us was long", "some his him", "they your get well off have used", "time"] * 4
@@ -479,7 +475,7 @@ class TestSweep:
             evaluate("--model", folder, *OPTIONS, *flags, "--output_dir", tmp_path / "more")
 
     def test_batch_sizes_measure_throughput(self, folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(evaluation, "measure_throughput", partial(measure_throughput, min_seconds=0.0))
+        monkeypatch.setattr(command, "measure_throughput", partial(measure_throughput, min_seconds=0.0))
         flags = ["--batch_sizes", 1, 4, "--output_dir", tmp_path / "out"]
         evaluate("--model", folder, *OPTIONS, *flags)
         rows = results_of(tmp_path / "out")["throughput"]
@@ -564,10 +560,10 @@ class TestTextsFromAnywhere:
         [
             ([], "Pass either --model or --samples_file, and not both"),
             (["--samples_file", "x.txt", "--model", "y"], "Pass either --model or --samples_file, and not both"),
-            (["--samples_file", "x.txt", "--num_steps", 2, "--top_k", 3], "leave out --num_steps, --top_k"),
+            (["--samples_file", "x.txt", "--num_steps", 2, "--top_k", 3], "Remove --num_steps, --top_k"),
             (["--samples_file", "x.txt", "--length", 4], "in tokens of --tokenizer: pass one"),
             (["--samples_file", "x.txt", "--reference_packing", "wrapped"], "makes blocks of --length tokens"),
-            (["--samples_file", "x.txt", "--update_card"], "--update_card .* leave out --samples_file"),
+            (["--samples_file", "x.txt", "--update_card"], "--update_card .* remove --samples_file"),
         ],
     )
     def test_contradictions_are_refused(self, flags, message, tmp_path):
@@ -576,21 +572,23 @@ class TestTextsFromAnywhere:
 
 
 class TestCausalModel:
-    """Any causal language model writes as many tokens as a flow-based one, by its own `generate()`."""
+    """A causal language model generates as many tokens as a flow-based one."""
 
     FLAGS = ["--model", SCORER, "--length", 9, "--num_samples", 5, "--batch_size", 3, "--scorer", SCORER, "--seeds", 4]
 
     @staticmethod
-    def ancestral(length: int, temperature: float, sizes: list[int], seed: int) -> list[list[int]]:
+    def ancestral(length: int, temperature: float, seed: int) -> list[list[int]]:
+        """Inverse transform sampling, one text at a time and without a cache."""
         model, rows = AutoModelForCausalLM.from_pretrained(SCORER).eval(), []
-        for start, size in zip((0, 3), sizes):
-            torch.manual_seed(example_seed(seed, 2, start))
-            tokens = torch.zeros(size, 1, dtype=torch.long)  # its BOS token
+        for index in range(5):
+            generator = torch.Generator().manual_seed(example_seed(seed, 2, index))
+            tokens = [0]  # its BOS token
             for _ in range(length):
                 with torch.no_grad():
-                    logits = model(tokens).logits[:, -1]
-                tokens = torch.cat([tokens, (logits / temperature).softmax(-1).multinomial(1)], dim=1)
-            rows += tokens[:, 1:].tolist()
+                    logits = model(torch.tensor([tokens])).logits[0, -1]
+                cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+                tokens.append(int((cumulative <= torch.rand(1, generator=generator)).sum()))
+            rows.append(tokens[1:])
         return rows
 
     @pytest.mark.parametrize("temperature", [None, 0.5])
@@ -601,7 +599,7 @@ class TestCausalModel:
         assert torch.equal(torch.get_rng_state(), state)
         suffix = "" if temperature is None else "_t0.5"
         tokens = read_tokens(tmp_path / "out" / f"samples{suffix}.jsonl")
-        assert tokens == self.ancestral(9, temperature or 1.0, [3, 2], 4)
+        assert tokens == self.ancestral(9, temperature or 1.0, 4)
         (row,) = results_of(tmp_path / "out")["results"]
         texts = AutoTokenizer.from_pretrained(SCORER).batch_decode(tokens, skip_special_tokens=True)
         expected = gen_ppl(texts, token_ids=tokens)
@@ -612,7 +610,7 @@ class TestCausalModel:
 
     def test_pad_after_eos_ends_texts(self, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(SCORER)
-        (common, _), *_ = Counter(sum(self.ancestral(9, 1.0, [3, 2], 4), [])).most_common()
+        (common, _), *_ = Counter(sum(self.ancestral(9, 1.0, 4), [])).most_common()
         model.generation_config.eos_token_id = common
         model.save_pretrained(tmp_path / "model")
         AutoTokenizer.from_pretrained(SCORER).save_pretrained(tmp_path / "model")
@@ -622,26 +620,19 @@ class TestCausalModel:
         whole, ended = (read_tokens(tmp_path / name / "samples.jsonl") for name in ("whole", "ended"))
         lengths = [row.index(common) + 1 if common in row else 9 for row in whole]
         assert min(lengths) < 9
-        assert [row[:length] for row, length in zip(ended, lengths)] == [
-            row[:length] for row, length in zip(whole, lengths)
-        ]
+        assert ended == [row[:length] for row, length in zip(whole, lengths)]
         (row,) = results_of(tmp_path / "ended")["results"]
         assert row["num_forward_passes"] == pytest.approx(np.mean(lengths))
-
-    def test_processes_share_whole_batches(self):
-        source = object.__new__(CausalSource)
-        shares = [list(source.batches(range(8), 2, process, 3)) for process in (0, 1)]
-        assert shares == [[[0, 1, 2], [6, 7]], [[3, 4, 5]]]
 
     @pytest.mark.parametrize(
         "flags, message",
         [
             (
                 ["--num_steps", 4, "--gamma", 0.1],
-                "--model is a causal language model, which has no --num_steps, --gamma",
+                "--num_steps, --gamma do not apply to causal language models. Remove",
             ),
             (["--length", 4096], "--length is 4096, but the model reads 1024"),
-            (["--update_card"], "--update_card is for flow-based models"),
+            (["--update_card"], "--update_card does not apply to causal language models"),
         ],
     )
     def test_flags_of_flows_are_refused(self, flags, message, tmp_path):
@@ -683,7 +674,7 @@ class TestProtocol:
         }
         line = (tmp_path / "out" / "results.md").read_text().splitlines()[-1]
         assert line.startswith(f"14 texts, scored by {SCORER}, protocol published,")
-        assert "Not comparable with the published figures: those are of 1024 texts, scored by gpt2-large." in line
+        assert "Not comparable with the published figures, which are for 1024 texts scored by gpt2-large." in line
 
     @pytest.mark.parametrize(
         "scorer, num_samples, is_published",
@@ -702,11 +693,13 @@ class TestProtocol:
 
     def test_published_defaults(self, tmp_path):
         args = EvaluationArguments(str(tmp_path), "x", protocol="published")
+        before = vars(args).copy()
         check_arguments(args)
+        assert vars(args) == before  # a check assigns nothing
+        args = complete_arguments(args)
         assert (args.num_samples, args.scorer, args.scorer_dtype) == (1024, "gpt2-large", "float32")
         assert args.keep_special_tokens and not args.pad_after_eos
-        plain = EvaluationArguments(str(tmp_path), "x")
-        check_arguments(plain)
+        plain = complete_arguments(EvaluationArguments(str(tmp_path), "x"))
         assert not plain.keep_special_tokens and plain.scorer_dtype is plain.pad_after_eos is None
         assert plain.num_steps == [1, 2, 4, 8]
 
@@ -723,7 +716,7 @@ class TestProtocol:
     def test_contradictions_are_refused(self, flags, folder, tmp_path):
         flags = [*OPTIONS, "--protocol", "published", *flags]
         with pytest.raises(
-            SystemExit, match=f"{flags[len(OPTIONS) + 2]}: --protocol published .*; leave out one of them"
+            SystemExit, match=f"{flags[len(OPTIONS) + 2]}: --protocol published .*; remove one of them"
         ):
             evaluate("--model", folder, *flags, "--output_dir", tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -750,21 +743,9 @@ class TestProtocol:
         )
         tokens = torch.randint(len(words), (500, 20)).tolist()
         tokens.append(legacy.convert_tokens_to_ids("[CLS] it ' s not , he don ' t . [SEP]".split()))
-        args = EvaluationArguments("y", "x", protocol="published")
-        check_arguments(args)
-        texts = decode(tokenizer, tokens, args)
+        texts = decode(tokenizer, tokens, keep_special_tokens=True, clean_up_bert=True)
         assert texts == legacy.batch_decode(tokens) and texts[-1] == "[CLS] it's not, he don't. [SEP]"
-        args.protocol = None
-        assert decode(tokenizer, tokens, args) == tokenizer.batch_decode(tokens) != texts
-
-
-def test_samples_do_not_depend_on_who_makes_them(flm):
-    samples = generate_samples(flm, list(range(6)), 3, num_steps=2, batch_size=4)
-    parts = [generate_samples(flm, indices, 3, num_steps=2) for indices in ([0, 2, 4], [1, 3, 5])]
-    assert torch.equal(samples[::2], parts[0]) and torch.equal(samples[1::2], parts[1])
-    assert not torch.equal(samples, generate_samples(flm, list(range(6)), 4, num_steps=2))
-    assert len({tuple(row) for row in samples.tolist()}) == 6
-    assert generate_samples(flm, [], 3, num_steps=2).tolist() == []
+        assert decode(tokenizer, tokens, keep_special_tokens=True) == tokenizer.batch_decode(tokens) != texts
 
 
 @pytest.mark.slow
