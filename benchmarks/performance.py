@@ -46,7 +46,6 @@ from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.losses import head_loss, softmax_cross_entropy
 from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
-from modeling_flm.trainers.batches import stratified_uniforms
 
 
 GIB = 2**30
@@ -143,19 +142,18 @@ class Benchmark:
     def trainer_step(self, trainer: FLMTrainer, input_ids: torch.Tensor) -> Callable[[], None]:
         """A step as the trainer takes it."""
         model = trainer.accelerator.prepare_model(trainer.model)
-        number = itertools.count()
 
         def backward():
-            trainer._joint_noise = None  # as the weights have changed
-            batch, key = {"input_ids": input_ids, "labels": input_ids}, (0, next(number))
-            uniforms = stratified_uniforms(len(input_ids), trainer.num_uniforms, *key)
-            trainer._draw_examples(batch, uniforms, range(len(input_ids)), key)
-            trainer.training_step(model, batch, input_ids.numel())
+            examples = {"input_ids": input_ids, "labels": input_ids}
+            (batch,), num_items = trainer.get_batch_samples(iter([examples]), 1, self.device)
+            trainer.training_step(model, batch, num_items)
+            trainer.state.global_step += 1  # so that the next step has other times and noise
 
         return self.optimizer_step(model, backward)
 
-    def trainer_arguments(self, folder: str) -> dict:
+    def trainer_arguments(self, folder: str, batch_size: int) -> dict:
         return {
+            "per_device_train_batch_size": batch_size,
             "output_dir": folder,
             "report_to": [],
             "bf16": self.args.dtype == "bfloat16",
@@ -171,7 +169,7 @@ class Benchmark:
         reference = copy.deepcopy(model).train()
         input_ids = torch.randint(vocab_size, (batch_size, length), device=self.device)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = FLMTrainer(model, FLMTrainingArguments(**self.trainer_arguments(folder)))
+            trainer = FLMTrainer(model, FLMTrainingArguments(**self.trainer_arguments(folder, batch_size)))
             yield {
                 "library": self.trainer_step(trainer, input_ids),
                 "dense": self.training_step(
@@ -197,7 +195,7 @@ class Benchmark:
             return dense.distillation_loss(preset, reference, teacher, input_ids, *times)
 
         with tempfile.TemporaryDirectory() as folder:
-            args = FMLMTrainingArguments.from_preset(preset, **self.trainer_arguments(folder))
+            args = FMLMTrainingArguments.from_preset(preset, **self.trainer_arguments(folder, batch_size))
             trainer = FMLMTrainer(model, args, teacher=teacher)
             yield {
                 "library": self.trainer_step(trainer, input_ids),

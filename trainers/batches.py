@@ -1,55 +1,63 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Training examples: their times, noise and prompts.
+Training batches: noise levels, noise and known tokens of the examples.
 
-All are functions of the seed, the step and the position of an example in the global batch. So a run does not depend on
-how the global batch is spread over processes and accumulation steps, and a resumed run continues as if uninterrupted.
+Every random number is a function of the seed, the step and the position of an example in the global batch. So a run does not
+depend on how the global batch is split over processes and accumulation steps, and a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
+
+from modeling_flm.flow import times_with_known
 
 
 # Rounding to float32 must not reach 1: as a time, 1 has no noise left.
 _BELOW_ONE = 1 - 2**-24
 
-# The random numbers for the prompt of an example, beside those for its noise.
+# Separates the random numbers of an example's prompt from those of its noise.
 _PROMPTS = 1
 
 # Which tokens of an example may be known
 PROMPT_KINDS = ("prefix", "infill", "random", "independent")
 
+# The two times of a pair differ by at least this much, so that quotients of differences keep their precision.
+MIN_DIFFERENCE = 1e-3
+
 
 @dataclass
 class FlowBatch:
     """
-    Texts on their way from noise to data, and what is to be learned from them.
+    Training examples with their noise levels: the input of [`FLMTrainer.training_objective`]. [`make_flow_batch`] draws one.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            The clean tokens.
+            Clean tokens.
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            The same, and -100 where there is nothing to learn: at known tokens and at padding.
+            Clean tokens, or -100 where the loss does not count: at known tokens and padding.
         tau_s (`torch.FloatTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
-            The reparameterized times of the states. Known tokens have the time 1, here and below.
+            Reparameterized times of the states. Known tokens have time 1, here and below.
         tau_t (`torch.FloatTensor` of the shape of `tau_s`, *optional*):
-            The times to go to, for flow maps.
+            Target times, for flow maps.
         tau_u (`torch.FloatTensor` of the shape of `tau_s`, *optional*):
-            Times between them, for the semigroup target.
+            Intermediate times, for the semigroup target.
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            1 for positions that there are.
+            1 for real positions, 0 for padding.
         noise_seeds (`list[int]`):
-            A seed for the noise of each text.
+            Seed of each example's noise, for `with_noise`.
         noise (`torch.FloatTensor` of shape `(batch_size, sequence_length, noise_size)`, *optional*):
-            The noise, in which the networks' states are Gaussian, see [`~modeling_flm.joint_noise.JointNoise`].
-        kinds (`dict[str, list[int]]`):
-            For each kind of example its rows. On the host: no step waits for the device to learn them.
+            Standard normal variables, see [`~modeling_flm.joint_noise.JointNoise`]. [`FLMTrainer`] draws them where they are
+            missing.
+        groups (`dict[str, list[int]]`):
+            Rows of each group of examples; the logs have the loss of every group. On the host, so that no step waits for the
+            device.
     """
 
     input_ids: torch.LongTensor
@@ -60,18 +68,209 @@ class FlowBatch:
     attention_mask: torch.Tensor | None = None
     noise_seeds: list[int] = field(default_factory=list)
     noise: torch.FloatTensor | None = None
-    kinds: dict[str, list[int]] = field(default_factory=dict)
+    groups: dict[str, list[int]] = field(default_factory=dict)
 
-    def __getitem__(self, rows: torch.LongTensor) -> FlowBatch:
-        """Some of the texts, without noise, which their states have in them."""
-        tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "noise"}
+    # `Trainer` counts the examples and tokens of its inputs, which it reads by name.
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.__dataclass_fields__ and self[name] is not None
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def select(self, rows: torch.LongTensor) -> FlowBatch:
+        """Returns the examples of some rows, without their noise."""
+        tensors = {each.name: self[each.name] for each in fields(self) if each.name != "noise"}
         tensors = {name: value[rows] for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors, noise_seeds=[], noise=None, kinds={})
+        return replace(self, **tensors, noise_seeds=[], noise=None, groups={})
+
+    def with_noise(self, noise_size: int, max_length: int | None = None) -> FlowBatch:
+        """
+        Returns the batch with noise drawn from `noise_seeds`.
+
+        Args:
+            noise_size (`int`): Number of variables per token, see [`~modeling_flm.joint_noise.noise_size`].
+            max_length (`int`, *optional*): As for [`make_flow_batch`].
+        """
+        length = self.input_ids.shape[1]
+        size = (max(length, max_length or 0), noise_size)
+        return replace(self, noise=draw_noise(self.noise_seeds, *size, device=self.input_ids.device)[:, :length])
 
     @property
     def mask(self) -> torch.BoolTensor:
-        """Which tokens there is something to learn at, of shape `(batch_size, sequence_length)`."""
+        """Tokens that the loss counts, of shape `(batch_size, sequence_length)`."""
         return self.labels != -100
+
+
+@dataclass
+class FlowTimes:
+    """
+    Times of the examples of a batch, drawn by a time sampler such as [`UniformTimes`] or [`TimePairs`].
+
+    Args:
+        tau_s (`torch.FloatTensor` of shape `(batch_size,)`): As for [`FlowBatch`], before tokens are known.
+        tau_t (`torch.FloatTensor` of shape `(batch_size,)`, *optional*): As for [`FlowBatch`].
+        tau_u (`torch.FloatTensor` of shape `(batch_size,)`, *optional*): As for [`FlowBatch`].
+        groups (`dict[str, list[int]]`): As for [`FlowBatch`].
+    """
+
+    tau_s: torch.FloatTensor
+    tau_t: torch.FloatTensor | None = None
+    tau_u: torch.FloatTensor | None = None
+    groups: dict[str, list[int]] = field(default_factory=dict)
+
+
+class UniformTimes:
+    """Time sampler of [`FLMTrainer`]: one time per example, uniform in the reparameterized time."""
+
+    num_uniforms = 1  # per example
+
+    def __call__(self, uniforms: torch.FloatTensor, positions: Sequence[int]) -> FlowTimes:
+        """
+        Returns the times of some examples.
+
+        Args:
+            uniforms (`torch.FloatTensor` of shape `(batch_size, num_uniforms)`): Uniform random numbers.
+            positions (`Sequence[int]`): Positions of the examples in the global batch.
+        """
+        return FlowTimes(uniforms[:, 0])
+
+
+@dataclass
+class TimePairs:
+    """
+    Time sampler of [`FMLMTrainer`]: for each example two times and one between them. The groups of examples are `"diagonal"`,
+    where both times are equal, `"boundary"`, from 0 to 1, `"off_diagonal"`, all other pairs, and `"masked"`, at time 0.
+
+    Args:
+        diagonal_fraction, boundary_probability, masked_probability, time_sampling, intermediate_time:
+            As for [`FMLMTrainingArguments`].
+        max_tau_t (`float`, *optional*, defaults to 1.0): Largest target time of a pair.
+    """
+
+    diagonal_fraction: float = 0.5
+    boundary_probability: float = 1 / 32
+    masked_probability: float = 0.0
+    time_sampling: str = "uniform_difference"
+    intermediate_time: str = "midpoint"
+    max_tau_t: float = 1.0
+
+    @property
+    def num_uniforms(self) -> int:
+        return 4 if self.masked_probability == 0 else 5
+
+    def __call__(self, uniforms: torch.FloatTensor, positions: Sequence[int]) -> FlowTimes:
+        """Returns the times of some examples, see [`UniformTimes`]."""
+        first, second, third, fourth = uniforms.T[:4]
+        if self.time_sampling == "uniform_difference":
+            difference = MIN_DIFFERENCE + (1 - MIN_DIFFERENCE) * first
+            start = second * (1 - difference)
+            end = start + difference
+        else:
+            start, end = torch.minimum(first, second), torch.maximum(first, second)
+            end = torch.maximum(end, start + MIN_DIFFERENCE).clamp(max=1.0)
+            start = torch.minimum(start, end - MIN_DIFFERENCE)
+        is_boundary = fourth < self.boundary_probability
+        start, end = start.masked_fill(is_boundary, 0.0), end.masked_fill(is_boundary, 1.0)
+        end = end.clamp(max=self.max_tau_t)
+        # Diagonal examples are spread evenly over the global batch.
+        share = self.diagonal_fraction
+        is_diagonal = torch.tensor([int((n + 1) * share) > int(n * share) for n in positions])
+        start, end = torch.where(is_diagonal, first, start), torch.where(is_diagonal, first, end)
+        is_masked = torch.zeros_like(is_diagonal)
+        if self.masked_probability > 0:
+            is_masked = uniforms[:, 4] < self.masked_probability
+            start, end = start.masked_fill(is_masked, 0.0), end.masked_fill(is_masked, 0.0)
+        fraction = third if self.intermediate_time == "random" else 0.5
+        groups = {"masked": is_masked, "diagonal": is_diagonal & ~is_masked}
+        groups["boundary"] = is_boundary & ~(is_diagonal | is_masked)
+        groups["off_diagonal"] = ~(is_boundary | is_diagonal | is_masked)
+        rows = {group: mask.nonzero()[:, 0].tolist() for group, mask in groups.items()}
+        return FlowTimes(start, end, start + fraction * (end - start), rows)
+
+
+def make_flow_batch(
+    examples: Mapping[str, torch.Tensor],
+    uniforms: torch.FloatTensor,
+    positions: Sequence[int],
+    key: Sequence[int],
+    time_sampler: Callable[[torch.FloatTensor, Sequence[int]], FlowTimes] | None = None,
+    max_length: int | None = None,
+    prompt_fraction: float = 0.0,
+    prompt_kinds: Sequence[str] = PROMPT_KINDS[:3],
+    prompts_from_labels: bool = False,
+    device: torch.device | None = None,
+) -> FlowBatch:
+    """
+    Makes a training batch of tokenized examples: draws their times and known tokens, and seeds their noise, which
+    [`FlowBatch.with_noise`] draws when it is needed. Equal arguments give equal batches.
+
+    Args:
+        examples (`Mapping[str, torch.Tensor]`):
+            `input_ids`, `labels` and, where there is padding, `attention_mask`, each of shape
+            `(batch_size, sequence_length)`, as [`DataCollatorForFLM`] makes them.
+        uniforms (`torch.FloatTensor` of shape `(batch_size, num_uniforms)`):
+            Uniform random numbers for the times, from [`stratified_uniforms`] or [`low_discrepancy_uniforms`].
+        positions (`Sequence[int]`):
+            Positions of the examples in the global batch.
+        key (`Sequence[int]`):
+            Numbers that name the batch, such as the seed and the step. With a position they seed an example.
+        time_sampler ([`UniformTimes`] or [`TimePairs`], *optional*):
+            Turns `uniforms` into times. By default [`UniformTimes`].
+        max_length (`int`, *optional*):
+            Length of the longest sequence of the training. Random numbers are drawn for this length, so that they do not
+            depend on how far a batch is padded. By default the length of this batch.
+        prompt_fraction, prompt_kinds, prompts_from_labels:
+            Which tokens are known, as for [`FLMTrainingArguments`].
+        device (`torch.device`, *optional*):
+            Device of the batch. By default the device of `examples`.
+
+    Returns:
+        [`FlowBatch`] without noise.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_flm.trainers import DataCollatorForFLM
+    >>> from modeling_flm.trainers.batches import make_flow_batch, stratified_uniforms
+
+    >>> examples = DataCollatorForFLM()([{"input_ids": [5, 2, 7]}, {"input_ids": [4, 9]}])
+    >>> key = (0, 1)  # seed and step
+    >>> batch = make_flow_batch(examples, stratified_uniforms(2, 1, *key), range(2), key).with_noise(16)
+    >>> batch.labels.tolist()
+    [[5, 2, 7], [4, 9, -100]]
+    >>> batch.tau_s.shape, batch.noise.shape
+    (torch.Size([2]), torch.Size([2, 3, 16]))
+    ```
+    """
+    if "labels" not in examples:
+        raise ValueError(
+            "`data_collator` must make `labels`, as `DataCollatorForFLM` does: tokens, and -100 for padding."
+        )
+    device = examples["input_ids"].device if device is None else device
+    input_ids, labels = examples["input_ids"].to(device), examples["labels"].to(device)
+    attention_mask = examples.get("attention_mask")
+    attention_mask = None if attention_mask is None else attention_mask.to(device)
+    # 1. Times, from the host without waiting
+    drawn = (UniformTimes() if time_sampler is None else time_sampler)(uniforms, positions)
+    times = {name: getattr(drawn, name) for name in ("tau_s", "tau_t", "tau_u")}
+    times = {name: None if tau is None else tau.to(device, non_blocking=True) for name, tau in times.items()}
+    # 2. Known tokens: the dataset's, and drawn prompts. Their time is 1, and their loss does not count
+    seeds = [example_seed(*key, position) for position in positions]
+    real, known = labels != -100, None
+    if prompts_from_labels:
+        known = ~real if attention_mask is None else ~real & attention_mask.bool()
+    if prompt_fraction > 0:
+        longest = max(labels.shape[1], max_length or 0)
+        prompts = draw_known_masks(seeds, real, longest, prompt_fraction, prompt_kinds)
+        known = prompts if known is None else known | prompts
+    if known is not None:
+        labels = labels.masked_fill(known, -100)
+        times = {name: None if tau is None else times_with_known(tau, known) for name, tau in times.items()}
+    return FlowBatch(input_ids, labels, **times, attention_mask=attention_mask, noise_seeds=seeds, groups=drawn.groups)
 
 
 def stratified_uniforms(num_points: int, num_dimensions: int, *key: int) -> torch.FloatTensor:

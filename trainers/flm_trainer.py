@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainer of flow-based language models."""
 
-import dataclasses
 import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import PushInProgress, logging
 
 from modeling_flm import FLMModel, FLMOutput, FMLMModel
-from modeling_flm.flow import times_with_known
 from modeling_flm.hub.publish import assemble, publish
 from modeling_flm.hub.records import TRAINING_NAME
 from modeling_flm.joint_noise import JointNoise, noise_size
@@ -29,10 +28,10 @@ from .adapters import network_of
 from .averaging import AveragedTrainer, EMACallback
 from .batches import (
     FlowBatch,
-    draw_known_masks,
-    draw_noise,
-    example_seed,
+    TimePairs,
+    UniformTimes,
     low_discrepancy_uniforms,
+    make_flow_batch,
     stratified_uniforms,
 )
 from .callbacks import GenPPLCallback, SampleCallback
@@ -112,9 +111,8 @@ class FLMTrainer(AveragedTrainer):
 
     model_classes: tuple[type[PreTrainedModel], ...] = (FLMModel,)
     divergence = "cross_entropy"
-    kinds: tuple[str, ...] = ()  # of examples; each has a loss of its own in the logs
+    groups: tuple[str, ...] = ()  # groups of examples, whose losses are logged separately
     teacher: PreTrainedModel | None = None  # frozen
-    num_uniforms = 1  # that the times of an example are made of
 
     def __init__(
         self,
@@ -194,6 +192,7 @@ class FLMTrainer(AveragedTrainer):
         if data_collator is None or args.remove_unused_columns:  # then examples are `input_ids`
             self._check_datasets()
         check_support(type(self).__name__, self.accelerator, self.is_deepspeed_enabled, self.is_fsdp_enabled)
+        self._signature_columns = list(_COLUMNS)  # all else of an example is made here, whatever columns a dataset has
         self.model_accepts_loss_kwargs = True  # the loss is divided by the number of tokens in the global batch
         self._joint_noise: JointNoise | None = None
         self._frozen_gram: torch.Tensor | None = None  # what of the noise does not change
@@ -275,82 +274,51 @@ class FLMTrainer(AveragedTrainer):
         if not is_kept:
             config.bos_token_id = None
 
-    # The examples
+    # Batches
 
-    def _set_signature_columns_if_needed(self):
-        # What else there is of an example is made here, and a column of the dataset must not stand in for it.
-        self._signature_columns = list(_COLUMNS)
+    @property
+    def time_sampler(self) -> UniformTimes | TimePairs:
+        """Draws the times of examples, see [`make_flow_batch`]."""
+        return UniformTimes()
 
-    def _draw_times(
-        self, uniforms: torch.Tensor, positions: range
-    ) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-        """
-        The times of the examples at `positions` of a global batch, by their names in [`FlowBatch`], from `num_uniforms` uniform
-        variables of each; and the rows of each kind of example.
-        """
-        return {"tau_s": uniforms[:, 0]}, {}
-
-    def _positions(self, batch: dict[str, Any], index: int, batch_size: int) -> range:
-        """Where the examples of this process's batch number `index` stand in the order in which batches are handed out."""
+    def _positions(self, examples: dict[str, Any], index: int, batch_size: int) -> range:
+        """Positions in the global batch of the examples of this process's batch number `index`."""
         first = (index * self.accelerator.num_processes + self.accelerator.process_index) * batch_size
-        return range(first, first + len(batch["input_ids"]))
+        return range(first, first + len(examples["input_ids"]))
 
-    def _draw_examples(self, batch: dict[str, Any], uniforms: torch.Tensor, positions: range, key: tuple[int, ...]):
-        """Adds a [`FlowBatch`] to a batch, as its `examples`; the noise is drawn later. Known tokens lose their labels."""
-        if "labels" not in batch:
-            raise ValueError(
-                "`data_collator` must make `labels`, as `DataCollatorForFLM` does: tokens, and -100 for padding."
-            )
-        check_length("Texts of the dataset", batch["input_ids"].shape[1], self.model.config)
-        times, kinds = self._draw_times(uniforms, positions)
-        # Copies that nobody waits for
-        times = {name: tau.to(self.args.device, non_blocking=True) for name, tau in times.items()}
-        texts = self._prepare_inputs({name: batch[name] for name in _COLUMNS if name in batch})
-        seeds = [example_seed(*key, position) for position in positions]
-        known = self._draw_known(texts["labels"], texts.get("attention_mask"), seeds)
-        if known is not None:
-            texts["labels"] = texts["labels"].masked_fill(known, -100)
-            times = {name: times_with_known(tau, known) for name, tau in times.items()}
-        batch.update(texts)
-        batch["examples"] = FlowBatch(**texts, **times, noise_seeds=seeds, kinds=kinds)
-
-    def _draw_known(
-        self, labels: torch.LongTensor, attention_mask: torch.Tensor | None, seeds: list[int]
-    ) -> torch.BoolTensor | None:
-        """Which tokens are known: those that the dataset gives, and prompts that are drawn."""
-        args, real, known = self.args, labels != -100, None
-        if args.prompts_from_labels:
-            known = ~real if attention_mask is None else ~real & attention_mask.bool()
-        if args.prompt_fraction > 0:
-            drawn = draw_known_masks(seeds, real, self._longest(labels), args.prompt_fraction, args.prompt_kinds)
-            known = drawn if known is None else known | drawn
-        return known
+    def _make_batch(
+        self, examples: dict[str, torch.Tensor], uniforms: torch.Tensor, positions: range, key: tuple[int, ...]
+    ) -> FlowBatch:
+        """Makes a batch of what the data collator made, with the prompts of `args`."""
+        check_length("Texts of the dataset", examples["input_ids"].shape[1], self.model.config)
+        prompts = {
+            name: getattr(self.args, name) for name in ("prompt_fraction", "prompt_kinds", "prompts_from_labels")
+        }
+        max_length = self.network.config.max_position_embeddings
+        return make_flow_batch(
+            examples, uniforms, positions, key, self.time_sampler, max_length, **prompts, device=self.args.device
+        )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of the next optimizer step, each with the times and the noise seeds of its examples."""
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        """Returns the batches of the next optimizer step, and the number of tokens that the loss counts in all of them."""
         self._joint_noise = None  # the weights have changed
+        examples = list(islice(epoch_iterator, num_batches))
         batch_size = self._train_batch_size
         key = (self.args.seed, _TRAIN, self.state.global_step)
-        num_examples = len(batches) * self.accelerator.num_processes * batch_size
-        uniforms = stratified_uniforms(num_examples, self.num_uniforms, *key)
-        for index, batch in enumerate(batches):
-            positions = self._positions(batch, index, batch_size)
-            self._draw_examples(batch, uniforms[positions.start : positions.stop], positions, key)
-        if self.args.prompt_fraction > 0:
-            num_items_in_batch = self._get_num_items_in_batch(batches, device)  # now that some tokens are known
-        return batches, num_items_in_batch
+        num_examples = len(examples) * self.accelerator.num_processes * batch_size
+        uniforms = stratified_uniforms(num_examples, self.time_sampler.num_uniforms, *key)
+        batches = []
+        for index, each in enumerate(examples):
+            positions = self._positions(each, index, batch_size)
+            batches.append(self._make_batch(each, uniforms[positions.start : positions.stop], positions, key))
+        return super().get_batch_samples(iter(batches), len(batches), device)  # which counts
 
-    def _longest(self, input_ids: torch.Tensor) -> int:
-        """The length to draw random numbers for, so that they do not depend on how far the batch happens to be padded."""
-        return max(input_ids.shape[1], self.network.config.max_position_embeddings)
-
-    def _add_noise(self, batch: FlowBatch) -> FlowBatch:
-        """The batch with the noise of its seeds."""
-        longest, length = self._longest(batch.input_ids), batch.input_ids.shape[1]
+    def _with_noise(self, batch: FlowBatch) -> FlowBatch:
+        """Draws the noise of a batch that has none: only now, so that no two batches hold theirs at once."""
+        if batch.noise is not None:
+            return batch
         weights = [embedding.weight for network in self._networks() for embedding in network.embeddings]
-        noise = draw_noise(batch.noise_seeds, longest, noise_size(*weights), device=batch.input_ids.device)
-        return dataclasses.replace(batch, noise=noise[:, :length])
+        return batch.with_noise(noise_size(*weights), self.network.config.max_position_embeddings)
 
     # The objective
 
@@ -429,29 +397,33 @@ class FLMTrainer(AveragedTrainer):
                     output[name] = value
         return output
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        batch = self._add_noise(inputs["examples"])
+    def compute_loss(
+        self, model, inputs: FlowBatch, return_outputs=False, num_items_in_batch=None, with_logits: bool = False
+    ):
+        """
+        As [`~transformers.Trainer.compute_loss`], for a [`FlowBatch`]; `with_logits` as for `training_objective`.
+        """
+        batch = self._with_noise(inputs)
         # In evaluation each process averages over its own tokens, and `evaluation_loop` puts the averages together.
         num_items = num_items_in_batch if model.training else None
-        with_logits = inputs.get("with_logits", False)
         output = through_forward(model, self.model, lambda: self.training_objective(batch, num_items, with_logits))
         losses = output.token_losses.detach()
         self._means.add("loss", losses, batch.mask)
-        for kind, rows in batch.kinds.items():
+        for group, rows in batch.groups.items():
             rows = torch.tensor(rows, dtype=torch.long).to(losses.device, non_blocking=True)
-            self._means.add(kind, losses[rows], batch.mask[rows])
+            self._means.add(group, losses[rows], batch.mask[rows])
         loss = output.loss
         if num_items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP and FSDP average over processes
         return (loss, output) if return_outputs else loss
 
     def _new_means(self) -> TokenMeans:
-        return TokenMeans(("loss", *self.kinds), self.args.device)
+        return TokenMeans(("loss", *self.groups), self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        if self.kinds and "loss" in logs:
+        if self.groups and "loss" in logs:
             means = self._means.pop(self.accelerator)
-            logs.update({f"loss_{kind}": mean for kind, mean in means.items() if kind in self.kinds})
+            logs.update({f"loss_{group}": mean for group, mean in means.items() if group in self.groups})
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -461,7 +433,7 @@ class FLMTrainer(AveragedTrainer):
         """
         self._eval_step = 0
         self._joint_noise = None  # the weights are the averaged ones
-        means_of_training, self._means = self._means, TokenMeans(("loss", *self.kinds, "nll"), self.args.device)
+        means_of_training, self._means = self._means, TokenMeans(("loss", *self.groups, "nll"), self.args.device)
         with without_mixed_precision(self.accelerator):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._joint_noise = None
@@ -475,19 +447,26 @@ class FLMTrainer(AveragedTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As [`~transformers.Trainer.prediction_step`], at the times and with the noise that examples have in every evaluation."""
         positions = self._positions(inputs, self._eval_step, self.args.eval_batch_size)
         self._eval_step += 1
+        labels = inputs["labels"].clone()
         dataset = self.callback_handler.eval_dataloader.dataset
         if has_length(dataset):
             # So that all processes have equal batches, the last ones are filled up with examples seen before.
             repeated = max(0, positions.stop - max(positions.start, len(dataset)))
-            inputs["labels"][len(positions) - repeated :] = -100
-        uniforms = low_discrepancy_uniforms(positions.start, len(positions), self.num_uniforms)
-        self._draw_examples(inputs, uniforms, positions, (self.args.seed, _EVAL))
+            labels[len(positions) - repeated :] = -100
+        uniforms = low_discrepancy_uniforms(positions.start, len(positions), self.time_sampler.num_uniforms)
+        batch = self._make_batch({**inputs, "labels": labels}, uniforms, positions, (self.args.seed, _EVAL))
         if self.args.eval_likelihood_times > 0:
-            self._add_likelihood(model, inputs["examples"])
-        inputs["with_logits"] = not prediction_loss_only
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            self._add_likelihood(model, batch)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, output = self.compute_loss(model, batch, return_outputs=True, with_logits=not prediction_loss_only)
+        if prediction_loss_only:
+            return loss, None, None
+        ignored = {"loss", *(self.model.config.keys_to_ignore_at_inference if ignore_keys is None else ignore_keys)}
+        logits = tuple(value for name, value in output.items() if name not in ignored)
+        return loss, logits[0] if len(logits) == 1 else logits, batch.labels
 
     def _add_likelihood(self, model: nn.Module, batch: FlowBatch):
         """Adds the bound on the likelihood of evaluation texts to the means; texts without labels do not count."""

@@ -15,16 +15,13 @@ from modeling_flm.posterior_flm import Posterior
 from modeling_flm.utils_flm import evaluating
 
 from .adapters import network_of
-from .batches import FlowBatch
+from .batches import MIN_DIFFERENCE, FlowBatch, TimePairs
 from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
 from .objectives import assemble, eulerian_target, lagrangian_target, masked_posterior, posterior_of, semigroup_target
 
 
 logger = logging.get_logger(__name__)
-
-# A pair of different times is at least this far apart, so that quotients of differences keep their precision.
-_MIN_DIFFERENCE = 1e-3
 
 
 class FMLMTrainer(FLMTrainer):
@@ -67,7 +64,7 @@ class FMLMTrainer(FLMTrainer):
     """
 
     model_classes = (FMLMModel, FMLMTwoNetworkModel)
-    kinds = ("diagonal", "off_diagonal", "boundary", "masked")
+    groups = ("diagonal", "off_diagonal", "boundary", "masked")
 
     def __init__(
         self,
@@ -155,41 +152,16 @@ class FMLMTrainer(FLMTrainer):
         return self.args.divergence
 
     @property
-    def num_uniforms(self) -> int:
-        return 4 if self.masked_teacher is None else 5
-
-    # The examples
-
-    def _draw_times(self, uniforms, positions):
-        """Pairs of times and, between them, the intermediate time; and what kind of pair each is."""
+    def time_sampler(self) -> TimePairs:
         args = self.args
-        first, second, third, fourth = uniforms.T[:4]
-        if args.time_sampling == "uniform_difference":
-            difference = _MIN_DIFFERENCE + (1 - _MIN_DIFFERENCE) * first
-            start = second * (1 - difference)
-            end = start + difference
-        else:
-            start, end = torch.minimum(first, second), torch.maximum(first, second)
-            end = torch.maximum(end, start + _MIN_DIFFERENCE).clamp(max=1.0)
-            start = torch.minimum(start, end - _MIN_DIFFERENCE)
-        is_boundary = fourth < args.boundary_probability
-        start, end = start.masked_fill(is_boundary, 0.0), end.masked_fill(is_boundary, 1.0)
-        if args.target == "eulerian":
-            end = end.clamp(max=1 - _MIN_DIFFERENCE)  # the target has a pole at 1
-        # Diagonal examples are spread evenly over the global batch.
-        share = args.diagonal_fraction
-        is_diagonal = torch.tensor([int((n + 1) * share) > int(n * share) for n in positions])
-        start, end = torch.where(is_diagonal, first, start), torch.where(is_diagonal, first, end)
-        is_masked = torch.zeros_like(is_diagonal)
-        if self.masked_teacher is not None:
-            is_masked = uniforms[:, 4] < args.masked_probability
-            start, end = start.masked_fill(is_masked, 0.0), end.masked_fill(is_masked, 0.0)
-        fraction = third if args.intermediate_time == "random" else 0.5
-        kinds = {"masked": is_masked, "diagonal": is_diagonal & ~is_masked}
-        kinds["boundary"] = is_boundary & ~(is_diagonal | is_masked)
-        kinds["off_diagonal"] = ~(is_boundary | is_diagonal | is_masked)
-        times = {"tau_s": start, "tau_t": end, "tau_u": start + fraction * (end - start)}
-        return times, {kind: mask.nonzero()[:, 0].tolist() for kind, mask in kinds.items()}
+        return TimePairs(
+            args.diagonal_fraction,
+            args.boundary_probability,
+            args.masked_probability,
+            args.time_sampling,
+            args.intermediate_time,
+            max_tau_t=1 - MIN_DIFFERENCE if args.target == "eulerian" else 1.0,  # its target has a pole at 1
+        )
 
     # The objective
 
@@ -215,16 +187,16 @@ class FMLMTrainer(FLMTrainer):
             flow_state = state if teacher is None else teacher.make_state(*noised)
             chunks = network.chunks(state)
             weights, parts = torch.ones_like(batch.tau_s), []
-            for kind, rows in self._groups(batch):
-                part, own = batch[rows], state[rows]
+            for group, rows in self._groups(batch):
+                part, own = batch.select(rows), state[rows]
                 seen = own if flow is network else flow_state[rows]
                 # 2. At pure noise: what a masked model says
-                if kind == "masked":
+                if group == "masked":
                     target = masked_posterior(self.masked_teacher, part, autocast)
                 # 3. Where the times are equal: the denoiser of the teacher, or the data
-                elif kind == "diagonal" and teacher is None:
+                elif group == "diagonal" and teacher is None:
                     target = Posterior.of_tokens(part.labels, self.network.config.vocab_size, chunks)
-                elif kind == "diagonal":
+                elif group == "diagonal":
                     target = posterior_of(flow, seen, part.tau_s, part.tau_s, part, autocast, time_map)
                 # 4. Where they differ: an identity that the exact flow map obeys, or the teacher's flow map
                 elif args.target == "semigroup":
@@ -245,10 +217,10 @@ class FMLMTrainer(FLMTrainer):
     def _groups(batch: FlowBatch) -> list[tuple[str, torch.Tensor]]:
         """The rows at noise, those on the diagonal, and those that go from one time to another."""
         groups = {"masked": [], "diagonal": [], "off_diagonal": []}
-        for kind, rows in batch.kinds.items():
-            groups[kind if kind in groups else "off_diagonal"] += rows
+        for group, rows in batch.groups.items():
+            groups[group if group in groups else "off_diagonal"] += rows
         device = batch.tau_s.device
-        return [(kind, torch.tensor(rows).to(device, non_blocking=True)) for kind, rows in groups.items() if rows]
+        return [(group, torch.tensor(rows).to(device, non_blocking=True)) for group, rows in groups.items() if rows]
 
     def _training_record(self):
         # A teacher on this machine has no name for others.

@@ -14,7 +14,7 @@ import memory_plan
 import pytest
 import quickstart
 import torch
-from distilling import build_batch, compute_loss
+from distilling import build_batch, compute_loss, joint_noise
 from example_scripts import run_here
 from markdown_pages import check_command
 from places import BENCHMARKS, KEPT_MODEL, ROOT
@@ -46,17 +46,15 @@ class TestDense:
     def test_distillation(self, preset, noise, tmp_path):
         # V is below the joint width of all networks: projected noise is one-hot noise.
         trainer = build_packed(tmp_path, preset, vocab_size=53)
-        if preset == "self_distillation":
-            trainer._joint_noise = None
         model, teacher = trainer.model.eval(), trainer.teacher
         has_diagonal = preset in ("single_stage", "self_distillation")
         diagonal = [0, 1, 2] if has_diagonal else []
         tau_t = torch.where(torch.arange(6) < len(diagonal), self.tau_s, self.tau_t)
-        kinds = {"diagonal": diagonal, "off_diagonal": list(range(len(diagonal), 6))}
-        batch = build_batch(self.input_ids, noise, self.tau_s, tau_t, **kinds)
-        if trainer._get_joint_noise().size != 53:  # then the noise of the library is another: take the dense states
+        groups = {"diagonal": diagonal, "off_diagonal": list(range(len(diagonal), 6))}
+        batch = build_batch(self.input_ids, noise, self.tau_s, tau_t, **groups)
+        if joint_noise(trainer).size != 53:  # then the noise of the library is another: take the dense states
             state = dense.noised(model, self.input_ids, self.tau_s)[1]
-            for network in trainer._networks():
+            for network in {model, teacher} - {None}:
                 network.make_state = lambda *args, network=network: state @ network.state_embedding
         expected, _ = compute_loss(trainer, batch)
         loss = dense.distillation_loss(preset, model, teacher, self.input_ids, self.tau_s, self.tau_t)

@@ -138,12 +138,11 @@ class TestMasked:
 
     def test_share_of_examples(self, tmp_path):
         trainer = build_trainer_with_mask(tmp_path, build_model("fmlm"), self.masked_model(), masked_probability=0.25)
-        uniforms = torch.rand(4000, 5, generator=seed())
-        times, kinds = trainer._draw_times(uniforms, range(4000))
-        assert abs(len(kinds["masked"]) - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
-        rows = kinds["masked"]
-        assert all(time[rows].eq(0).all() for time in times.values())
-        assert sorted(row for rows in kinds.values() for row in rows) == list(range(4000))
+        times = trainer.time_sampler(torch.rand(4000, 5, generator=seed()), range(4000))
+        rows = times.groups["masked"]
+        assert abs(len(rows) - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
+        assert all(tau[rows].eq(0).all() for tau in (times.tau_s, times.tau_t, times.tau_u))
+        assert sorted(row for rows in times.groups.values() for row in rows) == list(range(4000))
 
     def test_is_loaded_by_name_and_refused_for_two_networks(self, tmp_path):
         self.masked_model().save_pretrained(tmp_path / "masked")

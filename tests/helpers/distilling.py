@@ -1,10 +1,12 @@
-"""A trainer of flow maps, and what it makes of a batch whose times and noise are given."""
+"""A trainer of flow maps, and its targets and loss for a batch with given times and noise."""
+
+from dataclasses import replace
 
 import torch
 
-from modeling_flm.flow import times_with_known
+from modeling_flm.joint_noise import JointNoise
 from modeling_flm.trainers import FMLMTrainer, FMLMTrainingArguments
-from modeling_flm.trainers.batches import FlowBatch
+from modeling_flm.trainers.batches import FlowBatch, FlowTimes, make_flow_batch
 
 
 def build_trainer(path, model, teacher=None, dataset=None, **options) -> FMLMTrainer:
@@ -13,29 +15,35 @@ def build_trainer(path, model, teacher=None, dataset=None, **options) -> FMLMTra
     return FMLMTrainer(model, args, teacher=teacher, train_dataset=dataset, eval_dataset=dataset)
 
 
-def build_batch(input_ids, noise, tau_s, tau_t, tau_u=None, known=None, **kinds) -> FlowBatch:
-    tau_u = (tau_s + tau_t) / 2 if tau_u is None else tau_u
-    tau_s, tau_t, tau_u = (times_with_known(tau, known) for tau in (tau_s, tau_t, tau_u))
-    labels = input_ids if known is None else input_ids.masked_fill(known, -100)
-    kinds = kinds or {"off_diagonal": list(range(len(input_ids)))}
-    return FlowBatch(input_ids, labels, tau_s, tau_t, tau_u, noise=noise, kinds=kinds)
+def build_batch(input_ids, noise, tau_s, tau_t, tau_u=None, known=None, **groups) -> FlowBatch:
+    groups = groups or {"off_diagonal": list(range(len(input_ids)))}
+    times = FlowTimes(tau_s, tau_t, (tau_s + tau_t) / 2 if tau_u is None else tau_u, groups)
+    examples = {"input_ids": input_ids, "labels": input_ids if known is None else input_ids.masked_fill(known, -100)}
+    options = {"time_sampler": lambda *_: times, "prompts_from_labels": known is not None}
+    return replace(make_flow_batch(examples, None, range(len(input_ids)), (), **options), noise=noise)
+
+
+def joint_noise(trainer) -> JointNoise:
+    """The noise of the student and its teacher."""
+    networks = [network for network in (trainer.network, trainer.teacher) if network is not None]
+    return JointNoise.of_networks(*networks, frozen=trainer.teacher)
 
 
 def compute_targets(trainer, batch: FlowBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """The targets and their weights, dense."""
     with torch.no_grad():
-        target, weights = trainer.compute_targets(batch, trainer._get_joint_noise())
+        target, weights = trainer.compute_targets(batch, joint_noise(trainer))
         return target.dense(), weights
 
 
 def states(trainer, batch: FlowBatch) -> list[torch.Tensor]:
-    """What the networks see."""
-    noised = (batch.input_ids, batch.tau_s, batch.noise, trainer._get_joint_noise(), trainer.network.time_map)
+    """The noised states of the student and its teacher."""
+    noised = (batch.input_ids, batch.tau_s, batch.noise, joint_noise(trainer), trainer.network.time_map)
+    networks = [network for network in (trainer.network, trainer.teacher) if network is not None]
     with torch.no_grad():
-        return [network.make_state(*noised) for network in trainer._networks()]
+        return [network.make_state(*noised) for network in networks]
 
 
 def compute_loss(trainer, batch: FlowBatch):
-    """The loss of a batch that has its noise, and the outputs."""
-    trainer._add_noise = lambda batch: batch
-    return trainer.compute_loss(trainer.model, {"examples": batch}, return_outputs=True)
+    """The loss of a batch, and the outputs."""
+    return trainer.compute_loss(trainer.model, batch, return_outputs=True)

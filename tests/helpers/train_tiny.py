@@ -29,14 +29,13 @@ class Recording:
         super().__init__(*args, **kwargs)
         assert self.is_fsdp_enabled == uses_fsdp
 
-    def _add_noise(self, batch):
-        batch = super()._add_noise(batch)
+    def training_objective(self, batch, *args, **kwargs):
         if self.model.training:
             times = batch.tau_s if batch.tau_s.dim() == 1 else batch.tau_s.amin(dim=1)
             for row in zip(batch.input_ids, times, batch.noise):
                 step = self.state.global_step
                 self.seen.append([step, row[0].tolist(), row[1].item(), row[2][0].tolist()])
-        return batch
+        return super().training_objective(batch, *args, **kwargs)
 
 
 class RecordingTrainer(Recording, FLMTrainer):

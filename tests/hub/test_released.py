@@ -10,7 +10,7 @@ import sys
 import huggingface_hub.constants
 import pytest
 import torch
-from distilling import build_batch, compute_loss, compute_targets, states
+from distilling import build_batch, compute_loss, compute_targets, joint_noise, states
 from released import FOLDER, SIZES, VALUES
 from small_models import sampling
 from tensors import relative_error
@@ -151,13 +151,12 @@ class TestDistillation:
         )
         trainer = FMLMTrainer(build("fmlm"), args, teacher=build("flm"))
         if path == "compiled":
-            trainer._compile_options = {"backend": "aot_eager"}
-            for network in trainer._networks():
-                trainer._compile_regions(network)
+            for network in (trainer.model, trainer.teacher):
+                network.compile_regions(backend="aot_eager")
         input_ids, tau_s = VALUES["input_ids"], VALUES["psd.tau_s"]
         # V is below the joint width of the networks: noise is one-hot noise
-        kinds = {"diagonal": [0], "off_diagonal": [1], "boundary": [2]}
-        batch = build_batch(input_ids, VALUES["noise"], tau_s, VALUES["psd.tau_t"], VALUES["psd.tau_u"], **kinds)
+        groups = {"diagonal": [0], "off_diagonal": [1], "boundary": [2]}
+        batch = build_batch(input_ids, VALUES["noise"], tau_s, VALUES["psd.tau_t"], VALUES["psd.tau_u"], **groups)
         target, weights = compute_targets(trainer, batch)
         assert torch.equal(weights, torch.ones(3))
         torch.testing.assert_close(target[:1], VALUES["psd.diagonal_target"], rtol=1e-4, atol=1e-4)
@@ -211,15 +210,14 @@ class TestAnyOrder:
         )
         trainer = FMLMTrainer(self.build(), args)
         if path == "compiled":
-            trainer._compile_options = {"backend": "aot_eager"}
-            trainer._compile_regions(trainer.model)
+            trainer.model.compile_regions(backend="aot_eager")
         input_ids, known = VALUES["input_ids"], VALUES["plus.is_context"]
         # The noise of d variables that gives the recorded states
         embedding = trainer.model.state_embedding.detach().double()
-        factor = trainer._get_joint_noise().factor(0).detach().double()
+        factor = joint_noise(trainer).factor(0).detach().double()
         noise = torch.linalg.solve(factor.T, (VALUES["plus.noise"].double() @ embedding).mT).mT.float()
-        kinds = {"diagonal": [0], "off_diagonal": [1], "boundary": [2]}
-        batch = build_batch(input_ids, noise, VALUES["plus.tau_s"], VALUES["plus.tau_t"], known=known, **kinds)
+        groups = {"diagonal": [0], "off_diagonal": [1], "boundary": [2]}
+        batch = build_batch(input_ids, noise, VALUES["plus.tau_s"], VALUES["plus.tau_t"], known=known, **groups)
         state = states(trainer, batch)[0]
         assert relative_error(state, VALUES["plus.state"] @ trainer.model.state_embedding) < 1e-4
         target, weights = compute_targets(trainer, batch)

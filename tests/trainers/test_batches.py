@@ -1,12 +1,18 @@
 """What batches are made of: times, noise, and which tokens are known."""
 
+import doctest
+
+import pytest
 import torch
 
+from modeling_flm.trainers import DataCollatorForFLM
 from modeling_flm.trainers.batches import (
+    TimePairs,
     draw_known_masks,
     draw_noise,
     example_seed,
     low_discrepancy_uniforms,
+    make_flow_batch,
     stratified_uniforms,
 )
 
@@ -100,3 +106,63 @@ class TestKnownTokens:
         is_kind = torch.stack([(known == mask).all(dim=1) for mask in only.values()])
         assert is_kind.any(dim=0).all()
         assert (is_kind.double().mean(dim=1) > 0.3).all()
+
+
+class TestFlowBatch:
+    """`make_flow_batch`: what a batch of tokenized examples becomes."""
+
+    def test_example_of_its_docstring(self):
+        text = make_flow_batch.__doc__.replace("```", "")
+        example = doctest.DocTestParser().get_doctest(text, {}, "make_flow_batch", None, None)
+        assert example.examples and doctest.DocTestRunner().run(example).failed == 0
+
+    @staticmethod
+    def make(rows: slice = slice(None), **options):
+        input_ids = torch.arange(8 * 6).view(8, 6)
+        examples = [{"input_ids": row[: 6 - n % 3].tolist()} for n, row in enumerate(input_ids)][rows]
+        uniforms = stratified_uniforms(8, 4, 3)[rows]
+        options = {"prompt_fraction": 0.8, "max_length": 6, **options}
+        return make_flow_batch(DataCollatorForFLM()(examples), uniforms, range(8)[rows], (3, 0), **options).with_noise(
+            5, 6
+        )
+
+    @pytest.mark.parametrize("time_sampler", [None, TimePairs(boundary_probability=0.3)])
+    def test_an_example_depends_on_its_position_alone(self, time_sampler):
+        whole = self.make(time_sampler=time_sampler)
+        parts = [self.make(slice(start, start + 2), time_sampler=time_sampler) for start in (0, 2, 4, 6)]
+        for start, part in zip((0, 2, 4, 6), parts):
+            length = part.input_ids.shape[1]
+            for name in ("input_ids", "labels", "tau_s", "tau_t", "tau_u", "noise"):
+                if whole[name] is not None:
+                    assert torch.equal(part[name], whole[name][start : start + 2, :length]), name
+            assert {group: [start + row for row in rows] for group, rows in part.groups.items()} == {
+                group: [row for row in rows if start <= row < start + 2] for group, rows in whole.groups.items()
+            }
+        assert not torch.equal(whole.noise[0], whole.noise[1])
+
+    def test_known_tokens_are_at_time_one_and_not_learned(self):
+        batch = self.make(prompt_fraction=1.0, prompt_kinds=["prefix"], time_sampler=TimePairs())
+        known = batch.tau_s == 1
+        assert known[:, 0].all() and (batch.tau_t == 1)[known].all() and (batch.tau_u == 1)[known].all()
+        assert torch.equal(batch.mask, (batch.attention_mask == 1) & ~known)
+        assert torch.equal(batch.labels[batch.mask], batch.input_ids[batch.mask])
+        plain = self.make(prompt_fraction=0.0)
+        assert plain.tau_s.shape == (8,) and (plain.tau_s < 1).all()
+
+    def test_labels_make_tokens_known_but_not_padding(self):
+        input_ids = torch.ones(2, 12, dtype=torch.long)
+        attention_mask = torch.ones_like(input_ids)
+        attention_mask[1, 9:] = 0
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, :5] = -100
+        examples = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+        batch = make_flow_batch(examples, torch.rand(2, 1) / 2, range(2), (0,), prompts_from_labels=True)
+        assert batch.tau_s[:, :5].eq(1).all() and batch.tau_s[:, 5:].lt(1).all()
+        assert torch.equal(batch.labels, labels)
+
+    def test_selected_examples(self):
+        batch = self.make(time_sampler=TimePairs())
+        part = batch.select(torch.tensor([5, 2]))
+        assert len(part) == 2 and part.noise is None
+        for name in ("input_ids", "labels", "tau_s", "tau_t", "tau_u", "attention_mask"):
+            assert torch.equal(part[name], batch[name][[5, 2]])

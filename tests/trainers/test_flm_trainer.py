@@ -23,6 +23,14 @@ from modeling_flm.trainers import (
     FMLMTrainingArguments,
     train_tokenizer,
 )
+from modeling_flm.trainers.batches import FlowBatch
+
+
+def record_batches(trainer: FLMTrainer) -> list[FlowBatch]:
+    """Returns a list that will have the batches of the training, with their noise."""
+    batches, objective = [], trainer.training_objective
+    trainer.training_objective = lambda batch, *args: batches.append(batch) or objective(batch, *args)
+    return batches
 
 
 class TestPrompts:
@@ -30,8 +38,7 @@ class TestPrompts:
         trainer = build(tmp_path, max_steps=3, gradient_accumulation_steps=2, save_strategy="no", prompt_fraction=0.8)
         model = trainer.model
         initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        batches, add_noise = [], trainer._add_noise
-        trainer._add_noise = lambda batch: batches.append(add_noise(batch)) or batches[-1]
+        batches = record_batches(trainer)
         trainer.train()
         model.load_state_dict(initial)
         model.eval()
@@ -65,18 +72,11 @@ class TestPrompts:
         for options, expected in (({}, 12), ({"prompts_from_labels": True}, 7)):
             args = FLMTrainingArguments(tmp_path, use_cpu=True, report_to=[], **options)
             trainer = FLMTrainer(build_flm(), args, train_dataset=Dataset.from_dict(rows))
-            batch = next(iter(trainer.get_train_dataloader()))
-            trainer._draw_examples(batch, torch.full((8, 1), 0.25), range(8), (0, 0))
-            tau = batch["examples"].tau_s
-            assert tau.shape == ((8,) if expected == 12 else (8, 12))
-            assert int((tau.expand(12, 8).T if tau.dim() == 1 else tau).eq(0.25).sum()) == 8 * expected
-            if expected == 7:
-                assert tau[:, :5].eq(1).all() and batch["examples"].mask.sum() == 8 * 7
-        # Padding is not known
-        attention_mask = torch.ones(2, 12, dtype=torch.long)
-        attention_mask[1, 9:] = 0
-        known = trainer._draw_known(labels[:2].masked_fill(attention_mask == 0, -100), attention_mask, [0, 1])
-        assert known[:, :5].all() and not known[:, 5:].any()
+            (batch,), count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+            tau = batch.tau_s
+            assert tau.shape == ((8,) if expected == 12 else (8, 12)) and batch.mask.sum() == count == 8 * 7
+            assert int((tau.expand(12, 8).T if tau.dim() == 1 else tau).lt(1).sum()) == 8 * expected
+            assert expected == 12 or tau[:, :5].eq(1).all()
 
     def test_bad_prompt_kinds_are_named(self, tmp_path):
         for kinds in ([], ["suffix"]):
@@ -104,9 +104,7 @@ class TestLoss:
         model = trainer.model
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         trainer.seen.clear()
-        batches = []
-        add_noise = trainer._add_noise
-        trainer._add_noise = lambda batch: batches.append(add_noise(batch)) or batches[-1]
+        batches = record_batches(trainer)
         trainer.train()
         reference = build_flm(**{name: getattr(model.config, name) for name in model.config.to_dict() if name in (
             "vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "conditioning_size",
@@ -158,7 +156,10 @@ class TestLoss:
             batches, training_step = [], trainer.training_step
             trainer.training_step = lambda model, *args: batches.append(args[0]) or training_step(model, *args)
             trainer.train()
-            masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
+            masks = [
+                torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+                for batch in batches
+            ]
             return 1 - sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks)
 
         assert share_of_padding("group_by_length") < share_of_padding("random") / 2

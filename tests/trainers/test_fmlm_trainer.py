@@ -23,21 +23,21 @@ from modeling_flm.trainers import (
     fmlm_trainer,
     objectives,
 )
+from modeling_flm.trainers.batches import FlowTimes, stratified_uniforms
 
 
 class TestTimes:
-    def draw(self, tmp_path, flm, num=4000, **options):
+    def draw(self, tmp_path, flm, num=4000, **options) -> FlowTimes:
         trainer = build_trainer(tmp_path, FMLMModel.from_flm(flm), teacher=flm, **options)
-        from modeling_flm.trainers.batches import stratified_uniforms
+        return trainer.time_sampler(stratified_uniforms(num, 4, 0), range(num))
 
-        return trainer._draw_times(stratified_uniforms(num, 4, 0), range(num))
-
-    def test_kinds(self, tmp_path, flm):
-        times, rows = self.draw(tmp_path, flm, diagonal_fraction=0.25, boundary_probability=0.1)
+    def test_groups(self, tmp_path, flm):
+        times = self.draw(tmp_path, flm, diagonal_fraction=0.25, boundary_probability=0.1)
+        rows = times.groups
         assert len(rows["diagonal"]) == 1000 and rows["diagonal"][:3] == [3, 7, 11]
         assert abs(len(rows["boundary"]) - 300) < 5 * math.sqrt(300)
         assert sorted(sum(rows.values(), [])) == list(range(4000))
-        s, u, t = (times[f"tau_{name}"] for name in "sut")
+        s, u, t = times.tau_s, times.tau_u, times.tau_t
         assert torch.equal(s[rows["diagonal"]], t[rows["diagonal"]])
         assert (s[rows["boundary"]] == 0).all() and (t[rows["boundary"]] == 1).all()
         off = rows["off_diagonal"]
@@ -46,12 +46,12 @@ class TestTimes:
 
     def test_distributions(self, tmp_path, flm):
         options = {"diagonal_fraction": 0.0, "boundary_probability": 0.0}
-        times, _ = self.draw(tmp_path, flm, **options)
-        s, t = times["tau_s"].double(), times["tau_t"].double()
+        times = self.draw(tmp_path, flm, **options)
+        s, t = times.tau_s.double(), times.tau_t.double()
         # d ~ U(0, 1), s ~ U(0, 1 - d): means 1/2 and 1/4
         assert abs((t - s).mean() - 0.5) < 0.01 and abs(s.mean() - 0.25) < 0.01
-        times, _ = self.draw(tmp_path, flm, time_sampling="uniform_pair", intermediate_time="random", **options)
-        s, u, t = (times[f"tau_{name}"].double() for name in "sut")
+        times = self.draw(tmp_path, flm, time_sampling="uniform_pair", intermediate_time="random", **options)
+        s, u, t = times.tau_s.double(), times.tau_u.double(), times.tau_t.double()
         assert abs(s.mean() - 1 / 3) < 0.01 and abs(t.mean() - 2 / 3) < 0.01
         fraction = (u - s) / (t - s)
         assert abs(fraction.mean() - 0.5) < 0.01 and abs(fraction.var() - 1 / 12) < 0.01

@@ -26,14 +26,13 @@ class TestPublishedValues:
     def trainer(self, tmp_path, path, model, teacher=None, **options) -> FMLMTrainer:
         trainer = build_trainer(tmp_path, model, teacher, **options)
         if path == "compiled":
-            trainer._compile_options = {"backend": "aot_eager"}
-            for network in trainer._networks():
-                trainer._compile_regions(network)
+            for network in {trainer.model, trainer.teacher} - {None}:
+                network.compile_regions(backend="aot_eager")
         return trainer
 
-    def batch(self, tau_s, tau_t, tau_u=None, **kinds):
+    def batch(self, tau_s, tau_t, tau_u=None, **groups):
         # V is below the joint width of two networks: projected noise is one-hot noise.
-        return build_batch(self.values["input_ids"], self.values["noise"], tau_s, tau_t, tau_u, **kinds)
+        return build_batch(self.values["input_ids"], self.values["noise"], tau_s, tau_t, tau_u, **groups)
 
     def forward(self, trainer, batch):
         return trainer.model(
