@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of peft: models that are wrapped into a `PeftModel`, and those that `add_adapter` has changed."""
+"""Adapters of peft, in a `PeftModel` or added by `model.add_adapter`."""
 
 from pathlib import Path
 
@@ -10,16 +10,16 @@ from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, is_peft_available
 
 
-# What peft puts before the names of a model's weights
+# Prefix of the names of weights in a `PeftModel`
 _PREFIX = "base_model.model."
 
 
-def network_of(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """
-    The model within a `PeftModel`, whose layers have the adapters; any other model itself.
+    Returns the model within a `PeftModel`, whose layers have the adapters, or any other model itself.
 
     Raises:
-        `ValueError`: where peft changes the inputs of `forward` and not the layers, which no method but `forward` would see.
+        `ValueError`: for adapters that change the inputs of `forward` instead of layers, because training calls other methods.
     """
     if not is_peft_available():
         return model
@@ -28,20 +28,20 @@ def network_of(model: nn.Module) -> nn.Module:
     if not isinstance(model, PeftModel):
         return model
     if model.active_peft_config.is_prompt_learning:
-        kind = model.active_peft_config.peft_type.value
+        peft_type = model.active_peft_config.peft_type.value
         raise ValueError(
-            f"`model` has an adapter of type {kind}, which adds virtual tokens: take one that adapts layers, such as LoRA."
+            f"`model` has an adapter of type {peft_type}, which adds virtual tokens: use one that adapts layers, such as LoRA."
         )
     return model.get_base_model()
 
 
 def has_added_adapters(model: nn.Module) -> bool:
-    """Whether a model has adapters of `model.add_adapter` or `model.load_adapter`, with which alone it is saved."""
+    """Returns whether a model has adapters from `model.add_adapter` or `model.load_adapter`. It then saves only these."""
     return isinstance(model, PreTrainedModel) and model._hf_peft_config_loaded
 
 
 def load_added_adapters(model: PreTrainedModel, folder: str | Path):
-    """Loads the weights of the active adapter from a folder that the model was saved to, which `Trainer` does not."""
+    """Loads the weights of the active adapter from a saved model, which `Trainer` does not do."""
     from peft import set_peft_model_state_dict
 
     weights = load_file(Path(folder) / ADAPTER_SAFE_WEIGHTS_NAME)

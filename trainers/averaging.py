@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""The moving average of the weights: how it is kept, and how a trainer evaluates, saves and resumes with it."""
+"""Moving average of the weights, and a trainer that evaluates, saves and resumes with it."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,34 +19,33 @@ from .distributed import copy_of_weights, forget_gathered_weights, load_whole_st
 
 logger = logging.get_logger(__name__)
 
-# In a checkpoint, `model.safetensors` or the adapter has the averaged weights, for everybody who loads it, and this file those
-# that the optimizer continues from.
+# Training weights in a checkpoint, which the optimizer continues from; `model.safetensors` or the adapter has the averaged ones.
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 
 
 class EMACallback(TrainerCallback):
     """
-    Keeps an exponential moving average of the weights. After `n` optimizer steps the decay is
-    `min(decay, (1 + n) / (10 + n))`, so that the start is forgotten quickly. Weights that are not trained have none, such as
-    those that adapters stand beside: `averaged` is the model with its averaged weights, and shares the others with it.
+    Keeps an exponential moving average of the trained weights. After `n` optimizer steps the decay is
+    `min(decay, (1 + n) / (10 + n))`, so that the start is forgotten quickly. `averaged` is a copy of the model with the averaged
+    weights; it shares the frozen weights, such as the base weights of adapters.
 
     Args:
-        decay (`float`): The largest decay.
+        decay (`float`): Largest decay.
     """
 
     def __init__(self, decay: float):
         self.decay = decay
         self.averaged: nn.Module | None = None
-        self.num_updates = 0  # the optimizer steps that the average has seen
+        self.num_updates = 0  # optimizer steps
         self.is_applied = False
 
     def start(self, model: PreTrainedModel, num_updates: int = 0):
-        """Takes the weights of `model` for the average after `num_updates` steps."""
+        """Starts the average from the weights of `model`, as the average after `num_updates` steps."""
         self.averaged = copy_of_weights(model).requires_grad_(False)
         self.num_updates = num_updates
 
     def _pairs(self, model: PreTrainedModel) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """The weights that have an average, each with it."""
+        """Returns the trained weights with their averages."""
         pairs = zip(model.parameters(), self.averaged.parameters(), strict=True)
         return [(parameter, average) for parameter, average in pairs if parameter is not average]
 
@@ -65,7 +64,7 @@ class EMACallback(TrainerCallback):
     @torch.no_grad()
     def _swap(self, model: PreTrainedModel):
         forget_gathered_weights(model)
-        # In place, so that wrappers and compiled graphs that hold the parameters see the change.
+        # In place, for wrappers and compiled graphs that hold the parameters.
         for parameter, average in self._pairs(model):
             value = parameter.clone()
             parameter.copy_(average)
@@ -73,7 +72,7 @@ class EMACallback(TrainerCallback):
 
     @contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[None]:
-        """Within this context `model` has the averaged weights."""
+        """Context in which `model` has the averaged weights."""
         if self.averaged is None or self.is_applied:
             yield
             return
@@ -89,11 +88,11 @@ class EMACallback(TrainerCallback):
 class AveragedTrainer(Trainer):
     """
     A [`~transformers.Trainer`] that evaluates, predicts, saves and publishes the moving average of the weights. A checkpoint
-    holds the averaged weights in `model.safetensors` and the weights of the training in `training_weights.safetensors`.
+    holds the averaged weights in `model.safetensors` and the training weights in `training_weights.safetensors`.
 
     Args:
         args: As for [`~transformers.Trainer`].
-        ema ([`EMACallback`], *optional*): Keeps the average. `None` for a training without one.
+        ema ([`EMACallback`], *optional*): Callback that keeps the average. `None` disables it.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*): Further callbacks, which run after `ema`.
         kwargs: As for [`~transformers.Trainer`].
     """
@@ -105,7 +104,7 @@ class AveragedTrainer(Trainer):
         super().__init__(*args, callbacks=[*([] if ema is None else [ema]), *(callbacks or [])], **kwargs)
 
     def call_model_init(self, trial=None):
-        """As [`~transformers.Trainer.call_model_init`]; the average of the weights begins anew with the model."""
+        """As [`~transformers.Trainer.call_model_init`]. The new model gets a new average."""
         model = super().call_model_init(trial)
         if self.ema is not None:
             self.ema.averaged = None
@@ -133,7 +132,7 @@ class AveragedTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.ema is None:
             return
-        state_dict = trained_state_dict(self.model)  # on all processes, for those that shard it
+        state_dict = trained_state_dict(self.model)  # on all processes, which may each have a shard
         if self.args.should_save:
             state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
             metadata = {"format": "pt", "ema_updates": str(self.ema.num_updates)}
@@ -147,7 +146,9 @@ class AveragedTrainer(Trainer):
         path = Path(resume_from_checkpoint) / TRAINING_WEIGHTS_NAME
         if not path.is_file():
             if self.ema is not None:
-                logger.warning(f"{resume_from_checkpoint} has no {path.name}: the average starts from its weights.")
+                logger.warning(
+                    f"{resume_from_checkpoint} has no {path.name}: the average starts from the weights of the model."
+                )
             return
         if self.ema is not None:
             with safe_open(path, framework="pt") as file:
@@ -157,7 +158,7 @@ class AveragedTrainer(Trainer):
 
     def _load_best_model(self):
         checkpoint = self.state.best_model_checkpoint
-        # `Trainer` only warns where the checkpoint is gone; then the average is still the best there is.
+        # If the checkpoint is gone, `Trainer` only warns, and the average stays as it is.
         exists = Path(checkpoint).is_dir()
         if has_added_adapters(self.model) and exists:
             load_added_adapters(self.model, checkpoint)
@@ -167,7 +168,7 @@ class AveragedTrainer(Trainer):
             self._start_average(checkpoint, self.ema.num_updates)
 
     def _start_average(self, checkpoint: str, num_updates: int):
-        """Goes on with the average of a checkpoint that `Trainer` has loaded."""
-        if self.is_fsdp_enabled:  # where accelerate has loaded the weights of the training instead
+        """Continues the average of a checkpoint that `Trainer` has loaded."""
+        if self.is_fsdp_enabled:  # accelerate has loaded the training weights instead
             load_whole_state_dict(self.model, load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
         self.ema.start(self.model, num_updates)

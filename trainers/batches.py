@@ -25,7 +25,7 @@ _BELOW_ONE = 1 - 2**-24
 # Separates the random numbers of an example's prompt from those of its noise.
 _PROMPTS = 1
 
-# Which tokens of an example may be known
+# Patterns of known tokens in an example
 PROMPT_KINDS = ("prefix", "infill", "random", "independent")
 
 # The two times of a pair differ by at least this much, so that quotients of differences keep their precision.
@@ -275,13 +275,13 @@ def make_flow_batch(
 
 def stratified_uniforms(num_points: int, num_dimensions: int, *key: int) -> torch.FloatTensor:
     """
-    Uniform random points in [0, 1)^d that are stratified in every coordinate (a Latin hypercube): each of `num_points`
+    Draws uniform random points in [0, 1)^d that are stratified in every coordinate (a Latin hypercube): each of `num_points`
     equal intervals has one, in random order.
 
     Args:
-        num_points (`int`): The number of points.
-        num_dimensions (`int`): The number of coordinates, d.
-        key (`int`): What the points are a function of.
+        num_points (`int`): Number of points.
+        num_dimensions (`int`): Number of coordinates, d.
+        key (`int`): Seeds of the points.
 
     Returns:
         `torch.FloatTensor` of shape `(num_points, num_dimensions)`, on the CPU.
@@ -293,8 +293,8 @@ def stratified_uniforms(num_points: int, num_dimensions: int, *key: int) -> torc
 
 def low_discrepancy_uniforms(first: int, num_points: int, num_dimensions: int) -> torch.FloatTensor:
     """
-    Points `first` to `first + num_points - 1` of a fixed sequence that fills [0, 1)^d evenly whichever part of it is
-    taken: that of Kronecker with powers of the generalized golden ratio.
+    Returns points `first` to `first + num_points - 1` of a fixed sequence of which every part fills [0, 1)^d evenly: the
+    Kronecker sequence of powers of the generalized golden ratio.
 
     Returns:
         `torch.FloatTensor` of shape `(num_points, num_dimensions)`, on the CPU.
@@ -312,20 +312,20 @@ def draw_known_masks(
     real: torch.BoolTensor,
     longest: int,
     fraction: float,
-    kinds: Sequence[str] = PROMPT_KINDS[:3],
+    prompt_kinds: Sequence[str] = PROMPT_KINDS[:3],
 ) -> torch.BoolTensor:
     """
-    Which tokens of each example are known, for a model to learn to write the rest. For a beginning (`"prefix"`), what is
-    around a gap (`"infill"`) and tokens at random (`"random"`) at least one token is known and one is not, and every number of
-    them is equally likely. For `"independent"` tokens, each is known with a probability that is uniform for the example, so
-    that all of them may be, or none.
+    Draws which tokens of each example are known. For a prefix (`"prefix"`), the context of a gap (`"infill"`) and a random
+    subset (`"random"`), at least one token is known and at least one is not, and every number of known tokens is equally
+    likely. For `"independent"`, each token is known with a probability that is uniform for the example, so that all or none may
+    be known.
 
     Args:
         seeds (`Sequence[int]`): One seed per example.
-        real (`torch.BoolTensor` of shape `(len(seeds), length)`): Where there are tokens, and no padding.
-        longest (`int`): The length of the longest example, so that how far a batch is padded changes nothing.
-        fraction (`float`): The share of the examples of which anything is known.
-        kinds (`Sequence[str]`): Which of these there are, equally often each.
+        real (`torch.BoolTensor` of shape `(len(seeds), length)`): Positions of tokens, without padding.
+        longest (`int`): Length of the longest sequence of the training, so that padding does not change the result.
+        fraction (`float`): Fraction of the examples with known tokens.
+        prompt_kinds (`Sequence[str]`): Patterns to draw from, equally likely.
 
     Returns:
         `torch.BoolTensor` of the shape of `real`, and on its device.
@@ -333,40 +333,40 @@ def draw_known_masks(
     uniforms = np.stack([np.random.default_rng([seed, _PROMPTS]).random(4 + longest) for seed in seeds])
     uniforms = torch.from_numpy(uniforms).to(real.device, torch.float32, non_blocking=True)
     uniforms = uniforms.clamp(max=_BELOW_ONE)
-    has_prompt, kind, size, place = uniforms[:, :4, None].unbind(dim=1)
+    prompt_draw, kind_draw, size, place = uniforms[:, :4, None].unbind(dim=1)
     num_tokens = real.sum(dim=1, keepdim=True)
-    rank = real.cumsum(dim=1) - 1  # among the tokens of the example
+    rank = real.cumsum(dim=1) - 1  # position among the example's tokens
     num_chosen = 1 + (size * (num_tokens - 1)).floor()
     start = (place * (num_tokens - num_chosen + 1)).floor()
-    is_beginning = rank < num_chosen
-    is_outside = (rank < start) | (rank >= start + num_chosen)
-    lots = uniforms[:, 4 : 4 + real.shape[1]].masked_fill(~real, 1.0)
+    is_prefix = rank < num_chosen
+    is_context = (rank < start) | (rank >= start + num_chosen)
+    token_uniforms = uniforms[:, 4 : 4 + real.shape[1]].masked_fill(~real, 1.0)
     masks = {
-        "prefix": is_beginning,
-        "infill": is_outside,
-        "random": lots.argsort(dim=1).argsort(dim=1) < num_chosen,
-        "independent": lots < size,
+        "prefix": is_prefix,
+        "infill": is_context,
+        "random": token_uniforms.argsort(dim=1).argsort(dim=1) < num_chosen,
+        "independent": token_uniforms < size,
     }
     known = torch.zeros_like(real)
-    for index, name in enumerate(kinds):
-        is_kind = (kind >= index / len(kinds)) & (kind < (index + 1) / len(kinds))
-        known |= is_kind & masks[name]
-    return known & real & (has_prompt < fraction) & (num_tokens > 1)
+    for index, name in enumerate(prompt_kinds):
+        is_drawn = (kind_draw >= index / len(prompt_kinds)) & (kind_draw < (index + 1) / len(prompt_kinds))
+        known |= is_drawn & masks[name]
+    return known & real & (prompt_draw < fraction) & (num_tokens > 1)
 
 
 def example_seed(*key: int) -> int:
-    """A seed for one example, for `key` such as (seed, step, position)."""
+    """Returns the seed of an example from a key such as (seed, step, position)."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 def draw_noise(seeds: Sequence[int], *size: int, device: torch.device) -> torch.FloatTensor:
     """
-    Standard normal noise for each example from its own seed.
+    Draws standard normal noise for each example from its own seed.
 
     Args:
         seeds (`Sequence[int]`): One seed per example.
-        size (`int`): The size of the noise of one example.
-        device (`torch.device`): Where to draw it; devices draw different numbers.
+        size (`int`): Shape of the noise of one example.
+        device (`torch.device`): Device to draw on. Devices draw different numbers.
 
     Returns:
         `torch.FloatTensor` of shape `(len(seeds), *size)`.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks of the trainers: samples during training, and their generative perplexity."""
+"""Callbacks of the trainers: samples during training and their generative perplexity."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from .evaluation import generate_samples, load_gen_ppl
 
 
 def _from_average(model: PreTrainedModel, ema: EMACallback | None, function: Callable[[], Any]) -> Any:
-    """What `function` returns while `model` has the averaged weights, if there are any."""
+    """Calls `function` while `model` has the averaged weights, if there are any."""
     with nullcontext() if ema is None else ema.applied(model):
         return through_forward(model, model, function)
 
@@ -27,11 +27,11 @@ def _from_average(model: PreTrainedModel, ema: EMACallback | None, function: Cal
 class SampleCallback(TrainerCallback):
     """
     Writes samples to `samples.jsonl` in the output directory every `args.sample_steps` optimizer steps, one JSON object
-    with `step`, `num_steps` and `text` per line. The noise is the same every time.
+    with `step`, `num_steps` and `text` per line. Every time the samples start from the same noise.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Turns tokens into text.
-        ema (`EMACallback`, *optional*): If given, samples are from the averaged weights.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Decodes samples.
+        ema (`EMACallback`, *optional*): Average to sample from, instead of the training weights.
     """
 
     def __init__(self, tokenizer, ema: EMACallback | None = None):
@@ -41,7 +41,7 @@ class SampleCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % args.sample_steps != 0:
             return
-        if not state.is_world_process_zero and not is_sharded(model):  # which needs everybody
+        if not state.is_world_process_zero and not is_sharded(model):  # all processes take part in a sharded model
             return
         tokens = _from_average(model, self.ema, lambda: self._generate(args, model))
         if not state.is_world_process_zero:
@@ -65,16 +65,16 @@ class SampleCallback(TrainerCallback):
 
 class GenPPLCallback(TrainerCallback):
     """
-    Logs the generative perplexity and the entropy of texts of the model every `args.eval_gen_ppl_steps` optimizer steps,
-    as `eval_gen_ppl_N` and `eval_entropy_N` for each number N of sampling steps. All processes generate, the first scores.
+    Logs the generative perplexity and entropy of samples every `args.eval_gen_ppl_steps` optimizer steps, as `eval_gen_ppl_N`
+    and `eval_entropy_N` for each number N of sampling steps. All processes generate, the first scores.
 
-    Where there is an evaluation at the same step, the figures are among its metrics too: `args.metric_for_best_model` may
-    name one of them, and callbacks that come after this one, such as [`~transformers.EarlyStoppingCallback`], see them.
+    An evaluation at the same step has the figures among its metrics: `args.metric_for_best_model` may name one of them, and
+    later callbacks, such as [`~transformers.EarlyStoppingCallback`], see them.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Turns tokens into text.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Decodes samples.
         log (`Callable[[dict[str, float]], None]`): The trainer's `log`.
-        ema (`EMACallback`, *optional*): If given, texts are from the averaged weights.
+        ema (`EMACallback`, *optional*): Average to sample from, instead of the training weights.
     """
 
     def __init__(self, tokenizer, log: Callable[[dict[str, float]], None], ema: EMACallback | None = None):
@@ -83,15 +83,15 @@ class GenPPLCallback(TrainerCallback):
         self.ema = ema
         self.metric = load_gen_ppl()
         self.figures: dict[str, float] = {}
-        self.step: int | None = None  # when these were measured
+        self.step: int | None = None  # step of these figures
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.step = None
-        if state.is_world_process_zero:  # a scorer that is not there should show now
+        if state.is_world_process_zero:  # a missing scorer should fail now
             self._score(args, ["a text"], None)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        # `Trainer` also evaluates after the last step, whichever that is, and would miss the figure it selects by.
+        # `Trainer` also evaluates after the last step, and needs the figure that it selects by.
         is_missed = control.should_evaluate and args.selects_by_gen_ppl
         if state.global_step % args.eval_gen_ppl_steps != 0 and not is_missed:
             return
@@ -100,17 +100,17 @@ class GenPPLCallback(TrainerCallback):
         self.step = state.global_step
         should_log = control.should_log
         self.log(dict(self.figures))
-        control.should_log = should_log  # which logging resets
+        control.should_log = should_log  # logging resets it
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.global_step == self.step:
             metrics.update(self.figures)  # in place: `Trainer` selects the best checkpoint by the same dictionary
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.step = None  # from here on the weights may be those of the best checkpoint
+        self.step = None  # the best checkpoint may be loaded now
 
     def _evaluate(self, args, state, model: PreTrainedModel) -> dict[str, float]:
-        # All processes make equally many, as FSDP wants; what is too much is dropped.
+        # All processes make equally many samples, as FSDP requires; surplus samples are dropped.
         share = math.ceil(args.eval_gen_ppl_num_samples / args.world_size)
         indices = list(range(args.process_index * share, (args.process_index + 1) * share))
         logs = {}

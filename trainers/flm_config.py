@@ -13,135 +13,136 @@ from .batches import PROMPT_KINDS
 @dataclass
 class FLMTrainingArguments(TrainingArguments):
     r"""
-    Arguments of [`FLMTrainer`]: those of [`~transformers.TrainingArguments`], and the ones below.
+    Arguments of [`FLMTrainer`], in addition to [`~transformers.TrainingArguments`].
 
-    The defaults of `learning_rate` and `lr_scheduler_type` are the paper's; it also warms up for 2500 steps
-    (`warmup_steps=2500`) and trains in bfloat16 (`bf16=True`) with a global batch of 512 texts.
-    `logging_nan_inf_filter` is off: a loss that is not finite shows in the logs, and no step waits for the device to
-    look for it. `torch_compile=True` compiles the blocks and the losses of all networks, see
-    [`~FLMPreTrainedModel.compile_regions`].
+    The defaults of `learning_rate` and `lr_scheduler_type` are the paper's, which also uses 2500 warm-up steps
+    (`warmup_steps=2500`), bfloat16 (`bf16=True`) and a global batch of 512 examples. `logging_nan_inf_filter` is off: the logs
+    show a loss that is not finite, and no step waits for the device to check it. `torch_compile=True` compiles the blocks and
+    losses of all networks, see [`~FLMPreTrainedModel.compile_regions`].
 
     Parameters:
         ema_decay (`float`, *optional*, defaults to 0.9999):
-            Decay of the exponential moving average of the weights, which warms up as
-            `min(ema_decay, (1 + n) / (10 + n))` after `n` steps. Evaluation, samples, saved models and pushed models use
-            the averaged weights; checkpoints hold both. `None` turns it off.
+            Decay of the exponential moving average of the weights, warmed up as `min(ema_decay, (1 + n) / (10 + n))` after `n`
+            steps. Evaluation, samples, and saved and published models use the averaged weights; checkpoints hold both. `None`
+            disables it.
         prompt_fraction (`float`, *optional*, defaults to 0.0):
-            The share of the examples of which some tokens are known, and the rest is to be learned, see `prompt_kinds`. So a
-            model learns to continue prompts and to fill in, best one
-            that is told the time of each token (`FLMConfig(per_token_timesteps=True)`).
+            Fraction of the examples with known tokens, see `prompt_kinds`. Only unknown tokens are trained on. Use this to train
+            prompting and infilling, ideally with `FLMConfig(per_token_timesteps=True)`.
         prompt_kinds (`list[str]`, *optional*, defaults to `["prefix", "infill", "random"]`):
-            Which tokens are known in the examples of `prompt_fraction`, equally often each: how a text begins (`"prefix"`),
-            what is around a gap (`"infill"`), some number of tokens anywhere (`"random"`), or each token by itself with a
-            probability that is drawn for the text (`"independent"`, as for FMLM+).
+            Patterns of known tokens in these examples, equally likely: a prefix (`"prefix"`), the context of a gap (`"infill"`), a
+            random subset (`"random"`), or each token independently with a probability drawn for the example
+            (`"independent"`, as for FMLM+).
         prompts_from_labels (`bool`, *optional*, defaults to `False`):
-            Whether tokens whose label is -100 and that are not padding are known, in training and in evaluation: the
-            question in a text that is a question and its answer. Otherwise they are noised as the others are.
+            Whether tokens with label -100, except padding, are known in training and evaluation, such as the question before
+            an answer. Otherwise they are noised like all others.
         eval_likelihood_times (`int`, *optional*, defaults to 0):
-            Log the bound on the negative log-likelihood of the evaluation texts, in nats per token, as `eval_nll`, and
-            `eval_perplexity`, its exponential: how many times each text is noised for it, such as 32, with a forward pass
-            each. 0 does not. `metric_for_best_model` takes either. See [`~FLMLikelihoodMixin.log_likelihood_bound`].
+            Number of noise levels, such as 32, at which each evaluation example is noised to bound its negative log-likelihood;
+            each costs a forward pass. The bound is logged in nats per token as `eval_nll`, and its exponential as
+            `eval_perplexity`. `metric_for_best_model` may name either. 0 disables it. See
+            [`~FLMLikelihoodMixin.log_likelihood_bound`].
         sample_steps (`int`, *optional*, defaults to 0):
-            Write samples to `samples.jsonl` in `output_dir` every so many optimizer steps. 0 writes none.
+            Number of optimizer steps between samples, which are written to `samples.jsonl` in `output_dir`. 0 disables it.
         sample_num_samples (`int`, *optional*, defaults to 4):
-            The number of texts to write.
+            Number of samples.
         sample_num_steps (`int`, *optional*, defaults to 32):
-            The number of steps from noise to text for these samples.
+            Number of sampling steps of these samples.
         eval_gen_ppl_steps (`int`, *optional*, defaults to 0):
-            Log the generative perplexity and the entropy of samples every so many optimizer steps, as `eval_gen_ppl_N` and
-            `eval_entropy_N` for N steps from noise to text. 0 does not. Needs `pip install modeling-flm[evaluate]`.
+            Number of optimizer steps between measurements of the generative perplexity and entropy of samples, which are logged
+            as `eval_gen_ppl_N` and `eval_entropy_N` for N sampling steps. 0 disables it. Needs
+            `pip install modeling-flm[evaluate]`.
 
-            The best checkpoint can be chosen by it: `metric_for_best_model="eval_gen_ppl_1"` with
-            `load_best_model_at_end=True` or `save_strategy="best"`, where lower is better by default. Perplexity alone
-            favors dull texts; the entropy beside it tells.
+            To choose the best checkpoint by it, pass `metric_for_best_model="eval_gen_ppl_1"` with
+            `load_best_model_at_end=True` or `save_strategy="best"`; lower is better by default. Low perplexity can be reached
+            by repetitive text: compare the entropy too.
         eval_gen_ppl_num_steps (`list[int]`, *optional*, defaults to `[1, 2, 4, 32]`):
-            The numbers of steps from noise to text to do so for.
+            Numbers of sampling steps to measure.
         eval_gen_ppl_num_samples (`int`, *optional*, defaults to 256):
-            The number of texts.
+            Number of samples to measure.
         eval_gen_ppl_model (`str`, *optional*, defaults to `"gpt2-large"`):
-            Name or folder of the causal language model that scores them.
+            Name or folder of the causal language model that scores the samples.
     """
 
-    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Initial learning rate of AdamW."})
     lr_scheduler_type: str = field(
         default="constant_with_warmup",
-        metadata={"help": "The learning rate schedule; see `transformers.SchedulerType`."},
+        metadata={"help": "Learning rate schedule; see `transformers.SchedulerType`."},
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave losses that are not finite out of the logs; each step waits for it."}
+        default=False,
+        metadata={"help": "Leave non-finite losses out of the logs. Every step then waits for the device."},
     )
     ema_decay: float | None = field(
         default=0.9999,
         metadata={
             "help": "Decay of the moving average of the weights, warmed up as min(ema_decay, (1 + n) / (10 + n)). "
-            "Evaluation and saved models use the averaged weights. `None` turns it off."
+            "Evaluation and saved models use the averaged weights. `None` disables it."
         },
     )
     prompt_fraction: float = field(
         default=0.0,
-        metadata={"help": "The share of the examples of which some tokens are known, to learn to write the rest."},
+        metadata={"help": "Fraction of the examples with known tokens, to train prompting and infilling."},
     )
     prompt_kinds: list[str] = field(
         default_factory=lambda: ["prefix", "infill", "random"],
         metadata={
-            "help": "Which tokens are known in these examples, equally often each.",
+            "help": "Patterns of known tokens in these examples, equally likely.",
             "choices": list(PROMPT_KINDS),
         },
     )
     prompts_from_labels: bool = field(
-        default=False, metadata={"help": "Tokens whose label is -100, and that are not padding, are known."}
+        default=False, metadata={"help": "Tokens with label -100, except padding, are known."}
     )
     eval_likelihood_times: int = field(
         default=0,
-        metadata={
-            "help": "Log the bound on the likelihood of evaluation texts, with so many noised versions of each; 0 does not."
-        },
+        metadata={"help": "Number of noise levels for the likelihood bound of evaluation examples; 0 disables it."},
     )
     sample_steps: int = field(
-        default=0, metadata={"help": "Write samples to samples.jsonl every so many steps; 0 writes none."}
+        default=0, metadata={"help": "Number of steps between samples in samples.jsonl; 0 disables them."}
     )
-    sample_num_samples: int = field(default=4, metadata={"help": "The number of texts to write."})
-    sample_num_steps: int = field(default=32, metadata={"help": "The number of steps from noise to text for samples."})
+    sample_num_samples: int = field(default=4, metadata={"help": "Number of these samples."})
+    sample_num_steps: int = field(default=32, metadata={"help": "Number of sampling steps of these samples."})
     eval_gen_ppl_steps: int = field(
-        default=0, metadata={"help": "Log the generative perplexity of samples every so many steps; 0 does not."}
+        default=0, metadata={"help": "Number of steps between measurements of generative perplexity; 0 disables it."}
     )
     eval_gen_ppl_num_steps: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 32], metadata={"help": "The numbers of sampling steps to do so for."}
+        default_factory=lambda: [1, 2, 4, 32], metadata={"help": "Numbers of sampling steps to measure."}
     )
-    eval_gen_ppl_num_samples: int = field(default=256, metadata={"help": "The number of texts for it."})
-    eval_gen_ppl_model: str = field(default="gpt2-large", metadata={"help": "The language model that scores them."})
+    eval_gen_ppl_num_samples: int = field(default=256, metadata={"help": "Number of samples to measure."})
+    eval_gen_ppl_model: str = field(
+        default="gpt2-large", metadata={"help": "Causal language model that scores samples."}
+    )
 
     def __getstate__(self):
-        # `Trainer` pickles its arguments beside the model, where a token has no business.
+        # `Trainer` pickles its arguments beside the model, without the token.
         return {**self.__dict__, "hub_token": None}
 
     @property
     def selects_by_likelihood(self) -> bool:
-        """Whether `metric_for_best_model` is the likelihood of the evaluation texts."""
+        """Whether `metric_for_best_model` is the likelihood bound."""
         return (self.metric_for_best_model or "").removeprefix("eval_") in ("nll", "perplexity")
 
     @property
     def selects_by_gen_ppl(self) -> bool:
-        """Whether `metric_for_best_model` is the generative perplexity, or the entropy, of samples."""
+        """Whether `metric_for_best_model` is the generative perplexity or entropy of samples."""
         return re.fullmatch(r"(eval_)?(gen_ppl.*|entropy_\d+)", self.metric_for_best_model or "") is not None
 
     def _check_selection_by_gen_ppl(self):
-        """Raises a `ValueError` where an evaluation would not find the figure that `metric_for_best_model` names."""
+        """Raises a `ValueError` if evaluations would not have the figure that `metric_for_best_model` names."""
         metric = self.metric_for_best_model
         needs = f"`metric_for_best_model={metric!r}` needs"
         names = [f"eval_{name}_{n}" for name in ("gen_ppl", "entropy") for n in self.eval_gen_ppl_num_steps]
         if self.eval_gen_ppl_steps < 1:
             raise ValueError(
-                f"{needs} the figures of samples: pass `eval_gen_ppl_steps`, for example that of `eval_steps`."
+                f"{needs} the figures of samples: pass `eval_gen_ppl_steps`, for example equal to `eval_steps`."
             )
         if f"eval_{metric.removeprefix('eval_')}" not in names:
             raise ValueError(
-                f"{needs} its number of sampling steps to be one of `eval_gen_ppl_num_steps`: pass that too, or one of "
+                f"{needs} its number of sampling steps to be one of `eval_gen_ppl_num_steps`: add it, or name one of "
                 f"{', '.join(names)}."
             )
         if self.eval_strategy != "steps":
             raise ValueError(
-                f"{needs} an evaluation at the steps at which samples are scored: pass `eval_strategy='steps'` and "
+                f"{needs} an evaluation at the steps where samples are scored: pass `eval_strategy='steps'` and "
                 f"`eval_steps={self.eval_gen_ppl_steps}`, got `eval_strategy={str(self.eval_strategy)!r}`."
             )
         eval_steps = self.eval_steps or self.logging_steps  # as in `TrainingArguments`
@@ -155,11 +156,11 @@ class FLMTrainingArguments(TrainingArguments):
         for definition in fields(self):
             value = getattr(self, definition.name)
             if type(definition.default) in (int, float) and isinstance(value, str):
-                raise ValueError(f"`{definition.name}` must be a number, got the text {value!r}.")
+                raise ValueError(f"`{definition.name}` must be a number, got the string {value!r}.")
         if self.selects_by_gen_ppl:
             self._check_selection_by_gen_ppl()
             if self.greater_is_better is None and "gen_ppl" in self.metric_for_best_model:
-                self.greater_is_better = False  # `TrainingArguments` would take it for a score
+                self.greater_is_better = False  # the default of `TrainingArguments` is for scores
         if self.greater_is_better is None and self.selects_by_likelihood:
             self.greater_is_better = False
         super().__post_init__()
@@ -172,7 +173,7 @@ class FLMTrainingArguments(TrainingArguments):
             raise ValueError(f"`eval_likelihood_times` must be at least 2, or 0, got {self.eval_likelihood_times}.")
         if self.selects_by_likelihood and self.eval_likelihood_times == 0:
             raise ValueError(
-                f"`metric_for_best_model={self.metric_for_best_model!r}` needs the likelihood of the evaluation texts: pass "
+                f"`metric_for_best_model={self.metric_for_best_model!r}` needs the likelihood bound: pass "
                 "`eval_likelihood_times`, such as 32."
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:

@@ -10,30 +10,30 @@ from modeling_flm.losses import DIVERGENCES
 from .flm_config import FLMTrainingArguments
 
 
-# What the published training scripts do.
+# Settings of the published training scripts.
 PRESETS: dict[str, dict[str, Any]] = {
-    # First stage: the correction network of an `FMLMTwoNetworkModel` beside the frozen flow
+    # First stage: train the correction network of an `FMLMTwoNetworkModel`, with its flow frozen
     "two_network": {
         "target": "semigroup",
         "divergence": "squared_error",
         "diagonal_fraction": 0.0,
         "boundary_probability": 1 / 64,
     },
-    # Second stage: an `FMLMModel` that imitates the two networks
+    # Second stage: distill the two networks into one `FMLMModel`
     "second_stage": {
         "target": "teacher",
         "divergence": "squared_error",
         "diagonal_fraction": 0.0,
         "boundary_probability": 1 / 128,
     },
-    # Both at once (v2 of the paper): an `FMLMModel`, from the FLM
+    # Both stages at once (v2 of the paper): distill the FLM into an `FMLMModel`
     "single_stage": {
         "target": "semigroup",
         "divergence": "cross_entropy",
         "diagonal_fraction": 0.5,
         "boundary_probability": 1 / 32,
     },
-    # The same from scratch: on the diagonal the data takes the place of the teacher
+    # The same from scratch, with the data instead of a teacher on the diagonal
     "self_distillation": {
         "target": "semigroup",
         "divergence": "cross_entropy",
@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "boundary_probability": 1 / 32,
         "self_distillation": True,
     },
-    # The same for FMLM+: in any order, from any tokens that are known; for an `FMLMModel` that is told the time of each token
+    # The same for FMLM+, given any set of known tokens; for an `FMLMModel` with `per_token_timesteps=True`
     "any_order": {
         "target": "semigroup",
         "divergence": "cross_entropy",
@@ -61,65 +61,68 @@ def _choices(*values: str) -> dict[str, Any]:
 @dataclass
 class FMLMTrainingArguments(FLMTrainingArguments):
     r"""
-    Arguments of [`FMLMTrainer`]: those of [`FLMTrainingArguments`], and the ones below.
+    Arguments of [`FMLMTrainer`], in addition to [`FLMTrainingArguments`].
 
     Parameters:
         target (`str`, *optional*, defaults to `"semigroup"`):
-            What the two-time denoiser \\(\delta_{s,t}\\) is trained towards where `s < t`:
+            Target of the two-time denoiser \\(\delta_{s,t}\\) where `s < t`:
 
             - `"semigroup"`: the composition of two shorter maps through an intermediate time.
             - `"lagrangian"`: the derivative of the map in `t`, projected to the simplex.
             - `"eulerian"`: the derivative of the map in `s` and the state. Needs `divergence="squared_error"` and
               `boundary_probability=0`.
-            - `"teacher"`: the teacher, itself a flow map.
+            - `"teacher"`: the teacher, which is itself a flow map.
         divergence (`str`, *optional*, defaults to `"cross_entropy"`):
-            Between target and model, per token: `"cross_entropy"`, `"kl"`, which is the same up to a constant, or
-            `"squared_error"`, summed over the vocabulary.
+            Divergence of target and model per token: `"cross_entropy"`, `"kl"` (the same up to a constant) or
+            `"squared_error"` (summed over the vocabulary).
         diagonal_fraction (`float`, *optional*, defaults to 0.5):
-            The share of the examples with `s = t`, where the target is the teacher's denoiser, or the data; of those that
-            `masked_probability` leaves.
+            Fraction of the examples with `s = t`, where the target is the teacher's denoiser or the data. Masked examples do not
+            count (see `masked_probability`).
         boundary_probability (`float`, *optional*, defaults to 1/32):
-            How often a pair of different times is the whole way from 0 to 1.
+            Probability that an off-diagonal pair (s, t) is (0, 1).
         masked_probability (`float`, *optional*, defaults to 0.0):
-            The share of the examples that are at the very beginning, where tokens are known or pure noise, and learned from
-            the `masked_teacher`, a masked diffusion model.
+            Probability that an example is at time 0, with known tokens and pure noise, and learned from the `masked_teacher`, a
+            masked diffusion model.
         time_sampling (`str`, *optional*, defaults to `"uniform_difference"`):
-            `"uniform_difference"` draws the difference `d` of the times uniformly, then the start from [0, 1 - d];
-            `"uniform_pair"` draws both times uniformly.
+            Distribution of pairs of times. `"uniform_difference"` draws their difference `d` uniformly, then the start from
+            [0, 1 - d]; `"uniform_pair"` draws both times uniformly.
         intermediate_time (`str`, *optional*, defaults to `"midpoint"`):
-            The intermediate time of the semigroup target, `"midpoint"` or uniformly `"random"`.
+            Intermediate time of the semigroup target: the `"midpoint"`, or uniformly `"random"`.
         target_network (`str`, *optional*, defaults to `"student"`):
-            The network in the targets: the `"student"`, or its moving average, `"ema"`.
+            Network of the targets: the `"student"`, or its moving average (`"ema"`).
         self_distillation (`bool`, *optional*, defaults to `False`):
-            Whether an [`FMLMModel`] may learn without a teacher, from the data where `s = t` and otherwise from itself.
-            The presets `"self_distillation"` and `"any_order"` do.
+            Whether an [`FMLMModel`] learns without a teacher: from the data where `s = t`, and from itself elsewhere. On in the
+            presets `"self_distillation"` and `"any_order"`.
     """
 
     target: str = field(
         default="semigroup",
-        metadata={"help": "What to train towards.", **_choices("semigroup", "lagrangian", "eulerian", "teacher")},
+        metadata={
+            "help": "Target of the two-time denoiser off the diagonal.",
+            **_choices("semigroup", "lagrangian", "eulerian", "teacher"),
+        },
     )
     divergence: str = field(
         default="cross_entropy",
-        metadata={"help": "Between target and model.", **_choices(*DIVERGENCES)},
+        metadata={"help": "Divergence of target and model.", **_choices(*DIVERGENCES)},
     )
-    diagonal_fraction: float = field(default=0.5, metadata={"help": "The share of examples with s = t."})
+    diagonal_fraction: float = field(default=0.5, metadata={"help": "Fraction of the examples with s = t."})
     boundary_probability: float = field(
-        default=1 / 32, metadata={"help": "How often a pair of different times is the whole way from 0 to 1."}
+        default=1 / 32, metadata={"help": "Probability that an off-diagonal pair (s, t) is (0, 1)."}
     )
     masked_probability: float = field(
-        default=0.0, metadata={"help": "The share of examples at noise that are learned from a masked teacher."}
+        default=0.0, metadata={"help": "Probability that an example is at time 0 and learned from the masked teacher."}
     )
     time_sampling: str = field(
         default="uniform_difference",
-        metadata={"help": "How pairs of times are drawn.", **_choices("uniform_difference", "uniform_pair")},
+        metadata={"help": "Distribution of pairs of times.", **_choices("uniform_difference", "uniform_pair")},
     )
     intermediate_time: str = field(
         default="midpoint",
-        metadata={"help": "The intermediate time of the semigroup target.", **_choices("midpoint", "random")},
+        metadata={"help": "Intermediate time of the semigroup target.", **_choices("midpoint", "random")},
     )
     target_network: str = field(
-        default="student", metadata={"help": "The network in the targets.", **_choices("student", "ema")}
+        default="student", metadata={"help": "Network of the targets.", **_choices("student", "ema")}
     )
     self_distillation: bool = field(
         default=False, metadata={"help": "Learn without a teacher, from the data and the flow map itself."}
@@ -136,21 +139,21 @@ class FMLMTrainingArguments(FLMTrainingArguments):
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
         if self.target == "eulerian":
             if self.divergence != "squared_error":
-                raise ValueError("`target='eulerian'` leaves the simplex: it needs `divergence='squared_error'`.")
+                raise ValueError("`target='eulerian'` may leave the simplex: it needs `divergence='squared_error'`.")
             if self.boundary_probability > 0:
                 raise ValueError("`target='eulerian'` is undefined at t = 1: it needs `boundary_probability=0`.")
         if self.target_network == "ema" and self.ema_decay is None:
-            raise ValueError("`target_network='ema'` needs an average: set `ema_decay`.")
+            raise ValueError("`target_network='ema'` needs a moving average: set `ema_decay`.")
 
     @classmethod
     def from_preset(cls, preset: str, **overrides) -> "FMLMTrainingArguments":
         """
-        The arguments of one of the paper's recipes.
+        Returns the arguments of one of the paper's recipes.
 
         Args:
             preset (`str`):
                 `"two_network"`, `"second_stage"`, `"single_stage"`, `"self_distillation"` or `"any_order"`.
-            overrides: Further arguments, which take precedence.
+            overrides: Further arguments, which override the preset.
         """
         if preset not in PRESETS:
             raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {preset!r}.")

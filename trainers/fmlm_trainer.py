@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Trainer of flow maps: every distillation objective of the paper as a target and a divergence."""
+"""Trainer of flow maps. Every distillation objective of the paper is a target and a divergence."""
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from modeling_flm.joint_noise import JointNoise
 from modeling_flm.posterior_flm import Posterior
 from modeling_flm.utils_flm import evaluating
 
-from .adapters import network_of
+from .adapters import unwrap_model
 from .batches import MIN_DIFFERENCE, FlowBatch, TimePairs
 from .flm_trainer import FLMTrainer
 from .fmlm_config import FMLMTrainingArguments
@@ -26,26 +26,27 @@ logger = logging.get_logger(__name__)
 
 class FMLMTrainer(FLMTrainer):
     r"""
-    Trains a flow map \\(\delta_{s,t}\\). Each example has two times. Where they are equal (the diagonal) the target is the
-    denoiser of the teacher, or without one the data; where they differ it is made of the flow map itself, or of the
-    teacher, as `args.target` says. Targets are held constant.
+    Trains a flow map \\(\delta_{s,t}\\). Each example has two times. Where they are equal (the diagonal), the target is the
+    teacher's denoiser, or the data if there is no teacher. Where they differ, `args.target` chooses the target, made of the
+    flow map itself or of the teacher. Targets are detached.
 
-    All networks see the same noise, each through its own embedding. Times, evaluation, averaged weights, checkpoints and
-    several processes are as in [`FLMTrainer`]. The logs have the mean divergence of each kind of example apart:
-    `loss_diagonal`, `loss_off_diagonal`, `loss_boundary` and `loss_masked`.
+    All networks read the same noise, each through its own embedding. Evaluation, averaged weights, checkpoints and several
+    processes are as in [`FLMTrainer`]. The logs have the mean divergence of each group of examples: `loss_diagonal`,
+    `loss_off_diagonal`, `loss_boundary` and `loss_masked`.
 
     Args:
         model ([`FMLMModel`], [`FMLMTwoNetworkModel`], `PeftModel` or `str`, *optional*):
-            The flow map to train, for example from [`~FMLMModel.from_flm`], or the name or path of one; with adapters as in
-            [`FLMTrainer`]. Needed but with a `model_init`.
+            The flow map to train, for example from [`~FMLMModel.from_flm`], or its name or path; with adapters as in
+            [`FLMTrainer`]. May be omitted if `model_init` is passed.
         args ([`FMLMTrainingArguments`], *optional*):
-            Arguments of the training; see [`~FMLMTrainingArguments.from_preset`] for the paper's.
+            Training arguments; see [`~FMLMTrainingArguments.from_preset`] for the paper's recipes.
         teacher ([`FLMModel`], a flow map, or `str`, *optional*):
-            A trained model over the same vocabulary. An [`FMLMModel`] learns without one, from the data, with
-            `args.self_distillation`.
+            A trained model with the same vocabulary. With `args.self_distillation`, an [`FMLMModel`] learns from the data and
+            needs no teacher.
         masked_teacher ([`FLMModel`] or `str`, *optional*):
-            A masked diffusion model on the network of [`FLMModel`], whose last token is the mask. What it says of masked
-            tokens is what the denoiser says of pure noise, and is learned in a share `args.masked_probability` of the examples.
+            A masked diffusion model with the network of an [`FLMModel`], whose last token is the mask. Its predictions for
+            masked tokens are the denoiser's at pure noise; they are the targets of a fraction `args.masked_probability` of the
+            examples.
         kwargs:
             Further arguments of [`FLMTrainer`].
 
@@ -80,22 +81,22 @@ class FMLMTrainer(FLMTrainer):
             teacher = AutoModel.from_pretrained(teacher)
         if isinstance(masked_teacher, str):
             masked_teacher = AutoModel.from_pretrained(masked_teacher)
-        teacher, masked_teacher = (None if each is None else network_of(each) for each in (teacher, masked_teacher))
+        teacher, masked_teacher = (None if each is None else unwrap_model(each) for each in (teacher, masked_teacher))
         if args is None:
-            name = self.model_classes[0].__name__ if model is None else type(network_of(model)).__name__
+            name = self.model_classes[0].__name__ if model is None else type(unwrap_model(model)).__name__
             args = FMLMTrainingArguments(output_dir=f"{name}-trained")
         if not isinstance(args, FMLMTrainingArguments):
             raise TypeError(f"`args` must be `FMLMTrainingArguments`, got `{type(args).__name__}`.")
         if (masked_teacher is None) != (args.masked_probability == 0):
-            raise ValueError("`masked_teacher` and `masked_probability` go together: pass both, or none.")
+            raise ValueError("`masked_teacher` and `masked_probability` go together: pass both or neither.")
         if args.target == "teacher" and not isinstance(teacher, (FMLMModel, FMLMTwoNetworkModel)):
-            raise ValueError("`target='teacher'` needs a `teacher` that is itself a flow map.")
+            raise ValueError("`target='teacher'` needs a `teacher` that is itself a flow map, see `FMLMModel`.")
         self.teacher = teacher
         self.masked_teacher = masked_teacher
         super().__init__(model=model, args=args, **kwargs)
         if self.is_fsdp_enabled and args.target_network == "ema":
             raise ValueError(
-                "`target_network='ema'` needs the average as a network, which FSDP shards: use 'student'."
+                "`target_network='ema'` runs the averaged network, which FSDP shards: use `target_network='student'`."
             )
         for frozen in (teacher, masked_teacher):
             if frozen is not None:
@@ -104,14 +105,16 @@ class FMLMTrainer(FLMTrainer):
                 self._move_model_to_device(frozen, args.device)
 
     def _check_model(self, model):
-        args, teacher, masked_teacher, network = self.args, self.teacher, self.masked_teacher, network_of(model)
+        args, teacher, masked_teacher, network = self.args, self.teacher, self.masked_teacher, unwrap_model(model)
         if not isinstance(network, self.model_classes):
             raise TypeError(
                 f"`model` must be a flow map, got `{type(network).__name__}`: use `FMLMModel.from_flm(teacher)`."
             )
         super()._check_model(model)
         if teacher is network:
-            raise ValueError("`teacher` is frozen, and cannot be `model` itself: pass none for self-distillation.")
+            raise ValueError(
+                "`teacher` is frozen and cannot be `model` itself: pass no teacher for self-distillation."
+            )
         if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
             raise ValueError(
                 f"`teacher` has {teacher.config.vocab_size} tokens, but the model has {model.config.vocab_size}."
@@ -119,32 +122,36 @@ class FMLMTrainer(FLMTrainer):
         is_taught = teacher is not None or masked_teacher is not None or args.self_distillation
         if not is_taught and not isinstance(network, FMLMTwoNetworkModel):  # which has a flow of its own
             raise ValueError(
-                "`teacher` is missing: pass the trained model that is to be distilled. To learn from the data without one, "
-                "take `FMLMTrainingArguments.from_preset('self_distillation', ...)`, or pass `self_distillation=True`."
+                "`teacher` is missing: pass the trained model to distill. To learn from the data instead, use "
+                "`FMLMTrainingArguments.from_preset('self_distillation', ...)` or `self_distillation=True`."
             )
         if masked_teacher is not None:
             expected = model.config.vocab_size + 1
             if type(masked_teacher).__name__ != "FLMModel" or masked_teacher.config.vocab_size != expected:
                 raise ValueError(
-                    f"`masked_teacher` must be an `FLMModel` with {expected} tokens, those of the model and the mask, got "
+                    f"`masked_teacher` must be an `FLMModel` with {expected} tokens, the model's and the mask, got "
                     f"`{type(masked_teacher).__name__}` with {masked_teacher.config.vocab_size}."
                 )
         if isinstance(network, FMLMTwoNetworkModel):
             if masked_teacher is not None:
-                raise ValueError("`masked_teacher` is for an `FMLMModel`: at noise, a two-network model is its flow.")
+                raise ValueError(
+                    "`masked_teacher` is for an `FMLMModel`: on the diagonal, a two-network model is its flow."
+                )
             if args.divergence != "squared_error":
-                raise ValueError("A two-network model is not a softmax: it needs `divergence='squared_error'`.")
+                raise ValueError("A two-network model may leave the simplex: it needs `divergence='squared_error'`.")
             if args.diagonal_fraction > 0:
-                raise ValueError("A two-network model has its flow on the diagonal: it needs `diagonal_fraction=0`.")
+                raise ValueError(
+                    "A two-network model is its frozen flow on the diagonal: it needs `diagonal_fraction=0`."
+                )
         elif args.target == "semigroup" and args.diagonal_fraction == 0 and masked_teacher is None:
             logger.warning(
-                "With `diagonal_fraction=0` a model of one network learns nothing of the `teacher`, or of the data. The preset "
+                "With `diagonal_fraction=0`, a model of one network learns nothing from the `teacher` or the data. The preset "
                 "'two_network' is for an `FMLMTwoNetworkModel.from_flm(teacher)`."
             )
         if args.target in ("lagrangian", "eulerian") and network.config._attn_implementation != "eager":
             raise ValueError(
-                f"`target='{args.target}'` takes forward-mode derivatives, which `{network.config._attn_implementation}` "
-                "attention does not have: load the model with `attn_implementation='eager'`."
+                f"`target='{args.target}'` needs forward-mode derivatives, which `{network.config._attn_implementation}` "
+                "attention does not support: load the model with `attn_implementation='eager'`."
             )
 
     @property
@@ -163,24 +170,24 @@ class FMLMTrainer(FLMTrainer):
             max_tau_t=1 - MIN_DIFFERENCE if args.target == "eulerian" else 1.0,  # its target has a pole at 1
         )
 
-    # The objective
+    # Targets
 
     def _networks(self) -> list[PreTrainedModel]:
-        """The networks that see a batch: the student, then the teacher, then the network in the targets, if others."""
+        """Returns the distinct networks that read a batch: student, teacher, and the network of the targets."""
         networks = [self.network, self.teacher, self._target_network()]
         return [network for network in dict.fromkeys(networks) if network is not None]
 
     def _target_network(self) -> PreTrainedModel:
-        # In evaluation the model itself has the averaged weights, and the average those of the training.
+        # In evaluation, model and average have swapped their weights.
         if self.args.target_network == "student" or self.ema.averaged is None or self.ema.is_applied:
             return self.network
-        return network_of(self.ema.averaged)
+        return unwrap_model(self.ema.averaged)
 
     def compute_targets(self, batch: FlowBatch, joint_noise: JointNoise) -> tuple[Posterior, torch.Tensor]:
         args, autocast, teacher, network = self.args, self.accelerator.autocast, self.teacher, self._target_network()
-        with evaluating(*self._networks()):  # no network says anything with dropout
-            # 1. The states that the networks of the targets see
-            time_map = self.network.time_map  # of the times of the batch; a teacher may have another
+        with evaluating(*self._networks()):  # no dropout in targets
+            # 1. The noised states of the networks of the targets
+            time_map = self.network.time_map  # of the batch's times; the teacher's may differ
             noised = (batch.input_ids, batch.tau_s, batch.noise, joint_noise, time_map)
             state = network.make_state(*noised)
             flow = network if teacher is None else teacher
@@ -188,26 +195,26 @@ class FMLMTrainer(FLMTrainer):
             chunks = network.chunks(state)
             weights, parts = torch.ones_like(batch.tau_s), []
             for group, rows in self._groups(batch):
-                part, own = batch.select(rows), state[rows]
-                seen = own if flow is network else flow_state[rows]
-                # 2. At pure noise: what a masked model says
+                part, own_state = batch.select(rows), state[rows]
+                seen_state = own_state if flow is network else flow_state[rows]
+                # 2. At pure noise: the predictions of a masked model
                 if group == "masked":
                     target = masked_posterior(self.masked_teacher, part, autocast)
-                # 3. Where the times are equal: the denoiser of the teacher, or the data
+                # 3. Where the times are equal: the teacher's denoiser, or the data
                 elif group == "diagonal" and teacher is None:
                     target = Posterior.of_tokens(part.labels, self.network.config.vocab_size, chunks)
                 elif group == "diagonal":
-                    target = posterior_of(flow, seen, part.tau_s, part.tau_s, part, autocast, time_map)
-                # 4. Where they differ: an identity that the exact flow map obeys, or the teacher's flow map
+                    target = posterior_of(flow, seen_state, part.tau_s, part.tau_s, part, autocast, time_map)
+                # 4. Where they differ: an identity of the exact flow map, or the teacher's flow map
                 elif args.target == "semigroup":
-                    target = semigroup_target(network, own, part, autocast)
+                    target = semigroup_target(network, own_state, part, autocast)
                 elif args.target == "lagrangian":
-                    target = lagrangian_target(network, own, flow, seen, part, autocast)
+                    target = lagrangian_target(network, own_state, flow, seen_state, part, autocast)
                 elif args.target == "eulerian":
-                    target = eulerian_target(network, own, flow, seen, part, autocast)
+                    target = eulerian_target(network, own_state, flow, seen_state, part, autocast)
                 else:
-                    target = posterior_of(flow, seen, part.tau_s, part.tau_t, part, autocast, time_map)
-                    # The squared distance of the states that the two maps arrive at
+                    target = posterior_of(flow, seen_state, part.tau_s, part.tau_t, part, autocast, time_map)
+                    # Weights that make the loss the squared distance of the states that the two maps arrive at
                     s, t = time_map.tau_to_t(part.tau_s), time_map.tau_to_t(part.tau_t)
                     weights[rows] = (1 - remaining_noise(s, t)).square()
                 parts.append((rows, target))
@@ -215,17 +222,18 @@ class FMLMTrainer(FLMTrainer):
 
     @staticmethod
     def _groups(batch: FlowBatch) -> list[tuple[str, torch.Tensor]]:
-        """The rows at noise, those on the diagonal, and those that go from one time to another."""
+        """Returns the rows of masked, diagonal and off-diagonal examples, with boundary examples among the last."""
         groups = {"masked": [], "diagonal": [], "off_diagonal": []}
         for group, rows in batch.groups.items():
             groups[group if group in groups else "off_diagonal"] += rows
         device = batch.tau_s.device
         return [(group, torch.tensor(rows).to(device, non_blocking=True)) for group, rows in groups.items() if rows]
 
-    def _training_record(self):
-        # A teacher on this machine has no name for others.
-        if self.teacher is None:
-            return {**super()._training_record(), "teacher": None}
-        name = self.teacher.name_or_path
-        record = {"teacher": name if is_hub_name(name) else None, "teacher_class": type(self.teacher).__name__}
-        return {**super()._training_record(), **record}
+    def training_record(self):
+        """As [`FLMTrainer.training_record`], with the teacher, which has a name for others if it is from the Hub."""
+        record = {**super().training_record(), "teacher": None}
+        if self.teacher is not None:
+            name = self.teacher.name_or_path
+            record["teacher"] = name if is_hub_name(name) else None
+            record["teacher_class"] = type(self.teacher).__name__
+        return record

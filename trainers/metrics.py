@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Means of losses over tokens, and over processes."""
+"""Mean losses over tokens and processes."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from accelerate import Accelerator
 
 class TokenMeans:
     """
-    Mean losses by name, in which every token of every process counts once.
+    Named mean losses. Every token of every process counts once.
 
     Args:
-        names (`Sequence[str]`): The names, the same on all processes.
-        device (`torch.device`): Where to add up: nothing waits for it before the means are asked for.
+        names (`Sequence[str]`): Names of the means, the same on all processes.
+        device (`torch.device`): Device of the sums. Only `pop` waits for it.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device):
@@ -28,13 +28,13 @@ class TokenMeans:
 
         Args:
             name (`str`): One of the names.
-            losses (`torch.Tensor`): The losses, 0 where they do not count.
-            mask (`torch.BoolTensor` of the shape of `losses`): Which of them count.
+            losses (`torch.Tensor`): Losses, 0 where the mask is.
+            mask (`torch.BoolTensor` of the shape of `losses`): Tokens that count.
         """
         self._totals[self.names.index(name)] += torch.stack([losses.sum(), mask.sum()]).to(self._totals)
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes since the last call, for those names of which any token was seen."""
+        """Returns the means over all processes since the last call, except names without tokens."""
         totals = accelerator.reduce(self._totals, "sum").tolist()
         self._totals = torch.zeros_like(self._totals)
         return {name: total / count for name, (total, count) in zip(self.names, totals) if count > 0}

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The targets of a two-time denoiser, each the right side of an identity that the exact one obeys. They are posteriors, held
-constant, and a chunk of them is made when the loss reads it.
+Targets of a two-time denoiser. Each is the right-hand side of an identity of the exact flow map. Targets are detached
+posteriors, computed one chunk of positions at a time when the loss reads them.
 
-Networks run within the context `autocast`, in the precision of the training; states and their updates stay in float32.
+Networks run within the context `autocast`, in the precision of the training. States and their updates stay in float32.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,18 @@ def posterior_of(
     logits_processor: LogitsProcessorList | None = None,
 ) -> Posterior:
     r"""
-    The two-time denoiser \\(\delta_{s,t}(x)\\) of a network at a state, of shape
-    `(batch_size, sequence_length, embedding_size)`. Times are in the reparameterization of `time_map`, by default the network's.
+    Returns the two-time denoiser \\(\delta_{s,t}(x)\\) of a network.
+
+    Args:
+        network ([`~transformers.PreTrainedModel`]): The network.
+        state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): Its state at `tau_s`.
+        tau_s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`): Reparameterized times of the states.
+        tau_t (`torch.Tensor` of the shape of `tau_s`): Target times.
+        batch ([`FlowBatch`]): The attention mask.
+        autocast (`Callable[[], AbstractContextManager]`): Precision that networks run in.
+        time_map ([`ReparameterizedTime`] or [`IdentityTime`], *optional*):
+            The reparameterization of `tau_s` and `tau_t`. By default the network's own.
+        logits_processor ([`~transformers.LogitsProcessorList`], *optional*): Changes the logits.
     """
     if time_map is not None:
         tau_s, tau_t = (translate_tau(tau, time_map, network.time_map) for tau in (tau_s, tau_t))
@@ -52,13 +62,13 @@ def posterior_of(
 
 def masked_posterior(network: PreTrainedModel, batch: FlowBatch, autocast: Autocast) -> Posterior:
     r"""
-    What a masked diffusion model says of the tokens that are not known, of all tokens but the mask: this is the denoiser
-    \\(D_0\\), as pure noise says nothing either.
+    Returns the predictions of a masked diffusion model for masked tokens, without the mask token. They equal the denoiser
+    \\(D_0\\), since pure noise carries no information either.
 
     Args:
-        network ([`~transformers.PreTrainedModel`]): The masked model, whose last token is the mask, and which is run at the time 0.
-        batch ([`FlowBatch`]): Texts at the time 0 but for known tokens.
-        autocast (`Callable[[], AbstractContextManager]`): The precision that networks run in.
+        network ([`~transformers.PreTrainedModel`]): The masked model, run at time 0. Its last token is the mask.
+        batch ([`FlowBatch`]): Examples at time 0, except for known tokens.
+        autocast (`Callable[[], AbstractContextManager]`): Precision that networks run in.
     """
     mask_token = network.config.vocab_size - 1
     known = (batch.tau_s if batch.tau_s.dim() == 2 else batch.tau_s[:, None]) == 1
@@ -76,9 +86,9 @@ def derivative(
     batch: FlowBatch,
     autocast: Autocast,
 ) -> tuple[Posterior, Posterior]:
-    """The two-time denoiser at `primals`, which are (state, tau_s, tau_t), and its derivative along `tangents`."""
+    """Returns the two-time denoiser at `primals`, (state, tau_s, tau_t), and its derivative along `tangents`."""
     mask, chunks, device = batch.attention_mask, network.chunks(primals[0]), primals[0].device
-    # Forward-mode derivatives do not go through what is compiled.
+    # Compiled regions have no forward-mode derivatives.
     with autocast(), torch.compiler.set_stance("force_eager"):
         hidden_states, change = torch.func.jvp(lambda *each: network.encode(*each, mask), primals, tangents)
 
@@ -92,27 +102,27 @@ def derivative(
     return values.within(autocast), changes.within(autocast)
 
 
-def mean_state(posterior: Posterior, network: PreTrainedModel, state: torch.Tensor) -> torch.Tensor:
-    """The expected embedding of the clean tokens, which the state of `network` moves towards."""
+def expected_embedding(posterior: Posterior, network: PreTrainedModel, state: torch.Tensor) -> torch.Tensor:
+    """Returns the expected embedding of the clean tokens, in the space of the states of `network`."""
     return posterior.mean(network.state_embedding.to(state))
 
 
 def semigroup_target(network: PreTrainedModel, state: torch.Tensor, batch: FlowBatch, autocast: Autocast) -> Posterior:
     r"""
-    Two shorter maps, \\(\lambda\,\delta_{s,u}(x) + (1 - \lambda)\,\delta_{u,t}(X_{s,u}(x))\\).
+    The composition of two shorter maps, \\(\lambda\,\delta_{s,u}(x) + (1 - \lambda)\,\delta_{u,t}(X_{s,u}(x))\\).
 
     Args:
         network ([`~transformers.PreTrainedModel`]): The flow map.
         state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): Its state at `batch.tau_s`.
-        batch ([`FlowBatch`]): The times and the mask.
-        autocast (`Callable[[], AbstractContextManager]`): The precision that networks run in.
+        batch ([`FlowBatch`]): Times and attention mask.
+        autocast (`Callable[[], AbstractContextManager]`): Precision that networks run in.
     """
     s, u, t = (network.time_map.tau_to_t(tau) for tau in (batch.tau_s, batch.tau_u, batch.tau_t))
     first = posterior_of(network, state, batch.tau_s, batch.tau_u, batch, autocast)
-    arrived = flow_map(state, mean_state(first, network, state), s, u)
+    arrived = flow_map(state, expected_embedding(first, network, state), s, u)
     second = posterior_of(network, arrived, batch.tau_u, batch.tau_t, batch, autocast)
     weight = semigroup_weight(s, u, t)
-    return second.combine(first, lambda start, end, chunk: torch.lerp(start, end, _of_chunk(weight, chunk, start)))
+    return second.combine(first, lambda start, end, chunk: torch.lerp(start, end, chunk_of(weight, chunk, start)))
 
 
 def lagrangian_target(
@@ -124,19 +134,19 @@ def lagrangian_target(
     autocast: Autocast,
 ) -> Posterior:
     r"""
-    The derivative in the time to arrive at, \\(D_t(X_{s,t}(x)) - \frac{(1-t)(t-s)}{1-s}\,\partial_t \delta_{s,t}(x)\\), projected
-    to the simplex. `flow` is the network of \\(D\\), and `flow_state` its state; otherwise as [`semigroup_target`].
+    The derivative of the map in its target time, \\(D_t(X_{s,t}(x)) - \frac{(1-t)(t-s)}{1-s}\,\partial_t \delta_{s,t}(x)\\), projected
+    to the simplex. `flow` is the network of \\(D\\), and `flow_state` its state. Other arguments as for [`semigroup_target`].
     """
     tau_s, tau_t, time_map = batch.tau_s, batch.tau_t, network.time_map
     s, t = time_map.tau_to_t(tau_s), time_map.tau_to_t(tau_t)
     tangents = (torch.zeros_like(state), torch.zeros_like(tau_s), time_map.dtau_dt(t))
     delta, change = derivative(network, (state, tau_s, tau_t), tangents, batch, autocast)
-    arrived = flow_map(flow_state, mean_state(delta, flow, flow_state), s, t)
+    arrived = flow_map(flow_state, expected_embedding(delta, flow, flow_state), s, t)
     denoised = posterior_of(flow, arrived, tau_t, tau_t, batch, autocast, time_map)
     factor = lagrangian_coefficient(s, t)
 
     def target(denoised: torch.Tensor, change: torch.Tensor, chunk: slice) -> torch.Tensor:
-        return project_to_simplex(denoised - _of_chunk(factor, chunk, change) * change)
+        return project_to_simplex(denoised - chunk_of(factor, chunk, change) * change)
 
     return denoised.combine(change, target)
 
@@ -150,36 +160,36 @@ def eulerian_target(
     autocast: Autocast,
 ) -> Posterior:
     r"""
-    The derivative along the flow,
+    The derivative of the map along the flow,
     \\(D_s(x) + \frac{t-s}{1-t}\left((1-s)\,\partial_s \delta_{s,t}(x) + (D_s(x) - x) \cdot \nabla_x \delta_{s,t}(x)\right)\\).
     Arguments are as for [`lagrangian_target`].
     """
     tau_s, tau_t, time_map = batch.tau_s, batch.tau_t, network.time_map
     s, t = time_map.tau_to_t(tau_s), time_map.tau_to_t(tau_t)
     denoised = posterior_of(flow, flow_state, tau_s, tau_s, batch, autocast, time_map)
-    along_flow = denoising_direction(state, mean_state(denoised, network, state), s)
+    along_flow = denoising_direction(state, expected_embedding(denoised, network, state), s)
     tangents = (along_flow, (1 - s) * time_map.dtau_dt(s), torch.zeros_like(tau_t))
     _, change = derivative(network, (state, tau_s, tau_t), tangents, batch, autocast)
     factor = eulerian_coefficient(s, t)
-    return denoised.combine(change, lambda start, along, chunk: start + _of_chunk(factor, chunk, along) * along)
+    return denoised.combine(change, lambda start, along, chunk: start + chunk_of(factor, chunk, along) * along)
 
 
-def _of_chunk(factor: torch.Tensor, chunk: slice, values: torch.Tensor) -> torch.Tensor:
-    """A factor of texts or tokens, for the values of a chunk of positions."""
+def chunk_of(factor: torch.Tensor, chunk: slice, values: torch.Tensor) -> torch.Tensor:
+    """Returns a factor of sequences or tokens in a shape that broadcasts over the values of a chunk of positions."""
     return expand_times(times_of(factor, chunk), values)
 
 
 def assemble(parts: list[tuple[torch.LongTensor, Posterior]], batch_size: int, chunks: list[slice]) -> Posterior:
     """
-    The targets of a batch from those of its parts.
+    Combines the targets of parts of a batch.
 
     Args:
-        parts (`list[tuple[torch.LongTensor, Posterior]]`): Rows of the batch, and what is said of them.
-        batch_size (`int`): The number of rows.
-        chunks (`list[slice]`): The positions that are read at a time.
+        parts (`list[tuple[torch.LongTensor, Posterior]]`): Rows of each part, and its targets.
+        batch_size (`int`): Number of rows of the batch.
+        chunks (`list[slice]`): Chunks of positions to read.
     """
 
-    def probabilities(chunk: slice) -> torch.Tensor:
+    def assembled_probabilities(chunk: slice) -> torch.Tensor:
         targets = None
         for rows, part in parts:
             values = part.probabilities(chunk)
@@ -187,12 +197,12 @@ def assemble(parts: list[tuple[torch.LongTensor, Posterior]], batch_size: int, c
             targets[rows] = values
         return targets
 
-    return Posterior(probabilities, chunks, parts[0][1].device)
+    return Posterior(assembled_probabilities, chunks, parts[0][1].device)
 
 
 def project_to_simplex(x: torch.Tensor) -> torch.Tensor:
     """
-    The nearest point of the probability simplex (sparsemax).
+    Projects to the nearest point of the probability simplex (sparsemax).
 
     Args:
         x (`torch.Tensor` of shape `(..., vocab_size)`): Any values.
@@ -203,5 +213,5 @@ def project_to_simplex(x: torch.Tensor) -> torch.Tensor:
     ordered = x.sort(dim=-1, descending=True).values
     excess = ordered.cumsum(dim=-1) - 1
     rank = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
-    support = (rank * ordered > excess).sum(dim=-1, keepdim=True).clamp(min=1)  # not 0 for NaNs
+    support = (rank * ordered > excess).sum(dim=-1, keepdim=True).clamp(min=1)  # NaNs would give 0
     return (x - excess.gather(-1, support - 1) / support).clamp(min=0)

@@ -436,7 +436,7 @@ class TestDatasetsThatCannotBeTrainedOn:
 
     def test_numbers_that_are_texts(self, tmp_path):
         for name in ("learning_rate", "ema_decay", "max_steps"):
-            with pytest.raises(ValueError, match=f"`{name}` must be a number, got the text '1e-3'"):
+            with pytest.raises(ValueError, match=f"`{name}` must be a number, got the string '1e-3'"):
                 FLMTrainingArguments(tmp_path, **{name: "1e-3"})
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From texts to batches: loading, packing, collation."""
 
-from .checking import begins_with_bos_token, check_dataset, check_length, describe_dataset
+from .checking import begins_with_bos_token, check_datasets, check_length, describe_dataset
 from .collator import DataCollatorForFLM
 from .loading import find_text_column, load_texts
 from .packing import PREPROCESSING, detokenize_lm1b, pack_dataset, pack_tokens
@@ -12,7 +12,7 @@ __all__ = [
     "PREPROCESSING",
     "DataCollatorForFLM",
     "begins_with_bos_token",
-    "check_dataset",
+    "check_datasets",
     "check_length",
     "describe_dataset",
     "detokenize_lm1b",

@@ -70,6 +70,17 @@ def check_dataset(name: str, dataset: Any, config: PreTrainedConfig):
         )
 
 
+def check_datasets(train_dataset: Any, eval_dataset: Any, config: PreTrainedConfig):
+    """Raises a `ValueError` if a model cannot learn from the datasets of a trainer, see [`check_dataset`]."""
+    datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        del datasets["eval_dataset"]
+        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    for name, dataset in datasets.items():
+        if dataset is not None:
+            check_dataset(name, dataset, config)
+
+
 def check_length(name: str, length: int, config: PreTrainedConfig):
     """Raises a `ValueError` where texts are longer than a model will ever write."""
     longest = config.max_position_embeddings
