@@ -180,7 +180,7 @@ class TestBosToken:
 
     @staticmethod
     def answer(caplog) -> str:
-        (record,) = [record for record in caplog.records if "training texts begin" in record.message]
+        (record,) = [record for record in caplog.records if "training examples begin" in record.message]
         return f"{record.levelname}: {record.message}"
 
     @pytest.mark.parametrize("streaming", [False, True])
@@ -198,9 +198,11 @@ class TestBosToken:
         trainer.train()
         assert trainer.model.generation_config.bos_token_id == (bos if with_bos else None)
         if with_bos:
-            assert "INFO: 16 of the first 32 training texts begin with the BOS token (1)" in self.answer(caplog)
+            assert "INFO: 16 of the first 32 training examples begin with the BOS token (1)" in self.answer(caplog)
         else:
-            assert "WARNING: None of the first 32 training texts begins with the BOS token (1)" in self.answer(caplog)
+            assert "WARNING: None of the first 32 training examples begins with the BOS token (1)" in self.answer(
+                caplog
+            )
         if streaming:  # the training has seen the dataset from its beginning
             seen = [[token for token in row[1] if token] for row in trainer.seen]
             assert seen == rows[: len(seen)] and len(seen) == 40
@@ -215,7 +217,7 @@ class TestBosToken:
             row["input_ids"] for row in rows[:40]
         ]
         assert trainer.model.generation_config.bos_token_id == trainer.processing_class.bos_token_id
-        assert "WARNING: Whether training texts begin with the BOS token (1) is not known" in self.answer(caplog)
+        assert "WARNING: It is unknown whether training examples begin with the BOS token (1)" in self.answer(caplog)
 
     def test_bos_token_is_left_alone_by_evaluation(self, tmp_path):
         trainer = build(tmp_path, **self.options)
@@ -374,14 +376,14 @@ class TestDatasetsThatCannotBeTrainedOn:
     @pytest.mark.parametrize(
         "dataset, message",
         [
-            (Dataset.from_dict({"text": ["a cat"]}), "needs a column `input_ids`, and has text: pack texts with"),
+            (Dataset.from_dict({"text": ["a cat"]}), "needs a column `input_ids`, but has text: pack texts with"),
             (Dataset.from_dict({"text": ["a cat"]}).to_iterable_dataset(), "needs a column `input_ids`"),
             (Dataset.from_dict({"input_ids": []}), "`{name}` is empty"),
             (Texts([]), "`{name}` is empty"),
             (Dataset.from_dict({"input_ids": [[1] * 13]}), "have 13 tokens, but the model was made for at most 12"),
             (Texts([torch.ones(5).long(), torch.ones(13).long()]), "or build the model with `max_position_embeddings=13`"),
             (Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, -100]]}), "`labels` of `{name}` are all -100"),
-            (Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, 3]]}), "`labels` of `{name}` must be its `input_ids`"),
+            (Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, 3]]}), "`labels` of `{name}` must equal `input_ids`"),
             (Dataset.from_dict({"input_ids": [[1, 53]]}), "have the token 53, but the model's are 0 to 52"),
         ],
     )  # fmt: skip
@@ -470,7 +472,7 @@ class TestModelInit:
     def test_models_that_do_not_fit(self, tmp_path):
         with pytest.raises(TypeError, match="`model` must be a `FLMModel`"):
             self.make(tmp_path, lambda: torch.nn.Linear(2, 2))
-        with pytest.raises(ValueError, match="Texts of `train_dataset` have 12 tokens"):
+        with pytest.raises(ValueError, match="Examples of `train_dataset` have 12 tokens"):
             self.make(tmp_path, lambda: build_flm(max_position_embeddings=6))
         with pytest.raises(ValueError, match="Pass a `model`, or as `model_init` a function"):
             FLMTrainer(args=FLMTrainingArguments(tmp_path, **self.options))

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""From texts to batches: loading, packing, collation."""
+"""Data of the trainers: loading texts, packing them into blocks of tokens, collating and checking examples."""
 
 from .checking import begins_with_bos_token, check_datasets, check_length, describe_dataset
 from .collator import DataCollatorForFLM

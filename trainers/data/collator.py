@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""From examples to batches."""
+"""Data collator: from examples to batches."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,24 +9,24 @@ import torch
 
 
 def check_tokens(name: str, input_ids: torch.LongTensor, vocab_size: int):
-    """Raises a `ValueError` where there are tokens that a model does not have."""
+    """Raises a `ValueError` for tokens outside of the model's vocabulary."""
     is_outside = (input_ids < 0) | (input_ids >= vocab_size)
     if is_outside.any():
         raise ValueError(
-            f"{name} have the token {int(input_ids[is_outside][0])}, but the model's are 0 to {vocab_size - 1}: is it another's "
-            "tokenizer? Build the model with `vocab_size=len(tokenizer)`."
+            f"{name} have the token {int(input_ids[is_outside][0])}, but the model's are 0 to {vocab_size - 1}. Does the tokenizer "
+            "belong to a different model? Build the model with `vocab_size=len(tokenizer)`."
         )
 
 
 @dataclass
 class DataCollatorForFLM:
     """
-    Makes batches of examples with `input_ids`. Shorter examples are padded on the right; then there is an
-    `attention_mask`, and `labels` are -100 where it is 0.
+    Data collator that makes batches of examples with `input_ids`. Shorter examples are padded on the right. The batch then has
+    an `attention_mask`, and `labels` are -100 at padding.
 
     Args:
-        pad_token_id (`int`, *optional*): The token to pad with; any will do, as it is not attended to.
-        vocab_size (`int`, *optional*): The size of the model's vocabulary, to refuse tokens that are not in it.
+        pad_token_id (`int`, *optional*): Padding token. Any token will do, because it is not attended to.
+        vocab_size (`int`, *optional*): Size of the model's vocabulary. Tokens outside of it raise an error.
     """
 
     pad_token_id: int | None = None
@@ -36,7 +36,7 @@ class DataCollatorForFLM:
         for example in examples:
             if "input_ids" not in example:
                 raise ValueError(
-                    f"Examples need `input_ids`, and have {sorted(example)}: pack texts with `pack_dataset(dataset, tokenizer, "
+                    f"Examples need `input_ids`, but have {sorted(example)}: pack texts with `pack_dataset(dataset, tokenizer, "
                     "block_size=...)`."
                 )
         length = max(len(example["input_ids"]) for example in examples)
@@ -52,8 +52,8 @@ class DataCollatorForFLM:
                 columns[name].append(values + [fills[name]] * (length - len(ids)))
         batch = {name: torch.tensor(rows) for name, rows in columns.items()}
         if self.vocab_size is not None:
-            # Here, where it costs nothing: on a device it would be a failure of some later kernel.
+            # On the host, where the check is cheap. On a device a later kernel would fail.
             check_tokens("`input_ids`", batch["input_ids"], self.vocab_size)
         if batch["attention_mask"].all():
-            del batch["attention_mask"]  # nothing to mask: attention is faster without
+            del batch["attention_mask"]  # attention is faster without a mask
         return batch

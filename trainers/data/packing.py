@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""From texts to blocks of tokens: undoing a tokenization, tokenizing, packing."""
+"""Packing: from texts to blocks of tokens."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -18,14 +18,14 @@ def pack_tokens(
     token_lists: Iterable[list[int]], block_size: int, bos_token_id: int | None, eos_token_id: int | None
 ) -> list[list[int]]:
     """
-    Wrapped packing: appends EOS to every text, concatenates them, cuts the stream into blocks, and puts BOS before and
-    EOS after each, which makes `block_size` tokens. The remainder is dropped.
+    Packs sequences into blocks ("wrapped" packing): appends EOS to every sequence, concatenates them, and cuts the stream into
+    blocks, each with BOS before it and EOS after it. The remainder is dropped.
 
     Args:
-        token_lists (`Iterable[list[int]]`): The tokens of each text.
-        block_size (`int`): The length of the blocks, at least 1 without BOS and EOS.
-        bos_token_id (`int`, *optional*): The token that begins a block. Nothing marks beginnings if `None`.
-        eos_token_id (`int`, *optional*): The token that ends texts and blocks. Nothing marks ends if `None`.
+        token_lists (`Iterable[list[int]]`): Tokens of each text.
+        block_size (`int`): Length of the blocks, including BOS and EOS.
+        bos_token_id (`int`, *optional*): Token at the start of blocks, if any.
+        eos_token_id (`int`, *optional*): Token at the end of texts and blocks, if any.
 
     Returns:
         `list[list[int]]`: blocks of `block_size` tokens.
@@ -37,7 +37,7 @@ def pack_tokens(
     return [[*begin, *stream[start : start + inner], *end] for start in starts]
 
 
-# What joins on again, in this order: addresses, what follows without a space, what precedes without one, and quotations.
+# Patterns to join, in this order: addresses, tokens without a space before them, tokens without one after them, quotations.
 _JOINS = [
     (re.compile(r"(https?) : / / "), r"\1://"),
     (re.compile(" / "), "/"),
@@ -53,13 +53,13 @@ _JOINS = [
 
 def detokenize_lm1b(text: str) -> str:
     """
-    Undoes, as the paper does, most of the tokenization that the texts of the One Billion Word benchmark come in.
+    Undoes most of the tokenization of texts of the One Billion Word benchmark, as the paper does.
 
     Args:
         text (`str`): A text such as `"He paid $ 5 , and left ."`.
 
     Returns:
-        `str`: the text as one would write it.
+        `str`: the text with usual spacing.
     """
     for pattern, joined in _JOINS:
         text = pattern.sub(joined, text)
@@ -67,12 +67,12 @@ def detokenize_lm1b(text: str) -> str:
 
 
 def _pieces(texts: list[str], size: int = 10_000) -> Iterator[str]:
-    """Very long texts of characters, a chunk at a time: their encodings are a hundred times their size."""
+    """Splits very long texts, whose character encodings would take a hundred times their size."""
     for text in texts:
         yield from (text[start : start + size] for start in range(0, len(text), size))
 
 
-# What can happen to texts before they are tokenized.
+# Functions of texts before tokenization, by name.
 PREPROCESSING = {"lm1b": lambda texts: map(detokenize_lm1b, texts), "characters": _pieces}
 
 
@@ -93,34 +93,34 @@ def pack_dataset(
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The texts.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            A tokenizer with a BOS and an EOS token, or of single characters and nothing else, or any without `boundaries`.
-        block_size (`int`): The length of the blocks.
-        text_column (`str`, *optional*): The column with the texts, see [`find_text_column`].
-        num_proc (`int`, *optional*): The number of processes. Not for streams.
+            A tokenizer with a BOS and an EOS token, or of single characters only, or any tokenizer without `boundaries`.
+        block_size (`int`): Length of the blocks.
+        text_column (`str`, *optional*): Column of the texts, see [`find_text_column`].
+        num_proc (`int`, *optional*): Number of processes. Not for streams.
         batch_size (`int`, *optional*, defaults to 1000):
-            How many texts are concatenated. Less than a block is lost for every so many texts.
+            Number of texts to concatenate at a time. Each time, less than a block is lost.
         preprocessing (`str`, *optional*):
-            `"lm1b"` for texts of the One Billion Word benchmark, see [`detokenize_lm1b`]; `"characters"` for a few very
-            long texts and a tokenizer of characters.
+            `"lm1b"` for texts of the One Billion Word benchmark, see [`detokenize_lm1b`]; `"characters"` for a few very long
+            texts with a tokenizer of characters.
         boundaries (`bool`, *optional*, defaults to `True`):
-            Whether BOS and EOS tokens mark where texts and blocks begin and end. Without them texts that are as long as a
-            block are blocks as they are.
+            Whether BOS and EOS tokens mark the start and end of texts and blocks. Without boundaries, texts of exactly the length
+            of a block become blocks unchanged.
 
     Returns:
-        A dataset like `dataset` with the single column `input_ids`.
+        A dataset of the type of `dataset` with the single column `input_ids`.
     """
     text_column = find_text_column(dataset, text_column)
     no_boundaries = tokenizer.bos_token_id is None or tokenizer.eos_token_id is None
     if boundaries and no_boundaries and not has_characters_only(tokenizer):
         raise ValueError(
-            "`tokenizer` needs a BOS and an EOS token to pack texts: pass it through `add_special_tokens` first, or "
-            "`boundaries=False` to join texts without."
+            "`tokenizer` needs a BOS and an EOS token to pack texts: call `add_special_tokens` on it first, or pass "
+            "`boundaries=False` to join texts without these."
         )
-    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id) if boundaries else (None, None)
+    boundary_tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id) if boundaries else (None, None)
     if preprocessing is not None and preprocessing not in PREPROCESSING:
         raise ValueError(f"`preprocessing` must be one of {', '.join(PREPROCESSING)}, got {preprocessing!r}.")
     if preprocessing == "characters" and not has_characters_only(tokenizer):
-        raise ValueError("`preprocessing='characters'` is for a `tokenizer` of single characters and nothing else.")
+        raise ValueError("`preprocessing='characters'` needs a `tokenizer` of single characters only.")
     if block_size < 3:
         raise ValueError(f"`block_size` must be at least 3, got {block_size}.")
 
@@ -129,14 +129,14 @@ def pack_dataset(
         for text in texts:
             if not isinstance(text, str):
                 raise ValueError(
-                    f"`text_column` {text_column!r} has {text!r}, which is not a text: leave such rows out, with "
+                    f"`text_column` {text_column!r} has {text!r}, which is not a string: remove such rows with "
                     f"`dataset.filter(lambda row: isinstance(row[{text_column!r}], str))`."
                 )
         if preprocessing is not None:
             texts = list(PREPROCESSING[preprocessing](texts))
-        # `verbose`: a text may well be longer than a block.
+        # Not `verbose`: it would warn about texts longer than the model.
         tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": pack_tokens(tokens, block_size, *marks)}
+        return {"input_ids": pack_tokens(tokens, block_size, *boundary_tokens)}
 
     options = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc, "desc": "Tokenizing and packing"}
     packed = dataset.map(

@@ -116,7 +116,7 @@ class TestFigures:
             (["--max_length", 4096], "--max_length must be at least 2, and at most the 1024"),
             (["--reference_file", tmp_path / "nowhere.txt"], "error: .*nowhere"),
             ([*reference, "--text_column", "body"], "body"),
-            ([*reference, "--text_column", "id"], "--text_column is 'id', but that has no texts"),
+            ([*reference, "--text_column", "id"], "--text_column is 'id', which has Value"),
             (["--seeds", 1, 1], "--seeds must be different"),
             (["--num_steps", 2, 2], "--num_steps must be different"),
             (["--scorer_batch_size", 0], "--scorer_batch_size"),

@@ -148,9 +148,9 @@ class TestWhatIsNotTexts:
             (TEXTS, r"got `list`: make one of texts with `Dataset.from_dict"),
             ({"text": TEXTS}, "got `dict`"),
             (None, "got `NoneType`"),
-            (Dataset.from_dict({"text": [1, 2]}), "`text_column` is 'text', but that has no texts: it has Value"),
-            (Dataset.from_dict({"text": [["a"], ["b"]]}), "`text_column` is 'text', but that has no texts"),
-            (Dataset.from_dict({"text": ["the cat", None]}), "`text_column` 'text' has None, which is not a text"),
+            (Dataset.from_dict({"text": [1, 2]}), "`text_column` is 'text', which has Value"),
+            (Dataset.from_dict({"text": [["a"], ["b"]]}), "`text_column` is 'text', which has List"),
+            (Dataset.from_dict({"text": ["the cat", None]}), "`text_column` 'text' has None, which is not a string"),
             (Dataset.from_dict({"title": ["a"], "body": ["b"]}), r"Pass `text_column`.* \['title', 'body'\]"),
             (Dataset.from_dict({"id": [1], "label": [2]}), r"Pass `text_column`.* \['id', 'label'\]"),
         ],
@@ -344,7 +344,7 @@ class TestLoading:
             ValueError, match="`train_file` must be a txt, json, jsonl, csv or parquet file, got b.pdf"
         ):
             load_texts(train_file="b.pdf")
-        with pytest.raises(ValueError, match="must be of one kind"):
+        with pytest.raises(ValueError, match="must have the same type"):
             load_texts(train_file="b.txt", validation_file="c.csv")
 
 
@@ -365,7 +365,7 @@ class TestCollator:
         for token in (5, -1):
             with pytest.raises(ValueError, match=f"`input_ids` have the token {token}, but the model's are 0 to 4"):
                 collate([{"input_ids": [1, 2]}, {"input_ids": [3, token]}])
-        with pytest.raises(ValueError, match=r"Examples need `input_ids`, and have \['text'\]: pack texts"):
+        with pytest.raises(ValueError, match=r"Examples need `input_ids`, but have \['text'\]: pack texts"):
             collate([{"text": "a cat"}])
 
     def test_keeps_masks_and_labels(self):
