@@ -95,8 +95,8 @@ class FlowBatch:
             max_length (`int`, *optional*): As for [`make_flow_batch`].
         """
         length = self.input_ids.shape[1]
-        size = (max(length, max_length or 0), noise_size)
-        return replace(self, noise=draw_noise(self.noise_seeds, *size, device=self.input_ids.device)[:, :length])
+        noise = draw_noise(self.noise_seeds, max_length or length, noise_size, device=self.input_ids.device)
+        return replace(self, noise=noise[:, :length])
 
     @property
     def mask(self) -> torch.BoolTensor:
@@ -250,6 +250,13 @@ def make_flow_batch(
         raise ValueError(
             "`data_collator` must make `labels`, as `DataCollatorForFLM` does: tokens, and -100 for padding."
         )
+    length = examples["input_ids"].shape[1]
+    max_length = length if max_length is None else max_length
+    if length > max_length:
+        raise ValueError(
+            f"`examples` have {length} tokens, but the model was made for at most {max_length}: pack them with "
+            f"`block_size={max_length}`, or build the model with `max_position_embeddings={length}`."
+        )
     device = examples["input_ids"].device if device is None else device
     input_ids, labels = examples["input_ids"].to(device), examples["labels"].to(device)
     attention_mask = examples.get("attention_mask")
@@ -264,8 +271,7 @@ def make_flow_batch(
     if prompts_from_labels:
         known = ~real if attention_mask is None else ~real & attention_mask.bool()
     if prompt_fraction > 0:
-        longest = max(labels.shape[1], max_length or 0)
-        prompts = draw_known_masks(seeds, real, longest, prompt_fraction, prompt_kinds)
+        prompts = draw_known_masks(seeds, real, max_length, prompt_fraction, prompt_kinds)
         known = prompts if known is None else known | prompts
     if known is not None:
         labels = labels.masked_fill(known, -100)
@@ -310,7 +316,7 @@ def low_discrepancy_uniforms(first: int, num_points: int, num_dimensions: int) -
 def draw_known_masks(
     seeds: Sequence[int],
     real: torch.BoolTensor,
-    longest: int,
+    max_length: int,
     fraction: float,
     prompt_kinds: Sequence[str] = PROMPT_KINDS[:3],
 ) -> torch.BoolTensor:
@@ -323,14 +329,14 @@ def draw_known_masks(
     Args:
         seeds (`Sequence[int]`): One seed per example.
         real (`torch.BoolTensor` of shape `(len(seeds), length)`): Positions of tokens, without padding.
-        longest (`int`): Length of the longest sequence of the training, so that padding does not change the result.
+        max_length (`int`): Length of the longest sequence of the training, so that padding does not change the result.
         fraction (`float`): Fraction of the examples with known tokens.
         prompt_kinds (`Sequence[str]`): Patterns to draw from, equally likely.
 
     Returns:
         `torch.BoolTensor` of the shape of `real`, and on its device.
     """
-    uniforms = np.stack([np.random.default_rng([seed, _PROMPTS]).random(4 + longest) for seed in seeds])
+    uniforms = np.stack([np.random.default_rng([seed, _PROMPTS]).random(4 + max_length) for seed in seeds])
     uniforms = torch.from_numpy(uniforms).to(real.device, torch.float32, non_blocking=True)
     uniforms = uniforms.clamp(max=_BELOW_ONE)
     prompt_draw, kind_draw, size, place = uniforms[:, :4, None].unbind(dim=1)

@@ -42,7 +42,7 @@ from .batches import (
 )
 from .callbacks import GenPPLCallback, SampleCallback
 from .checking import check_arguments, check_model
-from .data import DataCollatorForFLM, begins_with_bos_token, check_datasets, check_length
+from .data import DataCollatorForFLM, begins_with_bos_token, check_datasets
 from .distributed import check_support, is_sharded, region_options, through_forward, without_mixed_precision
 from .flm_config import FLMTrainingArguments
 from .metrics import TokenMeans
@@ -238,7 +238,6 @@ class FLMTrainer(AveragedTrainer, PublishingTrainer):
         self, examples: dict[str, torch.Tensor], uniforms: torch.Tensor, positions: range, key: tuple[int, ...]
     ) -> FlowBatch:
         """Makes a [`FlowBatch`] of collated examples."""
-        check_length("Examples of the dataset", examples["input_ids"].shape[1], self.model.config)
         return make_flow_batch(
             examples,
             uniforms,

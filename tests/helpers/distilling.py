@@ -1,4 +1,4 @@
-"""A trainer of flow maps, and its targets and loss for a batch with given times and noise."""
+"""Trainer of flow maps, with its targets and loss for batches of chosen times and noise."""
 
 from dataclasses import replace
 
@@ -24,20 +24,20 @@ def build_batch(input_ids, noise, tau_s, tau_t, tau_u=None, known=None, **groups
 
 
 def joint_noise(trainer) -> JointNoise:
-    """The noise of the student and its teacher."""
+    """Returns the joint noise of student and teacher."""
     networks = [network for network in (trainer.network, trainer.teacher) if network is not None]
     return JointNoise.of_networks(*networks, frozen=trainer.teacher)
 
 
 def compute_targets(trainer, batch: FlowBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The targets and their weights, dense."""
+    """Returns dense targets and their weights."""
     with torch.no_grad():
         target, weights = trainer.compute_targets(batch, joint_noise(trainer))
         return target.dense(), weights
 
 
 def states(trainer, batch: FlowBatch) -> list[torch.Tensor]:
-    """The noised states of the student and its teacher."""
+    """Returns the noised states of student and teacher."""
     noised = (batch.input_ids, batch.tau_s, batch.noise, joint_noise(trainer), trainer.network.time_map)
     networks = [network for network in (trainer.network, trainer.teacher) if network is not None]
     with torch.no_grad():
@@ -45,5 +45,5 @@ def states(trainer, batch: FlowBatch) -> list[torch.Tensor]:
 
 
 def compute_loss(trainer, batch: FlowBatch):
-    """The loss of a batch, and the outputs."""
+    """Returns the loss of a batch, and the outputs."""
     return trainer.compute_loss(trainer.model, batch, return_outputs=True)

@@ -1,4 +1,4 @@
-"""Trains a tiny model, here and in several processes, which write what they saw."""
+"""Training of a tiny model, in this process or in several processes that record their batches."""
 
 import json
 import os
@@ -23,7 +23,7 @@ class Recording:
     def __init__(self, *args, **kwargs):
         uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
         if uses_fsdp:
-            # accelerate shards on GPUs alone: let it take the processes for those of GPUs.
+            # accelerate shards on GPUs only: pretend that these are processes of GPUs.
             assert PartialState().device.type == "cpu"
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         super().__init__(*args, **kwargs)
@@ -94,7 +94,7 @@ def build(
 def distillation(
     output_dir, preset="single_stage", dropout=0.0, trainer_class=FMLMTrainer, frozen_dtype=torch.float32, **options
 ):
-    """The same run with a flow map in the place of the FLM."""
+    """Returns a trainer as from `build`, of a flow map instead of the FLM."""
     own = set(FMLMTrainingArguments.__annotations__)
     flm_trainer = build(output_dir, dropout=dropout, **{k: v for k, v in options.items() if k not in own})
     torch.manual_seed(5)
@@ -109,7 +109,7 @@ def distillation(
     else:
         any_order = {"per_token_timesteps": True, "time_reparameterization": None} if preset == "any_order" else {}
         model = FMLMModel.from_flm(teacher, dropout=dropout, **any_order)
-        torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # so that there is something to learn
+        torch.nn.init.normal_(model.lm_head.weight, std=0.3)  # far from its targets
         teachers = {"second_stage": two_network, "self_distillation": None, "any_order": None}
         teacher = teachers.get(preset, teacher)
         teacher = None if teacher is None else teacher.to(frozen_dtype)
@@ -122,7 +122,7 @@ def distillation(
     )}  # fmt: skip
     settings.update({name: value for name, value in options.items() if name in own})
     if preset == "any_order":
-        del settings["prompt_fraction"]  # which is the preset's
+        del settings["prompt_fraction"]  # set by the preset
     args = FMLMTrainingArguments.from_preset(preset, output_dir=output_dir, **settings)
     return trainer_class(
         model,
@@ -135,7 +135,7 @@ def distillation(
 
 
 def build_packed(path, preset: str | None, vocab_size: int = 200, **options) -> FLMTrainer:
-    """A trainer with eight packed texts of twelve tokens, all in a batch."""
+    """Returns a trainer with batches of eight packed examples of twelve tokens."""
     options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 8, **options}
     dataset = Dataset.from_dict({"input_ids": torch.randint(vocab_size, (64, 12)).tolist()})
     flm = build_flm(vocab_size=vocab_size, hidden_size=16, dropout=0.0)
@@ -150,13 +150,13 @@ def build_packed(path, preset: str | None, vocab_size: int = 200, **options) -> 
 
 
 def launch(output_dir: Path, num_processes: int, fsdp: bool = False, **options) -> list[dict]:
-    """Trains in so many processes; what each of them wrote."""
+    """Trains in several processes, and returns the record of each."""
     run_processes(train, str(output_dir), options, fsdp, num_processes=num_processes, fsdp=fsdp)
     return [json.loads((output_dir / f"process-{index}.json").read_text()) for index in range(num_processes)]
 
 
 def train(output_dir: str, options: dict, fsdp: bool):
-    """The training of one of these processes; `wrap` names the modules that FSDP shards as units."""
+    """Trains in one of these processes. `wrap` names the modules that FSDP shards as units."""
     if "wrap" in options:
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = options.pop("wrap")
     if options.pop("distill", False):
@@ -171,6 +171,6 @@ def train(output_dir: str, options: dict, fsdp: bool):
 
 
 def logged(trainer_or_log: FLMTrainer | list[dict], name: str) -> list[float]:
-    """All values of a quantity in a log."""
+    """Returns all logged values of a quantity."""
     log = trainer_or_log.state.log_history if isinstance(trainer_or_log, FLMTrainer) else trainer_or_log
     return [row[name] for row in log if name in row]

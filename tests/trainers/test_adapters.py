@@ -1,4 +1,4 @@
-"""Adapters of peft: everything that they add reaches the sampler, the noise, the loss, the average and the saved folder."""
+"""Adapters of peft: sampler, noise, loss, average and saved folder all use them."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ def lora(targets: str | list[str] = "all-linear", **options) -> LoraConfig:
 
 
 def randomize(model):
-    """The model, with adapters that change something."""
+    """Gives the adapters of a model random weights."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -65,7 +65,7 @@ def inputs(model, batch) -> dict[str, torch.Tensor]:
 class TestModel:
     @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
     @pytest.mark.parametrize("targets", TARGETS)
-    def test_generate_is_that_of_the_merged_model(self, kind, targets):
+    def test_generate_equals_the_merged_model(self, kind, targets):
         base = build_model(kind)
         model = adapted(base, targets)
         expected = texts(merged(model))
@@ -74,7 +74,7 @@ class TestModel:
 
     @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
     @pytest.mark.parametrize("targets", TARGETS)
-    def test_forward_is_that_of_the_merged_model(self, kind, targets, batch):
+    def test_forward_equals_the_merged_model(self, kind, targets, batch):
         model = adapted(build_model(kind), targets)
         other = merged(model)
         noise = torch.randn(3, 12, min(53, sum(model.state_sizes)))
@@ -87,8 +87,8 @@ class TestModel:
 
     @pytest.mark.parametrize("kind", ["flm", "fmlm"])
     @pytest.mark.parametrize("targets", TARGETS)
-    def test_gradients_are_those_of_the_merged_model(self, kind, targets, batch, path):
-        """The gradient of `scale * B @ A`, by the chain rule from that of the merged weight."""
+    def test_gradients_equal_the_merged_model(self, kind, targets, batch, path):
+        """The gradient of `scale * B @ A`, by the chain rule from the gradient of the merged weight."""
         model = adapted(build_model(kind), targets).double()
         other = merged(model).requires_grad_(True)
         noise = torch.randn(3, 12, 32, dtype=torch.float64)
@@ -122,7 +122,7 @@ class TestModel:
         model(inputs_embeds=state, timesteps=batch["timesteps"], labels=batch["input_ids"]).loss.backward()
         assert layer.weight.grad.any()
 
-    def test_log_likelihood_is_that_of_the_merged_model(self, batch):
+    def test_log_likelihood_bound_equals_the_merged_model(self, batch):
         model = adapted(build_flm(), ["embed_tokens", "lm_head", "qkv_proj"])
         values = [
             each.log_likelihood_bound(batch["input_ids"], num_times=8, generator=torch.Generator().manual_seed(0))
@@ -152,7 +152,7 @@ class TestModel:
         torch.testing.assert_close(output.loss, expected, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("model_class", [FMLMModel, FMLMTwoNetworkModel])
-    def test_from_flm_asks_for_a_merged_teacher(self, model_class):
+    def test_from_flm_needs_a_merged_teacher(self, model_class):
         model = adapted(build_flm())
         with pytest.raises(TypeError, match="Merge its adapters first, `teacher.merge_and_unload"):
             model_class.from_flm(model)
@@ -166,7 +166,7 @@ class TestModel:
 
 
 def with_adapter(model, how: str, targets="all-linear"):
-    """The model with an adapter, and what it was."""
+    """Returns the model with an adapter."""
     if how == "add_adapter":
         model.add_adapter(lora(targets))
         return model
@@ -174,9 +174,9 @@ def with_adapter(model, how: str, targets="all-linear"):
 
 
 def build_adapted(path, how: str, targets="all-linear", distill=False, **options):
-    """A trainer like those of `train_tiny`, of a model whose base is saved in `base`."""
+    """Returns a trainer as from `train_tiny`, of a model with an adapter, whose base is saved in `base`."""
     plain = distillation(path, **options) if distill else build(path, **options)
-    without_zeros(plain.model).save_pretrained(Path(path, "base"))  # a head of zeros gives no gradients
+    without_zeros(plain.model).save_pretrained(Path(path, "base"))  # a zero head has no gradients
     model = with_adapter(AutoModel.from_pretrained(Path(path, "base")), how, targets)
     settings = {
         "train_dataset": plain.train_dataset,
@@ -194,7 +194,7 @@ def adapter_weights(model) -> dict[str, torch.Tensor]:
 
 class TestTraining:
     @pytest.mark.parametrize("how", ["peft", "add_adapter"])
-    def test_trains_averages_and_saves_the_adapter_alone(self, how, tmp_path):
+    def test_only_the_adapter_is_trained_averaged_and_saved(self, how, tmp_path):
         trainer = build_adapted(tmp_path, how, targets=["qkv_proj", "lm_head", "embed_tokens", "modulation"])
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         trainer.train()
@@ -202,7 +202,7 @@ class TestTraining:
             assert torch.equal(value, before[name]) != ("lora_" in name), name
         losses = logged(trainer, "eval_loss")
         assert losses[-1] < losses[0]
-        # What does not change is there once.
+        # Frozen weights exist once.
         for parameter, average in zip(trainer.model.parameters(), trainer.ema.averaged.parameters(), strict=True):
             assert (parameter is average) != parameter.requires_grad
         trainer.save_model()
@@ -249,7 +249,7 @@ class TestTraining:
         assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric)
 
     @pytest.mark.parametrize("preset", ["single_stage", "two_network", "self_distillation"])
-    def test_distils_with_adapters(self, preset, tmp_path):
+    def test_distillation_with_adapters(self, preset, tmp_path):
         trainer = build_adapted(
             tmp_path, "peft", ["qkv_proj", "lm_head", "embed_tokens"], True, preset=preset, max_steps=3
         )
@@ -279,7 +279,7 @@ class TestTraining:
             losses.append(logged(trainer, "loss"))
         assert losses[0] == pytest.approx(losses[1])
 
-    def test_samples_are_those_of_the_averaged_adapter(self, tmp_path):
+    def test_samples_use_the_averaged_adapter(self, tmp_path):
         options = {"eval_strategy": "no", "learning_rate": 0.1, "ema_decay": 0.5}
         trainer = build_adapted(tmp_path, "peft", **options)
         trainer.train()
@@ -309,7 +309,7 @@ class TestTraining:
 class TestSavedAdapters:
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory) -> Path:
-        """A base model, and beside it an adapter of a training on it."""
+        """A base model, and an adapter trained on it."""
         folder = tmp_path_factory.mktemp("adapter")
         trainer = build_adapted(
             folder, "peft", ["qkv_proj", "embed_tokens", "lm_head"], max_steps=2, learning_rate=0.1
@@ -318,14 +318,12 @@ class TestSavedAdapters:
         trainer.save_model()
         return folder
 
-    def test_auto_model_loads_them(self, folder):
+    def test_auto_model_loads_adapters(self, folder):
         expected = PeftModel.from_pretrained(AutoModel.from_pretrained(folder / "base"), folder)
         assert torch.equal(texts(AutoModel.from_pretrained(folder)), texts(expected))
 
-    def test_are_merged_into_what_is_published(self, folder, tmp_path):
-        assemble(
-            folder, tmp_path / "repository", "me/tiny", num_samples=1
-        )  # which loads it without this package and peft
+    def test_publishing_merges_adapters(self, folder, tmp_path):
+        assemble(folder, tmp_path / "repository", "me/tiny", num_samples=1)  # loads it without this package and peft
         expected = PeftModel.from_pretrained(AutoModel.from_pretrained(folder / "base"), folder).merge_and_unload()
         published = AutoModel.from_pretrained(tmp_path / "repository").state_dict()
         assert published.keys() == AutoModel.from_pretrained(folder / "base").state_dict().keys()
@@ -336,7 +334,7 @@ class TestSavedAdapters:
             card.split()
         )
 
-    def test_without_a_saved_model_cannot_be_published(self, folder, tmp_path):
+    def test_publishing_needs_the_base_model(self, folder, tmp_path):
         copied = tmp_path / "adapter"
         shutil.copytree(folder, copied)
         config = json.loads((copied / "adapter_config.json").read_text())
@@ -347,7 +345,7 @@ class TestSavedAdapters:
 
 
 def test_documentation(tmp_path, monkeypatch):
-    """The blocks of docs/adapters.md run as they are printed, one after the other, with small models and few steps."""
+    """The blocks of docs/adapters.md run in order, unchanged but for small models and few steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     rows = [" ".join(f"w{n}" for n in torch.randint(40, (10,)).tolist()) + " owl end" for _ in range(16)]

@@ -1,4 +1,4 @@
-"""The averaged weights: how they follow those of the training, and where they stand in for them."""
+"""The moving average of the weights: its decay, and where it replaces the training weights."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from transformers import AutoModel, TrainerCallback
 
 
 class TestAveragedWeights:
-    def test_follow_the_published_warm_up(self, tmp_path):
+    def test_ema_decay_warms_up_as_published(self, tmp_path):
         trajectory = []
 
         class Record(TrainerCallback):
@@ -28,7 +28,7 @@ class TestAveragedWeights:
         torch.testing.assert_close(trainer.ema.averaged.embed_tokens.weight.double(), average, rtol=1e-5, atol=1e-7)
         assert trainer.ema.num_updates == 15
 
-    def test_are_what_is_evaluated_and_saved(self, tmp_path):
+    def test_evaluation_and_save_model_use_the_average(self, tmp_path):
         trainer = build(tmp_path, ema_decay=0.9)
         trainer.train()
         average = trainer.ema.averaged
@@ -37,16 +37,16 @@ class TestAveragedWeights:
         loaded = AutoModel.from_pretrained(tmp_path)
         for name, tensor in loaded.state_dict().items():
             assert torch.equal(tensor, average.state_dict()[name])
-            assert torch.equal(raw[name], trainer.model.state_dict()[name]), "the training's weights changed"
+            assert torch.equal(raw[name], trainer.model.state_dict()[name]), "the training weights changed"
         assert not torch.equal(loaded.embed_tokens.weight, trainer.model.embed_tokens.weight)
-        # A model with these weights and no average evaluates to the same.
+        # A model with these weights and no average has the same evaluation loss.
         plain = build(tmp_path / "plain", ema_decay=None)
         plain.model.load_state_dict(loaded.state_dict())
         assert plain.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
         checkpoint = load_file(tmp_path / "checkpoint-20" / "training_weights.safetensors")
         assert all(torch.equal(checkpoint[name], tensor) for name, tensor in raw.items())
 
-    def test_survive_an_interrupted_evaluation(self, tmp_path):
+    def test_training_weights_survive_an_interrupted_evaluation(self, tmp_path):
         trainer = build(tmp_path, max_steps=3, save_strategy="no", eval_strategy="no")
         trainer.train()
         raw = trainer.model.embed_tokens.weight.clone()

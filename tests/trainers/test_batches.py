@@ -1,4 +1,4 @@
-"""What batches are made of: times, noise, and which tokens are known."""
+"""Training batches: times, noise and known tokens."""
 
 import doctest
 
@@ -18,7 +18,7 @@ from modeling_flm.trainers.batches import (
 
 
 class TestNoise:
-    def test_one_time_in_each_stratum(self):
+    def test_stratified_uniforms_have_one_point_per_stratum(self):
         points = stratified_uniforms(1000, 3, 3, 0, 7)
         for times in points.T:
             assert torch.equal((times.sort().values * 1000).floor().long(), torch.arange(1000))
@@ -27,26 +27,26 @@ class TestNoise:
         assert torch.equal(points, stratified_uniforms(1000, 3, 3, 0, 7))
         assert not torch.equal(points, stratified_uniforms(1000, 3, 3, 0, 8))
 
-    def test_times_are_uniform_within_their_stratum(self):
+    def test_stratified_uniforms_are_uniform_within_strata(self):
         times = torch.stack([stratified_uniforms(4, 1, 0, step)[:, 0] for step in range(5000)])
         inside = (times * 4) % 1
         assert abs(inside.mean() - 0.5) < 5 * (1 / 12 / inside.numel()) ** 0.5
-        assert abs(times[:, 0].mean() - 0.5) < 5 * (1 / 12 / 5000) ** 0.5  # so is each position over all strata
+        assert abs(times[:, 0].mean() - 0.5) < 5 * (1 / 12 / 5000) ** 0.5  # each position, over all strata
 
-    def test_evaluation_times_spread_evenly_over_any_part(self):
+    def test_low_discrepancy_uniforms_are_even_in_every_part(self):
         times = low_discrepancy_uniforms(0, 1000, 1)[:, 0]
         assert torch.equal(low_discrepancy_uniforms(400, 100, 1)[:, 0], times[400:500])
         for part in (times[:50], times[313:363], times):
             gaps = part.sort().values.diff()
             assert gaps.max() < 3 / len(part)
 
-    def test_evaluation_points_fill_the_square(self):
+    def test_low_discrepancy_uniforms_fill_the_square(self):
         points = low_discrepancy_uniforms(0, 400, 2)
         cells = (points * 10).floor().long()
         counts = torch.bincount(cells[:, 0] * 10 + cells[:, 1], minlength=100)
         assert counts.min() >= 2 and counts.max() <= 6  # 4 on average
 
-    def test_noise_of_an_example_depends_on_its_seed_alone(self):
+    def test_draw_noise_depends_on_the_seed_alone(self):
         seeds = [example_seed(0, 1, position) for position in range(6)]
         assert len(set(seeds)) == 6
         noise = draw_noise(seeds, 5, 3, device=torch.device("cpu"))
@@ -57,13 +57,13 @@ class TestNoise:
 
 
 class TestKnownTokens:
-    def test_prompts_are_beginnings_surroundings_and_random_tokens(self):
+    def test_prompt_kinds_prefix_infill_random(self):
         seeds = [example_seed(0, n) for n in range(6000)]
         lengths = 3 + torch.arange(6000) % 8
         real = torch.arange(10) < lengths[:, None]
         known = draw_known_masks(seeds, real, 10, 0.75)
         assert not (known & ~real).any()
-        # Those of a few examples, and with more padding, are the same.
+        # A part of the examples, with less padding, has the same masks.
         assert torch.equal(draw_known_masks(seeds[5:9], real[5:9, :6], 10, 0.75), known[5:9, :6])
         assert not draw_known_masks(seeds, real, 10, 0.0).any()
 
@@ -72,33 +72,33 @@ class TestKnownTokens:
         assert (num_known < lengths).all()
         assert not draw_known_masks(
             seeds, real & (torch.arange(10) < 1), 10, 1.0
-        ).any()  # nothing would be left to learn
+        ).any()  # or no token would be learned
 
         full = known[has_prompt & (lengths == 10)].tolist()
         sizes = torch.tensor([sum(row) for row in full])
-        assert (torch.bincount(sizes, minlength=10)[1:] > len(full) / 9 / 2).all()  # every number of tokens
-        is_beginning = [row == sorted(row, reverse=True) for row in full]
+        assert (torch.bincount(sizes, minlength=10)[1:] > len(full) / 9 / 2).all()  # every number of known tokens
+        is_prefix = [row == sorted(row, reverse=True) for row in full]
         gaps = ["".join("01"[token] for token in row).strip("1") for row in full]
-        is_surrounding = ["1" not in gap for gap in gaps]  # beginnings are, too
-        # A third of each kind; one random choice in four happens to be of another.
-        assert 0.3 < sum(is_beginning) / len(full) < 0.5
-        assert 0.62 < sum(is_surrounding) / len(full) < 0.82
+        is_context = ["1" not in gap for gap in gaps]  # includes prefixes
+        # A third of each pattern; one random subset in four happens to match another.
+        assert 0.3 < sum(is_prefix) / len(full) < 0.5
+        assert 0.62 < sum(is_context) / len(full) < 0.82
 
-    def test_independent_tokens_have_a_share_of_their_own(self):
+    def test_prompt_kind_independent(self):
         seeds = [example_seed(0, n) for n in range(4000)]
         real = torch.ones(4000, 40, dtype=torch.bool)
         real[:, 30:] = torch.arange(4000)[:, None] % 2 == 0
         known = draw_known_masks(seeds, real, 40, 1.0, ["independent"])
         assert not (known & ~real).any()
         assert torch.equal(draw_known_masks(seeds[5:9], real[5:9], 40, 1.0, ["independent"]), known[5:9])
-        # The number of known ones among n is uniform from 0 to n, if the share is.
+        # With a uniform probability, the number of known tokens among n is uniform from 0 to n.
         counts = torch.bincount(known[::2].sum(dim=1), minlength=41).double()
-        assert ((counts - 2000 / 41) ** 2 / (2000 / 41)).sum() < 90  # of 40 degrees of freedom: 1e-5
-        # Given the share tokens are independent, so without it they correlate as E f^2 - (E f)^2 = 1/12.
+        assert ((counts - 2000 / 41) ** 2 / (2000 / 41)).sum() < 90  # chi-square with 40 degrees of freedom: 1e-5
+        # Tokens are independent given the probability f, so their covariance is E f^2 - (E f)^2 = 1/12.
         first, second = known[:, :2].double().T
         assert abs(first.mean() - 0.5) < 0.04 and abs((first * second).mean() - 1 / 3) < 0.04
 
-    def test_prompt_kinds_are_equally_often(self):
+    def test_prompt_kinds_are_equally_likely(self):
         seeds = [example_seed(1, n) for n in range(4000)]
         real = torch.ones(4000, 20, dtype=torch.bool)
         only = {kind: draw_known_masks(seeds, real, 20, 1.0, [kind]) for kind in ("prefix", "infill", "independent")}
@@ -109,9 +109,7 @@ class TestKnownTokens:
 
 
 class TestFlowBatch:
-    """`make_flow_batch`: what a batch of tokenized examples becomes."""
-
-    def test_example_of_its_docstring(self):
+    def test_make_flow_batch_example(self):
         text = make_flow_batch.__doc__.replace("```", "")
         example = doctest.DocTestParser().get_doctest(text, {}, "make_flow_batch", None, None)
         assert example.examples and doctest.DocTestRunner().run(example).failed == 0
@@ -127,7 +125,7 @@ class TestFlowBatch:
         )
 
     @pytest.mark.parametrize("time_sampler", [None, TimePairs(boundary_probability=0.3)])
-    def test_an_example_depends_on_its_position_alone(self, time_sampler):
+    def test_make_flow_batch_depends_on_the_position_alone(self, time_sampler):
         whole = self.make(time_sampler=time_sampler)
         parts = [self.make(slice(start, start + 2), time_sampler=time_sampler) for start in (0, 2, 4, 6)]
         for start, part in zip((0, 2, 4, 6), parts):
@@ -140,7 +138,7 @@ class TestFlowBatch:
             }
         assert not torch.equal(whole.noise[0], whole.noise[1])
 
-    def test_known_tokens_are_at_time_one_and_not_learned(self):
+    def test_prompt_fraction_makes_tokens_known(self):
         batch = self.make(prompt_fraction=1.0, prompt_kinds=["prefix"], time_sampler=TimePairs())
         known = batch.tau_s == 1
         assert known[:, 0].all() and (batch.tau_t == 1)[known].all() and (batch.tau_u == 1)[known].all()
@@ -149,7 +147,7 @@ class TestFlowBatch:
         plain = self.make(prompt_fraction=0.0)
         assert plain.tau_s.shape == (8,) and (plain.tau_s < 1).all()
 
-    def test_labels_make_tokens_known_but_not_padding(self):
+    def test_prompts_from_labels_leave_out_padding(self):
         input_ids = torch.ones(2, 12, dtype=torch.long)
         attention_mask = torch.ones_like(input_ids)
         attention_mask[1, 9:] = 0
@@ -160,7 +158,7 @@ class TestFlowBatch:
         assert batch.tau_s[:, :5].eq(1).all() and batch.tau_s[:, 5:].lt(1).all()
         assert torch.equal(batch.labels, labels)
 
-    def test_selected_examples(self):
+    def test_select(self):
         batch = self.make(time_sampler=TimePairs())
         part = batch.select(torch.tensor([5, 2]))
         assert len(part) == 2 and part.noise is None

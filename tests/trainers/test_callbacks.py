@@ -1,4 +1,4 @@
-"""Samples and generative perplexity during training, and the choice of the best checkpoint by it."""
+"""Samples and generative perplexity during training, and selection of the best checkpoint by it."""
 
 import json
 
@@ -22,7 +22,7 @@ from modeling_flm.trainers import (
 
 
 class TestSamples:
-    def test_are_written_during_training_from_the_averaged_weights(self, tmp_path):
+    def test_sample_steps_write_samples_of_the_average(self, tmp_path):
         tokenizer = train_tokenizer(["a b c d e f g"], "word", 40)
         trainer = build(tmp_path, max_steps=4)
         options = {"sample_steps": 2, "sample_num_samples": 3, "sample_num_steps": 5}
@@ -39,7 +39,7 @@ class TestSamples:
 
 
 class TestGenPPL:
-    def test_logs_the_metric_of_the_averaged_weights(self, tmp_path, gen_ppl):
+    def test_eval_gen_ppl_steps_log_the_metric_of_the_average(self, tmp_path, gen_ppl):
         tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", 100)
         args = FLMTrainingArguments(
             tmp_path,
@@ -70,7 +70,7 @@ class TestGenPPL:
             assert logs[4][f"eval_entropy_{num_steps}"] == pytest.approx(expected["entropy"], rel=1e-6)
         assert logs[2] != logs[4]
 
-    def test_a_scorer_that_is_not_there_shows_at_the_start(self, tmp_path):
+    def test_a_missing_eval_gen_ppl_model_fails_at_the_start(self, tmp_path):
         tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", 100)
         options = {"eval_gen_ppl_steps": 2, "eval_gen_ppl_model": str(tmp_path / "nowhere"), "report_to": []}
         args = FLMTrainingArguments(tmp_path, max_steps=2, use_cpu=True, disable_tqdm=True, **options)
@@ -80,7 +80,7 @@ class TestGenPPL:
             trainer.train()
         assert trainer.state.global_step == 0
 
-    def test_mistakes_are_explained(self, tmp_path):
+    def test_bad_arguments(self, tmp_path):
         with pytest.raises(ValueError, match="`eval_gen_ppl_steps` needs a tokenizer"):
             FLMTrainer(build_flm(), FLMTrainingArguments(tmp_path, eval_gen_ppl_steps=1))
         with pytest.raises(ValueError, match="`eval_gen_ppl_num_steps` must be numbers of at least 1"):
@@ -88,7 +88,7 @@ class TestGenPPL:
 
 
 def by_gen_ppl(**options) -> dict:
-    """Options of a run that scores samples and evaluates at every second step, and keeps the best checkpoint."""
+    """Options of a run that scores samples and evaluates every second step, and keeps the best checkpoint."""
     return {
         "max_steps": 8,
         "eval_steps": 2,
@@ -105,7 +105,7 @@ def by_gen_ppl(**options) -> dict:
 
 
 def figures(log: list[dict], name: str) -> dict[int, float]:
-    """What was logged of a figure, by step."""
+    """Returns the logged values of a figure by step."""
     return {row["step"]: row[name] for row in log if name in row}
 
 
@@ -116,7 +116,7 @@ class TestSelectionByGenPPL:
 
     @pytest.mark.parametrize("metric", ["eval_gen_ppl_1", "gen_ppl_2", "eval_entropy_1"])
     @pytest.mark.parametrize("distill", [False, True])
-    def test_metric_for_best_model_selects_the_averaged_weights_of_its_step(self, distill, metric, tmp_path):
+    def test_metric_for_best_model_selects_the_average_of_its_step(self, distill, metric, tmp_path):
         trainer = self.build(tmp_path, distill, metric_for_best_model=metric)
         is_ppl = "gen_ppl" in metric
         assert trainer.args.greater_is_better == (not is_ppl)
@@ -124,10 +124,10 @@ class TestSelectionByGenPPL:
         measured = figures(trainer.state.log_history, f"eval_{metric.removeprefix('eval_')}")
         assert list(measured) == [2, 4, 6, 8]
         best = (min if is_ppl else max)(measured, key=measured.get)
-        assert best < 8  # or loading the last weights would do
+        assert best < 8  # otherwise loading the last weights would pass
         assert trainer.state.best_global_step == best and trainer.state.best_metric == measured[best]
         assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
-        # That checkpoint has the weights that were scored, and they are what the trainer has and saves.
+        # The checkpoint has the scored weights, and the trainer has and saves them.
         model = AutoModel.from_pretrained(tmp_path / f"checkpoint-{best}")
         num_steps = int(metric[-1])
         tokens = generate_samples(model, list(range(5)), trainer.args.seed, num_steps=num_steps).tolist()
@@ -139,7 +139,7 @@ class TestSelectionByGenPPL:
         average = trainer.ema.averaged.state_dict()
         for name, tensor in model.state_dict().items():
             assert torch.equal(saved[name], tensor) and torch.equal(average[name], tensor)
-        # After the training there is no figure of the weights that it has now.
+        # The figures are not of the weights that are loaded now.
         assert "eval_gen_ppl_1" not in trainer.evaluate()
 
     def test_save_strategy_best_saves_at_new_minima(self, tmp_path):
@@ -151,7 +151,7 @@ class TestSelectionByGenPPL:
         assert 1 < len(minima) < len(measured) == 6
         assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{minima[-1]}")
 
-    def test_evaluation_after_the_last_step_is_scored_too(self, tmp_path):
+    def test_the_evaluation_after_the_last_step_is_scored(self, tmp_path):
         trainer = self.build(tmp_path, False, max_steps=5)
         trainer.train()
         assert list(figures(trainer.state.log_history, "eval_gen_ppl_1")) == [2, 4, 5]
@@ -186,7 +186,7 @@ class TestSelectionByGenPPL:
         assert list(seen) == [2, 4, 6, 8]
 
     @pytest.mark.parametrize("fsdp", [False, True])
-    def test_two_processes_select_by_gen_ppl_as_one_does(self, fsdp, tmp_path):
+    def test_two_processes_select_by_gen_ppl_like_one(self, fsdp, tmp_path):
         one = self.build(tmp_path / "one", False, per_device_train_batch_size=16, max_steps=6)
         one.train()
         logs = [process["log"] for process in launch(tmp_path / "two", 2, fsdp=fsdp, **by_gen_ppl(max_steps=6))]
@@ -214,7 +214,7 @@ class TestSelectionByGenPPL:
             ({"eval_strategy": "epoch", "save_strategy": "epoch"}, "pass `eval_strategy='steps'`.* got .*'epoch'"),
         ],
     )
-    def test_metric_for_best_model_that_no_evaluation_has(self, arguments_class, options, message, tmp_path):
+    def test_metric_for_best_model_needs_a_figure_of_evaluations(self, arguments_class, options, message, tmp_path):
         with pytest.raises(ValueError, match=f"`metric_for_best_model='.*'` needs .*{message}"):
             arguments_class(tmp_path, **{"eval_strategy": "steps", **by_gen_ppl(**options)})
 

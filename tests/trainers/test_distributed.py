@@ -1,4 +1,4 @@
-"""Training in several processes, with whole and with sharded weights, against training in one."""
+"""Training in several processes, with whole and sharded weights, compared with one process."""
 
 import json
 import shutil
@@ -12,13 +12,13 @@ from train_tiny import build, distillation, launch, logged
 
 
 class TestProcesses:
-    def test_two_processes_see_and_learn_what_one_does(self, tmp_path):
+    def test_two_processes_train_like_one(self, tmp_path):
         options = {"max_steps": 6, "eval_steps": 3, "save_steps": 3, "ema_decay": 0.9, "prompt_fraction": 0.7}
         options |= {"eval_likelihood_times": 2}
         (one,) = launch(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
         two = launch(tmp_path / "two", 2, per_device_train_batch_size=8, **options)
 
-        # The same tokens with the same times and noise in every step, each in one of the processes.
+        # Every step has the same tokens, times and noise, split over the processes.
         def unpadded(rows):
             return sorted(
                 (step, time, [token for token in tokens if token], noise) for step, tokens, time, noise in rows
@@ -33,7 +33,7 @@ class TestProcesses:
         for name, tensor in first.items():
             torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
 
-    def test_sharded_weights_learn_and_write_what_whole_ones_do(self, tmp_path):
+    def test_sharded_weights_train_and_save_like_whole_ones(self, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "ema_decay": 0.9, "sample_steps": 4}
         options |= {"load_best_model_at_end": True, "eval_likelihood_times": 2}
         options |= {"eval_gen_ppl_steps": 4, "eval_gen_ppl_num_samples": 3, "eval_gen_ppl_num_steps": [2]}
@@ -45,7 +45,7 @@ class TestProcesses:
         for name in ("loss", "grad_norm", "eval_loss", "eval_nll", "eval_gen_ppl_2", "eval_entropy_2"):
             assert logged(log, name) == pytest.approx(logged(whole, name), rel=1e-3) != []
         assert (tmp_path / "two" / "samples.jsonl").read_text() == (tmp_path / "one" / "samples.jsonl").read_text()
-        # The average, loaded as anybody loads it, and the weights of the training.
+        # The average, as users load it, and the training weights.
         for name in (
             "model.safetensors",
             "checkpoint-4/model.safetensors",
@@ -76,7 +76,7 @@ class TestProcesses:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("distill", [False, True])
-    def test_mixed_precision_is_the_same_with_sharded_weights(self, distill, tmp_path):
+    def test_bf16_is_the_same_with_sharded_weights(self, distill, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_strategy": "no", "bf16": True}
         log = launch(tmp_path, 2, fsdp=True, distill=distill, **options)[0]["log"]
         low, exact = (
@@ -86,5 +86,5 @@ class TestProcesses:
         low.train(), exact.train()
         for name in ("loss", "eval_loss"):
             assert logged(log, name) == pytest.approx(logged(low, name), rel=2e-4)
-        # which is closer than bfloat16 is to float32
+        # bfloat16 and float32 differ more
         assert logged(log, "loss") != pytest.approx(logged(exact, "loss"), rel=1e-6)

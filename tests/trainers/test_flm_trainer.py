@@ -1,4 +1,4 @@
-"""Training of FLMs: the loss, prompts, the BOS token, evaluation, checkpoints, and what is refused."""
+"""Training of FLMs: loss, prompts, BOS token, evaluation, checkpoints and errors."""
 
 from pathlib import Path
 
@@ -27,14 +27,14 @@ from modeling_flm.trainers.batches import FlowBatch
 
 
 def record_batches(trainer: FLMTrainer) -> list[FlowBatch]:
-    """Returns a list that will have the batches of the training, with their noise."""
+    """Returns a list to which the trainer will add its batches, with noise."""
     batches, objective = [], trainer.training_objective
     trainer.training_objective = lambda batch, *args: batches.append(batch) or objective(batch, *args)
     return batches
 
 
 class TestPrompts:
-    def test_loss_with_prompt_fraction_is_that_of_the_rest_given_the_prompt(self, tmp_path):
+    def test_prompt_fraction_loss_covers_unknown_tokens_only(self, tmp_path):
         trainer = build(tmp_path, max_steps=3, gradient_accumulation_steps=2, save_strategy="no", prompt_fraction=0.8)
         model = trainer.model
         initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -78,12 +78,12 @@ class TestPrompts:
             assert int((tau.expand(12, 8).T if tau.dim() == 1 else tau).lt(1).sum()) == 8 * expected
             assert expected == 12 or tau[:, :5].eq(1).all()
 
-    def test_bad_prompt_kinds_are_named(self, tmp_path):
+    def test_bad_prompt_kinds(self, tmp_path):
         for kinds in ([], ["suffix"]):
             with pytest.raises(ValueError, match="`prompt_kinds` must be a list of 'prefix', 'infill', 'random'"):
                 FLMTrainingArguments(tmp_path, prompt_kinds=kinds)
 
-    def test_per_token_timesteps_come_with_the_weights_of_a_model_without_them(self, tmp_path):
+    def test_per_token_timesteps_can_be_switched_on_for_trained_weights(self, tmp_path):
         flm = build_flm()
         flm.save_pretrained(tmp_path)
         model = FLMModel.from_pretrained(tmp_path, per_token_timesteps=True)
@@ -97,7 +97,7 @@ class TestPrompts:
 
 
 class TestLoss:
-    def test_is_the_cross_entropy_over_real_tokens_of_the_whole_step(self, tmp_path):
+    def test_loss_is_the_cross_entropy_over_real_tokens_of_the_step(self, tmp_path):
         trainer = build(
             tmp_path, max_steps=1, gradient_accumulation_steps=3, trainer_class=RecordingTrainer, save_strategy="no"
         )
@@ -122,7 +122,7 @@ class TestLoss:
         assert count < 3 * 8 * 10  # there was padding
         assert logged(trainer, "loss")[0] == pytest.approx(total / count, rel=1e-4)
 
-    def test_times_of_a_step_are_stratified_over_its_global_batch(self, tmp_path):
+    def test_times_are_stratified_over_the_global_batch(self, tmp_path):
         trainer = build(tmp_path, max_steps=2, gradient_accumulation_steps=3, trainer_class=RecordingTrainer, save_strategy="no", eval_strategy="no")  # fmt: skip
         trainer.seen.clear()
         trainer.train()
@@ -140,7 +140,7 @@ class TestLoss:
             torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
 
     def test_labels_and_columns_of_the_dataset(self, tmp_path):
-        # Labels are honored; other columns, also with names of `forward`'s arguments, are not passed on.
+        # Labels count. Other columns are ignored, also if they have names of `forward`'s arguments.
         trainer = build(tmp_path, max_steps=1, save_strategy="no", eval_strategy="no")
         rows = trainer.train_dataset.to_dict()["input_ids"]
         dataset = trainer.train_dataset.add_column("labels", [[-100] * len(row) for row in rows])
@@ -149,7 +149,7 @@ class TestLoss:
         trainer.train()
         assert logged(trainer, "loss")[0] == 0
 
-    def test_batches_of_similar_lengths_have_little_padding(self, tmp_path):
+    def test_group_by_length_reduces_padding(self, tmp_path):
         def share_of_padding(strategy):
             options = {"save_strategy": "no", "eval_strategy": "no", "train_sampling_strategy": strategy}
             trainer = build(tmp_path, max_steps=15, **options)
@@ -166,7 +166,7 @@ class TestLoss:
 
 
 class StreamOfExamples(torch.utils.data.IterableDataset):
-    """Examples that can be read once."""
+    """A dataset that allows only one pass."""
 
     def __init__(self, examples):
         self.examples = iter(examples)
@@ -185,7 +185,7 @@ class TestBosToken:
 
     @pytest.mark.parametrize("streaming", [False, True])
     @pytest.mark.parametrize("with_bos", [False, True])
-    def test_bos_token_begins_prompts_as_it_begins_texts(self, with_bos, streaming, tmp_path, caplog):
+    def test_bos_token_is_kept_if_examples_begin_with_it(self, with_bos, streaming, tmp_path, caplog):
         caplog.set_level("INFO", "modeling_flm.trainers.data.checking")
         trainer = build(tmp_path, **self.options)
         bos = trainer.processing_class.bos_token_id
@@ -203,11 +203,11 @@ class TestBosToken:
             assert "WARNING: None of the first 32 training examples begins with the BOS token (1)" in self.answer(
                 caplog
             )
-        if streaming:  # the training has seen the dataset from its beginning
+        if streaming:  # the training has read the dataset from the start
             seen = [[token for token in row[1] if token] for row in trainer.seen]
             assert seen == rows[: len(seen)] and len(seen) == 40
 
-    def test_bos_token_stays_where_texts_can_be_read_only_once(self, tmp_path, caplog):
+    def test_bos_token_stays_for_datasets_of_one_pass(self, tmp_path, caplog):
         trainer = build(tmp_path, **self.options)
         rows = trainer.train_dataset.to_list()
         trainer.train_dataset = StreamOfExamples(rows)
@@ -219,7 +219,7 @@ class TestBosToken:
         assert trainer.model.generation_config.bos_token_id == trainer.processing_class.bos_token_id
         assert "WARNING: It is unknown whether training examples begin with the BOS token (1)" in self.answer(caplog)
 
-    def test_bos_token_is_left_alone_by_evaluation(self, tmp_path):
+    def test_evaluate_keeps_the_bos_token(self, tmp_path):
         trainer = build(tmp_path, **self.options)
         trainer.model.generation_config.bos_token_id = 7
         trainer.evaluate()
@@ -240,7 +240,7 @@ class TestBosToken:
 
 
 def train_with_bos_tokens_in_the_first_process(output_dir: Path):
-    """The training of one of several processes; texts of the first alone begin with the BOS token."""
+    """Training in one of several processes. Only the first has examples that begin with the BOS token."""
     trainer = build(output_dir, max_steps=1, save_strategy="no", eval_strategy="no")
     index = trainer.args.process_index
     if index == 0:
@@ -250,7 +250,7 @@ def train_with_bos_tokens_in_the_first_process(output_dir: Path):
 
 
 class TestEvaluation:
-    def test_is_deterministic_and_independent_of_the_batch_size(self, tmp_path):
+    def test_eval_loss_is_deterministic_and_independent_of_the_batch_size(self, tmp_path):
         trainer = build(tmp_path, max_steps=5)
         trainer.train()
         first = trainer.evaluate()["eval_loss"]
@@ -269,7 +269,7 @@ class TestEvaluation:
 
 
 class TestResume:
-    def test_equals_uninterrupted_training(self, tmp_path):
+    def test_resume_from_checkpoint_equals_uninterrupted_training(self, tmp_path):
         straight = build(tmp_path / "straight", dropout=0.1)
         straight.train()
         build(tmp_path / "resumed", dropout=0.1, max_steps=10).train()
@@ -281,14 +281,14 @@ class TestResume:
             second = second.state_dict()
             assert all(torch.equal(tensor, second[name]) for name, tensor in first.state_dict().items())
 
-    def test_from_a_checkpoint_without_an_average_warns(self, tmp_path, caplog):
+    def test_resume_from_a_checkpoint_without_an_average_warns(self, tmp_path, caplog):
         build(tmp_path, max_steps=10, ema_decay=None).train()
         resumed = build(tmp_path)
         resumed.train(resume_from_checkpoint=True)
         assert "has no training_weights.safetensors" in caplog.text
         assert resumed.ema.num_updates == 10
 
-    def test_without_an_average_goes_on_from_the_weights_of_the_training(self, tmp_path):
+    def test_resume_without_an_average_continues_the_training_weights(self, tmp_path):
         straight = build(tmp_path)
         straight.train()
         resumed = build(tmp_path, ema_decay=None)
@@ -324,11 +324,11 @@ class TestArguments:
             ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be at least 1"),
         ],
     )
-    def test_inherited_options(self, tmp_path, options, message):
+    def test_bad_inherited_arguments(self, tmp_path, options, message):
         with pytest.raises(ValueError, match=message):
             FLMTrainer(build_flm(), FLMTrainingArguments(tmp_path, use_cpu=True, report_to=[], **options))
 
-    def test_trainer_refuses(self, tmp_path):
+    def test_bad_combinations(self, tmp_path):
         from transformers import TrainingArguments
 
         with pytest.raises(TypeError, match="`args` must be `FLMTrainingArguments`"):
@@ -354,7 +354,7 @@ class TestArguments:
 
 
 class Texts(torch.utils.data.Dataset):
-    """A dataset that is not of `datasets`."""
+    """A dataset that is no `datasets.Dataset`."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -366,7 +366,7 @@ class Texts(torch.utils.data.Dataset):
         return {"input_ids": self.rows[index]}
 
 
-class TestDatasetsThatCannotBeTrainedOn:
+class TestBadDatasets:
     @staticmethod
     def make(path, **options) -> FLMTrainer:
         args = FLMTrainingArguments(path, use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1)
@@ -387,7 +387,7 @@ class TestDatasetsThatCannotBeTrainedOn:
             (Dataset.from_dict({"input_ids": [[1, 53]]}), "have the token 53, but the model's are 0 to 52"),
         ],
     )  # fmt: skip
-    def test_are_refused_at_once(self, name, dataset, message, tmp_path):
+    def test_bad_datasets_are_refused_at_once(self, name, dataset, message, tmp_path):
         with pytest.raises(ValueError, match=message.format(name=name)):
             self.make(tmp_path, **{name: dataset})
 
@@ -402,7 +402,7 @@ class TestDatasetsThatCannotBeTrainedOn:
             long = Dataset.from_dict({"input_ids": [[1] * 20]})
             self.make(tmp_path, eval_dataset={"train": splits["train"], "long": long})
 
-    def test_examples_that_are_not_among_the_first(self, tmp_path):
+    def test_bad_examples_after_the_first_ones(self, tmp_path):
         rows = [[1] * 5] * 40
         for last, message in (([1] * 13, "have 13 tokens"), ([60], "have the token 60")):
             trainer = self.make(tmp_path, train_dataset=Dataset.from_dict({"input_ids": [*rows, last]}))
@@ -410,7 +410,7 @@ class TestDatasetsThatCannotBeTrainedOn:
             with pytest.raises(ValueError, match=message):
                 trainer.train()
 
-    def test_other_collators_may_read_other_columns(self, tmp_path):
+    def test_custom_data_collator_may_read_other_columns(self, tmp_path):
         def collate(examples):
             input_ids = torch.tensor([[example["number"]] * 12 for example in examples])
             return {"input_ids": input_ids, "labels": input_ids}
@@ -422,7 +422,7 @@ class TestDatasetsThatCannotBeTrainedOn:
         trainer = FLMTrainer(build_flm(), args, data_collator=collate, train_dataset=dataset)
         assert np.isfinite(trainer.train().training_loss)
 
-    def test_collators_that_mask_tokens(self, tmp_path):
+    def test_data_collator_that_masks_tokens(self, tmp_path):
         tokenizer = train_tokenizer(["a b c"], "word", 20)
         tokenizer.mask_token = "[UNK]"
         rows = [{"input_ids": [1, 2, 3]}] * 4
@@ -430,20 +430,20 @@ class TestDatasetsThatCannotBeTrainedOn:
         with pytest.raises(ValueError, match="`data_collator` masks tokens.*`mlm=False`"):
             self.make(tmp_path, train_dataset=rows, data_collator=DataCollatorForLanguageModeling(tokenizer))
 
-    def test_collators_without_labels(self, tmp_path):
+    def test_data_collator_without_labels(self, tmp_path):
         collate = lambda examples: {"input_ids": torch.tensor([example["input_ids"] for example in examples])}  # noqa: E731
         rows = Dataset.from_dict({"input_ids": [[1] * 12] * 16})
         with pytest.raises(ValueError, match="`data_collator` must make `labels`"):
             self.make(tmp_path, train_dataset=rows, data_collator=collate).train()
 
-    def test_numbers_that_are_texts(self, tmp_path):
+    def test_numbers_passed_as_strings(self, tmp_path):
         for name in ("learning_rate", "ema_decay", "max_steps"):
             with pytest.raises(ValueError, match=f"`{name}` must be a number, got the string '1e-3'"):
                 FLMTrainingArguments(tmp_path, **{name: "1e-3"})
 
 
 class TestModelInit:
-    """Models that are made anew at every training."""
+    """`model_init`, which makes a model for every training."""
 
     options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 3, "logging_steps": 1, "seed": 3}
     rows = {"input_ids": torch.arange(480).remainder(53).view(40, 12).tolist()}
@@ -453,7 +453,7 @@ class TestModelInit:
         dataset = Dataset.from_dict(self.rows)
         return FLMTrainer(model_init=make_model, args=args, train_dataset=dataset, eval_dataset=dataset)
 
-    def test_trains_the_same_again(self, tmp_path):
+    def test_training_again_is_the_same(self, tmp_path):
         trainer = self.make(tmp_path, lambda: build_flm(dropout=0.0))
         results = []
         for _ in range(2):
@@ -461,7 +461,7 @@ class TestModelInit:
             results.append((trainer.evaluate()["eval_loss"], logged(trainer, "loss"), trainer.ema.num_updates))
             trainer.state.log_history.clear()
         assert results[0] == results[1] and len(results[0][1]) == 3 and results[0][2] == 3
-        # As with a model that is passed
+        # The same as with `model`
         torch.manual_seed(3)
         args = FLMTrainingArguments(tmp_path, save_strategy="no", **self.options)
         dataset = Dataset.from_dict(self.rows)
@@ -469,7 +469,7 @@ class TestModelInit:
         other.train()
         assert other.evaluate()["eval_loss"] == results[0][0]
 
-    def test_models_that_do_not_fit(self, tmp_path):
+    def test_bad_models(self, tmp_path):
         with pytest.raises(TypeError, match="`model` must be a `FLMModel`"):
             self.make(tmp_path, lambda: torch.nn.Linear(2, 2))
         with pytest.raises(ValueError, match="Examples of `train_dataset` have 12 tokens"):

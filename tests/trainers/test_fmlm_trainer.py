@@ -1,4 +1,4 @@
-"""Training of flow maps: times, presets and targets, precision, several processes, and what is refused."""
+"""Training of flow maps: times, presets, targets, precision, several processes and errors."""
 
 import math
 
@@ -65,11 +65,11 @@ class TestTraining:
         frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
         trainer.train()
         assert trainer.evaluate()["eval_loss"] < before
-        kinds = {"two_network", "second_stage"} & {preset}
-        expected = {"loss_off_diagonal"} if kinds else {"loss_diagonal", "loss_off_diagonal"}
+        no_diagonal = preset in ("two_network", "second_stage")
+        expected = {"loss_off_diagonal"} if no_diagonal else {"loss_diagonal", "loss_off_diagonal"}
         for prefix in ("", "eval_"):
             assert all(logged(trainer, prefix + name) for name in expected)
-        assert bool(logged(trainer, "loss_diagonal")) == (not kinds)
+        assert bool(logged(trainer, "loss_diagonal")) == (not no_diagonal)
         assert all(torch.equal(p, trainer.model.get_parameter(name)) for name, p in frozen.items())
         trainer.save_model()
         tokens = AutoModel.from_pretrained(tmp_path).generate(num_samples=3)
@@ -91,7 +91,7 @@ class TestTraining:
         assert trainer.evaluate()["eval_loss"] < before
 
     def test_targets_come_from_the_chosen_network(self, tmp_path, monkeypatch):
-        # V is above the joint width, so that the noise has another size with the average among the networks.
+        # V exceeds the joint width, so the noise has another size with the average among the networks.
         for choice, expected in (("student", {"student"}), ("ema", {"average"})):
             flm = build_flm(vocab_size=200, hidden_size=16)
             options = {"max_steps": 4, "target_network": choice, "eval_strategy": "steps", "eval_steps": 2}
@@ -143,13 +143,13 @@ class TestTraining:
         ],
         ids=["semigroup", "teacher", "two_network", "lagrangian", "eulerian"],
     )
-    def test_teacher_in_bfloat16_trains_on_the_states_of_float32(self, options, tmp_path):
+    def test_teacher_in_bfloat16_reads_float32_states(self, options, tmp_path):
         seen, options = {}, {"max_steps": 20, "eval_steps": 20, "save_strategy": "no", **options}
         for name, dtype in (("low", torch.bfloat16), ("exact", torch.float32)):
             trainer = distillation(tmp_path, frozen_dtype=dtype, **options)
             network = trainer.model.flow if trainer.teacher is None else trainer.teacher
             if name == "exact":
-                network.to(torch.bfloat16).float()  # the same weights, without rounding errors of their own
+                network.to(torch.bfloat16).float()  # the same weights, computed in float32
             states = seen[name] = []
             network.encode = lambda state, *args, f=network.encode, states=states: (
                 states.append(state) or f(state, *args)
@@ -160,10 +160,10 @@ class TestTraining:
             assert {parameter.dtype for parameter in network.parameters()} == {dtype}
         assert len(seen["low"]) == len(seen["exact"]) > 0
         assert {state.dtype for state in seen["low"]} == {torch.float32}
-        # Of the first batch, for which the students are the same; the second state of a semigroup target is made of outputs.
+        # Only the first state: at the first batch the students are equal, and later states are made of outputs.
         assert relative_error(seen["low"][0], seen["exact"][0]) < 1e-6
 
-    def test_states_of_a_teacher_in_bfloat16_are_those_of_its_embedding(self, tmp_path, flm):
+    def test_states_of_a_teacher_in_bfloat16_follow_its_embedding(self, tmp_path, flm):
         teacher = build_flm(vocab_size=200).to(torch.bfloat16)
         trainer = build_trainer(tmp_path, FMLMModel.from_flm(build_flm(vocab_size=200)), teacher=teacher)
         input_ids, known = torch.randint(200, (64, 12)), torch.rand(64, 12) < 0.2
@@ -179,7 +179,7 @@ class TestTraining:
             assert relative_error(row, expected_row) < 1e-6
 
     @pytest.mark.parametrize("preset", ["single_stage", pytest.param("any_order", marks=pytest.mark.slow)])
-    def test_resumes_and_evaluates_as_the_flm_does(self, preset, tmp_path):
+    def test_resume_from_checkpoint_equals_uninterrupted_distillation(self, preset, tmp_path):
         straight = distillation(tmp_path / "straight", preset, dropout=0.1, target_network="ema")
         straight.train()
         resumed = distillation(tmp_path / "straight", preset, dropout=0.1, target_network="ema")
@@ -199,7 +199,7 @@ class TestTraining:
             assert logged(small, name) == pytest.approx(logged(large, name), rel=1e-4)
 
     @pytest.mark.parametrize("preset", ["single_stage", pytest.param("any_order", marks=pytest.mark.slow)])
-    def test_two_processes_learn_what_one_does(self, preset, tmp_path):
+    def test_two_processes_distill_like_one(self, preset, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "prompt_fraction": 0.7, "distill": True}
         options["preset"] = preset
         (one,) = launch(tmp_path / "one", 1, per_device_train_batch_size=16, **options)
@@ -211,7 +211,7 @@ class TestTraining:
         "preset",
         ["any_order", *(pytest.param(each, marks=pytest.mark.slow) for each in ("single_stage", "two_network"))],
     )
-    def test_sharded_weights_learn_what_whole_ones_do(self, preset, tmp_path):
+    def test_sharded_weights_distill_like_whole_ones(self, preset, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 4, "ema_decay": 0.9, "preset": preset}
         options["prompt_fraction"] = 0.5
         whole = distillation(tmp_path / "one", per_device_train_batch_size=16, **options)
@@ -224,8 +224,8 @@ class TestTraining:
         for name, tensor in first.items():
             torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
 
-    def test_student_and_teacher_see_the_same_noise(self, tmp_path, flm):
-        # At initialization their embeddings coincide, and so must their states.
+    def test_student_and_teacher_read_the_same_noise(self, tmp_path, flm):
+        # Equal embeddings must give equal states.
         trainer = build_trainer(
             tmp_path, FMLMModel.from_flm(build_flm(vocab_size=200)), teacher=build_flm(vocab_size=200)
         )
@@ -289,7 +289,7 @@ class TestTraining:
 
 
 class TestCorrelations:
-    """Two equally likely texts: marginals that are sampled independently would mix them half of the time."""
+    """Two equally likely texts. Independent samples of the marginals would mix them half of the time."""
 
     @pytest.mark.slow
     def test_one_step_gives_whole_texts(self, tmp_path):
@@ -321,7 +321,7 @@ class TestCorrelations:
         assert 0.4 < first < 0.6
         assert sum(shares(teacher, 32)) > 0.9
 
-        # The trained flow map composes: one jump arrives where two do.
+        # The trained flow map composes: one step arrives where two steps do.
         state = torch.randn(500, 2, 4) @ student.state_embedding
         zero, half, one = torch.zeros(500), torch.full((500,), 0.5), torch.ones(500)
         u = student.time_map.tau_to_t(half)

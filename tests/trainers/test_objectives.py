@@ -1,4 +1,4 @@
-"""Targets of distillation: published values, the exact flow map as their fixed point, the projection to the simplex."""
+"""Targets of distillation: published values, exact flow maps as fixed points, and the projection to the simplex."""
 
 import math
 
@@ -13,7 +13,7 @@ from modeling_flm.trainers import FMLMTrainer, objectives
 
 
 def divergence(kind, target, delta):
-    """Written out from a whole two-time denoiser."""
+    """Computes the divergence of a target and a two-time denoiser, both dense."""
     if kind == "squared_error":
         return (target - delta).square().sum(-1)
     entropy = torch.xlogy(target, target).sum(-1) if kind == "kl" else 0.0
@@ -31,7 +31,7 @@ class TestPublishedValues:
         return trainer
 
     def batch(self, tau_s, tau_t, tau_u=None, **groups):
-        # V is below the joint width of two networks: projected noise is one-hot noise.
+        # V is below the joint width of two networks, so the noise is one-hot noise.
         return build_batch(self.values["input_ids"], self.values["noise"], tau_s, tau_t, tau_u, **groups)
 
     def forward(self, trainer, batch):
@@ -53,7 +53,7 @@ class TestPublishedValues:
         losses = divergence("squared_error", target, output.probabilities)
         losses = torch.exp(-log_weight)[:, None] * losses + log_weight[:, None]
         assert relative_error(losses, values["stage1.loss_per_token"]) < 3e-3
-        # Evaluation is by the loss itself, which the learned weight cannot lower.
+        # The evaluation loss does not use the learned weight.
         weight = log_weight[:, None]
         model.train()
         assert compute_loss(trainer, batch)[0].item() == pytest.approx(losses.mean().item(), rel=1e-4)
@@ -124,7 +124,7 @@ class TestExactSolution:
 
     @pytest.mark.parametrize("target", ["semigroup", "lagrangian", "eulerian"])
     @pytest.mark.parametrize("with_teacher", [True, False])
-    def test_is_a_fixed_point(self, target, with_teacher, tmp_path):
+    def test_exact_flow_map_is_a_fixed_point(self, target, with_teacher, tmp_path):
         model = ExactFlowMap()
         options = {"target": target, "divergence": "squared_error", "boundary_probability": 0.0}
         trainer = build_trainer(tmp_path, model, teacher=ExactFlowMap() if with_teacher else None, **options)
@@ -136,14 +136,14 @@ class TestExactSolution:
         state = states(trainer, batch)[0]
         delta = model.posterior(state, self.tau_s, self.tau_t).dense()
         assert value.dtype == torch.float64
-        # Semigroup: exact. The derivatives go through the table of the time map, which is exact to 1e-5.
+        # The semigroup target is exact. Derivatives use the table of the time map, which is exact to 1e-5.
         torch.testing.assert_close(value, delta, rtol=0, atol=1e-8 if target == "semigroup" else 2e-5)
-        # which is no accident of a constant map
+        # The map is not constant.
         denoised = model.posterior(state, self.tau_s, self.tau_s).dense()
         assert (delta - denoised).abs().max() > 1e-2
 
     @pytest.mark.parametrize("target", ["semigroup", "lagrangian", "eulerian"])
-    def test_is_a_fixed_point_with_known_tokens(self, target, tmp_path):
+    def test_exact_flow_map_is_a_fixed_point_with_known_tokens(self, target, tmp_path):
         texts = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
         flow_maps = [ExactFlowMap(texts, (0.25, 0.05, 0.1, 0.15, 0.02, 0.2, 0.13, 0.1)) for _ in range(2)]
         options = {"target": target, "divergence": "squared_error", "boundary_probability": 0.0}
@@ -173,19 +173,16 @@ class TestExactSolution:
         assert abs(share - 0.7) < 4 * math.sqrt(0.7 * 0.3 / 4000) + 1e-3
 
 
-def test_projection_keeps_a_nan_visible():
+def test_project_to_simplex_keeps_nan():
     assert objectives.project_to_simplex(torch.tensor([[float("nan"), 0.0, 1.0]])).isnan().any()
 
 
-def test_projection_to_the_simplex_is_the_nearest_point():
+def test_project_to_simplex_is_the_nearest_point():
     x = torch.randn(50, 7, dtype=torch.float64) * 2
     projected = objectives.project_to_simplex(x)
     assert (projected >= 0).all()
     torch.testing.assert_close(projected.sum(-1), torch.ones(50, dtype=torch.float64))
-    # Optimality: (x - p) · (q - p) <= 0 for every q of the simplex, that is for its vertices.
+    # Optimality: (x - p) · (q - p) <= 0 for every vertex q of the simplex.
     gaps = torch.einsum("nv,nqv->nq", x - projected, torch.eye(7, dtype=torch.float64) - projected[:, None])
     assert gaps.max() < 1e-12
-    assert (
-        torch.equal(objectives.project_to_simplex(projected), projected)
-        or (objectives.project_to_simplex(projected) - projected).abs().max() < 1e-12
-    )
+    torch.testing.assert_close(objectives.project_to_simplex(projected), projected, rtol=0, atol=1e-12)

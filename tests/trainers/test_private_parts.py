@@ -1,4 +1,4 @@
-"""What trainers rely on in transformers beyond its public interface, and what importing them does not import."""
+"""Private parts of `transformers.Trainer` that the trainers rely on, and modules that they must not import."""
 
 import inspect
 import re

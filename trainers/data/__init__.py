@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data of the trainers: loading texts, packing them into blocks of tokens, collating and checking examples."""
 
-from .checking import begins_with_bos_token, check_datasets, check_length, describe_dataset
+from .checking import begins_with_bos_token, check_datasets, describe_dataset
 from .collator import DataCollatorForFLM
 from .loading import find_text_column, load_texts
 from .packing import PREPROCESSING, detokenize_lm1b, pack_dataset, pack_tokens
@@ -13,7 +13,6 @@ __all__ = [
     "DataCollatorForFLM",
     "begins_with_bos_token",
     "check_datasets",
-    "check_length",
     "describe_dataset",
     "detokenize_lm1b",
     "find_text_column",

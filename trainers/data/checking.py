@@ -51,7 +51,12 @@ def check_dataset(name: str, dataset: Any, config: PreTrainedConfig):
         example = dataset[index]
         if isinstance(example, Mapping) and "input_ids" in example:
             input_ids = torch.as_tensor(example["input_ids"])
-            check_length(f"Examples of `{name}`", len(input_ids), config)
+            length, max_length = len(input_ids), config.max_position_embeddings
+            if length > max_length:
+                raise ValueError(
+                    f"Examples of `{name}` have {length} tokens, but the model was made for at most {max_length}: pack them with "
+                    f"`block_size={max_length}`, or build the model with `max_position_embeddings={length}`."
+                )
             check_tokens(f"Examples of `{name}`", input_ids, config.vocab_size)
             if "labels" in example:
                 labels = torch.as_tensor(example["labels"])
@@ -78,16 +83,6 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, config: PreTrainedConf
     for name, dataset in datasets.items():
         if dataset is not None:
             check_dataset(name, dataset, config)
-
-
-def check_length(name: str, length: int, config: PreTrainedConfig):
-    """Raises a `ValueError` for examples that are longer than the sequences of a model."""
-    longest = config.max_position_embeddings
-    if length > longest:
-        raise ValueError(
-            f"{name} have {length} tokens, but the model was made for at most {longest}: pack them with "
-            f"`block_size={longest}`, or build the model with `max_position_embeddings={length}`."
-        )
 
 
 def begins_with_bos_token(dataset: Any, collate: Callable[[list[Any]], dict[str, Any]], bos_token_id: int) -> bool:

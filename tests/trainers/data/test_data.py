@@ -45,7 +45,7 @@ class TestPacking:
             pack_dataset(raw, tokenizer, block_size=32, preprocessing="LM1B")
 
     def test_text8(self):
-        text = "anarchism originated as a term of abuse " * 700  # longer than what is tokenized at a time
+        text = "anarchism originated as a term of abuse " * 700  # longer than one tokenized piece
         tokenizer = add_special_tokens(train_tokenizer([], "text8", 27))
         assert len(tokenizer) == 27
         dataset = Dataset.from_dict({"text": [text[:20_011], text[20_011:]]})
@@ -84,7 +84,7 @@ print(sorted(file["filename"] for file in packed.cache_files))
         assert pack_tokens([[7, 8]], 5, 1, 2) == [[1, 7, 8, 2, 2]]
         assert pack_tokens([[7, 8], [9]], 5, 1, 2) == [[1, 7, 8, 2, 2]]
 
-    def test_without_boundaries_texts_of_a_block_stay_as_they_are(self):
+    def test_boundaries_false_keeps_texts_of_a_block(self):
         texts = ["the cat sat on the mat", "a dog and a cat sat"]
         tokenizer = train_tokenizer(texts, "word", 100)
         packed = pack_dataset(Dataset.from_dict({"text": texts}), tokenizer, block_size=6, boundaries=False)
@@ -118,7 +118,7 @@ print(sorted(file["filename"] for file in packed.cache_files))
         with pytest.raises(ValueError, match="`text_column` is 'txt', but the dataset has the columns"):
             pack_dataset(dataset, tokenizer, block_size=16, text_column="txt")
 
-    def test_a_stream_that_does_not_know_its_columns(self):
+    def test_stream_without_column_names(self):
         tokenizer = train_tokenizer(TEXTS, "word", 100)
         stream = IterableDataset.from_generator(lambda: ({"text": text} for text in TEXTS * 3))
         assert sum(1 for _ in pack_dataset(stream, tokenizer, block_size=8)) > 3
@@ -135,7 +135,7 @@ print(sorted(file["filename"] for file in packed.cache_files))
             pack_dataset(dataset, tokenizer, block_size=8)
 
 
-class TestWhatIsNotTexts:
+class TestBadTexts:
     tokenizer = train_tokenizer(TEXTS, "word", 100)
 
     @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ class TestWhatIsNotTexts:
             (Dataset.from_dict({"id": [1], "label": [2]}), r"Pass `text_column`.* \['id', 'label'\]"),
         ],
     )
-    def test_is_refused(self, dataset, message):
+    def test_bad_texts_are_refused(self, dataset, message):
         with pytest.raises(ValueError, match=message):
             pack_dataset(dataset, self.tokenizer, block_size=8)
 
@@ -170,7 +170,7 @@ class TestWhatIsNotTexts:
 
 
 class TestDescription:
-    """What the record of a training says of its data."""
+    """Descriptions of datasets for the record of a training."""
 
     def test_files_and_folders(self, tmp_path):
         (tmp_path / "corpus.txt").write_text("\n".join(TEXTS * 10))
@@ -196,7 +196,7 @@ class TestDescription:
 
 
 class TestTokenizers:
-    def test_characters_lose_nothing(self):
+    def test_characters_are_lossless(self):
         tokenizer = train_tokenizer(TEXTS, "char", 100)
         for text in TEXTS:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -204,7 +204,7 @@ class TestTokenizers:
             assert tokenizer.decode(ids) == text
         assert tokenizer("q", add_special_tokens=False)["input_ids"] == [tokenizer.unk_token_id]
 
-    def test_byte_pairs_lose_nothing(self, tmp_path):
+    def test_byte_pairs_are_lossless(self, tmp_path):
         tokenizer = train_tokenizer(TEXTS * 5, "bpe", 300)
         assert len(tokenizer) <= 300
         for text in [*TEXTS, "never seen: 漢字\n\ttabs"]:
@@ -311,7 +311,7 @@ class TestLoading:
         column = {"txt": "text", "parquet": "body"}[ending]
         loaded = load_texts(train_file=str(path), validation_percentage=10, text_column=column)
         (train,), (validation,) = (list(loaded[split][column]) for split in ("train", "validation"))
-        assert f"{train} {validation}" == text  # nothing is lost, and no word is cut
+        assert f"{train} {validation}" == text  # lossless, and cut at a space
         assert len(validation.split()) == 20
         path.with_suffix(".txt").write_text("x" * 100)
         loaded = load_texts(train_file=str(path.with_suffix(".txt")), validation_percentage=10)
@@ -359,7 +359,7 @@ class TestCollator:
         batch = DataCollatorForFLM()([{"input_ids": [1, 2]}, {"input_ids": [4, 5]}])
         assert "attention_mask" not in batch and torch.equal(batch["labels"], batch["input_ids"])
 
-    def test_tokens_that_the_model_does_not_have(self):
+    def test_tokens_outside_of_the_vocabulary(self):
         collate = DataCollatorForFLM(vocab_size=5)
         assert collate([{"input_ids": [0, 4]}])["input_ids"].tolist() == [[0, 4]]
         for token in (5, -1):
