@@ -4,7 +4,7 @@
 
 from modeling_flm.tokenization_flm import add_special_tokens, train_tokenizer
 
-from .averaging import EMACallback
+from .averaging import AveragedTrainer, EMACallback
 from .callbacks import GenPPLCallback, SampleCallback
 from .data import (
     PREPROCESSING,
@@ -24,6 +24,7 @@ from .fmlm_trainer import FMLMTrainer
 
 __all__ = [
     "PREPROCESSING",
+    "AveragedTrainer",
     "DataCollatorForFLM",
     "EMACallback",
     "FLMTrainer",

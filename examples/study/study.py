@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 import torch
-from peers.averaging import AveragedTrainer
 from study_data import FRACTIONS, Data, StudyArguments, decode, make_data, model_folder, snapshot_name
 from study_models import STUDY_MODELS, StudyModel
 from study_report import report
@@ -41,7 +40,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_flm import FLMConfig, FMLMModel
 from modeling_flm.hub.records import TRAINING_NAME
-from modeling_flm.trainers import DataCollatorForFLM
+from modeling_flm.trainers import AveragedTrainer, DataCollatorForFLM, EMACallback
 from modeling_flm.trainers.commands.command_line import ScriptParser, explained
 
 
@@ -155,7 +154,7 @@ def train_scorer(data: Data, args: StudyArguments):
         eval_dataset=dataset["validation"],
         data_collator=DataCollatorForFLM(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        ema_decay=args.ema_decay,
+        ema=EMACallback(args.ema_decay),
     )
     run(trainer, folder)
 

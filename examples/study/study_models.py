@@ -12,7 +12,6 @@ from peers.autoregressive import (
     autoregressive_samples,
     new_gpt2,
 )
-from peers.averaging import AveragedTrainer
 from peers.masked_diffusion import (
     MaskedDiffusionTrainer,
     ancestral_samples,
@@ -25,7 +24,9 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, Trainer, TrainingArgu
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel
 from modeling_flm.trainers import (
+    AveragedTrainer,
     DataCollatorForFLM,
+    EMACallback,
     FLMTrainer,
     FLMTrainingArguments,
     FMLMTrainer,
@@ -109,7 +110,7 @@ class PeerModel(StudyModel):
             eval_dataset=data.tokens["validation"],
             data_collator=DataCollatorForFLM(data.tokenizer.pad_token_id),
             processing_class=data.tokenizer,
-            ema_decay=args.ema_decay,
+            ema=EMACallback(args.ema_decay),
         )
 
 

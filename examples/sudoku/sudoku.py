@@ -34,7 +34,7 @@ from transformers import AutoModel, TrainingArguments, set_seed
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel
 from modeling_flm.sampling_flm import PosteriorRefinement
-from modeling_flm.trainers import FMLMTrainer, FMLMTrainingArguments
+from modeling_flm.trainers import EMACallback, FMLMTrainer, FMLMTrainingArguments
 
 
 matplotlib.use("Agg")  # draws to files, also where there is no screen
@@ -166,7 +166,7 @@ def train_masked(name: str, max_steps: int, config: FMLMConfig, dataset: Dataset
         new_masked_model(config),
         TrainingArguments(**settings, remove_unused_columns=False),
         train_dataset=dataset,
-        ema_decay=EMA_DECAY,
+        ema=EMACallback(EMA_DECAY),
     )
     trainer.train()
     trainer.save_model()

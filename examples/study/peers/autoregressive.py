@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_flm import FLMConfig, FLMModel
-
-from .averaging import AveragedTrainer
+from modeling_flm.trainers import AveragedTrainer
 
 
 def new_gpt2(config: FLMConfig) -> GPT2LMHeadModel:
@@ -62,6 +61,8 @@ def autoregressive_logits(model: GPT2LMHeadModel, input_ids: torch.LongTensor) -
 
 class AutoregressiveTrainer(AveragedTrainer):
     """Trains a GPT-2 on sequences of one length."""
+
+    loss_is_scaled_for_ga = False  # each batch has a mean of its own
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits = autoregressive_logits(model, inputs["input_ids"])

@@ -10,8 +10,7 @@ import torch
 from modeling_flm import FLMConfig, FLMModel
 from modeling_flm.modeling_flm import flm_settings
 from modeling_flm.sampling_flm import PosteriorRefinement
-
-from .averaging import AveragedTrainer
+from modeling_flm.trainers import AveragedTrainer
 
 
 def new_masked_model(config: FLMConfig, with_positions: bool = False) -> FLMModel:
@@ -57,6 +56,8 @@ class MaskedDiffusionTrainer(AveragedTrainer):
     Trains a masked diffusion model. In each example a fraction of the tokens, uniform in (0, 1], is masked, and their cross-entropy is
     weighted by the inverse of the fraction. Tokens whose label is -100 are known.
     """
+
+    loss_is_scaled_for_ga = False  # each batch has a mean of its own
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         input_ids, is_target = inputs["input_ids"], inputs["labels"] != -100

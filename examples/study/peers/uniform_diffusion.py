@@ -15,8 +15,7 @@ import torch.nn.functional as F
 
 from modeling_flm import FLMModel
 from modeling_flm.time_reparameterization import ReparameterizedTime
-
-from .averaging import AveragedTrainer
+from modeling_flm.trainers import AveragedTrainer
 
 
 # Range of the levels. At 0 and 1 the loss is finite, but its terms are not.
@@ -77,6 +76,8 @@ class UniformDiffusionTrainer(AveragedTrainer):
         curriculum_fraction (`float`, *optional*, defaults to 0.5): Fraction of the training with soft tokens.
         curriculum_temperature (`float`, *optional*, defaults to 0.001): Temperature of the softmax, of states with unit variance.
     """
+
+    loss_is_scaled_for_ga = False  # each batch has a mean of its own
 
     def __init__(self, *args, curriculum_fraction: float = 0.5, curriculum_temperature: float = 1e-3, **kwargs):
         super().__init__(*args, **kwargs)

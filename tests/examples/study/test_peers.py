@@ -31,6 +31,7 @@ from transformers import TrainingArguments
 
 from modeling_flm import FLMConfig, FLMModel
 from modeling_flm.time_reparameterization import ReparameterizedTime
+from modeling_flm.trainers import EMACallback
 
 
 TEXTS = torch.tensor([[0, 0], [1, 1], [0, 3]])  # of four tokens, one of which there is not
@@ -275,7 +276,7 @@ def test_goes_on_as_if_it_had_not_been_interrupted(kind, tmp_path):
             output_dir=tmp_path, max_steps=6, save_steps=3, per_device_train_batch_size=4, report_to=[], seed=3
         )
         dataset = [{"input_ids": text, "labels": text} for text in TEXTS.repeat(10, 1)]
-        return trainer_class(new_model(config), args, train_dataset=dataset, ema_decay=0.9)
+        return trainer_class(new_model(config), args, train_dataset=dataset, ema=EMACallback(0.9))
 
     trainer = new_trainer()
     trainer.train()
