@@ -280,7 +280,7 @@ class TestTraining:
         assert losses[0] == pytest.approx(losses[1])
 
     def test_samples_use_the_averaged_adapter(self, tmp_path):
-        options = {"eval_strategy": "no", "learning_rate": 0.1, "ema_decay": 0.5}
+        options = {"eval_strategy": "no", "learning_rate": 0.02, "ema_decay": 0.5}
         trainer = build_adapted(tmp_path, "peft", **options)
         trainer.train()
         with trainer.ema.applied(trainer.model):
@@ -296,7 +296,7 @@ class TestTraining:
         with pytest.raises(ValueError, match="no weights to train.*`is_trainable=True`"):
             FLMTrainer(frozen, args)
         virtual = get_peft_model(build_flm(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **SIZES))
-        with pytest.raises(ValueError, match="PROMPT_TUNING, which adds virtual tokens: take one that adapts layers"):
+        with pytest.raises(ValueError, match="PROMPT_TUNING, which adds virtual tokens: use one that adapts layers"):
             FLMTrainer(virtual, args)
         with pytest.raises(TypeError, match="must be a `FLMModel`.*got `Linear`"):
             FLMTrainer(torch.nn.Linear(2, 2), args)

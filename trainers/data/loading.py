@@ -176,7 +176,7 @@ def find_text_column(dataset: Dataset | IterableDataset, text_column: str | None
     texts = [name for name in columns if _may_have_texts(dataset, name)]
     if text_column is None:
         if "text" not in columns and len(texts) != 1:
-            raise ValueError(f"Pass the column of the texts as `text_column`: the dataset has {columns}.")
+            raise ValueError(f"Pass `text_column`, the column of the texts: the dataset has {columns}.")
         text_column = "text" if "text" in columns else texts[0]
     if text_column not in columns:
         raise ValueError(f"`text_column` is {text_column!r}, but the dataset has the columns {columns}.")
