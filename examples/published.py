@@ -1,22 +1,18 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Take the four models that the paper's authors released, measure them as published, and print the figures side by side.
+Evaluate the four models that the paper's authors released, and print the results beside the published figures.
 
-    python examples/published.py                                # 1024 texts at every published number of steps, on a GPU
-    python examples/published.py --quick                        # 32 texts, at most 32 steps
+    python examples/published.py                                # 1024 samples at every published number of steps, on a GPU
+    python examples/published.py --quick                        # 32 samples, at most 32 steps
     python examples/published.py --models fmlm_lm1b --quick
 
-Each model is downloaded, converted to outputs/NAME, and evaluated with its recipe in `examples/recipes`, to
-outputs/evaluation_NAME. What is there already is not done again. With several GPUs, run the recipes by `accelerate launch`
-first: they write to the same places.
+Each model is downloaded, converted to outputs/NAME, and evaluated with its recipe in `examples/recipes`, to outputs/evaluation_NAME.
+Finished parts are not repeated. With several GPUs, run the recipes with `accelerate launch` first: they write to the same folders.
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from modeling_flm.hub.convert import main as convert
+from modeling_flm.trainers.commands.evaluate import main as evaluate
 
 
 EXAMPLES = Path(__file__).parent
@@ -68,17 +65,17 @@ PUBLISHED = {
         32: (45.09, 5.25),
     },
 }
-_QUICK_SAMPLES, _QUICK_STEPS = 32, 32
+QUICK_SAMPLES = QUICK_STEPS = 32  # of --quick
 
 
 def repository(name: str, owner: str) -> str:
-    """`flm_lm1b` is `FLM-B-LM1B` on the Hub."""
+    """Returns the name on the Hub: `flm_lm1b` is `FLM-B-LM1B`."""
     model, data = name.upper().split("_")
     return f"{owner}/{model}-B-{data}"
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The results of a model, which is converted and evaluated where that has not been done."""
+    """Returns the results of a model, and converts and evaluates it first if needed."""
     folder = args.output_dir / name
     results = args.output_dir / f"evaluation_{name}{'_quick' if args.quick else ''}"
     if not folder.is_dir():
@@ -86,31 +83,24 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         convert(["--checkpoint", repository(name, args.owner), "--output", str(folder)])
     if not (folder / "tokenizer_config.json").is_file():
         raise SystemExit(
-            f"error: {folder} has no tokenizer. Delete it, and run `flm-convert --checkpoint "
-            f"{repository(name, args.owner)} --tokenizer NAME --output {folder}` with its name."
+            f"error: {folder} has no tokenizer. Delete the folder, and run `flm-convert --checkpoint "
+            f"{repository(name, args.owner)} --tokenizer NAME --output {folder}` with the tokenizer's name."
         )
     if not (results / "results.json").is_file():
-        command = [
-            sys.executable,
-            "-m",
-            "modeling_flm.trainers.commands.evaluate",
-            EXAMPLES / "recipes" / f"evaluation_{name}.yaml",
-        ]
-        flags = ["--model", folder, "--output_dir", results, "--scorer", args.scorer]
+        arguments = [EXAMPLES / "recipes" / f"evaluation_{name}.yaml", "--model", folder, "--output_dir", results]
+        arguments += ["--scorer", args.scorer]
         if args.quick:
-            steps = [num_steps for num_steps in PUBLISHED[name] if num_steps <= _QUICK_STEPS]
-            flags += ["--num_samples", _QUICK_SAMPLES, "--num_steps", *steps]
-        process = subprocess.run([*map(str, command), *map(str, flags)])
-        if process.returncode != 0:
-            raise SystemExit(f"error: the evaluation of {name} failed, see above.")
+            steps = [num_steps for num_steps in PUBLISHED[name] if num_steps <= QUICK_STEPS]
+            arguments += ["--num_samples", QUICK_SAMPLES, "--num_steps", *steps]
+        evaluate([str(argument) for argument in arguments])
     return json.loads((results / "results.json").read_text(encoding="utf-8"))
 
 
 def compare(name: str, evaluation: dict[str, Any]) -> str:
-    """A table of ours beside the published figures, in Markdown."""
+    """Returns a Markdown table of our results beside the published figures."""
     sampling, size = evaluation["sampling"], evaluation["num_samples"]
     lines = [
-        f"### {name}, gamma {sampling.get('gamma', 0.0)}, {size} texts under {evaluation['scorer']}",
+        f"### {name}, gamma {sampling.get('gamma', 0.0)}, {size} samples under {evaluation['scorer']}",
         "",
         "| steps | gen. ppl, published | ours (95 %) | deviation | entropy, published | ours | deviation |",
         "|---|---|---|---|---|---|---|",
@@ -136,24 +126,22 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=list(PUBLISHED),
         default=list(PUBLISHED),
-        help="which of the four, by default all",
+        help="models to evaluate (default: all four)",
     )
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SAMPLES} samples at up to {QUICK_STEPS} steps")
+    parser.add_argument("--owner", default="david3684", help="owner of the repositories on the Hub")
+    parser.add_argument("--scorer", default="gpt2-large", help="language model that scores the samples")
     parser.add_argument(
-        "--quick", action="store_true", help=f"{_QUICK_SAMPLES} texts at up to {_QUICK_STEPS} steps, for a first look"
-    )
-    parser.add_argument("--owner", default="david3684", help="whose repositories on the Hub")
-    parser.add_argument("--scorer", default="gpt2-large", help="the language model that scores the texts")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs"), help="where the models and their results are"
+        "--output_dir", type=Path, default=Path("outputs"), help="folder for the models and their results"
     )
     return parser
 
 
 def is_hub_reachable() -> bool:
-    """Asks once, where downloads would try for half a minute."""
+    """Tries the Hub once, because downloads would retry for half a minute."""
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # whose class depends on the HTTP library of huggingface_hub
+    except Exception:  # its class depends on the HTTP library of huggingface_hub
         return False
     return True
 
@@ -161,22 +149,19 @@ def is_hub_reachable() -> bool:
 def main(args: argparse.Namespace):
     if not constants.HF_HUB_OFFLINE and not is_hub_reachable():
         constants.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for the evaluation, a process of its own
     try:
         AutoConfig.from_pretrained(args.scorer)
     except OSError:
-        where = (
-            "the Hub cannot be reached, and it is not in the cache" if constants.HF_HUB_OFFLINE else "it is not there"
-        )
-        raise SystemExit(f"error: {args.scorer}, which scores the texts, cannot be loaded: {where}.") from None
+        reason = "the Hub cannot be reached, and the model is not cached" if constants.HF_HUB_OFFLINE else "not found"
+        raise SystemExit(f"error: --scorer: cannot load {args.scorer}: {reason}.") from None
     tables = []
     for name in args.models:
         tables.append(compare(name, measure(name, args)))
         print(f"\n{tables[-1]}\n", flush=True)
     (args.output_dir / "published.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     if args.quick:
-        print(f"A first look: {_QUICK_SAMPLES} texts say little, and the published figures are of 1024.")
-    print(f"Texts, tables and plots: {args.output_dir}")
+        print(f"These are rough figures from {QUICK_SAMPLES} samples; the published ones are from 1024.")
+    print(f"Samples, tables and plots: {args.output_dir}")
 
 
 if __name__ == "__main__":
