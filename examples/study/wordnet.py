@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-r"""
-The definitions of WordNet, a dictionary of English, as texts: "word: definition", one a line.
+"""
+Write the definitions of WordNet, a dictionary of English, to a text file: "word: definition", one per line.
 
     python examples/study/wordnet.py definitions.txt
     python examples/study/wordnet.py words.txt --headwords
 
-It reads the database of Debian's `wordnet-base` or Homebrew's `wordnet`, which has to be there: `apt install wordnet-base` or `brew
-install wordnet`. Its licence allows any use.
+The script reads the database of Debian's `wordnet-base` or Homebrew's `wordnet`: `apt install wordnet-base` or `brew install wordnet`. Its
+license allows any use.
 """
 
 import argparse
@@ -22,69 +22,76 @@ FOLDERS = ("/usr/share/wordnet", "/opt/homebrew/opt/wordnet/dict", "/usr/local/o
 
 def find_wordnet(folder: str | None = None) -> Path:
     """
-    The folder with the database.
+    Finds the folder of the database.
 
     Args:
-        folder (`str`, *optional*): Where it is. By default where Debian and Homebrew put it.
+        folder (`str`, *optional*): Folder to look in. By default the folders of Debian and Homebrew.
 
     Raises:
-        `FileNotFoundError`: if it is not there.
+        `FileNotFoundError`: if there is no database.
     """
     folders = FOLDERS if folder is None else (folder,)
     for path in map(Path, folders):
         if all((path / f"data.{part}").is_file() for part in PARTS_OF_SPEECH):
             return path
     raise FileNotFoundError(
-        f"No WordNet in {' or '.join(map(str, folders))}: install it (`apt install wordnet-base`, `brew install wordnet`), or name the "
-        "folder that has its file data.noun."
+        f"No WordNet in {' or '.join(map(str, folders))}: install it (`apt install wordnet-base`, `brew install wordnet`), or pass the "
+        "folder with its file data.noun."
     )
 
 
 def parse_line(line: str) -> tuple[list[str], str]:
     """
-    The words that a line of a data file is about, and what they mean, without examples.
+    Parses a line of a data file into its words and their definition, without examples.
 
     Args:
-        line (`str`): Such as `"00001740 03 n 01 entity 0 000 | that which exists; "an example""`. The fourth field is the number of words,
+        line (`str`): A line such as `"00001740 03 n 01 entity 0 000 | that which exists; "an example""`. The fourth field is the number of words,
             in hexadecimal; each is followed by a number.
     """
     fields, _, gloss = line.partition(" | ")
     fields = fields.split(" ")
     words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-    # Adjectives may say where they stand, as "galore(ip)" does.
+    # A suffix such as "(ip)" marks the position of an adjective.
     words = [re.sub(r"\((a|p|ip)\)$", "", word).replace("_", " ") for word in words]
     definition = re.split(r';?\s*"', gloss, maxsplit=1)[0]
     return words, " ".join(definition.split()).strip(" ;:")
 
 
 def entries(folder: Path) -> Iterator[tuple[list[str], str]]:
-    """What the data files have: words, and what they mean."""
+    """Yields the words and the definition of each entry."""
     for part in PARTS_OF_SPEECH:
         with open(folder / f"data.{part}", encoding="utf-8") as file:
             for line in file:
-                if not line.startswith("  "):  # the licence
+                if not line.startswith("  "):  # the license
                     yield parse_line(line)
 
 
 def definitions(folder: Path) -> Iterator[str]:
-    """All definitions as texts: the first of the words, a colon, and what it means."""
+    """Yields each entry as a text: its first word, a colon and the definition."""
     return (f"{words[0]}: {definition}" for words, definition in entries(folder) if definition)
 
 
 def headwords(folder: Path) -> Iterator[str]:
-    """All words that are defined and that consist of the letters from a to z."""
+    """Yields the defined words that consist of the letters from a to z."""
     return (word for words, _ in entries(folder) for word in words if re.fullmatch("[a-z]+", word))
 
 
-if __name__ == "__main__":
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", help="the text file to write")
+    parser.add_argument("output", help="text file to write")
     parser.add_argument(
-        "--headwords", action="store_true", help="only the words that are defined, those of letters alone"
+        "--headwords", action="store_true", help="write only the defined words that consist of letters"
     )
-    parser.add_argument("--folder", help="where WordNet is, if not where Debian and Homebrew put it")
-    args = parser.parse_args()
+    parser.add_argument("--folder", help="folder of WordNet (default: the folders of Debian and Homebrew)")
+    return parser
+
+
+def main(args: argparse.Namespace):
     texts = list(dict.fromkeys((headwords if args.headwords else definitions)(find_wordnet(args.folder))))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text("\n".join(texts) + "\n", encoding="utf-8")
-    print(f"{len(texts):,} {'words' if args.headwords else 'definitions'} in {args.output}")
+    print(f"{args.output}: {len(texts):,} {'words' if args.headwords else 'definitions'}")
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())

@@ -1,4 +1,4 @@
-"""The recipes, from texts to a table, on miniatures of their datasets and tokenizers."""
+"""The recipes, run on miniatures of their datasets and tokenizers, and their settings."""
 
 import json
 import random
@@ -8,7 +8,9 @@ from pathlib import Path
 import datasets
 import grammar
 import oracle
+import published
 import pytest
+import study
 import yaml
 from datasets import Dataset
 from example_scripts import EXAMPLES, run_here
@@ -45,7 +47,7 @@ SCORED = {
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs a script with a recipe and flags over it, as from the command line."""
+    """Runs a command with a recipe and further flags."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
 
@@ -211,14 +213,14 @@ def test_global_batches_are_as_published():
 
 
 def parse(script, path: Path, **flags) -> tuple:
-    """The arguments of a recipe, in the classes of its script."""
+    """Parses a recipe into the argument classes of its script."""
     arguments = [str(value) for name, value in flags.items() for value in (f"--{name}", value)]
     parser = script.make_parser()
     parser.find_defaults = None  # of a teacher, which is not there
     return parser.parse_args_and_config([str(path), *arguments])
 
 
-# Numbers of steps, the share of fresh noise, and where the weights are, as published.
+# The published numbers of steps, fraction of fresh noise, and repository of the weights
 PUBLISHED_EVALUATIONS = {
     "evaluation_flm_lm1b": ([8, 16, 32, 64, 128, 256, 512, 1024], 0.0, "david3684/FLM-B-LM1B"),
     "evaluation_fmlm_lm1b": ([1, 2, 4, 8, 16, 32], 0.8, "david3684/FMLM-B-LM1B"),
@@ -229,8 +231,12 @@ PUBLISHED_EVALUATIONS = {
 
 def test_evaluations_of_the_released_models_are_as_published():
     assert [path.stem for path in EVALUATIONS] == sorted(PUBLISHED_EVALUATIONS)
+    assert {f"evaluation_{name}" for name in published.PUBLISHED} == PUBLISHED_EVALUATIONS.keys()
     for path in EVALUATIONS:
         num_steps, gamma, repository = PUBLISHED_EVALUATIONS[path.stem]
+        name = path.stem.removeprefix("evaluation_")
+        assert list(published.PUBLISHED[name]) == num_steps
+        assert published.repository(name, "david3684") == repository
         (args,) = parse(evaluate, path)
         check_arguments(args)
         args = complete_arguments(args)
@@ -242,6 +248,17 @@ def test_evaluations_of_the_released_models_are_as_published():
         text = path.read_text()
         assert f"flm-convert --checkpoint {repository} --output {args.model}\n" in text
         assert f"examples/recipes/{path.name}\n" in text
+
+
+@pytest.mark.parametrize("recipe", sorted((EXAMPLES / "study" / "recipes").iterdir()), ids=lambda path: path.stem)
+def test_recipes_of_the_study(recipe, monkeypatch):
+    seen = []
+    monkeypatch.setitem(study.STAGES, "train", lambda data, args: seen.append(args))
+    monkeypatch.setattr(study.Data, "load", lambda args: None)
+    study.main(["train", str(recipe)])
+    assert seen[0].output_dir == f"outputs/study_{recipe.stem}"
+    assert seen[0].hidden_size % seen[0].num_attention_heads == 0
+    assert f"examples/study/recipes/{recipe.name};" in recipe.read_text()
 
 
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.stem)

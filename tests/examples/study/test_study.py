@@ -1,4 +1,4 @@
-"""The study: its texts, and all of its stages on a small scale."""
+"""The study: its texts, tables and stages, at small scale."""
 
 import json
 import random
@@ -11,13 +11,13 @@ import study_data
 import study_report
 import torch
 import wordnet
+from example_scripts import run_here
 from study_data import LABELS
 from study_models import STUDY_MODELS
 
 from modeling_flm import FMLMModel
 
 
-RECIPES = Path(study.__file__).parent / "recipes"
 DATA = {
     "noun": [
         "  1 This software and database is being provided to you, the LICENSEE",
@@ -56,8 +56,10 @@ class TestWordNet:
     def test_headwords(self, folder):
         words = ["entity", "abstraction", "breathe", "respire", "suspire", "galore"]
         assert list(wordnet.headwords(folder)) == words
+        run_here("wordnet", folder / "words.txt", "--headwords", "--folder", folder)
+        assert (folder / "words.txt").read_text().splitlines() == words
 
-    def test_says_where_it_looked(self, tmp_path):
+    def test_error_names_the_folder(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=f"No WordNet in {tmp_path}: install it"):
             wordnet.find_wordnet(tmp_path)
 
@@ -105,16 +107,6 @@ def test_unknown_models_and_stages(tmp_path):
         study.main(["--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: .*nowhere.txt"):
         study.main(["data", "--output_dir", str(tmp_path), "--train_file", "nowhere.txt"])
-
-
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes(recipe, monkeypatch):
-    monkeypatch.setitem(study.STAGES, "train", lambda data, args: seen.append(args))
-    monkeypatch.setattr(study.Data, "load", lambda args: None)
-    seen = []
-    study.main(["train", str(recipe)])
-    assert Path(seen[0].output_dir) == Path("outputs", f"study_{recipe.stem}")
-    assert seen[0].hidden_size % seen[0].num_attention_heads == 0
 
 
 def flags(tmp_path: Path, **overrides) -> list[str]:
