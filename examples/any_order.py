@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Which way to sample: steps, fresh noise, drawn tokens, rounds and blocks of forward passes, on the quickstart's stories, with an FLM, an
-FMLM and an FMLM+ (a flow map in any order), and how each completes what is known.
+Compare sampling methods on the quickstart's stories: steps, fresh noise, the bridge sampler, refinement rounds and blocks, with an FLM, an
+FMLM and an FMLM+ (a flow map that generates in any order), with and without prompts.
 
     python examples/any_order.py
 
-Models that are in the output directory already, such as those of examples/steering.py, are not trained again.
+Models that are already in --output_dir, such as the models of examples/steering.py, are not trained again.
 """
 
 import argparse
@@ -20,8 +20,11 @@ from steering import Measurements, draw, report, train_fmlm, train_models
 from modeling_flm import BridgeSamplerConfig
 
 
-matplotlib.use("Agg")  # draws to files, also where there is no screen
+matplotlib.use("Agg")  # draws to files and needs no display
 import matplotlib.pyplot as plt  # noqa: E402
+
+
+THRESHOLD, LOWER_THRESHOLD = 0.9, 0.75  # commit thresholds of posterior refinement
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,11 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-THRESHOLD, LOWER_THRESHOLD = 0.9, 0.75  # of posterior refinement
-
-
 def measure(measurements: Measurements):
-    """Whole stories, and then those that go on from something."""
+    """Measures whole stories, and stories with prompts."""
     for num_steps in (1, 2, 4, 8, 16, 32):
         measurements.add("steps", "flm", num_steps)
         measurements.add("bridge", "flm", num_steps, sampler_config=BridgeSamplerConfig())
@@ -52,18 +52,19 @@ def measure(measurements: Measurements):
             measurements.add("rounds, no budget", model, 1, **refined, commit_budget=0)
         for block_length in (14, 7, 4):
             measurements.add("blocks", model, 1, block_length=block_length)
-    for kind, options in measurements.known().items():
+    for part, options in measurements.known().items():
         for model in ("fmlm_prompts", "fmlm_plus"):
             for num_steps in (1, 2, 4, 16):
-                measurements.add(kind, model, num_steps, **options)
+                measurements.add(part, model, num_steps, **options)
         for num_rounds in (2, 4, 8):
             refined = {"num_rounds": num_rounds, "commit_threshold": THRESHOLD, **options}
-            measurements.add(f"{kind}, rounds", "fmlm_plus", 1, **refined)
+            measurements.add(f"{part}, rounds", "fmlm_plus", 1, **refined)
 
 
 def plot(rows: list[dict], path: Path):
+    """Draws the percentage of grammatical samples against forward passes, for whole stories and for both prompts."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True, layout="constrained")
-    names = {"flm": "FLM", "fmlm": "FMLM", "fmlm_prompts": "FMLM, trained for it", "fmlm_plus": "FMLM+"}
+    names = {"flm": "FLM", "fmlm": "FMLM", "fmlm_prompts": "FMLM, trained with prompts", "fmlm_plus": "FMLM+"}
     whole = ("steps", "gamma 1", "rounds", "blocks")
     chosen = [whole, ("prefix", "prefix, rounds"), ("half", "half, rounds")]
     titles = ("Whole stories", f"First {steering.PREFIX_LENGTH} words known", "A random half known")
@@ -72,18 +73,18 @@ def plot(rows: list[dict], path: Path):
             for part in parts:
                 points = [row for row in rows if (row["model"], row["part"]) == (model, part)]
                 if points:
-                    way = "rounds" if "rounds" in part else part if part in whole else "steps"
-                    style = {"steps": "o-", "gamma 1": "s:", "rounds": "^--", "blocks": "v-."}[way]
+                    method = "rounds" if "rounds" in part else part if part in whole else "steps"
+                    style = {"steps": "o-", "gamma 1": "s:", "rounds": "^--", "blocks": "v-."}[method]
                     color = f"C{list(names).index(model)}"
-                    label = f"{names[model]}, {way}"
+                    label = f"{names[model]}, {method}"
                     draw(panel, points, "forward_passes", "valid", style, color=color, label=label)
         panel.set_xscale("log", base=2)
         panel.set_xticks((1, 2, 4, 8, 16, 32), labels=("1", "2", "4", "8", "16", "32"))
-        panel.set(title=title, xlabel="forward passes (mean of the texts)", ylim=(0, 102))
+        panel.set(title=title, xlabel="forward passes (mean over samples)", ylim=(0, 102))
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right", fontsize=8)
     panels[0].set_ylabel("% grammatical")
-    figure.suptitle(f"{rows[0]['num_samples']} samples each; bars: 95 % intervals of sampling", fontsize=11)
+    figure.suptitle(f"{rows[0]['num_samples']} samples each; bars: 95 % sampling intervals", fontsize=11)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -91,7 +92,7 @@ def plot(rows: list[dict], path: Path):
 def main(args: argparse.Namespace):
     tokenizer, dataset, _ = load_stories(args.seed)
     models = train_models(tokenizer, dataset, args)
-    # FMLM+, with the FLM as its teacher, from whose weights it starts
+    # The FMLM+ starts from the weights of its teacher, the FLM.
     options = {"preset": "any_order", "per_token_timesteps": True}
     models["fmlm_plus"] = train_fmlm("fmlm_plus", models["flm"], 1.0, tokenizer, dataset, args, **options)
     measurements = Measurements(models, tokenizer, args)

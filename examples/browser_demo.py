@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-A page on this machine on which a model writes, in the browser itself. By default it is the model of words in this repository.
+Serve a page on this machine that runs a model in the browser. The default model is the one that ships with this repository.
 
     python examples/browser_demo.py
     python examples/browser_demo.py --model outputs/quickstart/fmlm
 
-The page is that of `flm-publish --space`. It takes two packages of npm from a public server, or from where `npm ci --prefix
-tests/browser` puts them.
+`flm-publish --space` publishes the same page. The page loads two npm packages from a public server, or from the folder where
+`npm ci --prefix tests/browser` installs them.
 """
 
 import argparse
@@ -28,26 +28,26 @@ PACKAGES = Path(__file__).parents[1] / "tests" / "browser" / "node_modules"
 
 
 def make_page(model: Path, output: Path):
-    """Writes the page, and beside it the model with its ONNX file."""
+    """Writes the page, and the model with its ONNX file in a subfolder."""
     assemble_space(output, "./model")
     folder = output / "model"
     folder.mkdir(exist_ok=True)
     for name in FILES:
         shutil.copy(model / name, folder)
-    # A model is exported again when it has changed, or is another one of the same name.
+    # Export again only if the model's files have changed, or another model has the same name.
     record = folder / "exported.json"
     source = json.dumps({str(path.resolve()): path.stat().st_mtime for path in sorted(model.iterdir())})
     if not record.is_file() or record.read_text() != source:
-        print("Exporting the model to ONNX, which takes some seconds", flush=True)
+        print("Exporting the model to ONNX (a few seconds)", flush=True)
         export_onnx(model, folder)
         record.write_text(source)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL, help="the folder of a model")
-    parser.add_argument("--output", type=Path, help="where to put the page (default: outputs/browser_demo/MODEL)")
-    parser.add_argument("--port", type=int, default=7860, help="0 for any that is free")
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model")
+    parser.add_argument("--output", type=Path, help="folder of the page (default: outputs/browser_demo/MODEL)")
+    parser.add_argument("--port", type=int, default=7860, help="port; 0 chooses a free one")
     parser.add_argument("--no_browser", action="store_true", help="do not open the page")
     return parser
 
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace):
     for name in FILES:
         if not (args.model / name).is_file():
             raise SystemExit(
-                f"error: --model: {args.model} is no folder of a model with a tokenizer: it has no {name}"
+                f"error: --model: {args.model} must be the folder of a model with a tokenizer, but has no {name}"
             )
     output = args.output or Path("outputs", "browser_demo", args.model.resolve().name)
     try:
@@ -68,9 +68,9 @@ def main(args: argparse.Namespace):
     try:
         server = make_server(output, args.port, PACKAGES if PACKAGES.is_dir() else None)
     except (OSError, OverflowError) as error:
-        raise SystemExit(f"error: --port {args.port}: {error}; pass another, or 0 for any") from None
+        raise SystemExit(f"error: --port {args.port}: {error}; pass another port, or 0 for a free one") from None
     address = f"http://127.0.0.1:{server.server_port}/"
-    print(f"{address} (Ctrl-C ends it)", flush=True)
+    print(f"{address} (press Ctrl-C to stop)", flush=True)
     if not args.no_browser:
         webbrowser.open(address)
     try:

@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Words that a flow map invents, each in one forward pass, letter by letter at once. The model lies in this repository.
+Invent English-looking words with the small flow map that ships with this repository: all letters of a word in one forward pass.
 
     python examples/demo.py
     python examples/demo.py --seed 1 --patterns inter... ______ness c_nt_____
 
-Of a pattern the model writes what is left open: `_` is a letter, and `...` the rest of a word.
+The model fills in patterns: `_` is one unknown letter, and `...` is the unknown rest of a word.
 """
 
 import argparse
@@ -24,13 +24,13 @@ MODEL = Path(__file__).parent / "models" / "words_fmlm"
 
 def known_tokens(pattern: str, number: int, length: int, tokenizer: PreTrainedTokenizerBase) -> dict:
     """
-    Arguments of `generate()` for words of which some letters are known.
+    Returns the arguments of `generate()` for words with some known letters.
 
     Args:
-        pattern (`str`): A word with `_` for letters that are to be written, or how a word begins, with `...` after it.
-        number (`int`): How many words.
-        length (`int`): The length of the model's texts: a word, its end, and what fills them up.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A tokenizer of characters.
+        pattern (`str`): A word with `_` for unknown letters, or a prefix followed by `...`.
+        number (`int`): Number of words to generate.
+        length (`int`): Sequence length of the model: a word, an end-of-text token and padding.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A character tokenizer.
 
     Returns:
         `dict`: `input_ids` and `prompt_mask`.
@@ -43,13 +43,14 @@ def known_tokens(pattern: str, number: int, length: int, tokenizer: PreTrainedTo
     return {"input_ids": torch.tensor([row] * number), "prompt_mask": torch.tensor([mask] * number)}
 
 
-def write(model: FMLMModel, tokenizer: PreTrainedTokenizerBase, **options) -> list[str]:
-    """Texts of a model, up to their ends."""
+def generate_words(model: FMLMModel, tokenizer: PreTrainedTokenizerBase, **options) -> list[str]:
+    """Generates words. `options` are arguments of `generate()`."""
     tokens = model.generate(pad_after_eos=True, **options)
     return ["".join(text.split()) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def show(title: str, words: list[str]):
+    """Prints words in columns."""
     print(f"\n{title}\n")
     for start in range(0, len(words), 6):
         print("    " + "".join(f"{word:<17}" for word in words[start : start + 6]).rstrip())
@@ -57,14 +58,14 @@ def show(title: str, words: list[str]):
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(MODEL), help="name or folder of a flow map of characters")
-    parser.add_argument("--num_samples", type=int, default=24, help="words without a prompt")
-    parser.add_argument("--num_steps", type=int, default=1, help="forward passes for each word")
+    parser.add_argument("--model", default=str(MODEL), help="name or folder of a flow map with a character tokenizer")
+    parser.add_argument("--num_samples", type=int, default=24, help="number of words without a pattern")
+    parser.add_argument("--num_steps", type=int, default=1, help="forward passes per word")
     parser.add_argument(
         "--patterns",
         nargs="*",
         default=["un...", "photo...", "______ness", "c_nt_____"],
-        help="what is known of words",
+        help="patterns to fill in",
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser
@@ -76,12 +77,12 @@ def main(args: argparse.Namespace):
     options = {"num_steps": args.num_steps, "generator": torch.Generator().manual_seed(args.seed)}
     passes = "one forward pass" if args.num_steps == 1 else f"{args.num_steps} forward passes"
     start = time.perf_counter()
-    words = write(model, tokenizer, num_samples=args.num_samples, **options)
+    words = generate_words(model, tokenizer, num_samples=args.num_samples, **options)
     seconds = time.perf_counter() - start
     show(f"{len(words)} words, each in {passes}, in {1000 * seconds:.0f} ms on this machine:", words)
     for pattern in args.patterns:
         known = known_tokens(pattern, 12, model.config.max_position_embeddings, tokenizer)
-        show(pattern, write(model, tokenizer, **known, **options))
+        show(pattern, generate_words(model, tokenizer, **known, **options))
 
 
 if __name__ == "__main__":

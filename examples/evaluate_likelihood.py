@@ -1,12 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-How likely a model finds the texts of a file: a bound in nats per token and per word, and in bits per byte.
+Measure the likelihood of a text file under a model: a bound in nats per token, nats per word, and bits per byte.
 
     python examples/evaluate_likelihood.py --model outputs/quickstart/flm --text_file heldout.txt
     python examples/evaluate_likelihood.py --model me/fmlm --text_file heldout.jsonl --packing wrapped --output_file bound.json
 
-It is an upper bound of the negative log-likelihood: see `model.log_likelihood_bound`. Of a flow map it is that of its diagonal.
+The result is an upper bound of the negative log-likelihood: see `model.log_likelihood_bound`. For a flow map, it is the bound of its
+diagonal, where both times are equal.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-import modeling_flm  # noqa: F401  so that models of this library load without their own code
+import modeling_flm  # noqa: F401  registers the models, which then load without remote code
 from modeling_flm.trainers import find_text_column, load_texts, pack_dataset
 from modeling_flm.trainers.commands.command_line import check_kind
 from modeling_flm.trainers.evaluation import evaluate_likelihood
@@ -24,24 +25,29 @@ from modeling_flm.trainers.evaluation import evaluate_likelihood
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="name or folder of an FLM or a flow map with its tokenizer")
-    parser.add_argument("--text_file", required=True, help="a txt, json, jsonl, csv or parquet file")
-    parser.add_argument("--text_column", help="the column with the texts")
+    parser.add_argument("--model", required=True, help="name or folder of an FLM or a flow map, with its tokenizer")
+    parser.add_argument("--text_file", required=True, help="txt, json, jsonl, csv or parquet file")
+    parser.add_argument("--text_column", help="column with the texts")
     parser.add_argument(
-        "--sample_by", default="line", choices=["line", "paragraph", "document"], help="what a text is in txt files"
+        "--sample_by",
+        default="line",
+        choices=["line", "paragraph", "document"],
+        help="unit of a txt file that is one text",
     )
     parser.add_argument(
         "--packing",
         default="texts",
         choices=["texts", "wrapped"],
-        help="each text by itself, cut into parts where it is too long; or blocks of the model's length, as in training",
+        help="evaluate each text by itself, in parts if it is too long; or blocks of the model's length, as in training",
     )
-    parser.add_argument("--max_texts", type=int, help="use only so many texts, or blocks")
-    parser.add_argument("--num_times", type=int, default=32, help="how many times each text is noised")
-    parser.add_argument("--batch_size", type=int, default=64, help="the most noised texts in a forward pass")
+    parser.add_argument("--max_texts", type=int, help="maximum number of texts or blocks")
+    parser.add_argument("--num_times", type=int, default=32, help="noise levels per text")
+    parser.add_argument("--batch_size", type=int, default=64, help="maximum number of noised texts per forward pass")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--output_file", type=Path, help="where to write the figures as JSON")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="allow running code that comes with the model"
+    )
+    parser.add_argument("--output_file", type=Path, help="JSON file for the results")
     return parser
 
 

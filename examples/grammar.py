@@ -1,12 +1,14 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-A grammar of short stories whose samples can be checked word for word.
+A grammar of short stories, which can be checked word for word.
 
     mia the brave fox lives in a forest . one morning she finds a red ball and gives the red ball to hugo . hugo thanks mia .
 
-What makes it a test of a language model is in the dependencies: names, colors and things are copied over a distance, the
-pronoun agrees with the name, and the second verb with the first.
+Its long-range dependencies test a language model: names, colors and things are repeated, the pronoun agrees with the name, and the
+second verb with the first.
+
+    python examples/grammar.py --num_stories 10
 """
 
 import argparse
@@ -22,11 +24,11 @@ PLACES = ["forest", "village", "castle", "garden"]
 TIMES = ["morning", "day", "evening"]
 COLORS = ["red", "blue", "green", "golden"]
 THINGS = ["ball", "kite", "book", "hat", "bell"]
-# Which second verb goes with which first.
+# The second verb that follows each first verb.
 VERBS = {"finds": "gives", "makes": "sends", "buys": "sells"}
 THANKS = ["thanks", "hugs", "visits"]
 
-# The words of a story in order. Strings of capitals stand for a choice; the same one again is the same word.
+# The words of a story. Capitals mark slots; a slot that occurs twice has the same word in both places.
 TEMPLATE = (
     "NAME the TRAIT ANIMAL lives in a PLACE . one TIME PRONOUN VERB a COLOR THING and SECOND_VERB the COLOR THING "
     "to FRIEND . FRIEND THANKS NAME ."
@@ -48,7 +50,7 @@ _CHOICES = {
 
 
 def sample_story(rng: random.Random) -> str:
-    """A story drawn uniformly from the grammar."""
+    """Draws a story uniformly from the grammar."""
     words = {slot: rng.choice(choices) for slot, choices in _CHOICES.items()}
     words["PRONOUN"] = "she" if words["NAME"] in GIRLS else "he"
     words["SECOND_VERB"] = VERBS[words["VERB"]]
@@ -56,7 +58,7 @@ def sample_story(rng: random.Random) -> str:
 
 
 def is_valid(story: str) -> bool:
-    """Whether a story is word for word one of the grammar."""
+    """Returns whether the grammar generates this story."""
     words = story.split(" ")
     if len(words) != NUM_WORDS:
         return False
@@ -75,9 +77,9 @@ def is_valid(story: str) -> bool:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Prints stories of the grammar, a line each.")
-    parser.add_argument("--num_stories", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=99, help="another than that of training")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_stories", type=int, default=1000, help="number of stories, printed one per line")
+    parser.add_argument("--seed", type=int, default=99, help="random seed; the quickstart trains on seed 0")
     return parser
 
 

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Write the English that ships with Python as a corpus to train on: its help topics and the docstrings of its standard
-library, one JSON object with a `text` per line.
+Write a training corpus from the English text that ships with Python: its help topics and the docstrings of its standard library, one
+JSON object with a `text` per line.
 
     python examples/python_corpus.py corpus.jsonl
 """
@@ -12,12 +12,13 @@ import ast
 import inspect
 import json
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
 
-def docstrings(path: Path):
-    """The docstrings of the module in a file and of what it defines."""
+def docstrings(path: Path) -> Iterator[str]:
+    """Yields the docstrings of a module, its classes and its functions."""
     tree = ast.parse(path.read_bytes())
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -26,7 +27,7 @@ def docstrings(path: Path):
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="the .jsonl file to write")
+    parser.add_argument("output", type=Path, help="jsonl file to write")
     return parser
 
 
@@ -37,7 +38,7 @@ def main(args: argparse.Namespace):
     for path in files:
         try:
             texts += [text for text in docstrings(path) if len(text) >= 80]
-        except SyntaxError:  # files for the tests of 2to3 are not today's Python
+        except SyntaxError:  # lib2to3 has test files in Python 2
             continue
     texts = list(dict.fromkeys(texts))
     with args.output.open("w", encoding="utf-8") as file:

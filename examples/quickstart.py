@@ -1,20 +1,21 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Train a small flow-based language model (FLM) from nothing, distil it into a flow map (FMLM), and watch both write: ten
-minutes on a laptop's CPU.
+Train a small flow-based language model (FLM) from scratch, distil it into a flow map (FMLM), and sample from both: ten minutes on a
+laptop's CPU.
 
-    python examples/quickstart.py                          # stories of a small grammar, checked word for word
-    python examples/quickstart.py --train_file corpus.txt  # a text of your own
+    python examples/quickstart.py                          # stories of a small grammar, which can be checked word for word
+    python examples/quickstart.py --train_file corpus.txt  # your own text file
     python examples/quickstart.py --dataset roneneldan/TinyStories
 
-It trains, measures samples at several numbers of steps, shows one text forming, draws a plot and saves the models.
+The script trains, evaluates samples at several numbers of steps, shows a sample forming, draws a plot and saves the models.
 """
 
 import argparse
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grammar
@@ -38,46 +39,52 @@ from modeling_flm.trainers.commands.command_line import explained
 from modeling_flm.trainers.evaluation.plots import plain_log_ticks, share_errors
 
 
-matplotlib.use("Agg")  # draws to files, also where there is no screen
+matplotlib.use("Agg")  # draws to files and needs no display
 import matplotlib.pyplot as plt  # noqa: E402
 
 
+NUM_STORIES = 50_000  # of the grammar, to train on
 FLM_STEPS = (1, 2, 4, 8, 16, 64)
 FMLM_STEPS = (1, 2, 4, 8)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", help="a dataset of the Hub to learn from, or its folder")
-    parser.add_argument("--train_file", help="a txt, json, jsonl, csv or parquet file to learn from")
-    parser.add_argument("--vocab_size", type=int, default=2048, help="the largest vocabulary for texts of your own")
-    parser.add_argument("--length", type=int, default=64, help="the length in tokens of texts of your own")
-    parser.add_argument("--max_steps", type=int, default=1900, help="optimizer steps of the FLM")
-    parser.add_argument("--distillation_steps", type=int, default=1700, help="optimizer steps of the FMLM")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="of both trainings")
-    parser.add_argument("--hidden_size", type=int, default=128)
-    parser.add_argument("--num_hidden_layers", type=int, default=4)
-    parser.add_argument("--num_attention_heads", type=int, default=8)
-    parser.add_argument("--num_samples", type=int, default=500, help="samples to measure at each number of steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", default="outputs/quickstart")
+    parser.add_argument("--dataset", help="name or folder of a Hub dataset to train on")
+    parser.add_argument("--train_file", help="txt, json, jsonl, csv or parquet file to train on")
+    parser.add_argument("--vocab_size", type=int, default=2048, help="vocabulary size for your own texts")
+    parser.add_argument("--length", type=int, default=64, help="sequence length for your own texts")
+    add_training_arguments(parser)
     return parser
 
 
+def add_training_arguments(parser: argparse.ArgumentParser):
+    """Adds the arguments that all examples on the grammar share: sizes of the models and trainings."""
+    parser.add_argument("--max_steps", type=int, default=1900, help="optimizer steps of the FLM")
+    parser.add_argument("--distillation_steps", type=int, default=1700, help="optimizer steps of the FMLM")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="learning rate of all trainings")
+    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--num_hidden_layers", type=int, default=4)
+    parser.add_argument("--num_attention_heads", type=int, default=8)
+    parser.add_argument("--num_samples", type=int, default=500, help="samples per measurement")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", default="outputs/quickstart")
+
+
 def load_stories(seed: int) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
-    """Stories of the grammar: the tokenizer, the training examples and their length."""
+    """Returns a tokenizer, training examples and their length for the stories of the grammar."""
     rng = random.Random(seed)
-    stories = [grammar.sample_story(rng) for _ in range(50_000)]
+    stories = [grammar.sample_story(rng) for _ in range(NUM_STORIES)]
     tokenizer = train_tokenizer(stories, "word", vocab_size=1000)
-    tokenizer.bos_token = tokenizer.eos_token = None  # every story has the same length, and nothing around it
+    tokenizer.bos_token = tokenizer.eos_token = None  # all stories have the same length, so none is marked
     info = DatasetInfo(description="stories of 28 words, drawn from the small grammar of modeling-flm's quickstart")
     dataset = Dataset.from_dict({"input_ids": tokenizer(stories, add_special_tokens=False)["input_ids"]}, info=info)
     return tokenizer, dataset, grammar.NUM_WORDS
 
 
 def load_own_texts(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
-    """The same for the texts that the user names, with a tokenizer trained on them and wrapped packing."""
+    """Returns the same for the user's texts, with a tokenizer trained on them and wrapped packing."""
     texts = load_texts(dataset_name=args.dataset, train_file=args.train_file, validation_percentage=0)["train"]
     column = find_text_column(texts)
     tokenizer = train_tokenizer((row[column] for row in texts), "bpe", args.vocab_size)
@@ -85,7 +92,7 @@ def load_own_texts(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, D
 
 
 def new_flm(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length: int, **options) -> FLMModel:
-    """An FLM of the size that the arguments say, with further `options` of its configuration."""
+    """Returns a new FLM of the size in the arguments. `options` are further fields of its configuration."""
     config = FLMConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
@@ -93,7 +100,7 @@ def new_flm(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length
         num_attention_heads=args.num_attention_heads,
         max_position_embeddings=length,
         dropout=0.0,  # nearly every example is new
-        attn_logit_softcapping=None,  # for the fast attention of PyTorch
+        attn_logit_softcapping=None,  # allows PyTorch's fused attention
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -103,7 +110,7 @@ def new_flm(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length
 
 
 def training_settings(args: argparse.Namespace, name: str, max_steps: int) -> dict:
-    """What both trainings have in common: a short warm-up, a long plateau and a linear decay."""
+    """Returns the settings of both trainings, with a short warm-up, a long plateau and a linear decay of the learning rate."""
     return {
         "output_dir": f"{args.output_dir}/{name}",
         "max_steps": max_steps,
@@ -122,14 +129,19 @@ def training_settings(args: argparse.Namespace, name: str, max_steps: int) -> di
 
 
 def distillation_settings(args: argparse.Namespace, name: str, max_steps: int) -> dict:
-    """Those of a short distillation, which should often see the whole way, which one step takes."""
+    """Returns the settings of a short distillation, which often trains on the whole interval from 0 to 1 that one-step sampling uses."""
     return {**training_settings(args, name, max_steps), "boundary_probability": 0.25}
 
 
 def measure(
-    name: str, model: FLMModel, tokenizer: PreTrainedTokenizerBase, all_steps, is_valid, args: argparse.Namespace
+    name: str,
+    model: FLMModel,
+    tokenizer: PreTrainedTokenizerBase,
+    all_steps: tuple[int, ...],
+    is_valid: Callable[[str], bool] | None,
+    args: argparse.Namespace,
 ) -> list[dict]:
-    """Samples at several numbers of steps: how many are grammatical, how many differ, how long they take."""
+    """Samples at several numbers of steps, and measures which fractions are grammatical and distinct, and the time per sample."""
     rows = []
     for num_steps in all_steps:
         generator = torch.Generator().manual_seed(args.seed)
@@ -157,16 +169,16 @@ def measure(
 
 
 def plot(rows: list[dict], log_histories: dict[str, list[dict]], path: Path):
-    """The training losses, and for the grammar the share of grammatical samples against the number of steps."""
+    """Plots the training losses and, for the grammar, the percentage of grammatical samples against the number of steps."""
     has_validity = rows[0]["valid"] is not None
     num_panels = 3 if has_validity else 2
     figure, panels = plt.subplots(1, num_panels, figsize=(4.2 * num_panels, 3.6), layout="constrained")
-    # Two objectives, which do not compare: each has its own panel.
+    # The two losses are not comparable, so each has its own panel.
     objectives = {
-        "FLM": ("Training of the FLM", "cross-entropy to the text,\nmean of random times (nats per token)"),
+        "FLM": ("Training of the FLM", "cross-entropy to the text,\nmean over random times (nats per token)"),
         "FMLM": (
             "Distillation into the FMLM",
-            "cross-entropy to its soft targets,\nmean of random times (nats per token)",
+            "cross-entropy to soft, moving targets,\nmean over random times (nats per token)",
         ),
     }
     for panel, color, (name, (title, label)) in zip(panels, ("C0", "C1"), objectives.items()):
@@ -190,7 +202,7 @@ def plot(rows: list[dict], log_histories: dict[str, list[dict]], path: Path):
             panel.errorbar(steps, [100 * share for share in shares], yerr=errors, marker="o", capsize=3, label=name)
         panel.set_xscale("log", base=2)
         panel.set_xticks(FLM_STEPS, labels=[str(step) for step in FLM_STEPS])
-        title = f"Samples of both ({rows[0]['num_samples']} each; bars: 95 %)"
+        title = f"Samples of both ({rows[0]['num_samples']} each; 95 % intervals)"
         panel.set(xlabel="sampling steps", ylabel="% grammatical", ylim=(0, 102), title=title)
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right")
@@ -203,7 +215,9 @@ def main(args: argparse.Namespace):
     own_texts = args.dataset is not None or args.train_file is not None
     tokenizer, dataset, length = load_own_texts(args) if own_texts else load_stories(args.seed)
     is_valid = None if own_texts else grammar.is_valid
-    print(f"Learning from {len(dataset):,} texts of {length} tokens over {len(tokenizer):,} words, such as:\n")
+    print(
+        f"Training on {len(dataset):,} examples of {length} tokens, with a vocabulary of {len(tokenizer):,}. The first one:\n"
+    )
     print(f"    {tokenizer.decode(dataset[0]['input_ids'])}\n")
 
     print("Training the FLM", flush=True)
@@ -214,10 +228,10 @@ def main(args: argparse.Namespace):
     )
     flm_trainer.train()
     flm_trainer.save_model()
-    # What was saved: the moving average of the weights
+    # The saved weights are their moving average.
     flm = FLMModel.from_pretrained(settings["output_dir"])
 
-    print("\nDistilling it into the FMLM", flush=True)
+    print("\nDistilling the FLM into the FMLM", flush=True)
     settings = distillation_settings(args, "fmlm", args.distillation_steps)
     fmlm_trainer = FMLMTrainer(
         model=FMLMModel.from_flm(flm),
@@ -231,24 +245,24 @@ def main(args: argparse.Namespace):
     fmlm = FMLMModel.from_pretrained(settings["output_dir"]).to(flm.device)
 
     print(f"\n{args.num_samples} samples at each number of steps\n")
-    print(f"{'model':>5}  {'steps':>5}  {'grammatical':>11}  {'distinct':>8}  {'ms/text':>7}")
+    print(f"{'model':>5}  {'steps':>5}  {'grammatical':>11}  {'distinct':>8}  {'ms each':>7}")
     rows = measure("FLM", flm, tokenizer, FLM_STEPS, is_valid, args)
     rows += measure("FMLM", fmlm, tokenizer, FMLM_STEPS, is_valid, args)
 
-    print("\nA text of the FLM forms, in 8 steps:\n")
+    print("\nA sample of the FLM, after each of 8 steps:\n")
     if sys.stdout.isatty():
         show = {"streamer": TextDiffusionStreamer(tokenizer, sleep_time=0.5)}
     else:
         show = {"callback": lambda step, _, tokens: print(f"    {step}  {tokenizer.decode(tokens[0])}")}
     flm.generate(num_steps=8, generator=torch.Generator().manual_seed(args.seed + 1), **show)
     tokens = fmlm.generate(num_samples=3, generator=torch.Generator().manual_seed(args.seed + 1))
-    print("\nThree texts of the FMLM, in one step:\n")
+    print("\nThree samples of the FMLM, in one step each:\n")
     for text in tokenizer.batch_decode(tokens):
         print(f"    {text}")
 
     picture = Path(args.output_dir) / "quickstart.png"
     plot(rows, {"FLM": flm_trainer.state.log_history, "FMLM": fmlm_trainer.state.log_history}, picture)
-    print(f"\nPlot: {picture}. To use a model, here or on a machine without this package:\n")
+    print(f"\nPlot: {picture}. To load the FMLM, here or on a machine without this package:\n")
     print("    from transformers import AutoModel, AutoTokenizer")
     print(f'    model = AutoModel.from_pretrained("{settings["output_dir"]}", trust_remote_code=True)')
     print(f'    tokenizer = AutoTokenizer.from_pretrained("{settings["output_dir"]}", trust_remote_code=True)')

@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Steer generation on the stories of the quickstart, and draw what each way does: guidance by a worse model, fresh noise, a
-reward for a word, and texts of which a part is given.
+Steer generation on the quickstart's stories, and plot the effect of each method: guidance by a weaker model, fresh noise, a reward for a
+word, and prompts.
 
     python examples/steering.py
 
-Trains what is not in --output_dir yet (an FLM, another for a fifth of the steps, the FMLM of the first, and an FLM and an FMLM
-that learn to be given parts of a text), which takes a quarter of an hour, measures grammatical samples, and draws a plot.
+The script trains the models that are not in --output_dir yet, in a quarter of an hour: an FLM, a weaker FLM with a fifth of the steps, the
+FMLM distilled from the first, and an FLM and an FMLM trained with prompts. It then measures how many samples are grammatical.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import grammar
 import matplotlib
 import torch
 from datasets import Dataset
-from quickstart import distillation_settings, load_stories, new_flm, training_settings
+from quickstart import add_training_arguments, distillation_settings, load_stories, new_flm, training_settings
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from modeling_flm import FLMModel, FMLMModel
@@ -28,7 +28,7 @@ from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer,
 from modeling_flm.trainers.evaluation.plots import share_errors
 
 
-matplotlib.use("Agg")  # draws to files, also where there is no screen
+matplotlib.use("Agg")  # draws to files and needs no display
 import matplotlib.pyplot as plt  # noqa: E402
 
 
@@ -41,27 +41,23 @@ PREFIX_LENGTH = 12
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max_steps", type=int, default=1900, help="optimizer steps of the FLM")
-    parser.add_argument("--prompt_steps", type=int, default=3000, help="of the FLM that learns to be given parts")
-    parser.add_argument("--distillation_steps", type=int, default=1700, help="optimizer steps of each FMLM")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--hidden_size", type=int, default=128)
-    parser.add_argument("--num_hidden_layers", type=int, default=4)
-    parser.add_argument("--num_attention_heads", type=int, default=8)
-    parser.add_argument("--prompt_fraction", type=float, default=0.9, help="of the examples of models for prompts")
-    parser.add_argument("--num_samples", type=int, default=500, help="samples of each measurement")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", default="outputs/steering")
+    add_training_arguments(parser)
+    parser.add_argument(
+        "--prompt_steps", type=int, default=3000, help="optimizer steps of the FLM trained with prompts"
+    )
+    parser.add_argument(
+        "--prompt_fraction", type=float, default=0.9, help="fraction of examples with a prompt, in that training"
+    )
+    parser.set_defaults(output_dir="outputs/steering")
     return parser
 
 
 def trained(verb: str, name: str, args: argparse.Namespace, make_trainer: Callable[[], FLMTrainer]) -> PreTrainedModel:
-    """The model with this name, trained if it is not there."""
+    """Loads the model with this name, and trains it first if it is not there."""
     folder = Path(args.output_dir, name)
     if not (folder / "model.safetensors").is_file():
         print(f"{verb} {folder}", flush=True)
-        set_seed(args.seed)  # whichever of them are there already
+        set_seed(args.seed)  # so that a model does not depend on which others are already there
         trainer = make_trainer()
         trainer.train()
         trainer.save_model()
@@ -69,8 +65,15 @@ def trained(verb: str, name: str, args: argparse.Namespace, make_trainer: Callab
 
 
 def train_flm(
-    name: str, max_steps: int, prompt_fraction: float, tokenizer, dataset: Dataset, args: argparse.Namespace
+    name: str,
+    max_steps: int,
+    prompt_fraction: float,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: argparse.Namespace,
 ) -> FLMModel:
+    """Returns an FLM, in `prompt_fraction` of whose training examples some tokens are known."""
+
     def make_trainer() -> FLMTrainer:
         settings = training_settings(args, name, max_steps)
         return FLMTrainer(
@@ -87,12 +90,14 @@ def train_fmlm(
     name: str,
     teacher: FLMModel,
     prompt_fraction: float,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     args: argparse.Namespace,
     preset: str = "single_stage",
     **config_overrides,
 ) -> FMLMModel:
+    """Returns an FMLM distilled from `teacher`. `config_overrides` are fields of its configuration that differ from the teacher's."""
+
     def make_trainer() -> FMLMTrainer:
         settings = distillation_settings(args, name, args.distillation_steps)
         return FMLMTrainer(
@@ -107,7 +112,17 @@ def train_fmlm(
 
 
 class Measurements:
-    """Rows of what was measured, each of samples of a model at a number of steps."""
+    """
+    Measurements of samples.
+
+    Args:
+        models (`dict[str, PreTrainedModel]`): The models to sample from, by name.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Their tokenizer.
+        args (`argparse.Namespace`): The number of samples and the seed.
+
+    Attributes:
+        rows (`list[dict]`): A row for each measurement.
+    """
 
     def __init__(
         self, models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
@@ -118,7 +133,16 @@ class Measurements:
         self.rows = []
 
     def add(self, part: str, model: str, num_steps: int, scale: float | None = None, **options):
-        """The share of samples that are grammatical, of those that have the word, and of different ones."""
+        """
+        Measures which fractions of samples are grammatical, contain `WORD`, and are distinct.
+
+        Args:
+            part (`str`): Name of the experiment.
+            model (`str`): Name of the model.
+            num_steps (`int`): Number of steps.
+            scale (`float`, *optional*): Value of the parameter that the experiment varies.
+            options: Further arguments of `generate()`.
+        """
         num_samples = self.args.num_samples
         output = self.models[model].generate(
             num_samples=num_samples,
@@ -138,28 +162,32 @@ class Measurements:
         self.rows.append(row | {"num_samples": num_samples})
 
     def guidance(self):
-        """Autoguidance at several scales, by the FLM that was trained for a fifth of the time."""
+        """Measures autoguidance at several scales, by the FLM with a fifth of the training."""
         for model, num_steps in (("flm", 4), ("flm", 8), ("fmlm", 4)):
             for scale in GUIDANCE_SCALES:
                 options = {"guidance_model": self.models["weak"], "guidance_scale": scale}
                 self.add("guidance", model, num_steps, scale, **options)
 
     def fresh_noise(self):
-        """Stochastic sampling with the flow map."""
+        """Measures stochastic sampling from the flow map."""
         for num_steps in (2, 4, 8):
             for gamma in GAMMAS:
                 self.add("gamma", "fmlm", num_steps, gamma, gamma=gamma)
 
     def reward(self):
-        """A reward for a word: how often it is expected in the text."""
+        """Measures a reward for a word: its expected number of occurrences."""
         token = self.tokenizer.convert_tokens_to_ids(WORD)
+
+        def expected_count(delta: torch.Tensor) -> torch.Tensor:
+            return delta[..., token].sum(dim=-1)
+
         for model, num_steps in (("flm", 8), ("flm", 16), ("fmlm", 1), ("fmlm", 4)):
             for scale in REWARD_SCALES:
-                options = {"reward": lambda delta: delta[..., token].sum(dim=-1), "reward_scale": scale}
+                options = {"reward": expected_count, "reward_scale": scale}
                 self.add("reward", model, num_steps, scale, **options)
 
     def known(self) -> dict[str, dict]:
-        """Arguments of `generate` for stories whose first words, or of which a random half, are known."""
+        """Returns the arguments of `generate()` for stories with a known prefix, or a known random half."""
         rng = random.Random(self.args.seed + 1)
         stories = [grammar.sample_story(rng) for _ in range(self.args.num_samples)]
         input_ids = torch.tensor(self.tokenizer(stories, add_special_tokens=False)["input_ids"])
@@ -171,22 +199,22 @@ class Measurements:
         }
 
     def infills(self):
-        """Stories that are completed."""
-        for kind, options in self.known().items():
+        """Measures the completion of stories."""
+        for part, options in self.known().items():
             for model in ("flm", "flm_prompts", "fmlm_prompts"):
                 for num_steps in (1, 2, 4, 8, 16):
-                    self.add(kind, model, num_steps, **options)
+                    self.add(part, model, num_steps, **options)
 
 
 def show(row: dict):
-    numbers = ("valid", "with_word", "distinct")
-    print(
-        "  ".join(f"{name} {value:.1%}" if name in numbers else str(value) for name, value in row.items()), flush=True
-    )
+    """Prints a row."""
+    fractions = ("valid", "with_word", "distinct")
+    cells = (f"{name} {value:.1%}" if name in fractions else str(value) for name, value in row.items())
+    print("  ".join(cells), flush=True)
 
 
 def draw(panel: plt.Axes, rows: list[dict], x: str, y: str, style: str = "o-", **options):
-    """A line of shares in per cent, with their intervals of 95 %."""
+    """Draws fractions in percent, with their 95 % intervals."""
     shares = [row[y] for row in rows]
     errors = share_errors(shares, rows[0]["num_samples"])
     options = {"capsize": 2, "markersize": 4, "elinewidth": 0.8, **options}
@@ -194,9 +222,9 @@ def draw(panel: plt.Axes, rows: list[dict], x: str, y: str, style: str = "o-", *
 
 
 def plot(rows: list[dict], path: Path):
-    """Two panels for the reward, and one for each other way; all with intervals."""
+    """Draws two panels for the reward, and one for each other method."""
     figure, panels = plt.subplots(2, 3, figsize=(13, 7.4), layout="constrained")
-    names = {"flm": "FLM, held clean", "flm_prompts": "FLM, trained for it", "fmlm_prompts": "FMLM, trained for it"}
+    names = {"flm": "FLM", "flm_prompts": "FLM, trained with prompts", "fmlm_prompts": "FMLM, trained with prompts"}
     scales = {"guidance": "guidance scale", "gamma": "gamma", "reward": "reward scale"}
     known = {"prefix": f"First {PREFIX_LENGTH} words known", "half": "A random half known"}
     titles = {
@@ -205,9 +233,9 @@ def plot(rows: list[dict], path: Path):
         "reward": f"Reward for '{WORD}': grammatical",
         **known,
     }
-    kinds = [(part, "valid") for part in titles]
-    kinds.insert(2, ("reward", "with_word"))
-    for panel, (part, share) in zip(panels.flat, kinds):
+    contents = [(part, "valid") for part in titles]
+    contents.insert(2, ("reward", "with_word"))
+    for panel, (part, share) in zip(panels.flat, contents):
         lines = {}
         for row in rows:
             if row["part"] == part:
@@ -224,15 +252,17 @@ def plot(rows: list[dict], path: Path):
             panel.set_xticks((1, 2, 4, 8, 16), labels=("1", "2", "4", "8", "16"))
         panel.grid(alpha=0.3)
         panel.legend(loc="upper left" if share == "with_word" else "lower right", fontsize=9)
-    panels[0, 2].set(title=f"Reward for '{WORD}': the word", ylim=(0, 139))  # with room for the legend
+    panels[0, 2].set(title=f"Reward for '{WORD}': the word", ylim=(0, 139))  # leaves room for the legend
     panels[0, 2].set_yticks(range(0, 101, 20))
-    figure.suptitle(f"{rows[0]['num_samples']} samples each; bars: 95 % intervals of sampling", fontsize=11)
+    figure.suptitle(f"{rows[0]['num_samples']} samples each; bars: 95 % sampling intervals", fontsize=11)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def train_models(tokenizer, dataset: Dataset, args: argparse.Namespace) -> dict[str, PreTrainedModel]:
-    """The FLM and its FMLM, and those that learn to complete what is known."""
+def train_models(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: argparse.Namespace
+) -> dict[str, PreTrainedModel]:
+    """Returns an FLM and its FMLM, and another FLM and its FMLM that are trained with prompts."""
     common = (tokenizer, dataset, args)
     models = {"flm": train_flm("flm", args.max_steps, 0.0, *common)}
     models["fmlm"] = train_fmlm("fmlm", models["flm"], 0.0, *common)
@@ -242,7 +272,7 @@ def train_models(tokenizer, dataset: Dataset, args: argparse.Namespace) -> dict[
 
 
 def report(name: str, rows: list[dict], plot: Callable[[list[dict], Path], None], args: argparse.Namespace):
-    """Writes what was measured, and the plot of it."""
+    """Writes the measurements as JSON, and their plot."""
     folder = Path(args.output_dir)
     (folder / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n")
     plot(rows, folder / f"{name}.png")

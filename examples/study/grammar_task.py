@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-A task for the lm-evaluation-harness, of the grammar's stories: how does a story go on? Of four ends, the three wrong ones break one
-dependency each: the pronoun, the second verb, the color or the thing that was found, who thanks, or who is thanked.
+Write a task for the lm-evaluation-harness: how does a story of the grammar continue? Three of the four endings are wrong in one
+dependency each: the pronoun, the second verb, the color, the thing, the friend or the name.
 
     python examples/study/grammar_task.py outputs/grammar_task
     python -m modeling_flm.trainers.evaluation.harness --model flm --model_args pretrained=outputs/quickstart/fmlm \
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grammar  # noqa: E402
 
 
-# What is said twice, with all that can stand there: where the second one is wrong, the story is.
+# The slots whose last word depends on the beginning of the story, with all words that fit the slot.
 REPEATED = {
     "PRONOUN": ["she", "he"],
     "SECOND_VERB": list(grammar.VERBS.values()),
@@ -29,37 +29,37 @@ REPEATED = {
     "FRIEND": grammar.FRIENDS,
     "NAME": grammar.GIRLS + grammar.BOYS,
 }
-# How many words are given: those before the pronoun
+# Number of words before the pronoun, which are the beginning of the story.
 NUM_KNOWN = grammar.TEMPLATE.index("PRONOUN")
 
 
-def wrong_end(words: list[str], slot: str, rng: random.Random) -> list[str]:
-    """A story whose last word for a slot is another one of the same kind."""
-    place = max(index for index, word in enumerate(grammar.TEMPLATE) if word == slot)
-    others = [word for word in REPEATED[slot] if word != words[place]]
-    return [*words[:place], rng.choice(others), *words[place + 1 :]]
+def wrong_story(words: list[str], slot: str, rng: random.Random) -> list[str]:
+    """Returns a story in which the last word of a slot is replaced by another word of the slot."""
+    index = max(number for number, word in enumerate(grammar.TEMPLATE) if word == slot)
+    others = [word for word in REPEATED[slot] if word != words[index]]
+    return [*words[:index], rng.choice(others), *words[index + 1 :]]
 
 
 def make_question(rng: random.Random) -> dict:
-    """The begin of a story, and four ends in random order, of which one is right."""
+    """Returns the beginning of a story, four endings in random order, and the index of the right one."""
     words = grammar.sample_story(rng).split()
-    ends = [words, *(wrong_end(words, slot, rng) for slot in rng.sample(sorted(REPEATED), 3))]
+    stories = [words, *(wrong_story(words, slot, rng) for slot in rng.sample(sorted(REPEATED), 3))]
     order = rng.sample(range(4), 4)
     return {
         "context": " ".join(words[:NUM_KNOWN]),
-        "choices": [" ".join(ends[index][NUM_KNOWN:]) for index in order],
+        "choices": [" ".join(stories[index][NUM_KNOWN:]) for index in order],
         "answer": order.index(0),
     }
 
 
 def write_task(folder: Path, name: str, questions: list[dict]):
     """
-    Writes a task of multiple choice.
+    Writes a multiple-choice task.
 
     Args:
-        folder (`Path`): The folder to write, for `--include_path`.
-        name (`str`): The name of the task, for `--tasks`.
-        questions (`list[dict]`): Each with its `context`, its `choices` and `answer`, the number of the right one.
+        folder (`Path`): Folder to write, for `--include_path`.
+        name (`str`): Name of the task, for `--tasks`.
+        questions (`list[dict]`): Questions with `context`, `choices`, and `answer`, the index of the right choice.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "questions.jsonl"
@@ -75,14 +75,14 @@ def write_task(folder: Path, name: str, questions: list[dict]):
         "doc_to_target": "{{answer}}",
         "metric_list": [{"metric": "acc"}],
     }
-    (folder / f"{name}.yaml").write_text(json.dumps(task, indent=2) + "\n")  # which is YAML, too
+    (folder / f"{name}.yaml").write_text(json.dumps(task, indent=2) + "\n")  # JSON is also YAML
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="the folder to write the task to")
+    parser.add_argument("output", type=Path, help="folder for the task")
     parser.add_argument("--num_questions", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=99, help="another than that of training")
+    parser.add_argument("--seed", type=int, default=99, help="random seed; the quickstart trains on seed 0")
     return parser
 
 
@@ -90,7 +90,7 @@ def main(args: argparse.Namespace):
     rng = random.Random(args.seed)
     questions = [make_question(rng) for _ in range(args.num_questions)]
     write_task(args.output, "grammar", questions)
-    print(f"{len(questions)} questions in {args.output}, such as")
+    print(f"{args.output}: {len(questions)} questions. The first one:")
     print(json.dumps(questions[0], indent=2))
 
 

@@ -183,18 +183,11 @@ class FLM(StudyModel):
 
 
 class FMLM(FLM):
-    """
-    A flow map, distilled from an FLM.
-
-    Args:
-        teacher (`str`): Name of the FLM.
-    """
+    """A flow map, distilled from the FLM."""
 
     model_class = FMLMModel
-
-    def __init__(self, teacher: str):
-        self.teacher = teacher
-        self.searched_as = "flm"
+    teacher = "flm"
+    searched_as = "flm"
 
     def new_trainer(self, config, settings, data, args, teacher) -> FMLMTrainer:
         return FMLMTrainer(
@@ -218,5 +211,5 @@ STUDY_MODELS = {
     "mdlm": MDLM(),
     "duo": Duo(),
     "flm": FLM(),
-    "fmlm": FMLM("flm"),
+    "fmlm": FMLM(),
 }

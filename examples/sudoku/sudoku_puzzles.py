@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Sudoku puzzles: those that have one solution, by difficulty, and open ones, which have several.
+Sudoku puzzles with one solution, by difficulty, and open puzzles with several.
 
-A puzzle is a string of its cells, row by row, with 0 for blanks: 16 for puzzles of 4 x 4, 81 for 9 x 9.
+A puzzle is a string of its cells, row by row, with 0 for blanks: 16 digits for a 4 x 4 puzzle, 81 for 9 x 9.
 """
 
 import math
@@ -12,24 +12,23 @@ from collections.abc import Iterator
 from functools import cache
 
 
-# How many of the cells are given, by difficulty and size of the grid. "minimal" puzzles lose their only solution with any
-# further cell.
+# Number of given cells, by size of the grid and difficulty. Without any of its given cells, a "minimal" puzzle has several solutions.
 CLUES = {
     4: {"easy": 9, "medium": 7, "hard": 5, "minimal": 0},
     9: {"easy": 45, "medium": 36, "hard": 28, "minimal": 0},
 }
-# The same of open puzzles: so few that most have many solutions, each of which is right.
+# The same for open puzzles, most of which have many solutions.
 OPEN_CLUES = {4: {"open": 2, "empty": 0}, 9: {"open": 12, "empty": 0}}
 
 
 @cache
 def peers(size: int) -> list[list[int]]:
-    """For each cell the cells of its row, its column and its box."""
+    """Returns, for each cell, the other cells of its row, column and box."""
     box = math.isqrt(size)
-    place = [(cell // size, cell % size) for cell in range(size * size)]
+    position = [(cell // size, cell % size) for cell in range(size * size)]
 
     def see_each_other(first: int, second: int) -> bool:
-        (row, column), (other_row, other_column) = place[first], place[second]
+        (row, column), (other_row, other_column) = position[first], position[second]
         same_box = (row // box, column // box) == (other_row // box, other_column // box)
         return row == other_row or column == other_column or same_box
 
@@ -39,11 +38,11 @@ def peers(size: int) -> list[list[int]]:
 
 def solutions(puzzle: str, rng: random.Random | None = None) -> Iterator[str]:
     """
-    All solutions of a puzzle, one after the other.
+    Yields all solutions of a puzzle.
 
     Args:
-        puzzle (`str`): Its cells.
-        rng (`random.Random`, *optional*): Puts them into random order.
+        puzzle (`str`): The puzzle.
+        rng (`random.Random`, *optional*): Randomizes their order.
     """
     size = math.isqrt(len(puzzle))
     cells = [int(digit) for digit in puzzle]
@@ -63,7 +62,7 @@ def _search(cells: list[int], options: list[int], size: int, rng: random.Random 
     if not blanks:
         yield "".join(map(str, cells))
         return
-    cell = min(blanks, key=lambda blank: options[blank].bit_count())  # where there is least to try
+    cell = min(blanks, key=lambda blank: options[blank].bit_count())  # the cell with the fewest options
     digits = [digit for digit in range(1, size + 1) if options[cell] >> digit & 1]
     if rng is not None:
         rng.shuffle(digits)
@@ -80,24 +79,24 @@ def _search(cells: list[int], options: list[int], size: int, rng: random.Random 
 
 
 def has_one_solution(puzzle: str) -> bool:
-    """Whether a puzzle has exactly one solution."""
+    """Returns whether a puzzle has exactly one solution."""
     found = solutions(puzzle)
     return next(found, None) is not None and next(found, None) is None
 
 
 def sample_solution(size: int, rng: random.Random) -> str:
-    """A filled grid."""
+    """Draws a filled grid."""
     return next(solutions("0" * size * size, rng))
 
 
 def make_puzzle(solution: str, num_clues: int, rng: random.Random) -> str:
     """
-    A puzzle with this as its only solution.
+    Makes a puzzle from its only solution.
 
     Args:
         solution (`str`): A filled grid.
-        num_clues (`int`): How many of its cells are given. More are, if the puzzle would have several solutions otherwise.
-        rng (`random.Random`): What decides which.
+        num_clues (`int`): Number of given cells. There are more if the solution would not be unique otherwise.
+        rng (`random.Random`): Chooses the cells.
     """
     cells = list(solution)
     for cell in rng.sample(range(len(cells)), len(cells)):
@@ -110,12 +109,12 @@ def make_puzzle(solution: str, num_clues: int, rng: random.Random) -> str:
 
 
 def make_open_puzzle(solution: str, num_clues: int, rng: random.Random) -> str:
-    """A puzzle with some cells of a filled grid, which may have other solutions as well."""
+    """Makes a puzzle that may have several solutions, by keeping random cells of a filled grid."""
     given = set(rng.sample(range(len(solution)), num_clues))
     return "".join(digit if cell in given else "0" for cell, digit in enumerate(solution))
 
 
 def is_solved(puzzle: str, answer: str) -> bool:
-    """Whether an answer is a filled grid that obeys the rules and keeps what the puzzle gives."""
+    """Returns whether an answer is a filled grid that obeys the rules and keeps the given cells."""
     keeps = len(answer) == len(puzzle) and all(given in ("0", digit) for given, digit in zip(puzzle, answer))
     return keeps and "0" not in answer and next(solutions(answer), None) == answer

@@ -48,7 +48,7 @@ def test_it_is_small(model):
 
 
 def test_words_are_spelled_and_end(model, tokenizer):
-    words = demo.write(model, tokenizer, num_samples=500, generator=torch.Generator().manual_seed(0))
+    words = demo.generate_words(model, tokenizer, num_samples=500, generator=torch.Generator().manual_seed(0))
     assert sum(LETTERS.fullmatch(word) is not None for word in words) >= 490
     assert len(set(words)) > 480
     # Of English: vowels are between consonants, as in no text of random letters.
@@ -59,7 +59,7 @@ def test_words_are_spelled_and_end(model, tokenizer):
 @pytest.mark.parametrize("pattern", ["un...", "photo...", "______ness", "c_nt_____"])
 def test_patterns(pattern, model, tokenizer):
     known = demo.known_tokens(pattern, 20, model.config.max_position_embeddings, tokenizer)
-    words = demo.write(model, tokenizer, **known, generator=torch.Generator().manual_seed(0))
+    words = demo.generate_words(model, tokenizer, **known, generator=torch.Generator().manual_seed(0))
     expected = re.compile(pattern.replace("...", "[a-z]*").replace("_", "[a-z]"))
     assert sum(expected.fullmatch(word) is not None for word in words) >= 19, words
     assert len(set(words)) > 10

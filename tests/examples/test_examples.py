@@ -6,11 +6,13 @@ import random
 import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
 from pathlib import Path
 
 import grammar
 import pytest
+import quickstart
 import torch
 import yaml
 from datasets import Dataset
@@ -73,6 +75,11 @@ class TestGrammar:
         assert old in story
         assert not grammar.is_valid(story.replace(old, new, 1))
 
+    def test_script_prints_stories(self, capsys):
+        run_here("grammar", "--num_stories", 3)
+        stories = capsys.readouterr().out.splitlines()
+        assert len(set(stories)) == 3 and all(map(grammar.is_valid, stories))
+
     def test_free_choices_are_free(self):
         story = (
             "leo the shy bear lives in a castle . one evening he buys a blue hat and sells the blue hat to rosa . "
@@ -107,38 +114,49 @@ class TestQuickstart:
     def test_own_texts(self, corpus, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         run_here("quickstart", "--train_file", corpus, "--vocab_size", 300, "--length", 24, *self.options)
-        assert "texts of 24 tokens over 300 words" in capsys.readouterr().out
+        assert "examples of 24 tokens, with a vocabulary of 300" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_steering(tmp_path, monkeypatch, capsys):
-    options = [*TestQuickstart.options, "--prompt_steps", 8, "--prompt_fraction", 0.5]
-    monkeypatch.chdir(tmp_path)
+def test_steering_and_any_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "NUM_STORIES", 500)
+    options = [*TestQuickstart.options, "--max_steps", 2, "--distillation_steps", 1, "--prompt_steps", 1]
+    options += ["--num_samples", 2, "--output_dir", tmp_path]
+    run_here("steering", *options)
+    rows = json.loads((tmp_path / "steering.json").read_text())
+    assert {row["part"] for row in rows} == {"guidance", "gamma", "reward", "prefix", "half"}
+    output = capsys.readouterr().out
+    assert len([line for line in output.splitlines() if "  valid " in line]) == len(rows)
+    assert {
+        line.rpartition("/")[2] for line in output.splitlines() if line.startswith(("Training", "Distilling"))
+    } == {*("flm", "weak", "flm_prompts", "fmlm", "fmlm_prompts")}
 
-    def outputs():
-        yield run_elsewhere("steering", *options, cwd=tmp_path)
-        run_here("steering", *options)  # what is there is not trained again
-        yield capsys.readouterr().out
-
-    for output in outputs():
-        rows = json.loads((tmp_path / "outputs/steering/steering.json").read_text())
-        assert {row["part"] for row in rows} == {"guidance", "gamma", "reward", "prefix", "half"}
-        assert len([line for line in output.splitlines() if "  valid " in line]) == len(rows)
-        assert (tmp_path / "outputs/steering/steering.png").read_bytes().startswith(b"\x89PNG")
-    assert "Training" not in output and "Distilling" not in output
-
-
-@pytest.mark.slow
-def test_any_order(tmp_path):
-    options = [*TestQuickstart.options, "--prompt_steps", 8, "--output_dir", tmp_path]
     run_here("any_order", *options)
+    assert f"Distilling {tmp_path / 'fmlm_plus'}\n" in (output := capsys.readouterr().out)
+    assert output.count("Distilling") == 1 and "Training" not in output  # the other models are there already
     rows = json.loads((tmp_path / "any_order.json").read_text())
     assert {row["model"] for row in rows} == {"flm", "fmlm", "fmlm_plus", "fmlm_prompts"}
     rounds = [row["forward_passes"] for row in rows if row["part"] == "rounds, no threshold"]
     assert rounds == [2, 4, 8] * 2
     assert all(row["forward_passes"] <= 8 for row in rows if row["part"].startswith("rounds"))
-    assert (tmp_path / "any_order.png").stat().st_size > 10_000
     assert AutoModel.from_pretrained(tmp_path / "fmlm_plus").config.per_token_timesteps
+    for name in ("steering", "any_order"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_python_corpus(tmp_path, monkeypatch, capsys):
+    (tmp_path / "test").mkdir()
+    for name, source in (
+        ("good.py", f'"""{"Words. " * 20}"""'),
+        ("old.py", "print 1"),
+        ("test/test_it.py", '"""No."""'),
+    ):
+        (tmp_path / name).write_text(source)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    run_here("python_corpus", tmp_path / "corpus.jsonl")
+    texts = [json.loads(line)["text"] for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
+    assert ("Words. " * 20).strip() in [text.strip() for text in texts] and "No." not in texts
+    assert any("assert" in text for text in texts)  # the help topics
+    assert f"{len(texts):,} texts" in capsys.readouterr().out
 
 
 class TestTrainingScripts:

@@ -78,9 +78,9 @@ class TestDemo:
         for name in ("config.json", "generation_config.json"):
             (tmp_path / name).write_text("{}")
         for arguments, message in (
-            (["--model", str(tmp_path)], "no folder of a model with a tokenizer: it has no tokenizer.json"),
+            (["--model", str(tmp_path)], "--model: .* has no tokenizer.json"),
             (["--output", str(tmp_path / "config.json")], "--output: .*config.json"),
-            (["--output", str(tmp_path / "page"), "--port", "99999"], "--port 99999: .*; pass another, or 0 for any"),
+            (["--output", str(tmp_path / "page"), "--port", "99999"], "--port 99999: .*; pass another port, or 0"),
         ):
             with pytest.raises(SystemExit, match=message):
                 browser_demo.main(browser_demo.make_parser().parse_args([*arguments, "--no_browser"]))
