@@ -68,7 +68,7 @@ MODEL_ONLY = (
     *("attn_implementation", "keep_special_tokens"),
 )
 
-# Settings of the published evaluation, and how an error message says so.
+# Settings of the published evaluation, and their words in error messages.
 PUBLISHED = {
     "keep_special_tokens": (True, "keeps special tokens in the texts"),
     "max_length": (None, "truncates texts at the model's length"),
@@ -190,15 +190,7 @@ def make_parser() -> ScriptParser:
 
 
 def check_arguments(args: EvaluationArguments):
-    """
-    Checks the arguments, without the model.
-
-    Args:
-        args ([`EvaluationArguments`]): The arguments as passed.
-
-    Raises:
-        `ValueError`: for arguments that cannot be used, with their names in backticks.
-    """
+    """Raises a `ValueError` for arguments that cannot be used, with their names in backticks."""
     if (args.model is None) == (args.samples_file is None):
         raise ValueError("Pass either `model` or `samples_file`, and not both.")
     if args.samples_file is not None:
@@ -244,7 +236,7 @@ def check_arguments(args: EvaluationArguments):
 
 
 def complete_arguments(args: EvaluationArguments) -> EvaluationArguments:
-    """Returns a copy of the arguments with defaults filled in, also those of `timestep_grid` and `protocol`."""
+    """Returns a copy of the arguments with defaults filled in, and with what `timestep_grid` and `protocol` imply."""
     num_steps = args.num_steps or ([1, 2, 4, 8] if args.timestep_grid is None else [len(args.timestep_grid) - 1])
     budget = int(args.commit_budget) if str(args.commit_budget).isdigit() else args.commit_budget
     values = {"num_steps": num_steps, "commit_budget": budget, "keep_special_tokens": bool(args.keep_special_tokens)}
@@ -259,32 +251,12 @@ def generate_kwargs(args: EvaluationArguments) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def make_source(
-    args: EvaluationArguments, passed: EvaluationArguments, device: torch.device
-) -> FlowSource | CausalSource:
-    """
-    Loads the model of an evaluation.
-
-    Args:
-        args ([`EvaluationArguments`]): The arguments, completed.
-        passed ([`EvaluationArguments`]): The arguments as passed, to refuse those of flow-based models for causal ones.
-        device (`torch.device`): Device of the model.
-    """
-    if not is_flow_based(args.model, args.revision):
-        if names := [name for name in FLOW_ONLY if getattr(passed, name) is not None]:
-            raise ValueError(f"`{'`, `'.join(names)}` do not apply to causal language models. Remove them.")
-        if args.update_card:
-            raise ValueError("`update_card` does not apply to causal language models. Remove it.")
-    return load_source(
-        args.model,
-        revision=args.revision,
-        guidance_model=args.guidance_model,
-        guidance_revision=args.guidance_revision,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-        device=device,
-        **generate_kwargs(args),
-    )
+def check_causal_arguments(args: EvaluationArguments):
+    """Raises a `ValueError` for arguments that do not apply to causal models."""
+    if names := [name for name in FLOW_ONLY if getattr(args, name) is not None]:
+        raise ValueError(f"`{'`, `'.join(names)}` do not apply to causal language models. Remove them.")
+    if args.update_card:
+        raise ValueError("`update_card` does not apply to causal language models. Remove it.")
 
 
 def make_settings(args: EvaluationArguments, source: FlowSource | CausalSource) -> list[Setting]:
@@ -330,31 +302,37 @@ def check_scorer(args: EvaluationArguments):
         )
 
 
-def evaluate(passed: EvaluationArguments) -> dict[str, Any] | None:
+def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
     """
-    Generates texts, scores them and reports the scores. Several processes share the generation, the main process does the rest.
-
-    Args:
-        passed ([`EvaluationArguments`]): The arguments.
-
-    Returns:
-        `dict[str, Any]`: the contents of `results.json`, in the main process.
+    Generates texts, scores them and reports the scores. Several processes share the generation; the main process does the rest
+    and returns the contents of `results.json`.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
-    output, source, settings, tokenizer = Path(passed.output_dir), None, [], None
-    with explained(EvaluationArguments):  # mistakes show before anything is generated or written
-        if passed.model is not None:
-            check_model("--model", passed.model)
+    output, source, settings, tokenizer = Path(args.output_dir), None, [], None
+    with explained(EvaluationArguments):  # mistakes show before anything is generated or saved
+        if args.model is not None:
+            check_model("--model", args.model)
         if (output / "results.json").exists():
             raise ValueError(f"`output_dir`: {output} has results already; name another directory.")
-        check_arguments(passed)
-        args = complete_arguments(passed)
+        check_arguments(args)
+        if args.model is not None and not is_flow_based(args.model, args.revision):
+            check_causal_arguments(args)
+        args = complete_arguments(args)
         if args.model is not None:
             if args.protocol == "published":
                 config = AutoConfig.from_pretrained(args.model, revision=args.revision)
                 length = getattr(config, "max_position_embeddings", None) or 1024
                 args = replace(args, length=length, max_length=length)
-            source = make_source(args, passed, state.device)
+            source = load_source(
+                args.model,
+                revision=args.revision,
+                guidance_model=args.guidance_model,
+                guidance_revision=args.guidance_revision,
+                dtype=args.dtype,
+                attn_implementation=args.attn_implementation,
+                device=state.device,
+                **generate_kwargs(args),
+            )
             settings = make_settings(args, source)
             source.warm_up(settings[0])
         if args.tokenizer is not None:
@@ -446,11 +424,10 @@ def measure_settings(
     """Returns texts and tokens per second of the main process. Temperatures do not change them."""
     rows = []
     for setting in dict.fromkeys(replace(setting, temperature=None) for setting in settings):
-
-        def generate(batch_size: int, setting: Setting = setting) -> int:
-            return sum(sample.num_tokens for sample in source.sample(setting, list(range(batch_size)), 0))
-
-        rates = measure_throughput(generate, tqdm(batch_sizes, desc="Batch sizes"))
+        rates = measure_throughput(
+            lambda size, setting=setting: sum(s.num_tokens for s in source.sample(setting, range(size), seed=0)),
+            tqdm(batch_sizes, desc="Batch sizes"),
+        )
         rows += [setting.to_dict() | row for row in rates]
     return rows
 

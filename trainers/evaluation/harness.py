@@ -5,7 +5,7 @@ Flow-based language models in the lm-evaluation-harness:
 
     python -m modeling_flm.trainers.evaluation.harness --model flm --model_args pretrained=me/fmlm,num_times=64 --tasks arc_easy
 
-All other arguments are those of `lm_eval`. Needs `pip install modeling-flm[lm-eval]`.
+Takes the arguments of `lm_eval`. Needs `pip install modeling-flm[lm-eval]`.
 """
 
 import torch

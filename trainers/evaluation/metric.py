@@ -46,7 +46,7 @@ def score(
         scorer (`str`, *optional*, defaults to `"gpt2-large"`): Name or folder of the causal language model that scores them.
         batch_size (`int`, *optional*, defaults to 8): Texts per forward pass of the scorer.
         max_length (`int`, *optional*): Tokens of each text that count. By default 1024, or the scorer's context if shorter.
-        dtype (`str`, *optional*): Precision of the scorer. By default that of its weights.
+        dtype (`str`, *optional*): Precision of the scorer. By default the precision of its weights.
         device (`str` or `torch.device`, *optional*): Device of the scorer. By default an accelerator if there is one.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer for entropy and distinct n-grams, to compare models with different tokenizers. By default the model's tokens

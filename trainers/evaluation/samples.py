@@ -12,8 +12,6 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -101,24 +99,17 @@ def count_tokens(sequences: torch.LongTensor, generation_config: GenerationConfi
 class _DrawTokens(LogitsProcessor):
     """Draws one token for each text, with one uniform variable from the text's generator, and masks all others."""
 
-    def __init__(self, generators, temperatures, filters):
-        self.generators, self.temperatures, self.filters = generators, temperatures, filters
+    def __init__(self, generators, temperatures, filters, callback):
+        self.generators, self.temperatures, self.filters, self.callback = generators, temperatures, filters, callback
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.callback is not None:
+            self.callback()
         logits = self.filters(input_ids, scores.float() / self.temperatures.to(scores.device))
         uniforms = torch.stack([torch.rand(1, generator=generator) for generator in self.generators])
         cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
         tokens = torch.searchsorted(cumulative, uniforms.to(scores.device) * cumulative[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.clamp(max=scores.shape[1] - 1), 0.0)
-
-
-class _CallAfterEachToken(StoppingCriteria):
-    def __init__(self, callback: Callable[[], None]):
-        self.callback = callback
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        self.callback()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def generate_causal_samples(
@@ -148,7 +139,7 @@ def generate_causal_samples(
         eos_token_id (`int` or `list[int]`, *optional*): Tokens that end a text. By default texts have `max_new_tokens`.
         generation_config ([`~transformers.GenerationConfig`], *optional*):
             Further settings, such as a `repetition_penalty`. By default none, not even the model's own.
-        callback (`Callable[[], None]`, *optional*): Called after every token. An error that it raises ends the batch.
+        callback (`Callable[[], None]`, *optional*): Called before every token. An error that it raises ends the batch.
 
     Returns:
         `list[list[int]]`: the new tokens of each text, up to and including its first EOS token.
@@ -185,8 +176,7 @@ def generate_causal_samples(
             num_beams=1,
             eos_token_id=ends or None,
             pad_token_id=min(ends, default=0),
-            logits_processor=LogitsProcessorList([_DrawTokens(generators, temperatures, filters)]),
-            stopping_criteria=StoppingCriteriaList([] if callback is None else [_CallAfterEachToken(callback)]),
+            logits_processor=LogitsProcessorList([_DrawTokens(generators, temperatures, filters, callback)]),
         )
     finally:
         model.generation_config = own_config

@@ -68,8 +68,8 @@ def evaluate(*arguments):
 
 class TestFigures:
     def test_figures(self, folder, tmp_path, gen_ppl):
-        (tmp_path / "people.txt").write_text("time back us was\nlong some his him they\n")
-        flags = [*OPTIONS, "--reference_file", tmp_path / "people.txt", "--output_dir", tmp_path / "out"]
+        (tmp_path / "reference.txt").write_text("time back us was\nlong some his him they\n")
+        flags = [*OPTIONS, "--reference_file", tmp_path / "reference.txt", "--output_dir", tmp_path / "out"]
         evaluate("--model", folder, *flags)
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -108,9 +108,9 @@ class TestFigures:
         for name in ("samples_1.jsonl", "samples_3.jsonl"):
             assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
-    def test_what_cannot_be_scored_shows_before_the_sampling(self, folder, tmp_path):
-        (tmp_path / "people.jsonl").write_text('{"id": 3, "story": "time back us was"}\n')
-        reference = ["--reference_file", tmp_path / "people.jsonl"]
+    def test_scoring_errors_show_before_sampling(self, folder, tmp_path):
+        (tmp_path / "reference.jsonl").write_text('{"id": 3, "story": "time back us was"}\n')
+        reference = ["--reference_file", tmp_path / "reference.jsonl"]
         for flags, message in (
             (["--scorer", tmp_path / "nowhere"], "error: .*nowhere"),
             (["--max_length", 4096], "--max_length must be at least 2, and at most the 1024"),
@@ -124,18 +124,18 @@ class TestFigures:
             with pytest.raises(SystemExit, match=message):
                 evaluate("--model", folder, *OPTIONS, "--output_dir", tmp_path / "out", *flags)
             assert not (tmp_path / "out").exists()
-        flags = [*reference, "--output_dir", tmp_path / "out"]  # the only column with texts
+        flags = [*reference, "--output_dir", tmp_path / "out"]  # the file has a single column with texts
         evaluate("--model", folder, *OPTIONS, *flags)
 
-    def test_passes_of_two_networks_and_length_of_the_reference(self, folder, tmp_path):
+    def test_two_networks_take_two_passes_and_the_reference_is_truncated(self, folder, tmp_path):
         FMLMTwoNetworkModel.from_flm(build_flm()).save_pretrained(tmp_path / "two")
         AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "two")
-        (tmp_path / "people.txt").write_text(" ".join(["time back us was"] * 20))
-        flags = [*OPTIONS, "--output_dir", tmp_path / "out", "--reference_file", tmp_path / "people.txt"]
+        (tmp_path / "reference.txt").write_text(" ".join(["time back us was"] * 20))
+        flags = [*OPTIONS, "--output_dir", tmp_path / "out", "--reference_file", tmp_path / "reference.txt"]
         evaluate("--model", tmp_path / "two", *flags, "--top_k", 5)
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert [row["num_forward_passes"] for row in results["results"][:2]] == [2, 6]
-        assert results["results"][2]["entropy"] == pytest.approx(math.log(4))  # of 12 tokens, as many as of the model
+        assert results["results"][2]["entropy"] == pytest.approx(math.log(4))  # 12 tokens, the model's length
         assert results["sampling"] == {"gamma": 0.0, "top_k": 5}
 
     def test_results_go_into_the_card_of_a_folder(self, folder, tmp_path):
@@ -149,7 +149,7 @@ class TestFigures:
         assert metadata_problems(card.content) == [] and card.text.strip() == "# Mine" and card.data.license == "mit"
         values = {(r.metric_type, r.metric_args["num_steps"]): r.metric_value for r in card.data.eval_results}
         assert values[("perplexity", 3)] == results["results"][1]["gen_ppl"]
-        # What others have measured stays, and so do other numbers of steps.
+        # Other metrics and other numbers of steps stay.
         other = {
             "task_type": "x",
             "dataset_type": "y",
@@ -166,7 +166,7 @@ class TestFigures:
         assert sorted(r.metric_type for r in again) == ["accuracy", *["entropy"] * 3, *["perplexity"] * 3]
         assert all(r.metric_args["gamma"] == 0 for r in again if r.metric_type != "accuracy")
 
-    def test_gamma_and_guidance_scale_are_in_the_card_and_never_mixed(self, folder, worse, tmp_path):
+    def test_card_keeps_results_of_different_sampling_apart(self, folder, worse, tmp_path):
         copy = tmp_path / "model"
         AutoModel.from_pretrained(folder).save_pretrained(copy)
         AutoTokenizer.from_pretrained(folder).save_pretrained(copy)
@@ -174,7 +174,7 @@ class TestFigures:
         flags = ["--model", copy, *OPTIONS, "--num_steps", 2, "--update_card", "--output_dir"]
         evaluate(*flags, tmp_path / "plain")
         evaluate(*flags, tmp_path / "gamma", "--gamma", 0.5, "--num_steps", 3)
-        # The file has what was measured in one way; the card, where each figure says how, has both.
+        # The file has the last sampling parameters only; the card has both, with the parameters of each figure.
         assert [row["num_steps"] for row in json.loads((copy / "evaluation.json").read_text())["results"]] == [3]
         results = ModelCard.load(copy / "README.md").data.eval_results
         found = {(r.metric_args["num_steps"], r.metric_args["gamma"]) for r in results}
@@ -207,7 +207,7 @@ class TestFigures:
 
 
 def directly(model, num_steps: int, **options) -> list[list[int]]:
-    """The texts of `OPTIONS`, by `generate()` itself: each has the noise of its number and seed."""
+    """The samples of `OPTIONS` from `generate()`: each has noise from its seed and index."""
     tokens = []
     for seed in (0, 5):
         generators = [torch.Generator().manual_seed(example_seed(seed, 2, index)) for index in range(7)]
@@ -222,7 +222,7 @@ def read_tokens(path: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def worse(tmp_path_factory) -> Path:
-    """A model to move away from."""
+    """A guidance model."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("models") / "worse"
     FMLMModel.from_flm(build_flm()).save_pretrained(folder)
@@ -270,7 +270,7 @@ class TestSampling:
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert results["sampling"] == {"gamma": 0.0, "pad_after_eos": True}
 
-    def test_one_token_begins_and_ends_texts(self, folder, tmp_path):
+    def test_bos_token_that_is_the_eos_token(self, folder, tmp_path):
         model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         (both, _), *_ = Counter(row[0] for row in directly(model, 3)).most_common()
         model.generation_config.bos_token_id = model.generation_config.eos_token_id = both
@@ -297,7 +297,7 @@ class TestSampling:
         described = {"guidance_model": str(worse), "guidance_scale": 3.0} if scale else {}
         assert results["sampling"] == {"gamma": 0.0, **described}
 
-    def test_num_rounds_cost_what_they_take(self, folder, tmp_path):
+    def test_num_rounds_multiply_the_forward_passes(self, folder, tmp_path):
         flags = ["--num_rounds", 3, "--commit_budget", 5, "--output_dir", tmp_path / "out"]
         evaluate("--model", folder, *OPTIONS, *flags)
         options = {"num_rounds": 3, "commit_budget": 5}
@@ -330,7 +330,7 @@ class TestSampling:
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert [row["num_forward_passes"] for row in results["results"]] == [3, 9]
 
-    def test_gamma_of_the_model_counts_and_is_recorded(self, folder, tmp_path):
+    def test_gamma_of_the_model_is_used_and_reported(self, folder, tmp_path):
         model = AutoModel.from_pretrained(folder)
         plain, fresh = directly(model, 3), directly(model, 3, gamma=0.8)
         model.generation_config.gamma, model.generation_config.temperature = 0.8, 1.0
@@ -342,7 +342,7 @@ class TestSampling:
             assert json.loads((tmp_path / name / "results.json").read_text())["sampling"] == {"gamma": gamma}
             assert f"gamma {gamma}." in (tmp_path / name / "results.md").read_text()
 
-    def test_dtype_is_recorded(self, folder, tmp_path):
+    def test_dtype_is_reported(self, folder, tmp_path):
         flags = [*OPTIONS, "--dtype", "bfloat16", "--scorer_dtype", "float32", "--output_dir", tmp_path / "out"]
         evaluate("--model", folder, *flags)
         results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -371,7 +371,7 @@ class TestSampling:
             (["--pad_after_eos"], "--pad_after_eos needs an `eos_token_id`"),
         ],
     )
-    def test_mistakes_show_before_the_sampling(self, flags, message, folder, worse, tmp_path):
+    def test_sampling_errors_show_before_sampling(self, flags, message, folder, worse, tmp_path):
         FMLMModel.from_flm(build_flm(vocab_size=40)).save_pretrained(tmp_path / "other")
         flags = [{"WORSE": worse, "OTHER": tmp_path / "other"}.get(flag, flag) for flag in flags]
         with pytest.raises(SystemExit, match=message) as error:
@@ -379,7 +379,7 @@ class TestSampling:
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("times", [[0], [0, 0.5], [0, 0.7, 0.3, 1]])
-    def test_timesteps_that_do_not_increase_from_0_to_1(self, times, tmp_path):
+    def test_timestep_grid_must_increase_from_0_to_1(self, times, tmp_path):
         with pytest.raises(SystemExit, match="--timestep_grid must increase from 0 to 1"):
             evaluate("--model", "x", "--timestep_grid", *times, "--output_dir", tmp_path / "out")
 
@@ -395,10 +395,10 @@ def results_of(folder: Path) -> dict:
 
 class TestSweep:
     def test_temperatures_and_samplers_reach_generate(self, folder, tmp_path, gen_ppl):
-        people = [f"time back us was long some his him they {last}" for last in ("your", "get", "well", "off")]
-        (tmp_path / "people.txt").write_text("\n".join(people))
+        lines = [f"time back us was long some his him they {last}" for last in ("your", "get", "well", "off")]
+        (tmp_path / "reference.txt").write_text("\n".join(lines))
         flags = ["--temperatures", 0.3, 2, "--samplers", "flow_map", "bridge", "--gamma", 0.5]
-        flags += ["--reference_file", tmp_path / "people.txt", "--num_steps", 3, "--output_dir", tmp_path / "out"]
+        flags += ["--reference_file", tmp_path / "reference.txt", "--num_steps", 3, "--output_dir", tmp_path / "out"]
         evaluate("--model", folder, *OPTIONS, *flags)
         model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         curves, results = {}, results_of(tmp_path / "out")
@@ -410,7 +410,7 @@ class TestSweep:
             scored = gen_ppl(tokenizer.batch_decode(tokens, skip_special_tokens=True), token_ids=tokens)
             assert row["gen_ppl"] == pytest.approx(scored["gen_ppl"], rel=1e-6)
             curves.setdefault(sampler, []).append(scored)
-        reference = gen_ppl(people, token_ids=tokenizer(people, add_special_tokens=False)["input_ids"])
+        reference = gen_ppl(lines, token_ids=tokenizer(lines, add_special_tokens=False)["input_ids"])
         for row, (sampler, curve) in zip(results["at_reference_entropy"], curves.items()):
             assert (row["num_steps"], row["sampler"]) == (3, sampler)
             for name, value in perplexity_at_entropy([0.3, 2.0], curve, reference).items():
@@ -433,7 +433,7 @@ class TestSweep:
             (["--mauve_model", SCORER], "--mauve_model needs --reference_file"),
         ],
     )
-    def test_what_has_no_temperature_is_refused(self, flags, message, folder, tmp_path):
+    def test_temperatures_without_effect_are_refused(self, flags, message, folder, tmp_path):
         flags = ["--temperatures", 0.7, 1, *flags, "--output_dir", tmp_path / "out"]
         with pytest.raises(SystemExit, match=message):
             evaluate("--model", folder, "--scorer", SCORER, *flags)
@@ -446,7 +446,7 @@ class TestSweep:
         assert low["entropy"] < high["entropy"]
         assert results_of(tmp_path / "out")["sampling"] == {"sampler": "bridge"}
 
-    def test_samplers_of_the_model_are_described(self, folder):
+    def test_samplers_of_the_model_are_reported(self, folder):
         source = load_source(str(folder))
         own = source.model.generation_config
         own.sampler_config = BridgeSamplerConfig()
@@ -458,10 +458,10 @@ class TestSweep:
         for own.sampler_config in (StochasticFlowMapSamplerConfig(0.6), BridgeSamplerConfig()):
             assert source.describe() == {"gamma": 0.0}
 
-    def test_reference_packing_makes_texts_as_long_as_the_model_s(self, folder, tmp_path, gen_ppl):
+    def test_reference_packing_wrapped_makes_blocks_of_the_model_s_length(self, folder, tmp_path, gen_ppl):
         lines = ["time back us was long", "some his him", "they your get well off have used", "time"] * 4
-        (tmp_path / "people.txt").write_text("\n".join(lines))
-        flags = ["--reference_file", tmp_path / "people.txt", "--reference_packing", "wrapped"]
+        (tmp_path / "reference.txt").write_text("\n".join(lines))
+        flags = ["--reference_file", tmp_path / "reference.txt", "--reference_packing", "wrapped"]
         evaluate("--model", folder, *OPTIONS, *flags, "--output_dir", tmp_path / "out")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokens = tokenizer(lines, add_special_tokens=False)["input_ids"]
@@ -470,7 +470,7 @@ class TestSweep:
         row = results_of(tmp_path / "out")["results"][2]
         assert row["num_texts"] == len(blocks) > 4 and row["entropy"] == pytest.approx(expected["entropy"])
         assert row["gen_ppl"] == pytest.approx(expected["gen_ppl"], rel=1e-6)
-        (tmp_path / "people.txt").write_text("time\n")
+        (tmp_path / "reference.txt").write_text("time\n")
         with pytest.raises(SystemExit, match="too few tokens for a single block"):
             evaluate("--model", folder, *OPTIONS, *flags, "--output_dir", tmp_path / "more")
 
@@ -486,7 +486,7 @@ class TestSweep:
             )
         assert "| steps | batch size | texts / s | tokens / s |" in (tmp_path / "out" / "results.md").read_text()
 
-    def test_padding_after_the_end_is_not_in_the_entropy(self, folder, tmp_path):
+    def test_padding_after_eos_is_not_in_the_entropy(self, folder, tmp_path):
         model = AutoModel.from_pretrained(folder)
         (eos, _), *_ = Counter(token for row in directly(model, 3) for token in row[:6]).most_common()
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = eos, 0
@@ -500,7 +500,7 @@ class TestSweep:
         assert results_of(tmp_path / "out")["results"][1]["entropy"] == pytest.approx(entropy)
 
 
-class TestTextsFromAnywhere:
+class TestSamplesFile:
     TEXTS = ["time back us was long some his him", "time back us was long some well off", "have used czt 12", ""]
 
     @pytest.fixture(params=["txt", "jsonl", "parquet"])
@@ -516,16 +516,16 @@ class TestTextsFromAnywhere:
 
     def test_samples_file(self, samples_file, tmp_path, gen_ppl):
         (tmp_path / "train.txt").write_text("back us was long some, and have used\nwell off time\n")
-        (tmp_path / "people.jsonl").write_text('{"body": "well off time"}\n{"body": "have used us"}\n')
+        (tmp_path / "reference.jsonl").write_text('{"body": "well off time"}\n{"body": "have used us"}\n')
         flags = ["--samples_file", samples_file, "--train_file", tmp_path / "train.txt", "--scorer", SCORER]
-        flags += ["--reference_file", tmp_path / "people.jsonl", "--mauve_model", SCORER, "--ngram_sizes", 2, 4]
+        flags += ["--reference_file", tmp_path / "reference.jsonl", "--mauve_model", SCORER, "--ngram_sizes", 2, 4]
         evaluate(*flags, "--text_column", "body", "--output_dir", tmp_path / "out")
         samples, reference = results_of(tmp_path / "out")["results"]
         assert (samples["source"], reference["source"]) == ("samples", "reference")
         expected = gen_ppl(self.TEXTS)
         for name in ("gen_ppl", "entropy", "distinct_2", "num_texts", "num_empty"):
             assert samples[name] == pytest.approx(expected[name], rel=1e-6)
-        # Pairs: 4 of 7, 4 of 7 and "well off", 1 of 3; of four words: 2 of 5 twice, and none of 1.
+        # Copied pairs: 4 of 7, 4 of 7 and "well off", 1 of 3; copied quadruples: 2 of 5 twice, and none of 1
         assert (samples["copied_2"], samples["copied_4"]) == (pytest.approx(10 / 17), pytest.approx(4 / 11))
         assert (samples["copied_texts"], reference["copied_texts"]) == (0, 0.5)
         words = "back us was long some and have used well off time".split()
@@ -635,7 +635,7 @@ class TestCausalModel:
             (["--update_card"], "--update_card does not apply to causal language models"),
         ],
     )
-    def test_flags_of_flows_are_refused(self, flags, message, tmp_path):
+    def test_flags_of_flow_based_models_are_refused(self, flags, message, tmp_path):
         with pytest.raises(SystemExit, match=message):
             evaluate(*self.FLAGS, *flags, "--output_dir", tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -643,9 +643,9 @@ class TestCausalModel:
 
 class TestProtocol:
     def test_published_protocol(self, folder, tmp_path, gen_ppl):
-        """Special tokens stay, and texts are cut at the model's length, be the scorer's longer."""
+        """Special tokens stay, and texts are truncated at the model's length although the scorer reads more."""
         model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        # What the model's own configuration would change of the texts.
+        # Settings of the model that the protocol overrides
         model.generation_config.length, model.generation_config.pad_after_eos = 8, True
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.save_pretrained(tmp_path / "model")
@@ -685,7 +685,7 @@ class TestProtocol:
             ("gpt2-large", 64, False),
         ],
     )
-    def test_other_scorers_and_numbers_of_texts_are_said(self, scorer, num_samples, is_published):
+    def test_deviations_from_the_published_protocol_are_reported(self, scorer, num_samples, is_published):
         evaluation = {"scorer": scorer, "num_samples": num_samples, "sampling": {"protocol": "published"}}
         assert ("Not comparable" in describe_evaluation(evaluation)) != is_published
         evaluation["sampling"] = {}
@@ -721,19 +721,19 @@ class TestProtocol:
             evaluate("--model", folder, *flags, "--output_dir", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    def test_what_agrees_is_not_refused(self, tmp_path):
+    def test_flags_that_agree_with_the_protocol_are_accepted(self, tmp_path):
         options = {"keep_special_tokens": True, "scorer_dtype": "float32", "pad_after_eos": False}
         check_arguments(EvaluationArguments(str(tmp_path), "x", protocol="published", **options))
 
-    def test_a_scorer_that_reads_too_little(self, folder, tmp_path):
+    def test_scorer_with_a_short_context(self, folder, tmp_path):
         GPT2Config(n_positions=8).save_pretrained(tmp_path / "short")
         flags = [*OPTIONS, "--protocol", "published", "--scorer", tmp_path / "short", "--output_dir", tmp_path / "out"]
         with pytest.raises(SystemExit, match="the model's 12 tokens, but --scorer reads 8: pass one that reads more"):
             evaluate("--model", folder, *flags)
         assert not (tmp_path / "out").exists()
 
-    def test_published_texts_of_berts_tokenizer(self, tmp_path):
-        """The published evaluation decoded LM1B with the class that is now called the legacy one."""
+    def test_clean_up_bert_decodes_as_published(self, tmp_path):
+        """The published evaluation decoded LM1B with the tokenizer class that is now the legacy one."""
         words = "[PAD] [UNK] [CLS] [SEP] [MASK] it ' s don t n re ve m ##s ##ing . , ? ! \" ( - he not".split()
         (tmp_path / "vocab.txt").write_text("\n".join(words))
         BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
@@ -809,10 +809,10 @@ def test_distilled_model_ranks_above_its_teacher_at_one_step(tmp_path):
     ppl = {key: row["gen_ppl"] for key, row in figures.items()}
     assert figures["fmlm", 1]["gen_ppl_interval"][1] < figures["flm", 1]["gen_ppl_interval"][0]
     assert ppl["flm", "data"] == ppl["fmlm", "data"] == min(ppl.values())
-    assert min(row["entropy"] for row in figures.values()) > 1.0  # nobody repeats himself
+    assert min(row["entropy"] for row in figures.values()) > 1.0  # no model repeats a single token
 
 
-def test_protocol_published_names_what_else_is_not_as_published():
+def test_protocol_published_names_deviating_settings():
     evaluation = {"num_samples": 1024, "scorer": "gpt2-large", "sampling": {"protocol": "published", "gamma": 0.8}}
     assert "Not comparable" not in describe_evaluation(evaluation)
     evaluation["sampling"] |= {"temperature": 0.5, "top_p": 0.9}

@@ -20,7 +20,7 @@ from modeling_flm.trainers.evaluation import (
 
 
 def texts(entropy: float, log_ppl: float, number: int = 5) -> dict:
-    """What the metric says of texts that are all alike."""
+    """Result of the metric for equal texts."""
     return {
         "perplexities": [math.exp(log_ppl)] * number,
         "token_counts": [7] * number,
@@ -51,13 +51,13 @@ class TestPerplexityAtEntropy:
         assert found["gen_ppl"] == pytest.approx(math.exp(2.0))
 
     def test_perplexity_at_entropy_of_the_highest_temperatures(self):
-        """A curve that turns round has an entropy at several temperatures."""
+        """A frontier that turns back reaches an entropy at several temperatures."""
         curve = [texts(4.0, 1.0), texts(5.0, 2.0), texts(4.0, 4.0)]
         found = perplexity_at_entropy([0.5, 0.7, 0.9], curve, 4.5)
         assert found["gen_ppl"] == pytest.approx(math.exp(3.0)) and found["temperature"] == pytest.approx(0.8)
 
     def test_interval_on_a_line(self):
-        """Where every text is on one line, only the entropy of the reference is uncertain."""
+        """If the frontier is a line, only the entropy of the reference is uncertain."""
         rng = np.random.default_rng(0)
         curve = []
         for mean in (3.0, 4.0, 5.0):
@@ -74,7 +74,7 @@ class TestPerplexityAtEntropy:
         assert low < math.log(found["gen_ppl"]) < high and found["reached"] == 1
 
     def test_interval_of_texts_that_share_their_noise(self):
-        """What makes a text better at all temperatures alike widens the interval as it does that of one temperature."""
+        """An effect that a text's noise has at all temperatures widens the interval as much as at a single temperature."""
         rng = np.random.default_rng(0)
         luck = rng.normal(0, 0.5, size=400)
         curve = [
@@ -84,7 +84,7 @@ class TestPerplexityAtEntropy:
         low, high = np.log(perplexity_at_entropy([0.9, 1.0], curve, 4.5, 2000)["gen_ppl_interval"])
         assert high - low == pytest.approx(2 * 1.96 * 0.5 / 400**0.5, rel=0.1)
 
-    def test_no_interval_where_the_end_is_near(self):
+    def test_no_interval_near_the_end_of_the_frontier(self):
         rng = np.random.default_rng(0)
         curve = [texts(4.0, 3.0, 50), texts(5.0, 4.0, 50) | {"entropies": rng.normal(5.0, 0.5, size=50).tolist()}]
         end = float(np.mean(curve[1]["entropies"]))
@@ -97,7 +97,7 @@ class TestPerplexityAtEntropy:
         curve[1]["token_counts"][2] = 0
         assert perplexity_at_entropy([0.9, 1.0], curve, 4.5)["gen_ppl"] == pytest.approx(math.exp(3.5))
 
-    def test_mistakes_are_named(self):
+    def test_perplexity_at_entropy_names_wrong_arguments(self):
         with pytest.raises(ValueError, match="`temperatures` has 1 values, but `results` 2"):
             perplexity_at_entropy([1.0], [texts(4.0, 3.0)] * 2, 4.0)
         with pytest.raises(ValueError, match="`num_resamples` must be at least 1"):
@@ -126,7 +126,7 @@ def test_plot_frontier_draws_a_curve_for_each_number_of_steps(tmp_path, monkeypa
     assert (tmp_path / "frontier.png").stat().st_size > 1000
 
 
-# MAUVE of (40, 30, 15, 10, 5) texts of each kind and of other numbers, by mauve-text 0.4.0.
+# MAUVE between clusters of (40, 30, 15, 10, 5) texts and of the sizes below, by mauve-text 0.4.0.
 MAUVE = {
     (20, 20, 20, 20, 20): 0.8606751833863442,
     (35, 30, 15, 10, 10): 0.9983226292452807,
@@ -136,7 +136,7 @@ MAUVE = {
 
 class TestMAUVE:
     def test_divergence_frontier_by_hand(self):
-        """In the middle, the divergences to the mean of both distributions, which the Jensen-Shannon divergence averages."""
+        """The middle of the curve has the divergences to the mean distribution, as in the Jensen-Shannon divergence."""
         p, q = np.array([0.5, 0.5, 0.0]), np.array([0.25, 0.25, 0.5])
         curve = divergence_frontier(p, q, scaling=2.0, num_points=25)
         assert curve.shape == (27, 2) and (np.diff(curve[:, 0]) > 0).all() and (np.diff(curve[:, 1]) < 0).all()
@@ -146,7 +146,7 @@ class TestMAUVE:
 
     def test_compute_mauve_of_known_clusters(self):
         """
-        Of what lies in clusters that nobody could confuse, it depends on their frequencies alone, in whatever way they are found.
+        With clusters that are far apart, MAUVE depends on their frequencies only, and on no detail of the clustering.
         """
         rng = np.random.default_rng(0)
         centers = 5 * np.eye(5)
@@ -167,13 +167,13 @@ class TestMAUVE:
         assert values == sorted(values, reverse=True) and values[0] > 0.9 and values[-1] < 0.1
         assert compute_mauve(np.ones((5, 3)), np.ones((4, 3))) == 1
 
-    def test_compute_mauve_names_mistakes(self):
+    def test_compute_mauve_names_wrong_arguments(self):
         with pytest.raises(ValueError, match="at least 2 texts each"):
             compute_mauve(np.ones((1, 3)), np.ones((4, 3)))
         with pytest.raises(ValueError, match="`num_clusters` must be between 2 and the 8 texts"):
             compute_mauve(np.eye(4), np.eye(4), num_clusters=9)
 
-    def test_embed_texts_has_the_last_state_of_each(self):
+    def test_embed_texts_returns_the_last_state_of_each_text(self):
         lines = ["the cat sat on the mat", "", "a dog", "the cat"]
         features = embed_texts(lines, SCORER, batch_size=3, max_length=5, device="cpu")
         model, tokenizer = AutoModelForCausalLM.from_pretrained(SCORER), AutoTokenizer.from_pretrained(SCORER)
@@ -188,23 +188,23 @@ class TestThroughput:
     def test_measure_throughput(self):
         calls = []
 
-        def write(batch_size: int) -> int:
+        def generate(batch_size: int) -> int:
             calls.append(batch_size)
             time.sleep(0.01)
             return 12 * batch_size
 
-        rows = measure_throughput(write, [1, 4], min_seconds=0.0, min_repeats=5)
+        rows = measure_throughput(generate, [1, 4], min_seconds=0.0, min_repeats=5)
         assert calls == [1] * 6 + [4] * 6  # the first is to warm up
         for row, batch_size in zip(rows, (1, 4)):
             assert row["batch_size"] == batch_size
             assert 20 * batch_size < row["texts_per_second"] <= 100 * batch_size
             assert row["tokens_per_second"] == pytest.approx(12 * row["texts_per_second"])
 
-    def test_measure_throughput_where_memory_does_not_suffice(self):
-        def write(batch_size: int) -> int:
+    def test_measure_throughput_out_of_memory(self):
+        def generate(batch_size: int) -> int:
             if batch_size > 8:
                 raise torch.OutOfMemoryError
             return batch_size
 
-        small, large = measure_throughput(write, [8, 16], min_seconds=0.0)
+        small, large = measure_throughput(generate, [8, 16], min_seconds=0.0)
         assert small["texts_per_second"] > 0 and large["texts_per_second"] is large["tokens_per_second"] is None

@@ -58,14 +58,14 @@ def test_loglikelihood_is_the_conditional_bound(model):
         known = torch.zeros_like(tokens)
         known[:, : len(model.tok_encode(request.args[0]))] = 1
         assert known.sum() == (7 if request.args[0] else 0)
-        number = 0 if request.args[0] else index  # noise is that of the context
+        number = 0 if request.args[0] else index  # the noise belongs to the context
         generator = torch.Generator().manual_seed(example_seed(0, harness.LIKELIHOOD_STREAM, number))
         output = model.model.log_likelihood_bound(tokens, prompt_mask=known, num_times=4, generator=[generator])
         assert value == pytest.approx(output.log_likelihood.item(), rel=1e-4)
         assert is_greedy in (True, False)
 
 
-def test_texts_that_are_over_where_a_continuation_is(folder, model):
+def test_append_eos_ends_texts_after_the_continuation(folder, model):
     whole = harness.FLMHarnessModel(str(folder), num_times=4, num_steps=2, append_eos=True)
     context = "max the clever bear lives"
     ((value, _),) = whole.loglikelihood([Request(context, " in a castle")], disable_tqdm=True)
@@ -89,7 +89,7 @@ def test_loglikelihood_rolling_adds_windows(model):
         model.loglikelihood([Request("", long)], disable_tqdm=True)
 
 
-def test_generate_until_goes_on_and_stops(model):
+def test_generate_until_continues_and_stops(model):
     whole, short, stopped = model.generate_until(
         [
             Request("max the clever", {}),
@@ -109,7 +109,7 @@ def questions(tmp_path_factory) -> list[dict]:
 
 
 class TestGrammarTask:
-    def test_one_end_of_four_is_right(self, questions):
+    def test_one_ending_of_four_is_correct(self, questions):
         for row in questions:
             stories = [f"{row['context']} {choice}" for choice in row["choices"]]
             assert [grammar.is_valid(story) for story in stories] == [index == row["answer"] for index in range(4)]
@@ -117,7 +117,7 @@ class TestGrammarTask:
 
     @pytest.mark.parametrize("kind", ["peer_gpt2", "peer_mdlm"])
     def test_peers(self, kind, questions, folder, tmp_path):
-        """As they are, and one text at a time among longer ones."""
+        """Likelihoods of a batch equal likelihoods of single texts."""
         tokenizer = AutoTokenizer.from_pretrained(folder)
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         config = FLMConfig(vocab_size=len(tokenizer), max_position_embeddings=30, attn_logit_softcapping=None, **sizes)

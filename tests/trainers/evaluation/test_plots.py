@@ -1,4 +1,4 @@
-"""The pictures: intervals, plain numbers at logarithmic axes, and panels that say what they show."""
+"""Plots: intervals, plain numbers on logarithmic axes, and labels of panels."""
 
 import pytest
 import quickstart
@@ -11,7 +11,7 @@ from modeling_flm.trainers.evaluation.plots import plain_log_ticks, plot, share_
 
 @pytest.fixture
 def figures(monkeypatch):
-    """What is saved as pictures."""
+    """The figures that are saved."""
     saved = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: saved.append(figure))
     return saved
@@ -22,7 +22,7 @@ def labels(axis) -> list[str]:
 
 
 @pytest.mark.parametrize("share, num_samples", [(0.0, 500), (0.276, 500), (0.95, 40), (0.998, 500), (1.0, 500)])
-def test_share_interval_has_the_shares_that_the_count_does_not_reject(share, num_samples):
+def test_share_interval_has_the_shares_that_the_score_test_accepts(share, num_samples):
     low, high = share_interval(share, num_samples)
     candidates = torch.linspace(0, 1, 200_001, dtype=torch.float64)
     deviation = (share - candidates).abs() / (candidates * (1 - candidates) / num_samples).sqrt()
@@ -35,7 +35,7 @@ def test_share_interval_has_the_shares_that_the_count_does_not_reject(share, num
 
 
 @pytest.mark.parametrize("share, num_samples", [(1.2, 500), (-0.1, 500), (0.5, 0)])
-def test_share_interval_refuses_what_is_no_share(share, num_samples):
+def test_share_interval_refuses_other_numbers(share, num_samples):
     with pytest.raises(ValueError, match="`share` must be from 0 to 1 and `num_samples` at least 1"):
         share_interval(share, num_samples)
 
@@ -46,7 +46,7 @@ def test_plain_log_ticks_are_plain_numbers(low, high):
     axes.set(yscale="log", ylim=(low, high))
     plain_log_ticks(axes.yaxis)
     axes.figure.draw_without_rendering()
-    ticks = [float(text) for text in labels(axes.yaxis)]  # "6 × 10¹" is no number
+    ticks = [float(text) for text in labels(axes.yaxis)]  # "6 × 10¹" does not parse
     assert len([tick for tick in ticks if low <= tick <= high]) >= 3
     assert len(axes.yaxis.get_minorticklocs()) == 0
 
@@ -87,7 +87,7 @@ def test_steering_draws_each_quantity_in_its_own_panel_with_intervals(figures, t
     assert "500 samples" in figures[0].get_suptitle()
 
 
-def test_report_keeps_the_numbers_at_points_within_the_frame(figures, tmp_path):
+def test_plot_keeps_labels_inside_the_frame(figures, tmp_path):
     rows = [
         {
             **{"num_steps": steps, "num_texts": 64, "seconds_per_text": 0.01 * steps},

@@ -1,4 +1,4 @@
-"""What texts repeat: self-BLEU, what is copied from the training texts, and real words."""
+"""Repetition: self-BLEU, copies of training texts, and real words."""
 
 import math
 import random
@@ -31,7 +31,7 @@ def test_split_words():
 
 class TestSelfBLEU:
     @pytest.mark.parametrize("num_words, longest", [(3, 9), (6, 30), (26, 12)])
-    def test_self_bleu_is_that_of_nltk(self, num_words, longest):
+    def test_self_bleu_equals_nltk(self, num_words, longest):
         texts = random_texts(40, num_words, longest, seed=longest)
         result = self_bleu(texts)
         filled = [text.split() for text in texts if text]
@@ -40,7 +40,7 @@ class TestSelfBLEU:
             for index, text in enumerate(filled)
         ]
         has_words = np.array([bool(text) for text in texts])
-        assert not has_words.all() or longest > 20  # of the short ones some are empty
+        assert not has_words.all() or longest > 20  # some of the short texts are empty
         assert result[has_words, 0] == pytest.approx(expected, rel=1e-9)
         assert 0 < np.mean(expected) < 1 and result[:, 1].tolist() == has_words.astype(float).tolist()
 
@@ -48,7 +48,7 @@ class TestSelfBLEU:
         copies = ["a cat sat on the mat .", "A cat sat on the mat."] * 2
         assert self_bleu(copies)[:, 0] == pytest.approx(1)
         assert self_bleu(["one two three", "four five six"])[:, 0].tolist() == [0, 0]
-        # 3 of 4 words, 2 of 3 pairs, 1 of 2 triples, and none of one: 0.1.
+        # Matches: 3 of 4 words, 2 of 3 pairs, 1 of 2 triples, and none of 1 quadruple, which counts as 0.1
         first, _ = self_bleu(["a b c d", "a b c e"])[:, 0]
         assert first == pytest.approx((3 / 4 * 2 / 3 * 1 / 2 * 0.1) ** (1 / 4))
 
@@ -64,7 +64,7 @@ def contains(training: list[str], words: list[str]) -> bool:
 
 class TestCopies:
     @pytest.mark.parametrize("sizes", [(2, 3), (1, 5), (4,)])
-    def test_copied_from_is_what_a_search_finds(self, sizes):
+    def test_copied_from_equals_a_search(self, sizes):
         training = random_texts(60, 4, 9, seed=1)
         lists = [random_texts(80, 4, 7, seed=2), [text[3:] for text in training[:20]]]
         results = copied_from(lists, iter(training), sizes)
@@ -85,7 +85,7 @@ class TestCopies:
         assert counts["copied_3"].tolist() == [[2, 4], [0, 0], [3, 3], [0, 1]]
         assert counts["copied_texts"][:, 0].tolist() == [0, 1, 1, 0]
 
-    def test_copied_texts_that_are_longer_than_ngrams(self):
+    def test_copied_texts_longer_than_ngrams(self):
         training = ["a b c d e f g h i j"]
         (counts,) = copied_from([["b c d e f g", "b c d e f x", "b c d e f g h i j k"]], training, sizes=(2, 4))
         assert counts["copied_texts"][:, 0].tolist() == [1, 0, 0]

@@ -120,7 +120,7 @@ class TestCausalSamples:
         def callback():
             calls.append(1)
             if len(calls) == 3:
-                raise KeyError("nobody waits")
+                raise KeyError("cancelled")
 
         with pytest.raises(KeyError):
             generate_causal_samples(causal, [[0]], sample_generators(0, [0]), 8, callback=callback)
