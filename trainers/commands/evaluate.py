@@ -99,7 +99,7 @@ class EvaluationArguments:
     )
     revision: str = HfArg(default="main", help="Branch, tag or commit of the model.")
     protocol: str | None = HfArg(
-        default=None, help="published measures as the paper does.", metadata={"choices": ["published"]}
+        default=None, help="published: evaluate exactly as the paper does.", metadata={"choices": ["published"]}
     )
     num_steps: list[int] | None = HfArg(default=None, help="Numbers of sampling steps. By default 1, 2, 4 and 8.")
     timestep_grid: list[float] | None = HfArg(
