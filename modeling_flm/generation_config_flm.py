@@ -1,113 +1,143 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters of generation, and what it returns."""
+"""Parameters and output of `generate()`: defaults, precedence, and the sampler, rounds and processors that they select."""
 
-import copy
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import (
+    CompileConfig,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    GenerationConfig,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 
-from .sampling_flm import SamplerConfig, StochasticFlowMapSamplerConfig, load_sampler_config
+from .sampling_flm import (
+    BlockByBlock,
+    CommitRule,
+    PosteriorRefinement,
+    SamplerConfig,
+    StochasticFlowMapSamplerConfig,
+    load_sampler_config,
+)
 
 
 logger = logging.get_logger(__name__)
 
 
-# Parameters of transformers that do not exist here, and what to pass instead.
+# Parameters of transformers that do not exist here, and what to pass instead
 _RENAMED_PARAMETERS = {
     "num_return_sequences": "pass `num_samples`, the number of samples in all; a pipeline accepts both",
-    "max_new_tokens": "pass `length`, the number of tokens of a text with its prompt",
+    "max_new_tokens": "pass `length`, the number of tokens of a sample with its prompt",
     "max_length": "pass `length`",
-    "min_length": "pass `length`; texts end where `pad_after_eos` finds their end",
-    "min_new_tokens": "pass `length`; texts end where `pad_after_eos` finds their end",
-    "do_sample": "leave it out: texts differ by their noise, see `generator`; `BridgeSamplerConfig` draws tokens, too",
-    "num_beams": "leave it out: texts are not written token by token",
+    "min_length": "pass `length`; with `pad_after_eos`, texts end at their first EOS token",
+    "min_new_tokens": "pass `length`; with `pad_after_eos`, texts end at their first EOS token",
+    "do_sample": "leave it out: samples differ by their noise, see `generator`; `BridgeSamplerConfig` also draws tokens",
+    "num_beams": "leave it out: tokens are generated in parallel",
     "repetition_penalty": "pass a `logits_processor`",
     "seed": "pass `generator=torch.Generator().manual_seed(seed)`",
-    "stopping_criteria": "pass `pad_after_eos=True` for texts that end, or a `callback` to watch every step",
-    "return_full_text": "leave it out: texts have their prompts in them",
+    "stopping_criteria": "pass `pad_after_eos=True` to end texts at their EOS token, or a `callback` to watch every step",
+    "return_full_text": "leave it out: samples include their prompts",
     "num_inference_steps": "pass `num_steps`",
 }
 
-# What `transformers.TextGenerationPipeline` passes of its own accord.
+# Parameters that `transformers.TextGenerationPipeline` always passes
 _OF_OTHER_PIPELINES = {"max_new_tokens", "do_sample"}
+
+# Processors that look at the prefix, which is empty: all tokens are generated in parallel
+_NEEDS_PREFIX = (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 
 class FLMGenerationConfig(GenerationConfig):
     # no-format
     r"""
-    Parameters of [`~FLMGenerationMixin.generate`], saved in `generation_config.json`. `None` stands for the default of
-    the model.
+    Parameters of [`~FLMGenerationMixin.generate`], saved in `generation_config.json`. `None` stands for the model's default.
 
     Args:
         num_samples (`int`, *optional*, defaults to 1):
-            The number of texts to generate.
+            Number of samples in all.
         num_steps (`int`, *optional*, defaults to 64):
-            The number of steps from noise to text, which is the number of forward passes; with `num_rounds` or `block_length`
-            that of each round or block.
+            Number of steps from noise to text, which is the number of forward passes. With `num_rounds` or `block_length`,
+            the number of steps of each round or block.
         timestep_grid (`list[float]`, *optional*):
-            The reparameterized times of the steps, from 0 to 1, by default evenly spaced. They set `num_steps`.
+            Reparameterized times of the steps, increasing from 0 to 1. Evenly spaced by default. Sets `num_steps`.
         length (`int`, *optional*):
-            The number of tokens of each text. By default the length that the model was trained for
+            Number of tokens of each sample, prompt included. By default the length that the model was trained for
             (`config.max_position_embeddings`).
         batch_size (`int`, *optional*, defaults to 64):
-            The most texts that are generated at a time. It changes speed and memory, not the texts.
+            Maximum number of samples per forward pass. Changes speed and memory, not the samples.
         temperature (`float`, *optional*):
-            Divides the logits of every step. Below 1 texts become more likely and less diverse. Without effect where
-            only the largest logit counts, which is at the last step without guidance, unless tokens are drawn. With
-            `num_rounds`, probabilities decide which tokens are kept, and they are those after temperature, top-k, top-p and
-            guidance.
+            Divides the logits of every step. Below 1, samples become more likely and less diverse. Has no effect where only
+            the largest logit counts: at the last step without guidance, unless tokens are drawn. With `num_rounds`, tokens
+            are committed by their probability after temperature, top-k, top-p and guidance.
         top_k (`int`, *optional*):
             Keeps the `top_k` most likely tokens of each position at every step.
         top_p (`float`, *optional*):
-            Keeps the smallest set of tokens of each position whose probabilities reach `top_p`.
+            Keeps the smallest set of tokens of each position whose probabilities sum to `top_p`.
         gamma (`float`, *optional*):
-            Short for `sampler_config=StochasticFlowMapSamplerConfig(gamma)`: the share of the noise, in [0, 1], that is drawn
-            anew at every step but the last. 0 follows the flow, which is the default.
+            Shortcut for `sampler_config=StochasticFlowMapSamplerConfig(gamma)`: share of the noise, in [0, 1], that is drawn
+            anew at every step but the last. The default, 0, follows the flow.
         sampler_config ([`FlowMapSamplerConfig`], [`StochasticFlowMapSamplerConfig`] or [`BridgeSamplerConfig`], *optional*):
-            What a step takes from the model, and how it moves the state. Follows the flow by default.
+            The sampler: how a step estimates the text and moves the state. Follows the flow by default.
         num_rounds (`int`, *optional*):
-            Posterior refinement: how often what is not known is written, each time from noise. After each round some tokens
-            become known. The model should be told the time of each token (`config.per_token_timesteps`).
+            Number of refinement rounds (posterior refinement). Each round regenerates all unknown tokens from noise, then
+            commits some of them. Works best for models with `config.per_token_timesteps`.
         commit_threshold (`float`, *optional*):
-            Tokens become known after a round of posterior refinement if their probability is at least this. By default none
-            does for that reason. (With guidance, which leaves the simplex, a "probability" may be above 1.)
+            Commits tokens with at least this probability after each round. By default no token is committed by threshold.
+            (With guidance, which leaves the simplex, a "probability" may exceed 1.)
         commit_budget (`int` or `str`, *optional*, defaults to `"uniform"`):
-            How many of the likeliest tokens of each text become known after a round whatever their probability: a number, or
-            `"uniform"` for as many as leave equally many to each round.
+            Number of tokens of each sample that are committed after each round whatever their probability, the most likely
+            first. `"uniform"` commits the same number in every round.
         block_length (`int`, *optional*):
-            Writes texts from left to right, so many tokens at a time. Each time everything to the right is written, too, and
-            dropped.
+            Generates left to right in blocks of this many tokens. Positions to the right of the block are generated as well,
+            then discarded.
         fresh_noise (`bool`, *optional*, defaults to `True`):
-            Whether tokens that are written again start from new noise, and not from what they started from before. Only new
-            noise is independent of the tokens that are known by then.
+            Whether later rounds or blocks start from new noise, instead of the noise of the first one. Only new noise is
+            independent of the tokens committed so far.
         guidance_scale (`float`, *optional*):
-            How far to go beyond the model, away from the `guidance_model` (autoguidance). 0 turns it off.
+            Strength of autoguidance: how far to extrapolate away from the `guidance_model`. 0 turns it off.
         reward_scale (`float`, *optional*):
-            The weight of the `reward`. In many steps, and as long as it is small, texts become more likely by the factor
-            `exp(reward_scale * reward)`; in few, less so. 0 turns it off.
+            Weight of the `reward`. With many steps and a small scale, texts become more likely by the factor
+            `exp(reward_scale * reward)`; with few steps, by less. 0 turns it off.
         pad_after_eos (`bool`, *optional*, defaults to `False`):
-            Whether texts end at their first end-of-sequence token, after which there is nothing but padding. With rounds or
-            blocks, nothing more is written after an end that is known.
+            Whether texts end at their first EOS token, followed by padding. With rounds or blocks, nothing is generated after
+            a committed EOS token.
         output_drafts (`bool`, *optional*, defaults to `False`):
-            Whether to return the tokens of every step, or of every round or block.
+            Whether to return the tokens of every step, round or block.
         return_dict_in_generate (`bool`, *optional*, defaults to `False`):
-            Whether to return a [`FLMGenerationOutput`] rather than the tokens alone.
+            Whether to return a [`FLMGenerationOutput`] instead of the tokens alone.
         bos_token_id (`int`, *optional*):
-            The token that begins a text. The pipeline begins prompts with it.
+            Beginning-of-sequence token. The pipeline puts it before prompts.
         eos_token_id (`int` or `list[int]`, *optional*):
-            The token that ends a text, or several, for `pad_after_eos`.
+            End-of-sequence token, or several, for `pad_after_eos`.
         pad_token_id (`int`, *optional*):
-            The token that fills a text up. By default `eos_token_id`.
+            Padding token. By default `eos_token_id`.
     """
 
+    # Names of the parameters of a call, in a resolved configuration: errors and warnings are about these only
+    _passed: frozenset[str] = frozenset()
+
     def __init__(self, **kwargs):
-        # The parent's attributes are about autoregressive decoding: none of them is wanted here.
+        # The parent's `__init__` is not called: its attributes are about autoregressive decoding.
         self.num_samples: int | None = kwargs.pop("num_samples", None)
         self.num_steps: int | None = kwargs.pop("num_steps", None)
         self.length: int | None = kwargs.pop("length", None)
@@ -140,25 +170,25 @@ class FLMGenerationConfig(GenerationConfig):
         self.validate()
 
     def __setattr__(self, name: str, value: Any):
-        # Once `__init__` is through: what nobody would read is refused here, not where a saved folder is loaded.
+        # After `__init__`, reject parameters that would be ignored.
         if "transformers_version" in vars(self) and not name.startswith("_") and name not in vars(self):
             raise AttributeError(f"Unknown generation parameter {self._suggest([name])}.")
         super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As [`~transformers.GenerationConfig.from_dict`]: what a file has that this version does not know is left out."""
+        """As [`~transformers.GenerationConfig.from_dict`]. Unknown parameters are ignored with a warning."""
         known = vars(cls())
         if unknown := sorted(config_dict.keys() - known.keys()):
             logger.warning(f"generation_config.json has unknown parameters, which are ignored: {', '.join(unknown)}.")
         return super().from_dict({name: value for name, value in config_dict.items() if name in known}, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The parameters that are not `None`, which are those that are saved."""
+        """Returns the parameters that are not `None`, to be saved."""
         return {name: value for name, value in super().to_diff_dict().items() if value is not None}
 
     def _suggest(self, names) -> str:
-        """The unknown `names`, each with what to pass in its place, or the parameter that may have been meant."""
+        """Lists unknown `names`, each with what to pass instead or a similar name."""
         known = [name for name in vars(self) if not name.startswith("_")]
         hints = []
         for name in names:
@@ -170,7 +200,7 @@ class FLMGenerationConfig(GenerationConfig):
         return ", ".join(hints)
 
     def validate(self, **kwargs):
-        """Raises a `ValueError` that names the parameter whose value cannot be used."""
+        """Raises a `ValueError` that names the parameter with an invalid value."""
         for name in ("num_samples", "num_steps", "length", "batch_size", "top_k", "num_rounds", "block_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -216,12 +246,16 @@ class FLMGenerationConfig(GenerationConfig):
             "return_dict_in_generate": False,
         }
 
+    def was_passed(self, name: str) -> bool:
+        """Whether the call set this parameter. Other values are stored with the model, or defaults."""
+        return name in self._passed
+
     def get_generation_mode(self, *args, **kwargs):
         raise NotImplementedError(f"{type(self).__name__} has no generation modes: there is one sampler.")
 
     @classmethod
     def from_model_config(cls, model_config):
-        """A configuration with the special tokens of the model."""
+        """Returns a configuration with the special tokens of the model."""
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         return cls(**{name: getattr(model_config, name) for name in names})
 
@@ -235,13 +269,13 @@ class FLMGenerationOutput(ModelOutput):
         sequences (`torch.LongTensor` of shape `(num_samples, length)`):
             The generated tokens.
         drafts (`torch.LongTensor` of shape `(num_samples, num_drafts, length)`, *optional*, returned when `output_drafts=True`):
-            The tokens that were most likely, or drawn, at every step; with `num_rounds` or `block_length` those that every
-            round or block ended with. The last draft is the text, before `pad_after_eos`.
+            The most likely or drawn tokens after every step, or with `num_rounds` or `block_length` after every round or
+            block. The last draft is the sample before `pad_after_eos`.
         num_forward_passes (`torch.LongTensor` of shape `(num_samples,)`):
-            How often the model was evaluated for each text: once a step, and once more with a reward. Rounds and blocks that
-            find nothing to write in a text do not count.
+            Number of forward passes for each sample: one per step, or two with a reward. Rounds and blocks with nothing to
+            generate do not count.
         commit_rounds (`torch.LongTensor` of shape `(num_samples, length)`, *optional*, returned with `num_rounds` or `block_length`):
-            The round or block, from 1, after which each token was known, and 0 where it was from the beginning.
+            The round or block, from 1, that committed each token; 0 for tokens of the prompt.
     """
 
     sequences: torch.LongTensor | None = None
@@ -250,55 +284,59 @@ class FLMGenerationOutput(ModelOutput):
     commit_rounds: torch.LongTensor | None = None
 
 
-def explicit_settings(generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of this call, without the model's own."""
-    explicit = generation_config.to_diff_dict() if isinstance(generation_config, GenerationConfig) else {}
-    return {name: value for name, value in {**explicit, **kwargs}.items() if value is not None}
-
-
-def set_sizes(
-    kwargs: dict[str, Any],
-    explicit: dict[str, Any],
-    input_ids: torch.Tensor | None,
-    masks: tuple[torch.Tensor | None, torch.Tensor | None],
-    prior_state: torch.Tensor | None,
+def check_types(
+    generator: Any,
+    logits_processor: Any,
+    prior_state: Any,
+    noise_source: Any,
+    streamer: Any,
+    callback: Any,
+    compile_config: Any,
 ):
-    """Puts `num_samples` and `length` into `kwargs` where other arguments say them."""
-    attention_mask, prompt_mask = masks
-    sizes = {name: explicit[name] for name in ("num_samples", "length") if name in explicit}
-    if prior_state is not None and prior_state.dim() == 3:
-        sizes = {"num_samples": prior_state.shape[0], "length": prior_state.shape[1]} | sizes
-    whole = prompt_mask if prompt_mask is not None else attention_mask if input_ids is None else None
-    if whole is not None:  # it has all positions of a text
-        length = sizes.setdefault("length", whole.shape[1])
-        if attention_mask is not None and length != whole.shape[1]:
-            raise ValueError(
-                f"`attention_mask` has {whole.shape[1]} positions, which are all there are: leave out `length={length}`."
-            )
-    tensor = input_ids if input_ids is not None else attention_mask
-    if tensor is not None:
-        num_samples = sizes.setdefault("num_samples", len(tensor))
-        if isinstance(num_samples, int) and (num_samples < 1 or num_samples % max(len(tensor), 1) != 0):
-            name = "input_ids" if input_ids is not None else "attention_mask"
-            raise ValueError(
-                f"`num_samples={num_samples}` is not a multiple of the {len(tensor)} rows of `{name}`: every row has "
-                "equally many texts."
-            )
-    kwargs.update(sizes)
+    """Raises a `ValueError` for an argument of `generate` of a wrong type."""
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(each, torch.Generator) for each in generators):
+        raise ValueError(
+            f"`generator` must be a `torch.Generator`, or a list of one for each sample, got {generator!r}. For a seed pass "
+            "`torch.Generator().manual_seed(seed)`."
+        )
+    if logits_processor is not None and not isinstance(logits_processor, list):
+        raise ValueError("`logits_processor` must be a `LogitsProcessorList`: put a single processor into a list.")
+    if prior_state is not None and not isinstance(prior_state, torch.Tensor):
+        raise ValueError(f"`prior_state` must be a tensor, got `{type(prior_state).__name__}`.")
+    if streamer is not None and not isinstance(streamer, BaseStreamer):
+        raise ValueError(
+            f"`streamer` must be a streamer, such as `TextDiffusionStreamer(tokenizer)`, got {streamer!r}."
+        )
+    for name, function, takes in (
+        ("noise_source", noise_source, "sample indices"),
+        ("callback", callback, "step, num_steps and tokens"),
+    ):
+        if function is not None and not callable(function):
+            raise ValueError(f"`{name}` must be a function of {takes}, got {function!r}.")
+    if compile_config is not None and not isinstance(compile_config, CompileConfig):
+        raise ValueError(f"`compile_config` must be a `CompileConfig`, got `{type(compile_config).__name__}`.")
 
 
-def prepare_generation_config(
+def resolve_generation_config(
+    stored: FLMGenerationConfig,
     generation_config: GenerationConfig | None,
     kwargs: dict[str, Any],
-    explicit: dict[str, Any],
-    own: FLMGenerationConfig,
+    sizes: dict[str, int],
     max_length: int,
 ) -> FLMGenerationConfig:
-    """Parameters by precedence: arguments, `generation_config`, those of the model (`own`), defaults."""
-    if generation_config is None:
-        config = copy.deepcopy(own)
-    else:
-        config = own_generation_config(generation_config)
+    """
+    Returns the parameters of a call by precedence: `kwargs`, `generation_config`, `sizes`, `stored`, defaults. The result has
+    one sampler, and either rounds, blocks or neither.
+
+    Args:
+        stored ([`FLMGenerationConfig`]): The configuration stored with the model.
+        generation_config ([`~transformers.GenerationConfig`], *optional*): The argument of the call.
+        kwargs (`dict[str, Any]`): Single parameters of the call.
+        sizes (`dict[str, int]`): `num_samples` and `length`, where tensors of the call imply them.
+        max_length (`int`): The maximum length of the model.
+    """
+    config = FLMGenerationConfig() if generation_config is None else as_flm_generation_config(generation_config)
     if unknown := [name for name in kwargs if name.startswith("_") or name not in vars(config)]:
         message = f"`generate()` got unknown arguments: {config._suggest(unknown)}."
         if _OF_OTHER_PIPELINES <= set(unknown):
@@ -307,35 +345,141 @@ def prepare_generation_config(
                 "`pipeline_class=modeling_flm.FLMPipeline`, or the name or folder of the model."
             )
         raise ValueError(message)
-    config.update(**kwargs)
-    config.update(defaults_only=True, **own.to_dict())
-    if "num_steps" in explicit and "timestep_grid" not in explicit:
-        config.timestep_grid = None
-    elif config.timestep_grid is not None:
-        if explicit.get("num_steps", len(config.timestep_grid) - 1) != len(config.timestep_grid) - 1:
-            raise ValueError(
-                f"`num_steps={explicit['num_steps']}` does not match the {len(config.timestep_grid)} times of `timestep_grid`: leave it out."
-            )
-        config.num_steps = len(config.timestep_grid) - 1
-    config.update(defaults_only=True, **config._get_default_generation_params())
-    config.update(defaults_only=True, length=max_length)
+    config.update(**{name: value for name, value in kwargs.items() if value is not None})
+    config._passed = frozenset(name for name, value in vars(config).items() if value is not None)
+    config.update(defaults_only=True, **sizes)
+    config.update(defaults_only=True, **stored.to_dict())
+    _resolve_steps(config)
+    config.update(defaults_only=True, **config._get_default_generation_params(), length=max_length)
     if config.length > max_length:
         raise ValueError(
-            f"`length` is {config.length}, but the model was made for at most {max_length} tokens "
+            f"`length` is {config.length}, but the model has at most {max_length} positions "
             "(`config.max_position_embeddings`)."
         )
+    _resolve_sampler(config)
+    _resolve_rounds(config)
+    if config.pad_after_eos and config.eos_token_id is None:
+        raise ValueError("`pad_after_eos` needs an `eos_token_id`.")
     return config
 
 
-def own_generation_config(generation_config: GenerationConfig) -> FLMGenerationConfig:
-    """A copy of what the user set, as the model's own class: code from a repository has another one than a package."""
+def _resolve_steps(config: FLMGenerationConfig):
+    """`num_steps` of a call replaces a stored grid; otherwise a grid sets `num_steps`."""
+    if config.was_passed("num_steps") and not config.was_passed("timestep_grid"):
+        config.timestep_grid = None
+    elif config.timestep_grid is not None:
+        num_steps = len(config.timestep_grid) - 1
+        if config.was_passed("num_steps") and config.num_steps != num_steps:
+            raise ValueError(
+                f"`num_steps={config.num_steps}` does not match the {num_steps + 1} times of `timestep_grid`: leave it out."
+            )
+        config.num_steps = num_steps
+
+
+def _resolve_sampler(config: FLMGenerationConfig):
+    """The sampler of a call replaces the stored one; `gamma` is a shortcut for a sampler."""
+    if config.was_passed("sampler_config"):
+        if config.was_passed("gamma") and config.gamma:
+            raise ValueError(
+                f"`gamma={config.gamma}` cannot be combined with `sampler_config`: leave it out, or pass "
+                f"`StochasticFlowMapSamplerConfig(gamma={config.gamma})`."
+            )
+    elif config.was_passed("gamma") or config.sampler_config is None:
+        config.sampler_config = StochasticFlowMapSamplerConfig(config.gamma or 0.0)
+
+
+def _resolve_rounds(config: FLMGenerationConfig):
+    """Rounds or blocks of a call replace stored ones."""
+    if config.was_passed("num_rounds") and config.was_passed("block_length"):
+        raise ValueError("`num_rounds` cannot be combined with `block_length`: leave one of them out.")
+    if config.was_passed("block_length"):
+        config.num_rounds = None
+    elif config.num_rounds is not None:
+        config.block_length = None
+    for name in ("commit_threshold", "commit_budget"):
+        if config.was_passed(name) and config.num_rounds is None:
+            raise ValueError(f"`{name}={getattr(config, name)!r}` needs `num_rounds`, such as 4.")
+    if config.was_passed("fresh_noise") and config.num_rounds is None and config.block_length is None:
+        raise ValueError(f"`fresh_noise={config.fresh_noise}` needs `num_rounds` or `block_length`.")
+
+
+def as_flm_generation_config(generation_config: GenerationConfig) -> FLMGenerationConfig:
+    """
+    Copies the parameters of a configuration, which may be of another class of this name: remote code and an installed package
+    have different classes.
+    """
     if not isinstance(generation_config, GenerationConfig):
         raise ValueError(
-            f"`generation_config` must be a `{FLMGenerationConfig.__name__}`, got "
-            f"`{type(generation_config).__name__}`."
+            f"`generation_config` must be a `{FLMGenerationConfig.__name__}`, got `{type(generation_config).__name__}`."
         )
     settings = generation_config.to_diff_dict()
     return FLMGenerationConfig(**{name: value for name, value in settings.items() if value is not None})
+
+
+def build_commit_rule(config: FLMGenerationConfig) -> CommitRule:
+    """Returns the rule for refinement rounds or blocks that a resolved configuration selects."""
+    if config.num_rounds is not None:
+        threshold, budget = config.commit_threshold, config.commit_budget
+        return PosteriorRefinement(config.num_rounds, threshold, budget, config.fresh_noise)
+    if config.block_length is not None:
+        return BlockByBlock(config.block_length, config.length, config.fresh_noise)
+    return CommitRule()
+
+
+def build_logits_processor(
+    config: FLMGenerationConfig, logits_processor: LogitsProcessorList | None
+) -> LogitsProcessorList:
+    """Returns the processors of the call, followed by temperature, top-k and top-p."""
+    processors = LogitsProcessorList(logits_processor or [])
+    if config.temperature is not None and config.temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(float(config.temperature)))
+    if config.top_k is not None:
+        processors.append(TopKLogitsWarper(config.top_k))
+    if config.top_p is not None and config.top_p < 1.0:
+        processors.append(TopPLogitsWarper(config.top_p))
+    return processors
+
+
+def warn_about_compiled_forward(model: PreTrainedModel):
+    """Warns if the model's `forward` was compiled, which `generate` does not call."""
+    is_compiled = getattr(vars(model).get("forward"), "_torchdynamo_orig_callable", None) is not None
+    if model._compiled_call_impl is not None or is_compiled:
+        logger.warning_once(
+            "`generate()` does not call the compiled `forward`: pass `compile_config=CompileConfig()` to compile its steps, or "
+            "call `model.compile_regions()`."
+        )
+
+
+def warn_about_no_effect(config: FLMGenerationConfig, logits_processor: LogitsProcessorList | None, only_argmax: bool):
+    """
+    Warns about arguments of a call that have no effect.
+
+    Args:
+        config ([`FLMGenerationConfig`]): The resolved configuration.
+        logits_processor ([`~transformers.LogitsProcessorList`], *optional*): The processors of the call.
+        only_argmax (`bool`): Whether the last step uses nothing of the logits but their argmax.
+    """
+    neutral = {"temperature": 1.0, "top_k": None, "top_p": 1.0}
+    names = [name for name, value in neutral.items() if config.was_passed(name) and getattr(config, name) != value]
+    if names and config.num_steps == 1 and only_argmax:
+        logger.warning_once(
+            f"`{'`, `'.join(names)}` {'has' if len(names) == 1 else 'have'} no effect in one step, which returns the most likely "
+            "tokens: take more steps, or draw tokens with `sampler_config=BridgeSamplerConfig()`."
+        )
+    if config.was_passed("gamma") and config.gamma and config.num_steps == 1:
+        logger.warning_once("`gamma` has no effect in one step: take more steps.")
+    if names := sorted({type(each).__name__ for each in logits_processor or [] if _needs_prefix(each)}):
+        logger.warning_once(
+            f"`{'`, `'.join(names)}` conditions on previous tokens, but tokens are generated in parallel: it only affects single "
+            "tokens."
+        )
+
+
+def _needs_prefix(processor: Callable) -> bool:
+    """Whether a processor depends on the prefix, at least in part."""
+    if isinstance(processor, SequenceBiasLogitsProcessor):  # the base class of bad words, too
+        return any(len(sequence) > 1 for sequence in processor.sequence_bias)
+    return isinstance(processor, _NEEDS_PREFIX)
 
 
 __all__ = ["FLMGenerationConfig", "FLMGenerationOutput"]

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Samplers: what a step of generation takes from the model, and how it moves the state. A step is a function of what the model
-says, the times and the state; the loop is [`~FLMGenerationMixin.generate`]'s.
+Samplers, which turn the model's posterior into the next state, and rules that commit tokens after a refinement round. Both are
+functions without state; the loops are in [`~FLMGenerationMixin.generate`].
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from .time_reparameterization import TimeMap
 
 @dataclass
 class SamplerConfig:
-    """Configuration of a [`Sampler`]: the parameters that it is stored with."""
+    """Base class of the configurations of samplers, saved in `generation_config.json`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The parameters, and the name of the class to load them back into."""
+        """Returns the parameters and the name of the class."""
         return {**asdict(self), "_cls_name": type(self).__name__}
 
     def build(self) -> Sampler:
-        """The sampler."""
+        """Returns the sampler."""
         raise NotImplementedError
 
 
 @dataclass
 class FlowMapSamplerConfig(SamplerConfig):
-    """Configuration of a [`FlowMapSampler`], which has no parameters."""
+    """Configuration of a [`FlowMapSampler`]. It has no parameters."""
 
     def build(self) -> Sampler:
         return FlowMapSampler()
@@ -46,7 +46,7 @@ class StochasticFlowMapSamplerConfig(SamplerConfig):
 
     Args:
         gamma (`float`, *optional*, defaults to 1.0):
-            The share of the noise, in [0, 1] and in standard deviations, that is drawn anew at every step but the last.
+            Share of the noise, in [0, 1] and in standard deviations, that is drawn anew at every step but the last.
     """
 
     gamma: float = 1.0
@@ -62,7 +62,7 @@ class StochasticFlowMapSamplerConfig(SamplerConfig):
 
 @dataclass
 class BridgeSamplerConfig(SamplerConfig):
-    """Configuration of a [`BridgeSampler`], which has no parameters: `temperature`, `top_k` and `top_p` are those of all samplers."""
+    """Configuration of a [`BridgeSampler`]. It has no parameters besides the `temperature`, `top_k` and `top_p` of all samplers."""
 
     def build(self) -> Sampler:
         return BridgeSampler()
@@ -73,14 +73,14 @@ _CONFIGS = (FlowMapSamplerConfig, StochasticFlowMapSamplerConfig, BridgeSamplerC
 
 def load_sampler_config(value: Any) -> SamplerConfig:
     """
-    A sampler's configuration from what was stored of it, or from an object of this name: code that comes with a model has
-    other classes than an installed package.
+    Loads a sampler's configuration from a dictionary, or from an object of another class of the same name: remote code and an
+    installed package have different classes.
 
     Args:
-        value (`SamplerConfig` or `dict[str, Any]`): The configuration, or what its `to_dict` returned.
+        value (`SamplerConfig` or `dict[str, Any]`): The configuration, or the result of its `to_dict`.
 
     Returns:
-        [`SamplerConfig`]: of one of the samplers below.
+        [`SamplerConfig`]: The configuration of one of the samplers below.
     """
     classes = {config.__name__: config for config in _CONFIGS}
     settings = dict(value) if isinstance(value, dict) else {**vars(value)} if type(value).__name__ in classes else None
@@ -91,35 +91,35 @@ def load_sampler_config(value: Any) -> SamplerConfig:
 
 
 class Sampler:
-    """What a step takes from the model's posterior, and how it moves the state. Subclasses define `move`, and what differs."""
+    """Base class of samplers. A subclass defines `move`, and overrides `estimate` if it does not use the posterior mean."""
 
-    draws_noise = False  # new noise at every step but the last
-    draws_tokens = False  # tokens at every step
-    takes_rewards = True  # whether moving the state towards a reward goes with it
+    draws_noise = False  # whether every step but the last adds new noise
+    draws_tokens = False  # whether every step draws tokens
+    takes_rewards = True  # whether the sampler can be combined with a reward
 
     def target_tau(self, tau_s: torch.Tensor, tau_t: torch.Tensor, time_map: TimeMap) -> torch.Tensor:
-        """The reparameterized time that the model is asked to go to, in a step from `tau_s` to `tau_t`, of any shape."""
+        """Reparameterized target time of the model in a step from `tau_s` to `tau_t`, all of the same shape."""
         return tau_t
 
     def read_tokens(self, uniforms: torch.Tensor | None) -> Reader:
-        """How tokens are read from a posterior. `uniforms` has shape `(batch_size, sequence_length)` if tokens are drawn."""
+        """Returns the reader of tokens. `uniforms`, of shape `(batch_size, sequence_length)`, is needed to draw tokens."""
         return most_likely
 
     def estimate(
         self, posterior: Posterior, embedding: torch.Tensor, uniforms: torch.Tensor | None, with_tokens: bool
     ) -> tuple[torch.Tensor, torch.LongTensor | None]:
         """
-        What the text is estimated to be.
+        Estimates the clean text.
 
         Args:
-            posterior ([`~posterior_flm.Posterior`]): What the model says.
+            posterior ([`~posterior_flm.Posterior`]): The posterior of the clean tokens.
             embedding (`torch.Tensor` of shape `(vocab_size, embedding_size)`): The embedding of the states.
-            uniforms (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): To draw tokens by.
-            with_tokens (`bool`): Whether tokens are wanted, too.
+            uniforms (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): Uniform variables to draw tokens.
+            with_tokens (`bool`): Whether to return tokens as well.
 
         Returns:
-            `tuple[torch.Tensor, torch.LongTensor]`: the state of the estimate, of shape
-            `(batch_size, sequence_length, embedding_size)`, and tokens, or `None`.
+            `tuple[torch.Tensor, torch.LongTensor]`: The state of the estimated text, of shape
+            `(batch_size, sequence_length, embedding_size)`, and tokens of shape `(batch_size, sequence_length)` or `None`.
         """
         tokens = [self.read_tokens(uniforms)] if with_tokens else []
         mean, *tokens = posterior.read(mean_embedding(embedding), *tokens)
@@ -134,23 +134,26 @@ class Sampler:
         noise: torch.Tensor | None,
     ) -> torch.Tensor:
         """
-        The state at time `t`.
+        Moves the state from time `s` to time `t`.
 
         Args:
             state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state at time `s`.
             estimate (`torch.Tensor` of the shape of `state`): The state of the estimated text.
-            s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`): Interpolant times; where both are
-                1, the state stays.
+            s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
+                Interpolant times. Where `s` and `t` are 1, the state stays.
             t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at.
-            noise (`torch.Tensor` of the shape of `state`, *optional*): A new state of noise, if any is drawn.
+            noise (`torch.Tensor` of the shape of `state`, *optional*): New states of noise, if `draws_noise`.
+
+        Returns:
+            `torch.Tensor` of the shape of `state`.
         """
         raise NotImplementedError
 
 
 class FlowMapSampler(Sampler):
     r"""
-    Follows the flow, \\(x \leftarrow X_{s,t}(x)\\); for an FLM this is an Euler step. The text is what is most likely at the
-    end. Nothing is random but the noise that a text starts from.
+    Follows the flow, \\(x \leftarrow X_{s,t}(x)\\). For an FLM this is an Euler step. The last step returns the most likely
+    tokens. Deterministic, given the noise at the start.
     """
 
     def move(self, state, estimate, s, t, noise):
@@ -159,11 +162,11 @@ class FlowMapSampler(Sampler):
 
 class StochasticFlowMapSampler(Sampler):
     r"""
-    Draws a part of the noise anew at every step: goes on to the later time \\(u\\), and back to \\(t\\) with new noise, see
-    [`~flow.gamma_coefficients`]. It is meant for flow maps: an FLM, which cannot jump, needs `gamma` to be small.
+    Draws a part of the noise anew at every step: jumps to a later time \\(u\\), then adds new noise to return to \\(t\\), see
+    [`~flow.gamma_coefficients`]. Meant for flow maps: an FLM cannot jump, and needs a small `gamma`.
 
     Args:
-        gamma (`float`): The share of the noise, above 0 and at most 1.
+        gamma (`float`): Share of the noise, above 0 and at most 1.
     """
 
     draws_noise = True
@@ -183,10 +186,10 @@ class StochasticFlowMapSampler(Sampler):
 
 class BridgeSampler(Sampler):
     r"""
-    Draws tokens of the denoiser \\(D_s = \delta_{s,s}\\), and moves the state towards them along a bridge, see
-    [`~flow.bridge_coefficients`]; at the end the tokens that were drawn last are the text. So `temperature`, `top_k` and
-    `top_p` count at every step. Exact for a single token. The tokens of one step are drawn independently of each other, so
-    that texts have the model's joint distribution only in the limit of many steps.
+    Draws tokens from the denoiser \\(D_s = \delta_{s,s}\\) and moves the state towards them along a bridge, see
+    [`~flow.bridge_coefficients`]. The last step returns its drawn tokens, so `temperature`, `top_k` and `top_p` take effect at
+    every step. Exact for a single token. The tokens of one step are drawn independently, so samples have the model's joint
+    distribution only in the limit of many steps.
     """
 
     draws_noise = True
@@ -210,26 +213,26 @@ class BridgeSampler(Sampler):
 
 class CommitRule:
     """
-    A rule of which tokens become known after each round. This one is that of generation without rounds: everything is written
-    once, and stays.
+    Base class of the rules that commit tokens after each refinement round. Used itself, it commits all tokens at once:
+    generation without rounds.
     """
 
     num_rounds: int | None = None
     fresh_noise: bool = False
-    reads_probabilities = False  # of the tokens that were written
+    reads_probabilities = False  # whether `commit` needs the probabilities of the generated tokens
 
     @property
     def draws_noise(self) -> bool:
-        """Whether new noise is drawn on the way."""
+        """Whether later rounds start from new noise."""
         return self.fresh_noise and self.num_rounds > 1
 
     def due(self, round: int, is_open: torch.BoolTensor) -> torch.BoolTensor:
         """
-        The tokens that this round is about; a text that has none of them is left as it is.
+        Mask of the tokens that may be committed in this round. Sequences without any are not regenerated.
 
         Args:
-            round (`int`): The number of the round, from 0.
-            is_open (`torch.BoolTensor` of shape `(num_texts, length)`): Where tokens are not known.
+            round (`int`): Index of the round, from 0.
+            is_open (`torch.BoolTensor` of shape `(batch_size, length)`): Mask of the unknown tokens.
 
         Returns:
             `torch.BoolTensor` of the shape of `is_open`.
@@ -238,13 +241,13 @@ class CommitRule:
 
     def commit(self, round: int, probabilities: torch.Tensor | None, is_open: torch.BoolTensor) -> torch.BoolTensor:
         """
-        The tokens that are known from now on.
+        Mask of the tokens to commit after this round.
 
         Args:
-            round (`int`): The number of the round, from 0.
-            probabilities (`torch.Tensor` of shape `(num_texts, length)`, *optional*):
-                How likely the written tokens are, if the rule reads that.
-            is_open (`torch.BoolTensor` of shape `(num_texts, length)`): Where tokens are not known.
+            round (`int`): Index of the round, from 0.
+            probabilities (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
+                Probabilities of the generated tokens, if `reads_probabilities`.
+            is_open (`torch.BoolTensor` of shape `(batch_size, length)`): Mask of the unknown tokens.
 
         Returns:
             `torch.BoolTensor` of the shape of `is_open`.
@@ -255,16 +258,16 @@ class CommitRule:
 @dataclass
 class PosteriorRefinement(CommitRule):
     """
-    Every round writes what is not known. Tokens that are likely enough become known, and besides, the likeliest of each text up
-    to a budget; what is left is written again. After the last round everything stays as it is.
+    Posterior refinement: every round regenerates all unknown tokens, then commits those above a threshold and the most likely
+    ones up to a budget. The last round commits all tokens.
 
     Args:
-        num_rounds (`int`): The number of rounds.
-        threshold (`float`, *optional*): The probability that is enough. By default none is.
+        num_rounds (`int`): Number of rounds.
+        threshold (`float`, *optional*): Commit tokens with at least this probability. Disabled by default.
         budget (`int` or `str`, *optional*):
-            How many of the likeliest become known whatever their probability: a number of tokens, `"uniform"` for as many as
-            leave equally many to each round, or `None` for none.
-        fresh_noise (`bool`): Whether the rest starts from new noise, and not from what it started from before.
+            Number of tokens of each sequence to commit whatever their probability, the most likely first. `"uniform"` divides
+            the unknown tokens evenly among the rounds that are left; `None` commits none.
+        fresh_noise (`bool`): Whether later rounds start from new noise, instead of the noise of the first round.
     """
 
     num_rounds: int
@@ -292,13 +295,12 @@ class PosteriorRefinement(CommitRule):
 @dataclass
 class BlockByBlock(CommitRule):
     """
-    From left to right, a block at a time: every round writes what is not known up to the end of the text, and its block becomes
-    known.
+    Generation from left to right: every round regenerates all unknown tokens, and commits the next block.
 
     Args:
-        block_length (`int`): The number of tokens of a block.
-        length (`int`): The number of tokens of a text.
-        fresh_noise (`bool`): Whether the rest starts from new noise, and not from what it started from before.
+        block_length (`int`): Number of tokens of a block.
+        length (`int`): Number of tokens of a sequence.
+        fresh_noise (`bool`): Whether later rounds start from new noise, instead of the noise of the first round.
     """
 
     block_length: int

@@ -3,11 +3,12 @@
 """What several files share: chunks of positions, evaluation mode, and a limit of `torch.compile`."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 
 # How many probabilities are made at a time: 330 tokens at V = 50k on a CPU, where they should stay near the caches, and
@@ -60,3 +61,13 @@ def in_evaluation_mode(method: Callable) -> Callable:
 def raise_recompile_limit():
     """Lets `torch.compile` keep as many graphs of one function as several networks, shapes and modes come to."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+
+
+# Seconds before a progress bar appears. Most batches are finished by then.
+PROGRESS_DELAY = 2
+
+
+def progress(number: int, unit: str) -> Iterable[int]:
+    """Iterates over the steps or rounds of a batch, with a progress bar if they take long."""
+    options = {"desc": f"{unit.capitalize()}s", "unit": unit, "delay": PROGRESS_DELAY, "leave": None}
+    return range(number) if number == 1 else logging.tqdm(range(number), **options)

@@ -38,7 +38,7 @@ class TestPublishedValues:
         model = AutoModel.from_pretrained(tmp_path / "model")
         assert type(model).__name__ == name
         for steps in num_steps:
-            tokens = model.generate(prior_state=values["prior_state"], num_steps=steps)
+            tokens = model.generate(prior_state=values["prior_state"] @ model.state_embedding, num_steps=steps)
             assert torch.equal(tokens, values[f"{prefix}.tokens_{steps}"])
 
     def test_logits_with_remote_code(self, tmp_path):

@@ -55,6 +55,7 @@ PUBLISHED = {
         "joint_noise.py",
         "guidance_flm.py",
         "posterior_flm.py",
+        "randomness_flm.py",
         "sampling_flm.py",
         "time_reparameterization.py",
     ),

@@ -36,14 +36,11 @@ def noised(model, t: torch.Tensor) -> torch.Tensor:
     return ((1 - t) * VALUES["noise"] + t * one_hot) @ model.state_embedding
 
 
-def with_recorded_noise(model, monkeypatch):
-    """Has the sampler add the recorded noise of each step."""
-    noise = iter(VALUES["fmlm.fresh_noise"])
-
-    def draw(length, factor, generators):
-        return next(noise) @ model.state_embedding
-
-    monkeypatch.setattr(type(model), "_draw_noise", staticmethod(draw))
+def recorded_noise(model) -> dict:
+    """Arguments of `generate`: the recorded noise of the start and of each step."""
+    noise = iter(VALUES["fmlm.fresh_noise"] @ model.state_embedding)
+    prior_state = VALUES["prior_state"] @ model.state_embedding
+    return {"prior_state": prior_state, "noise_source": lambda samples: next(noise)[samples]}
 
 
 def arguments_of(kind: str) -> dict[str, torch.Tensor]:
@@ -102,23 +99,22 @@ class TestForward:
 class TestSampling:
     def test_flm_tokens(self, path):
         model = build("flm")
+        prior = VALUES["prior_state"] @ model.state_embedding
         for num_steps in SIZES["flm_steps"]:
-            tokens = model.generate(prior_state=VALUES["prior_state"], num_steps=num_steps, **sampling(path))
+            tokens = model.generate(prior_state=prior, num_steps=num_steps, **sampling(path))
             assert torch.equal(tokens, VALUES[f"flm.tokens_{num_steps}"])
 
     @pytest.mark.parametrize("gamma", SIZES["gammas"])
-    def test_gamma_tokens(self, gamma, path, monkeypatch):
+    def test_gamma_tokens(self, gamma, path):
         model = build("fmlm")
         for num_steps in SIZES["fmlm_steps"]:
-            with_recorded_noise(model, monkeypatch)
             options = {"num_steps": num_steps, "gamma": gamma, **sampling(path)}
-            tokens = model.generate(prior_state=VALUES["prior_state"], **options)
+            tokens = model.generate(**recorded_noise(model), **options)
             assert torch.equal(tokens, VALUES[f"fmlm.gamma{gamma}_tokens_{num_steps}"])
 
     @pytest.mark.parametrize("gamma", SIZES["gammas"])
     def test_gamma_states_and_times(self, gamma, monkeypatch):
         model = build("fmlm")
-        with_recorded_noise(model, monkeypatch)
         states, targets, encode = [], [], model.encode
 
         def record(state, tau_s, tau_t, *args, **kwargs):
@@ -127,7 +123,7 @@ class TestSampling:
             return encode(state, tau_s, tau_t, *args, **kwargs)
 
         monkeypatch.setattr(model, "encode", record)
-        model.generate(prior_state=VALUES["prior_state"], num_steps=4, gamma=gamma)
+        model.generate(**recorded_noise(model), num_steps=4, gamma=gamma)
         expected = VALUES[f"fmlm.gamma{gamma}_state_after_step1"] @ model.state_embedding
         assert relative_error(states[1], expected) < 1e-4
         tau_tilde = VALUES[f"fmlm.gamma{gamma}_tau_tilde_4"]
@@ -239,12 +235,11 @@ for folder in Path().glob("*/batch.pt"):
     batch = torch.load(folder / "batch.pt")
     model = AutoModel.from_pretrained(folder / "model", trust_remote_code=True)
     results = {"logits": model(**batch["forward"]).logits.detach()}
-    draw_noise = type(model)._draw_noise
+    prior_state = batch["prior_state"] @ model.state_embedding
     for gamma in batch["gammas"]:
-        noise = iter(batch["noise"] @ model.state_embedding.detach())
-        type(model)._draw_noise = staticmethod(lambda *args: next(noise))
-        results[gamma] = model.generate(prior_state=batch["prior_state"], num_steps=2, gamma=gamma)
-    type(model)._draw_noise = draw_noise
+        noise = iter(batch["noise"] @ model.state_embedding)
+        options = {"prior_state": prior_state, "noise_source": lambda samples: next(noise)}
+        results[gamma] = model.generate(num_steps=2, gamma=gamma, **options)
     torch.save(results, folder / "results.pt")
 """
 

@@ -53,14 +53,6 @@ def known_of(name: str) -> dict:
     return {} if mask is None else {"input_ids": VALUES["plus.known_ids"], "prompt_mask": VALUES[mask]}
 
 
-class Numbered:
-    """In the place of a generator: says which text it belongs to."""
-
-    def __init__(self, row: int):
-        self.row = row
-        self.device = "cpu"
-
-
 PATHS = ["whole", *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 7, "compiled"))]
 
 
@@ -68,28 +60,28 @@ class TestPublishedValues:
     @pytest.mark.parametrize("name", SIZES["known"])
     def test_block_length(self, name, path):
         model = convert(FOLDER / "fmlm_plus.ckpt")
+        prior_state = VALUES["prior_state"] @ model.state_embedding
         for block_length, num_steps in SIZES["block_settings"]:
-            options = {"prior_state": VALUES["prior_state"], "block_length": block_length, "num_steps": num_steps}
+            options = {"prior_state": prior_state, "block_length": block_length, "num_steps": num_steps}
             tokens = model.generate(**known_of(name), **options, fresh_noise=False, **sampling(path))
             assert torch.equal(tokens, VALUES[f"plus.block_{block_length}_{num_steps}_{name}_tokens"])
 
     @pytest.mark.parametrize("path", PATHS, indirect=True)
     @pytest.mark.parametrize("name", SIZES["known"])
-    def test_num_rounds(self, name, path, monkeypatch):
+    def test_num_rounds(self, name, path):
         model = convert(FOLDER / "fmlm_plus.ckpt")
-        monkeypatch.setattr(model, "_draw_states", lambda *args: (None, [Numbered(row) for row in range(3)]))
+        prior_state = VALUES["prior_state"] @ model.state_embedding
         settings = [(i, each) for i, each in enumerate(SIZES["refine_settings"]) if each["known"] == name]
         assert len(settings) == {"none": 48, "prompt": 60, "infill": 60}[name]
         if path == "compiled":  # which takes long for each number of texts
             settings = [(i, each) for i, each in settings if not each["fresh_noise"]][::9]
         for index, setting in settings:
-            noise = iter(VALUES["plus.refine_noise"] @ model.state_embedding.detach())
-            draw = lambda length, factor, rows: next(noise)[[each.row for each in rows]]  # noqa: B023, E731
-            monkeypatch.setattr(type(model), "_draw_noise", staticmethod(draw))
+            noise = iter(VALUES["plus.refine_noise"] @ model.state_embedding)
             budget = setting["top_k"]
             output = model.generate(
                 **known_of(name),
-                prior_state=VALUES["prior_state"],
+                prior_state=prior_state,
+                noise_source=lambda samples: next(noise)[samples],  # noqa: B023
                 num_rounds=setting["rounds"],
                 num_steps=setting["flow_steps"],
                 commit_threshold=setting["threshold"],
@@ -327,7 +319,7 @@ class TestGenerate:
     def test_bad_combinations_with_num_rounds_and_block_length_are_named(self):
         model = build_model("fmlm")
         for options, message in (
-            ({"num_rounds": 2, "block_length": 3}, "`num_rounds` does not go with `block_length`"),
+            ({"num_rounds": 2, "block_length": 3}, "`num_rounds` cannot be combined with `block_length`"),
             ({"commit_threshold": 0.9}, "`commit_threshold=0.9` needs `num_rounds`"),
             ({"commit_budget": 3, "block_length": 3}, "`commit_budget=3` needs `num_rounds`"),
             ({"fresh_noise": False}, "`fresh_noise=False` needs `num_rounds` or `block_length`"),

@@ -128,7 +128,7 @@ def test_streamer_shows_drafts_then_the_text(flm, tokenizer, capsys):
     capsys.readouterr()
     flm.generate(num_steps=3, generator=seed(), streamer=TextStreamer(tokenizer, skip_prompt=True))
     assert capsys.readouterr().out == drafts[-1] + "\n"
-    with pytest.raises(ValueError, match="`streamer` shows one text"):
+    with pytest.raises(ValueError, match="`streamer` needs a single sample"):
         flm.generate(num_samples=2, num_steps=3, streamer=TextDiffusionStreamer(tokenizer))
 
 
@@ -146,7 +146,7 @@ def test_progress_bar_only_for_several_batches(flm, capsys):
         ({"num_steps": 2.5}, "`num_steps`"),
         ({"num_samples": 0}, "`num_samples`"),
         ({"num_samples": True}, "`num_samples`"),
-        ({"length": 13}, "`length` is 13, but the model was made for at most 12"),
+        ({"length": 13}, "`length` is 13, but the model has at most 12 positions"),
         ({"length": 0}, "`length`"),
         ({"batch_size": -1}, "`batch_size`"),
         ({"temperature": 0.0}, "`temperature` must be a number above 0"),
@@ -155,16 +155,28 @@ def test_progress_bar_only_for_several_batches(flm, capsys):
         ({"num_stpes": 3}, "`num_stpes` .did you mean `num_steps`"),
         ({"input_id": torch.ones(1, 3)}, "unknown arguments: `input_id`"),
         ({"_commit_hash": "x"}, "unknown arguments"),
-        ({"prior_state": torch.randn(2, 12, 7)}, "`prior_state` must have shape"),
-        ({"prior_state": torch.randn(12, 53)}, "`prior_state` must have shape"),
-        ({"prior_state": torch.randn(2, 13, 53)}, "`length` is 13"),
+        (
+            {"prior_state": torch.randn(2, 12, 7)},
+            r"`prior_state` must have the shape .*\(2, 12, 32\), got \(2, 12, 7\)",
+        ),
+        (
+            {"prior_state": torch.randn(2, 12, 53)},
+            "`prior_state` must have the shape .*`noise @ model.state_embedding`",
+        ),
+        ({"prior_state": torch.randn(12, 32)}, r"`prior_state` must have the shape .*got \(12, 32\)"),
+        ({"prior_state": torch.randn(2, 13, 32)}, "`length` is 13"),
         ({"temperature": "hot"}, "`temperature` must be a number"),
         (
             {"generation_config": GenerationConfig(max_new_tokens=3)},
             r"Unknown generation parameters `max_new_tokens` \(pass `length`",
         ),
-        ({"prior_state": torch.randn(2, 12, 53), "num_samples": 3}, "does not go with `num_samples=3`"),
-        ({"prior_state": torch.randn(2, 12, 53), "length": 5}, "does not go with"),
+        (
+            {"prior_state": torch.randn(2, 12, 32), "num_samples": 3},
+            r"`prior_state` must have the shape .*\(3, 12, 32\)",
+        ),
+        ({"prior_state": torch.randn(2, 12, 32), "length": 5}, r"`prior_state` must have the shape .*\(2, 5, 32\)"),
+        ({"noise_source": lambda samples: torch.randn(1, 12, 53)}, "`noise_source` must have the shape"),
+        ({"noise_source": 3}, "`noise_source` must be a function of sample indices"),
         (
             {"logits_processor": SuppressTokensLogitsProcessor([1])},
             "`logits_processor` must be a `LogitsProcessorList`",
@@ -178,7 +190,7 @@ def test_progress_bar_only_for_several_batches(flm, capsys):
         ({"streamer": True}, "`streamer` must be a streamer"),
         ({"callback": 3}, "`callback` must be a function"),
         ({"prior_state": torch.randn(2, 12, 53).numpy()}, "`prior_state` must be a tensor, got `ndarray`"),
-        ({"prior_state": torch.full((2, 12, 53), torch.nan)}, "`prior_state` has values that are not finite"),
+        ({"prior_state": torch.full((2, 12, 32), torch.nan)}, "`prior_state` has values that are not finite"),
         ({"max_new_tokens": 3, "do_sample": True}, "`pipeline_class=modeling_flm.FLMPipeline`"),
     ],
 )
@@ -191,7 +203,7 @@ def test_prior_state_sets_the_length(flm):
     flm.generation_config.length = 8
     flm.generation_config.num_samples = 3
     assert flm.generate(num_steps=1).shape == (3, 8)
-    assert flm.generate(prior_state=torch.randn(2, 4, 53), num_steps=1).shape == (2, 4)
+    assert flm.generate(prior_state=torch.randn(2, 4, 32), num_steps=1).shape == (2, 4)
 
 
 def test_states_stay_in_float32_under_autocast(flm):
@@ -240,10 +252,10 @@ def test_generate_is_in_evaluation_mode_and_leaves_the_mode():
     [
         ("num_return_sequences", "pass `num_samples`"),
         ("max_new_tokens", "pass `length`"),
-        ("do_sample", "texts differ by their noise, see `generator`"),
+        ("do_sample", "samples differ by their noise, see `generator`"),
         ("seed", "manual_seed"),
         ("stopping_criteria", "`pad_after_eos=True`"),
-        ("return_full_text", "texts have their prompts in them"),
+        ("return_full_text", "samples include their prompts"),
         ("num_stepz", "did you mean `num_steps`"),
     ],
 )
@@ -334,18 +346,18 @@ class TestNoEffect:
         processors = LogitsProcessorList([processor])
         tokens = flm.generate(num_samples=5, num_steps=3, generator=seed(), logits_processor=processors)
         assert torch.equal(tokens, plain)
-        assert f"`{type(processor).__name__}` looks at tokens that were written before" in caplog.text
+        assert f"`{type(processor).__name__}` conditions on previous tokens" in caplog.text
 
     def test_bad_words_of_one_token(self, flm, caplog):
         processors = LogitsProcessorList([NoBadWordsLogitsProcessor([[token] for token in range(20)])])
         tokens = flm.generate(num_samples=5, num_steps=3, logits_processor=processors)
-        assert "looks at" not in caplog.text and (tokens >= 20).all()
+        assert "conditions on" not in caplog.text and (tokens >= 20).all()
 
     def test_whole_prompts(self, flm, caplog):
         flm.generate(torch.randint(53, (2, 11)), num_steps=1)
-        assert "nothing to write" not in caplog.text
+        assert "nothing to generate" not in caplog.text
         flm.generate(torch.randint(53, (2, 12)), num_steps=1)
-        assert "nothing to write" in caplog.text
+        assert "nothing to generate" in caplog.text
 
     def test_padding_without_a_mask(self, flm, caplog):
         options = {"num_steps": 1, "pad_token_id": 0}
@@ -376,7 +388,7 @@ class TestNotFinite:
         model.generate(num_samples=3, num_steps=2, **options)
         network = model.correction if kind == "two_network" else model
         network.layers[0].mlp.up_proj.weight.data[0] = torch.nan
-        with pytest.raises(ValueError, match="What the model says is not finite"):
+        with pytest.raises(ValueError, match="The model's output is not finite"):
             model.generate(num_samples=3, num_steps=2, **options)
 
     def test_padding_does_not_count(self, flm):
@@ -389,9 +401,10 @@ class TestTimesteps:
     def test_grid(self):
         model = build_model("fmlm")
         prior = torch.randn(4, 12, 53)
-        even = model.generate(prior_state=prior, num_steps=4)
-        assert torch.equal(model.generate(prior_state=prior, timestep_grid=[0, 0.25, 0.5, 0.75, 1]), even)
-        output = model.generate(prior_state=prior, timestep_grid=[0, 0.7, 1], return_dict_in_generate=True)
+        state = prior @ model.state_embedding
+        even = model.generate(prior_state=state, num_steps=4)
+        assert torch.equal(model.generate(prior_state=state, timestep_grid=[0, 0.25, 0.5, 0.75, 1]), even)
+        output = model.generate(prior_state=state, timestep_grid=[0, 0.7, 1], return_dict_in_generate=True)
         assert output.num_forward_passes.eq(2).all()
         t = model.time_map.tau_to_t(torch.tensor([0.0, 0.7, 1.0]))
         zero, middle, one = (torch.full((4,), tau) for tau in (0.0, 0.7, 1.0))
@@ -411,7 +424,7 @@ class TestTimesteps:
 class TestLengths:
     def test_padding_of_attention_mask_is_as_if_it_were_not_there(self):
         model = build_model("flm")
-        prior = torch.randn(3, 12, 53)
+        prior = torch.randn(3, 12, 32)
         lengths = [12, 5, 8]
         attention_mask = torch.arange(12) < torch.tensor(lengths)[:, None]
         tokens = model.generate(attention_mask=attention_mask, prior_state=prior, num_steps=3, pad_token_id=7)
@@ -471,15 +484,15 @@ def test_compiled_steps_are_the_same():
     [
         ({"input_ids": [[1, 2]]}, "`input_ids` must be an integer tensor .* got list"),
         ({"input_ids": torch.tensor([1, 2])}, "`input_ids` must be an integer tensor of shape"),
-        ({"input_ids": torch.tensor([[1, 53]])}, "`input_ids` must be tokens of the model, from 0 to 52"),
-        ({"input_ids": torch.ones(1, 13, dtype=int)}, "`input_ids` has 13 tokens, but texts have 12"),
+        ({"input_ids": torch.tensor([[1, 53]])}, "`input_ids` must be between 0 and 52"),
+        ({"input_ids": torch.ones(1, 13, dtype=int)}, "`input_ids` has 13 tokens, but samples have 12"),
         ({"input_ids": torch.ones(2, 3, dtype=int), "num_samples": 3}, "`num_samples=3` is not a multiple of the 2 rows of `input_ids`"),
-        ({"input_ids": torch.ones(2, 3, dtype=int), "attention_mask": torch.ones(2, 4)}, "`attention_mask` of shape .2, 4. does not go"),
+        ({"input_ids": torch.ones(2, 3, dtype=int), "attention_mask": torch.ones(2, 4)}, "`attention_mask` of shape .2, 4. does not match"),
         ({"input_ids": torch.ones(2, 3, dtype=int), "prompt_mask": torch.ones(3)}, "`prompt_mask` must be a tensor with two"),
-        ({"prompt_mask": torch.ones(2, 4)}, "`prompt_mask` says which of the `input_ids`"),
-        ({"attention_mask": torch.ones(2, 4), "length": 5}, "`attention_mask` has 4 positions"),
+        ({"prompt_mask": torch.ones(2, 4)}, "`prompt_mask` marks the known tokens of `input_ids`"),
+        ({"attention_mask": torch.ones(2, 4), "length": 5}, "`attention_mask` must cover all positions of a sample, but has 4"),
         ({"attention_mask": torch.ones(2, 4), "num_samples": 3}, "not a multiple of the 2 rows of `attention_mask`"),
-        ({"input_ids": torch.ones(2, 3, dtype=int), "prior_state": torch.randn(3, 12, 53)}, "not a multiple of the 2 rows"),
+        ({"input_ids": torch.ones(2, 3, dtype=int), "prior_state": torch.randn(3, 12, 32)}, "not a multiple of the 2 rows"),
         ({"guidance_scale": 1.0}, "`guidance_scale=1.0` needs a `guidance_model`"),
         ({"guidance_model": build_flm()}, "`guidance_model` needs a `guidance_scale`"),
         ({"guidance_model": build_flm(vocab_size=20), "guidance_scale": 1.0}, "`guidance_model` has 20 tokens, but the model has 53"),
@@ -501,14 +514,14 @@ def test_compiled_steps_are_the_same():
         ({"reward": build_flm(), "reward_scale": 1.0}, "`reward` must be a function of soft tokens.*got `FLMModel`"),
         (
             {"input_ids": torch.ones(1, 3, dtype=int), "attention_mask": torch.tensor([[1, 0, 1]])},
-            "`attention_mask` must be 0 on the sides of a prompt only.*`prompt_mask`",
+            "`attention_mask` may be 0 only before and after a prompt.*`prompt_mask`",
         ),
         ({"gamma": 1.5}, "`gamma` must be a number in .0, 1."),
-        ({"gamma": 0.5, "sampler_config": BridgeSamplerConfig()}, "`gamma=0.5` does not go with a `sampler_config`"),
+        ({"gamma": 0.5, "sampler_config": BridgeSamplerConfig()}, "`gamma=0.5` cannot be combined with `sampler_config`"),
         ({"sampler_config": "bridge"}, "`sampler_config` must be one of FlowMapSamplerConfig, .*got 'bridge'"),
         (
             {"sampler_config": BridgeSamplerConfig(), "reward": lambda delta: delta.sum((1, 2)), "reward_scale": 1.0},
-            "`reward` does not go with `BridgeSampler`",
+            "`reward` cannot be combined with `BridgeSampler`",
         ),
         ({"timestep_grid": [0, 0.5]}, "`timestep_grid` must increase from 0 to 1"),
         ({"timestep_grid": [0, 0.5, 0.5, 1]}, "`timestep_grid` must increase from 0 to 1"),

@@ -27,10 +27,11 @@ class TestAutoguidance:
             return delta + 1.5 * (delta - worse)
 
         expected = dense_sample(strong, prior, num_steps, choose)
-        options = {"prior_state": prior, "num_steps": num_steps}
-        tokens = strong.generate(guidance_model=weak, guidance_scale=1.5, **options)
+        own, other = (prior @ model.state_embedding for model in (strong, weak))
+        guidance = {"guidance_model": weak, "guidance_scale": 1.5, "prior_state": torch.cat([own, other], dim=-1)}
+        tokens = strong.generate(num_steps=num_steps, **guidance)
         assert torch.equal(tokens, expected)
-        assert not torch.equal(tokens, strong.generate(**options))
+        assert not torch.equal(tokens, strong.generate(num_steps=num_steps, prior_state=own))
 
     def test_guidance_scale_zero_or_an_equal_model_changes_nothing(self):
         model, weak = build_model("flm"), build_model("flm", hidden_size=16)
@@ -82,7 +83,7 @@ class TestReward:
             delta = dense_delta(model, x, tau_s, tau_t)
             share = (t[step + 1] - t[step]) / (1 - t[step])
             x = (1 - share) * x + share * delta
-        options = {"prior_state": prior, "num_steps": 3, "return_dict_in_generate": True}
+        options = {"prior_state": prior @ model.state_embedding, "num_steps": 3, "return_dict_in_generate": True}
         output = model.generate(reward=reward, reward_scale=scale, **options)
         assert torch.equal(output.sequences, delta.argmax(-1))
         assert output.num_forward_passes.eq(6).all()

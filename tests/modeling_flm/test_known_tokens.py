@@ -32,7 +32,9 @@ def load(name: str):
 def test_prompted_samples_equal_the_recorded_ones(kind, known, is_guided):
     model = load(kind)
     guidance = {"guidance_model": load("weak"), "guidance_scale": 1.5} if is_guided else {}
+    networks = [model, *([guidance["guidance_model"]] if is_guided else [])]
+    prior_state = torch.cat([VALUES["prior_state"] @ network.state_embedding for network in networks], dim=-1)
     for num_steps in (1, 2, 5):
-        tokens = model.generate(**INPUTS[known], prior_state=VALUES["prior_state"], num_steps=num_steps, **guidance)
+        tokens = model.generate(**INPUTS[known], prior_state=prior_state, num_steps=num_steps, **guidance)
         name = "guided_tokens" if is_guided else "tokens"
         assert torch.equal(tokens, VALUES[f"{name}.{kind}.{known}.{num_steps}"])

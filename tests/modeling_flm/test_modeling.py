@@ -44,14 +44,18 @@ class TestPublishedValues:
     @pytest.mark.parametrize("num_steps", [1, 2, 5])
     def test_tokens(self, num_steps, path):
         values = oracle.values()
-        tokens = oracle.flm().generate(prior_state=values["prior_state"], num_steps=num_steps, **sampling(path))
+        model = oracle.flm()
+        prior_state = values["prior_state"] @ model.state_embedding
+        tokens = model.generate(prior_state=prior_state, num_steps=num_steps, **sampling(path))
         assert torch.equal(tokens, values[f"flm.tokens_{num_steps}"])
 
     @pytest.mark.parametrize("stage, build_model", [("stage1", oracle.two_network_fmlm), ("stage2", oracle.fmlm)])
     @pytest.mark.parametrize("num_steps", [1, 2, 4])
     def test_tokens_of_flow_maps(self, stage, build_model, num_steps, path):
         values = oracle.values()
-        tokens = build_model().generate(prior_state=values["prior_state"], num_steps=num_steps, **sampling(path))
+        model = build_model()
+        prior_state = values["prior_state"] @ model.state_embedding
+        tokens = model.generate(prior_state=prior_state, num_steps=num_steps, **sampling(path))
         assert torch.equal(tokens, values[f"{stage}.tokens_{num_steps}"])
 
 
@@ -192,7 +196,7 @@ class TestFlowMaps:
         input_ids = torch.randint(53, (3, 12))
         delta = two_time_denoiser(model(input_ids, tau_s, tau_t))
         assert torch.equal(delta, flm(input_ids, tau_s).logits.softmax(-1))
-        prior = torch.randn(3, 12, 53)
+        prior = torch.randn(3, 12, 32)
         expected = flm.generate(prior_state=prior, num_steps=3)
         assert torch.equal(model.generate(prior_state=prior, num_steps=3), expected)
 

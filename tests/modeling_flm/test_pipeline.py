@@ -148,7 +148,7 @@ def test_mistakes_are_explained(flm, tokenizer, folder):
     for wrong in (5, {"text": "w1"}):
         with pytest.raises(ValueError, match=f"a generator or a `KeyDataset`, got `{type(wrong).__name__}`"):
             pipe(wrong)
-    with pytest.raises(ValueError, match="`input_ids` has 13 tokens, but texts have 12"):
+    with pytest.raises(ValueError, match="`input_ids` has 13 tokens, but samples have 12"):
         pipe("w1 " * 13)
     with pytest.raises(ValueError, match="`num_step` .did you mean `num_steps`"):
         pipe(num_step=2)

@@ -89,7 +89,7 @@ def test_no_step_of_the_sampler_waits(sampler, request):
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compiled_sampling(mode):
     model = build_flm(attn_logit_softcapping=None).cuda()
-    prior = torch.randn(8, 12, 53)
+    prior = torch.randn(8, 12, model.state_embedding.shape[1])
     for num_steps in (1, 4):
         expected = model.generate(prior_state=prior, num_steps=num_steps)
         config = CompileConfig(fullgraph=True, mode=mode)

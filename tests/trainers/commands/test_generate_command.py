@@ -18,7 +18,7 @@ from example_scripts import run_elsewhere
 from processes import launcher, run_processes
 from small_models import build_flm
 
-from modeling_flm import FLMModel, generation_flm
+from modeling_flm import FLMModel, utils_flm
 from modeling_flm.trainers import train_tokenizer
 from modeling_flm.trainers.commands.generate import deal_out, main
 from modeling_flm.trainers.commands.shards import TextShards
@@ -291,7 +291,7 @@ class TestProgress:
 
     def test_steps_of_a_batch_that_takes_long(self, flm, monkeypatch, capsys):
         assert "step" not in self.shown(flm, capsys, num_steps=3)  # which is over at once
-        monkeypatch.setattr(generation_flm, "_PROGRESS_DELAY", 1e-9)
+        monkeypatch.setattr(utils_flm, "PROGRESS_DELAY", 1e-9)
         assert "Steps: 100%" in (shown := self.shown(flm, capsys, num_steps=3)) and "3/3" in shown
         assert "Rounds: 100%" in (shown := self.shown(flm, capsys, num_rounds=2, num_steps=1)) and "2/2" in shown
         assert "Steps" not in self.shown(flm, capsys, num_steps=1)
