@@ -57,7 +57,7 @@ from ..evaluation import (
 )
 from ..evaluation.mauve import check_mauve
 from ..evaluation.repetition import NGRAM_SIZES
-from ..evaluation.sources import GENERATION_PARAMETERS, LOOP_PARAMETERS, is_flow_based
+from ..evaluation.sources import GENERATION_PARAMETERS, LOOP_PARAMETERS, SAMPLERS, is_flow_based
 from .command_line import ScriptParser, check_model, explained
 
 
@@ -114,7 +114,7 @@ class EvaluationArguments:
     samplers: list[str] | None = HfArg(
         default=None,
         help="Samplers to compare: flow_map follows the flow, with --gamma; bridge draws tokens at every step.",
-        metadata={"choices": ["flow_map", "bridge"]},
+        metadata={"choices": [*SAMPLERS]},
     )
     temperature: float | None = HfArg(default=None, help="Sampling temperature.")
     temperatures: list[float] | None = HfArg(

@@ -41,7 +41,7 @@ from modeling_flm.pipeline_flm import encode_prompts  # which registers the mode
 
 from ..data import find_text_column, load_texts
 from ..evaluation import generate_samples
-from ..evaluation.arguments import SAMPLERS
+from ..evaluation.sources import SAMPLERS
 from .command_line import check_device, check_kind, check_model, explained, terminated_as_interrupted
 from .shards import TextShards
 

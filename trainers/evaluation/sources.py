@@ -29,6 +29,9 @@ from .samples import (
 )
 
 
+# Values of `Setting.sampler`, and of flags
+SAMPLERS = ("flow_map", "bridge")
+
 # Parameters of `generate()` for loops around the sampler
 LOOP_PARAMETERS = ("num_rounds", "commit_threshold", "commit_budget", "block_length", "fresh_noise")
 
