@@ -1,16 +1,16 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Puts load on `examples/serving/serve.py` on this machine, with a flow map of few steps and a GPT-2 with KV cache, and prints how many texts a
-second each writes, how long requests take, and how many texts were written together.
+Load test of `examples/serving/serve.py` on this machine, with a flow map and a GPT-2 with KV cache: throughput, response times and
+batch sizes.
 
     python benchmarks/serving.py
     python benchmarks/serving.py --hidden_size 768 --num_hidden_layers 12 --vocab_size 50258 --length 1024 --max_batch_size 64
     python benchmarks/serving.py --concurrency 1 8 --num_steps 1 4 --seconds 20
 
-So many clients as `--concurrency` says each send a request for one text, and the next one as soon as it is answered. They run on
-the same machine, and take a part of its time. Weights are random, and no text ends early: all have `--length` tokens. Widths and
-numbers of blocks are the same; a block of a flow map has more parameters, for its times.
+Each of `--concurrency` clients sends a request for one sample, and the next one as soon as it is answered. Clients run on the same
+machine and take part of its time. Weights are random and all samples have `--length` tokens. Both models have the same width and number
+of blocks; a block of the flow map has more parameters, for its conditioning on time.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 SERVER = Path(__file__).resolve().parents[1] / "examples" / "serving"
 sys.path.insert(0, str(SERVER))
-from serve import at_least  # noqa: E402
+from serve import bounded  # noqa: E402
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel  # noqa: E402
 from modeling_flm.trainers import train_tokenizer  # noqa: E402
@@ -51,13 +51,13 @@ QUICK = {
 
 class Server:
     """
-    A server in processes of its own, on a free port of this machine.
+    Server in processes of its own, on a free port of this machine.
 
     Args:
-        arguments (`list`): The models, and flags of `examples/serving/serve.py`.
+        arguments (`list`): Models and flags for `examples/serving/serve.py`.
 
     Raises:
-        `RuntimeError`: if it does not start.
+        `RuntimeError`: if the server does not start.
     """
 
     def __init__(self, arguments: list):
@@ -84,12 +84,12 @@ class Server:
         self.close()
 
     def close(self):
-        """Ends the server, whether it started or not. Raises `subprocess.TimeoutExpired` if it had to be killed."""
+        """Stops the server, even if it has not started. Raises `subprocess.TimeoutExpired` if it had to be killed."""
         try:
             self.process.terminate()
             self.process.wait(timeout=60)
         finally:
-            self.process.kill()  # which does nothing if it has ended
+            self.process.kill()  # no effect if the server has stopped
             self.process.wait()
             self.process.stdout.close()
             self.errors.close()
@@ -98,7 +98,7 @@ class Server:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
 
     def send(self, method: str, path: str, body: bytes | str | None = None) -> tuple[int, str, dict[str, str]]:
-        """The status, the text and the headers of an answer."""
+        """Sends a request. Returns the status, the body and the headers of the response."""
         connection = self.connect()
         try:
             connection.request(method, path, body)
@@ -108,13 +108,13 @@ class Server:
             connection.close()
 
     def metric(self, name: str, labels: str) -> float:
-        """A figure of `/metrics`, or 0 before the first one. `labels` is a regular expression."""
+        """Returns a value from `/metrics`, or 0 if it is missing. `labels` is a regular expression."""
         found = re.search(rf"^flm_{name}{{{labels}}} (\S+)$", self.send("GET", "/metrics")[1], re.MULTILINE)
         return float(found[1]) if found else 0.0
 
 
 def build_models(args: argparse.Namespace) -> tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]:
-    """A flow map and a GPT-2 with random weights, and a tokenizer for both."""
+    """Builds a flow map and a GPT-2 with random weights, and a tokenizer for both."""
     heads = max(1, args.hidden_size // 64)
     config = FLMConfig(
         vocab_size=args.vocab_size,
@@ -124,10 +124,10 @@ def build_models(args: argparse.Namespace) -> tuple[dict[str, PreTrainedModel], 
         num_attention_heads=heads,
     )
     flow_map = FMLMModel.from_flm(FLMModel(config))
-    torch.nn.init.normal_(flow_map.lm_head.weight, std=0.02)  # which is zero at first
+    torch.nn.init.normal_(flow_map.lm_head.weight, std=0.02)  # zero by default
     gpt2_config = GPT2Config(
         vocab_size=args.vocab_size,
-        n_positions=args.length + 1,  # with what begins a text
+        n_positions=args.length + 1,  # with the BOS token
         n_embd=args.hidden_size,
         n_layer=args.num_hidden_layers,
         n_head=heads,
@@ -143,16 +143,16 @@ def build_models(args: argparse.Namespace) -> tuple[dict[str, PreTrainedModel], 
 
 def load(server: Server, fields: dict, concurrency: int, seconds: float) -> dict[str, float]:
     """
-    Sends requests from so many clients, each as soon as the one before is answered.
+    Measures the server under the load of concurrent clients, each of which sends one request after the other.
 
     Args:
         server (`Server`): The server.
-        fields (`dict`): What requests have but for their seeds.
-        concurrency (`int`): The number of clients.
-        seconds (`float`): For how long they begin new ones.
+        fields (`dict`): Fields of the requests, except for the seed.
+        concurrency (`int`): Number of clients.
+        seconds (`float`): Duration during which clients send new requests.
 
     Returns:
-        `dict[str, float]`: what was measured, by the names of the columns.
+        `dict[str, float]`: Measurements by the name of their column.
     """
     labels = f'model="{fields["model"]}"'
 
@@ -165,7 +165,7 @@ def load(server: Server, fields: dict, concurrency: int, seconds: float) -> dict
             response = connection.getresponse()
             answer = json.loads(response.read())
             if response.status != 200:
-                raise RuntimeError(f"A request was answered with {response.status}: {answer['error']['message']}")
+                raise RuntimeError(f"A request failed with status {response.status}: {answer['error']['message']}")
             answered.append((time.perf_counter() - sent, answer["usage"]["completion_tokens"]))
         connection.close()
         return answered
@@ -175,32 +175,32 @@ def load(server: Server, fields: dict, concurrency: int, seconds: float) -> dict
     end = start + seconds
     with ThreadPoolExecutor(concurrency) as pool:
         answered = [row for rows in pool.map(client, range(concurrency)) for row in rows]
-    elapsed = time.perf_counter() - start  # to the last answer
+    elapsed = time.perf_counter() - start  # until the last response
     after = [server.metric(f"batch_size_{name}", labels) for name in ("sum", "count")]
     latencies, tokens = zip(*answered)
     return {
-        "texts/s": len(answered) / elapsed,
+        "samples/s": len(answered) / elapsed,
         "tokens/s": sum(tokens) / elapsed,
         "p50 ms": 1000 * np.percentile(latencies, 50),
         "p95 ms": 1000 * np.percentile(latencies, 95),
-        "texts in a batch": (after[0] - before[0]) / (after[1] - before[1]),
+        "batch size": (after[0] - before[0]) / (after[1] - before[1]),
     }
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=at_least(1), default=256)
-    parser.add_argument("--num_hidden_layers", type=at_least(1), default=4)
-    parser.add_argument("--vocab_size", type=at_least(1), default=8192)
-    parser.add_argument("--length", type=at_least(1), default=64, help="tokens of a text")
-    parser.add_argument("--num_steps", type=at_least(1), nargs="+", default=[1], help="of the flow map")
-    parser.add_argument("--concurrency", type=at_least(1), nargs="+", default=[1, 4, 16, 64], help="clients")
-    parser.add_argument("--seconds", type=at_least(0.1, float), default=5.0, help="for each row of the table")
-    parser.add_argument("--replicas", type=at_least(1), default=1, help="of each model")
-    parser.add_argument("--max_batch_size", type=at_least(1), default=32)
-    parser.add_argument("--max_wait_ms", type=at_least(0, float), default=5.0)
+    parser.add_argument("--hidden_size", type=bounded(1), default=256)
+    parser.add_argument("--num_hidden_layers", type=bounded(1), default=4)
+    parser.add_argument("--vocab_size", type=bounded(1), default=8192)
+    parser.add_argument("--length", type=bounded(1), default=64, help="length of the samples")
+    parser.add_argument("--num_steps", type=bounded(1), nargs="+", default=[1], help="steps of the flow map")
+    parser.add_argument("--concurrency", type=bounded(1), nargs="+", default=[1, 4, 16, 64], help="numbers of clients")
+    parser.add_argument("--seconds", type=bounded(0.1, float), default=5.0, help="duration of each measurement")
+    parser.add_argument("--replicas", type=bounded(1), default=1, help="processes for each model")
+    parser.add_argument("--max_batch_size", type=bounded(1), default=32)
+    parser.add_argument("--max_wait_ms", type=bounded(0, float), default=5.0)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny models for a moment, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="short test with tiny models")
     return parser
 
 
@@ -221,7 +221,7 @@ def main(args: argparse.Namespace):
             model.save_pretrained(Path(folder, name))
             tokenizer.save_pretrained(Path(folder, name))
         with Server([Path(folder, name) for name in models] + flags) as server:
-            print(f"{os.cpu_count()} CPU cores, {args.device}; {sizes} parameters; texts of {args.length} tokens\n")
+            print(f"{os.cpu_count()} CPU cores, {args.device}; {sizes} parameters; samples of {args.length} tokens\n")
             for fields in contenders.values():  # warms up
                 load(server, fields, max(args.concurrency), 0)
             names = None

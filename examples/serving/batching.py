@@ -1,46 +1,52 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Texts of concurrent requests, written together."""
+"""Batches of samples of concurrent requests."""
 
 import asyncio
 import logging
 import time
 
-from generators import Abandoned, CausalWriter, FlowWriter, Text
+from generators import CausalGenerator, FlowGenerator, SampleRequest
 
 
 logger = logging.getLogger("ray.serve")
 
 
+class Cancelled(Exception):
+    """Raised to stop a batch whose clients have all disconnected or timed out."""
+
+
 class Batcher:
     """
-    Writes texts in batches: while one is written texts are collected, and the next one has all that go together with the text
-    that has waited longest.
+    Generates samples in batches. While one batch is generated, requests are collected; the next batch is the sample that has
+    waited longest and all waiting samples that can share its batch.
 
     Args:
-        writer ([`FlowWriter`] or [`CausalWriter`]): What writes a batch.
-        max_batch_size (`int`): The most texts of a batch.
-        max_wait (`float`): The seconds that a text waits for others if nothing is being written.
+        generator ([`FlowGenerator`] or [`CausalGenerator`]): Generates a batch.
+        max_batch_size (`int`): Largest number of samples in a batch.
+        max_wait (`float`): Seconds that a sample waits for others while no batch is being generated.
     """
 
-    def __init__(self, writer: FlowWriter | CausalWriter, max_batch_size: int, max_wait: float):
-        self.writer, self.max_batch_size, self.max_wait = writer, max_batch_size, max_wait
-        self.waiting: list[tuple[Text, asyncio.Future, float]] = []
+    def __init__(self, generator: FlowGenerator | CausalGenerator, max_batch_size: int, max_wait: float):
+        self.generator, self.max_batch_size, self.max_wait = generator, max_batch_size, max_wait
+        self.waiting: list[tuple[SampleRequest, asyncio.Future, float]] = []
         self.arrived = asyncio.Event()
         self.task: asyncio.Task | None = None
 
-    async def write(self, text: Text) -> tuple[list[int] | None, int | None]:
-        """The tokens of a text after its prompt, or `None` if that failed; and for the first one of a batch its size."""
+    async def generate(self, sample: SampleRequest) -> tuple[list[int] | None, int | None]:
+        """
+        Generates a sample. Cancelling this call cancels the sample.
+
+        Returns:
+            `tuple[list[int] | None, int | None]`: the new tokens, or `None` if the batch failed, and for the first sample of a
+            batch the size of the batch.
+        """
         if self.task is None:
             self.task = asyncio.create_task(self._run())
         future = asyncio.get_running_loop().create_future()
-        self.waiting.append((text, future, time.monotonic()))
+        self.waiting.append((sample, future, time.monotonic()))
         self.arrived.set()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            text.is_abandoned = True
-            raise
+        return await future
 
     async def _run(self):
         while True:
@@ -52,30 +58,34 @@ class Batcher:
                 self.arrived.clear()
             if not batch:
                 continue
-            texts = [text for text, _ in batch]
-            # In a thread, so that this one takes what comes meanwhile
-            rows = await asyncio.to_thread(self._write, texts)
-            sizes = [None if rows is None else len(texts)] + [None] * (len(texts) - 1)
-            for (_, future), row, size in zip(batch, rows or [None] * len(texts), sizes):
+            # In a thread, so that the event loop keeps accepting requests
+            rows = await asyncio.to_thread(self._generate, *zip(*batch)) or [None] * len(batch)
+            size = None if rows[0] is None else len(batch)
+            for (_, future), row in zip(batch, rows):
                 if not future.done():
                     future.set_result((row, size))
+                size = None
 
-    def _next_batch(self) -> list[tuple[Text, asyncio.Future]]:
-        """Takes it from what is waiting."""
-        waiting = [row for row in self.waiting if not row[0].is_abandoned]
+    def _next_batch(self) -> list[tuple[SampleRequest, asyncio.Future]]:
+        waiting = [row for row in self.waiting if not row[1].cancelled()]
         batch, self.waiting = [], []
-        for text, future, since in waiting:
-            if len(batch) < self.max_batch_size and self.writer.group(text) == self.writer.group(waiting[0][0]):
-                batch.append((text, future))
+        for sample, future, since in waiting:
+            can_join = self.generator.batch_key(sample) == self.generator.batch_key(waiting[0][0])
+            if can_join and len(batch) < self.max_batch_size:
+                batch.append((sample, future))
             else:
-                self.waiting.append((text, future, since))
+                self.waiting.append((sample, future, since))
         return batch
 
-    def _write(self, texts: list[Text]) -> list[list[int]] | None:
+    def _generate(self, samples: list[SampleRequest], futures: list[asyncio.Future]) -> list[list[int]] | None:
+        def stop_if_cancelled():
+            if all(future.cancelled() for future in futures):
+                raise Cancelled
+
         try:
-            return self.writer.write(texts)
-        except Abandoned:
+            return self.generator.generate(samples, stop_if_cancelled)
+        except Cancelled:
             return None
-        except Exception:  # of these texts alone, such as memory that ran out
-            logger.exception("A batch of %d texts failed.", len(texts))
+        except Exception:  # concerns this batch alone, such as running out of memory
+            logger.exception("A batch of %d samples failed.", len(samples))
             return None

@@ -1,4 +1,4 @@
-"""The replica of a model and the ingress, in this process."""
+"""Replicas of models and the ingress, in this process."""
 
 import asyncio
 import json
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from generators import Abandoned
+from batching import Cancelled
+from completions import CompletionRequest
 from small_models import build_model
 from transformers.utils import logging as transformers_logging
 
@@ -32,7 +33,7 @@ LENGTH = 16
 
 @pytest.fixture
 def make_replica():
-    """Makes replicas in this process, whose loggers and threads are as before after the test."""
+    """Makes replicas in this process, and restores loggers and threads after the test."""
     verbosity, num_threads = transformers_logging.get_verbosity(), torch.get_num_threads()
     library = logging.getLogger("modeling_flm.pipeline_flm")
     level = library.level
@@ -49,24 +50,23 @@ def make_replica():
 
 
 class TestReplica:
-    OPTIONS = {"n": 1, "seed": 0, "num_steps": None, "max_tokens": None, "temperature": None}
-
     def complete(self, replica: application.Model, *requests: dict) -> list[dict]:
-        """What it answers to requests that come together."""
+        """Returns the answers to requests that arrive together."""
 
         async def send():
-            return await asyncio.gather(*(replica.complete(**{**self.OPTIONS, **request}) for request in requests))
+            bodies = [CompletionRequest(**{"model": "fmlm", "seed": 0, **request}) for request in requests]
+            return await asyncio.gather(*map(replica.complete, bodies))
 
         return asyncio.run(send())
 
-    def test_one_token_begins_and_ends_texts(self, models, make_replica, tmp_path):
+    def test_one_token_as_bos_and_eos(self, models, make_replica, tmp_path):
         tokenizer = models["tokenizer"]
         token = tokenizer.bos_token_id
         ends = {"bos_token_id": token, "eos_token_id": token}
         model = build_model("fmlm", vocab_size=len(tokenizer), max_position_embeddings=LENGTH, **ends)
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
-        (answer,) = self.complete(make_replica(tmp_path), {"prompts": [""], "n": 128, "num_steps": 1})
+        (answer,) = self.complete(make_replica(tmp_path), {"n": 128, "num_steps": 1})
         generators = [torch.Generator().manual_seed(example_seed(0, SAMPLES_STREAM, index)) for index in range(128)]
         tokens = model.generate(num_samples=128, num_steps=1, generator=generators, pad_after_eos=True)
         assert (tokens[:, 0] == token).any()
@@ -74,72 +74,74 @@ class TestReplica:
             tokens, skip_special_tokens=True
         )
 
-    def test_values_of_the_model_are_those_asked_for(self, models, make_replica, tmp_path):
+    def test_defaults_of_the_model_share_a_batch_with_equal_values(self, models, make_replica, tmp_path):
         model = build_model("fmlm", vocab_size=len(models["tokenizer"]), max_position_embeddings=LENGTH)
         model.generation_config.num_steps, model.generation_config.temperature = 2, 0.5
         model.save_pretrained(tmp_path)
         models["tokenizer"].save_pretrained(tmp_path)
         same = [{}, {"num_steps": 2}, {"temperature": 0.5}, {"num_steps": 2, "temperature": 0.5}]
         others = [{"num_steps": 3}, {"temperature": 1.0}]
-        answers = self.complete(make_replica(tmp_path), *({"prompts": [""], **fields} for fields in same + others))
+        answers = self.complete(make_replica(tmp_path), *same, *others)
         assert [answer["batch_sizes"] for answer in answers] == [[4], [], [], [], [1], [1]]
         assert len({answer["choices"][0]["text"] for answer in answers[:4]}) == 1
 
-    def test_times_of_the_model_are_not_a_number_of_steps(self, models, make_replica, tmp_path):
+    def test_timestep_grid_of_the_model_is_not_a_number_of_steps(self, models, make_replica, tmp_path):
         model = build_model("fmlm", vocab_size=len(models["tokenizer"]), max_position_embeddings=LENGTH)
         model.generation_config.timestep_grid = [0.0, 0.9, 1.0]
         model.save_pretrained(tmp_path)
         models["tokenizer"].save_pretrained(tmp_path)
-        answers = self.complete(make_replica(tmp_path), {"prompts": [""]}, {"prompts": [""], "num_steps": 2})
+        answers = self.complete(make_replica(tmp_path), {}, {"num_steps": 2})
         assert [answer["batch_sizes"] for answer in answers] == [[1], [1]]
 
     def test_failure(self, models, make_replica, monkeypatch):
         replica = make_replica(models["folder"] / "fmlm")
 
-        def fail(texts):
+        def fail(samples, callback):
             raise torch.OutOfMemoryError
 
-        monkeypatch.setattr(replica.writer, "write", fail)
-        (answer,) = self.complete(replica, {"prompts": ["the cat"], "n": 2})
+        monkeypatch.setattr(replica.generator, "generate", fail)
+        (answer,) = self.complete(replica, {"prompt": "the cat", "n": 2})
         assert answer["error"][0] == 500 and answer["error"][3] == "model_failed"
 
-    def test_work_that_nobody_cancels(self, models, make_replica, monkeypatch):
+    def test_timeout_without_an_ingress(self, models, make_replica, monkeypatch):
         replica = make_replica(models["folder"] / "fmlm", "--timeout", "0.1")
         is_over = threading.Event()
 
-        def write(texts):
-            for _ in range(1000):
-                if all(text.is_abandoned for text in texts):
-                    is_over.set()
-                    raise Abandoned
-                time.sleep(0.01)
+        def generate(samples, callback):
+            try:
+                for _ in range(1000):
+                    time.sleep(0.01)
+                    callback()
+            except Cancelled:
+                is_over.set()
+                raise
 
-        monkeypatch.setattr(replica.writer, "write", write)
+        monkeypatch.setattr(replica.generator, "generate", generate)
         with pytest.raises(asyncio.TimeoutError):
-            self.complete(replica, {"prompts": ["the cat"], "n": 2})
+            self.complete(replica, {"prompt": "the cat", "n": 2})
         assert is_over.wait(60)
 
     def test_prompts_are_not_logged(self, models, make_replica, caplog):
         replica = make_replica(models["folder"] / "fmlm")
-        (answer,) = self.complete(replica, {"prompts": ["a secret"]})
+        (answer,) = self.complete(replica, {"prompt": "a secret"})
         assert len(answer["choices"]) == 1
         assert "secret" not in caplog.text
 
 
 class FailingHandle:
-    """A model whose replicas fail with each request."""
+    """Handle of a model whose replicas fail with each request."""
 
     def __init__(self, error: Exception):
         self.error, self.count, self.complete = error, 0, self
 
-    async def remote(self, prompts: list[str], **options):
+    async def remote(self, request: CompletionRequest):
         self.count += 1
         raise self.error
 
 
 class TestIngress:
     def send(self, body: bytes | None, error: Exception, *flags: str):
-        """The answer to a body, or to one that never arrives, with the model and the ingress."""
+        """Sends a body, or `None` for one that never arrives; returns the response, its error, the handle and the ingress."""
         handle = FailingHandle(error)
         ingress = application.Ingress.func_or_class.__base__(
             serve.make_parser().parse_args(["fmlm", *flags]), {"fmlm": handle}
@@ -159,7 +161,7 @@ class TestIngress:
         assert response.status_code == 408 and error["type"] == "invalid_request_error"
         assert "0.1 seconds" in error["message"] and handle.count == 0
 
-    def test_replicas_that_end(self):
+    def test_replicas_that_die(self):
         response, error, handle, ingress = self.send(b'{"model": "fmlm"}', RayActorError())
         assert response.status_code == 503 and response.headers["Retry-After"] == "1"
         assert error["type"] == "server_error" and error["code"] == "model_unavailable"

@@ -1,26 +1,34 @@
-"""What writes the texts of a batch, in this process."""
+"""Generators of batches, in this process."""
 
-import generators
 import pytest
 import torch
+from generators import CausalGenerator, FlowGenerator, SampleRequest
 
 
-class TestWriters:
-    def test_draws_have_the_probabilities_of_the_model(self):
-        scores = torch.tensor([0.0, 1.0, -torch.inf, 2.0])
-        texts = [generators.Text([0], 4, seed=seed, temperature=1.5) for seed in range(4000)]
-        drawn = generators.DrawTokens(texts)(None, scores.repeat(4000, 1)).argmax(dim=1)
-        share = torch.bincount(drawn, minlength=4) / 4000
-        torch.testing.assert_close(share, (scores / 1.5).softmax(dim=0), atol=0.025, rtol=0)
+def requests(generator: FlowGenerator | CausalGenerator, count: int) -> list[SampleRequest]:
+    prompt = generator.encode("the cat")
+    return [SampleRequest(prompt, generator.max_length, torch.Generator().manual_seed(seed)) for seed in range(count)]
 
-    @pytest.mark.parametrize("name", ["fmlm", "gpt2"])
-    def test_nobody_waits(self, name, models):
-        writer = (generators.FlowWriter if name == "fmlm" else generators.CausalWriter)(
-            models[name], models["tokenizer"]
-        )
-        texts = [generators.Text(writer.encode("the cat"), 16, seed) for seed in range(2)]
-        texts[0].is_abandoned = True
-        assert len(writer.write(texts)) == 2
-        texts[1].is_abandoned = True
-        with pytest.raises(generators.Abandoned):
-            writer.write(texts)
+
+@pytest.mark.parametrize("name", ["fmlm", "gpt2"])
+def test_callback_ends_a_batch(name, models):
+    generator = (FlowGenerator if name == "fmlm" else CausalGenerator)(models[name], models["tokenizer"])
+    calls = []
+
+    def callback():
+        calls.append(None)
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        generator.generate(requests(generator, 2), callback)
+    assert len(calls) == 1
+
+
+def test_generation_config_of_a_causal_model(models, monkeypatch):
+    model, tokenizer = models["gpt2"], models["tokenizer"]
+    generator = CausalGenerator(model, tokenizer)
+    allowed = tokenizer.convert_tokens_to_ids(["the", "cat"])
+    others = [token for token in range(len(tokenizer)) if token not in allowed]
+    assert set(sum(generator.generate(requests(generator, 8), lambda: None), [])) & set(others)
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", others)
+    assert set(sum(generator.generate(requests(generator, 8), lambda: None), [])) == set(allowed)

@@ -1,4 +1,4 @@
-"""The HTTP server of the examples: one server with two replicas of two small models, and what is sent to it."""
+"""The HTTP server of the examples: one server with two replicas of two small models, and requests to it."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ import serving  # noqa: E402
 pytestmark = pytest.mark.slow
 
 LENGTH = 16
-MANY_STEPS = 1500  # which take a second or more
+MANY_STEPS = 1500  # take a second or more
 MAX_BATCH_SIZE, MAX_QUEUE, REPLICAS = 4, 12, 2
 CAPACITY = REPLICAS * 2 * MAX_BATCH_SIZE + MAX_QUEUE
 FLAGS = ["--replicas", REPLICAS, "--max_batch_size", MAX_BATCH_SIZE, "--max_queue", MAX_QUEUE, "--max_wait_ms", 20]
@@ -34,7 +34,7 @@ FLAGS += ["--max_texts", 16, "--max_num_steps", MANY_STEPS, "--max_body_bytes", 
 
 
 class Server(serving.Server):
-    """A server, and what is asked of it."""
+    """A running server, and requests to it."""
 
     def complete(self, **fields) -> tuple[int, dict]:
         status, text, _ = self.send("POST", "/v1/completions", json.dumps({"model": "fmlm", **fields}))
@@ -49,7 +49,7 @@ class Server(serving.Server):
         return super().metric(name, labels)
 
     def processes(self, name: str = "") -> list[psutil.Process]:
-        """Its processes with this in their command lines."""
+        """Returns the processes of the server whose command lines contain `name`."""
         processes = psutil.Process(self.process.pid).children(recursive=True)
         return [process for process in processes if name in " ".join(process.cmdline())]
 
@@ -72,7 +72,7 @@ def server(models):
     left = psutil.wait_procs(processes, timeout=20)[1]
     for process in left:
         process.kill()
-    assert left == []  # when the server has ended
+    assert left == []
 
 
 def generator(seed: int, index: int) -> torch.Generator:
@@ -80,7 +80,7 @@ def generator(seed: int, index: int) -> torch.Generator:
 
 
 def flow_text(models, prompt: str, seed: int, index: int, num_steps: int) -> str:
-    """What the flow map writes by itself in this process, with its prompt."""
+    """Returns a sample that the flow map generates alone in this process, with its prompt."""
     tokenizer, model = models["tokenizer"], models["fmlm"]
     known = {}
     if prompt:
@@ -93,7 +93,7 @@ def flow_text(models, prompt: str, seed: int, index: int, num_steps: int) -> str
 
 @torch.no_grad()
 def causal_text(models, prompt: str, seed: int, index: int, temperature: float = 1.0) -> str:
-    """What GPT-2 writes, token by token and without a cache: the token at which the probabilities add up to a uniform variable."""
+    """Returns a sample of GPT-2 without a cache: each token is where the cumulative probability exceeds a uniform variable."""
     tokenizer, model, source = models["tokenizer"], models["gpt2"], generator(seed, index)
     tokens = tokenizer.encode(prompt) or [tokenizer.bos_token_id]
     while len(tokens) < LENGTH and (tokens[-1] != tokenizer.eos_token_id):
@@ -116,7 +116,7 @@ class TestAnswers:
             assert choice["finish_reason"] in ("stop", "length") and choice["logprobs"] is None
             assert len(choice["text"].split()) <= 5
         usage = answer["usage"]
-        assert usage["prompt_tokens"] == 3  # with what begins texts
+        assert usage["prompt_tokens"] == 3  # with the BOS token
         assert 2 <= usage["completion_tokens"] <= 10
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
@@ -129,7 +129,7 @@ class TestAnswers:
             assert short["usage"]["completion_tokens"] == 16
 
     @pytest.mark.parametrize("num_steps", [1, 4])
-    def test_texts_are_those_of_generate(self, num_steps, server, models):
+    def test_samples_equal_generate(self, num_steps, server, models):
         prompts = ["the cat", "", "dogs run far away"]
         texts = server.texts(prompt=prompts, n=2, seed=7, num_steps=num_steps, echo=True)
         expected = [flow_text(models, prompts[index // 2], 7, index, num_steps) for index in range(6)]
@@ -138,7 +138,7 @@ class TestAnswers:
         assert [prompts[index // 2] + text for index, text in enumerate(without)] == texts
 
     @pytest.mark.parametrize("temperature", [1.0, 0.7])
-    def test_texts_of_gpt2(self, temperature, server, models):
+    def test_samples_of_gpt2(self, temperature, server, models):
         prompts = ["the cat", "dogs run far away", "mat"]
         texts = server.texts(model="gpt2", prompt=prompts, n=2, seed=7, temperature=temperature, echo=True)
         assert texts == [causal_text(models, prompts[index // 2], 7, index, temperature) for index in range(6)]
@@ -201,11 +201,11 @@ class TestPages:
         assert 'flm_requests_in_progress{model="fmlm"} 0.0' in text
 
 
-# What is wrong, the status, the field that the error is about, and what its message says
+# Body, status, field that the error names, and a part of its message
 BAD_BODIES = {
     "broken JSON": (b'{"model": "fmlm", "n": ', 400, None, "JSON"),
-    "no JSON at all": (b"hello", 400, None, "JSON"),
-    "nothing": (b"", 400, None, "JSON"),
+    "not JSON": (b"hello", 400, None, "JSON"),
+    "an empty body": (b"", 400, None, "JSON"),
     "a list": (b"[1, 2]", 400, None, "object"),
     "invalid UTF-8": (b'{"model": "fmlm", "prompt": "\xff\xfe"}', 400, None, "UTF-8"),
     "half a surrogate pair": (b'{"model": "fmlm", "prompt": "\\ud800"}', 400, None, "JSON"),
@@ -216,27 +216,27 @@ BAD_BODIES = {
     "unknown model": ({"model": "fmlm-large"}, 404, "model", "fmlm, gpt2"),
     "a model that is a path": ({"model": "../../etc/passwd"}, 404, "model", "fmlm, gpt2"),
     "negative n": ({"n": -1}, 400, "n", "greater than or equal to 1"),
-    "no texts": ({"n": 0}, 400, "n", "greater than or equal to 1"),
-    "n as a text": ({"n": "2"}, 400, "n", "integer"),
-    "n that is half a text": ({"n": 1.5}, 400, "n", "integer"),
+    "n of 0": ({"n": 0}, 400, "n", "greater than or equal to 1"),
+    "n as a string": ({"n": "2"}, 400, "n", "integer"),
+    "fractional n": ({"n": 1.5}, 400, "n", "integer"),
     "huge n": ({"n": 10**9}, 400, "n", "16"),
-    "more digits than numbers have": (b'{"model": "fmlm", "n": ' + b"9" * 5000 + b"}", 400, None, "JSON"),
+    "too many digits": (b'{"model": "fmlm", "n": ' + b"9" * 5000 + b"}", 400, None, "JSON"),
     "too many prompts": ({"prompt": ["the"] * 17}, 400, "n", "16"),
-    "no prompts": ({"prompt": []}, 400, "prompt", "list of texts"),
-    "a prompt of tokens": ({"prompt": [1, 2]}, 400, "prompt", "list of texts"),
+    "no prompts": ({"prompt": []}, 400, "prompt", "at least 1 item"),
+    "a prompt of tokens": ({"prompt": [1, 2]}, 400, "prompt", "string"),
     "a long prompt": ({"prompt": "the cat " * 20}, 400, "prompt", "at most 16 tokens"),
     "a long prompt for GPT-2": ({"model": "gpt2", "prompt": "the cat " * 20}, 400, "prompt", "at most 16 tokens"),
     "negative seed": ({"seed": -1}, 400, "seed", "greater than or equal to 0"),
     "huge seed": ({"seed": 2**70}, 400, "seed", ""),
     "too many steps": ({"num_steps": MANY_STEPS + 1}, 400, "num_steps", str(MANY_STEPS)),
     "steps for GPT-2": ({"model": "gpt2", "num_steps": 4}, 400, "num_steps", "leave it out"),
-    "no tokens": ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+    "max_tokens of 0": ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
     "temperature 0": ({"temperature": 0}, 400, "temperature", "greater than or equal to"),
     "infinite temperature": (b'{"model": "fmlm", "temperature": Infinity}', 400, None, ""),
-    "timeout that is over": ({"timeout": -1}, 400, "timeout", "greater than 0"),
+    "negative timeout": ({"timeout": -1}, 400, "timeout", "greater than 0"),
     "unknown field": ({"num_step": 4}, 400, "num_step", "`num_steps`"),
-    "a field of OpenAI's": ({"stream": True}, 400, "stream", "written whole"),
-    "a field of chats": ({"messages": []}, 400, "messages", "`prompt`"),
+    "an unsupported field of OpenAI": ({"stream": True}, 400, "stream", "remove it"),
+    "a chat": ({"messages": []}, 400, "messages", "`prompt`"),
 }
 
 
@@ -259,14 +259,14 @@ class TestBadInput:
         got, text, _ = server.send(method, path, "{}")
         assert got == status and json.loads(text)["error"]["type"] == "invalid_request_error"
 
-    def test_no_http(self, server):
+    def test_invalid_http(self, server):
         for lines in (b"hello\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n"):
             with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
                 connection.sendall(lines)
                 assert connection.recv(1000).startswith(b"HTTP/1.1 400")
         assert len(server.texts(num_steps=1)) == 1
 
-    def test_client_that_leaves(self, server):
+    def test_disconnected_client(self, server):
         body = json.dumps({"model": "fmlm", "num_steps": MANY_STEPS}).encode()
         header = b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(body)
         for part in (header, header + body[:10], header + body):
@@ -329,7 +329,7 @@ class TestLoad:
 
 
 class TestStart:
-    def test_other_ports_ask_for_a_token(self, server):
+    def test_ports_of_ray_require_a_token(self, server):
         ports = {
             connection.laddr.port
             for process in server.replicas()
@@ -339,7 +339,7 @@ class TestStart:
         codes = set()
         for port in ports:
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-                # With what Ray would unpickle, and so run
+                # Ray would unpickle the body, and so execute it.
                 call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
                 with pytest.raises(grpc.RpcError) as error:
                     call(b"", timeout=60)
@@ -347,16 +347,16 @@ class TestStart:
         assert os.environ["RAY_AUTH_MODE"] == "token"
         assert codes == {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
 
-    def test_line(self, server):
+    def test_address_is_printed(self, server):
         assert server.line.startswith("fmlm, gpt2: http://127.0.0.1:") and server.process.poll() is None
 
-    def test_names(self, models, tmp_path):
+    def test_names_with_special_characters(self, models, tmp_path):
         folder = tmp_path / "a #1"
         folder.symlink_to(models["folder"] / "fmlm")
         args = serve.make_parser().parse_args([str(folder), "--device", "cpu"])
         application.build(args, {"a #1": str(folder), "owner/name": str(folder)})
 
-    def test_mistakes(self, models, tmp_path):
+    def test_wrong_arguments(self, models, tmp_path):
         (tmp_path / "fmlm").symlink_to(models["folder"] / "gpt2")
         fmlm = str(models["folder"] / "fmlm")
         with socket.socket() as taken:
