@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-The dense formulation that the library is measured against, from the paper's formulas: noise and states are one-hot tensors
-of shape (batch_size, length, vocab_size) in float32, and so is every two-time denoiser. The networks are the library's.
+Dense baseline for the benchmarks, written from the paper's formulas: noise, states and two-time denoisers are float32 tensors of
+shape (batch_size, length, vocab_size). It uses the library's networks.
 """
 
 from collections.abc import Callable
@@ -15,24 +15,25 @@ from modeling_flm.flow import semigroup_weight
 from modeling_flm.utils_flm import evaluating
 
 
-def like(times: torch.Tensor) -> torch.Tensor:
+def per_sequence(times: torch.Tensor) -> torch.Tensor:
+    """Times of shape (batch_size,) that broadcast over positions and tokens."""
     return times[:, None, None]
 
 
 def delta(model: PreTrainedModel, x: torch.Tensor, tau_s: torch.Tensor, tau_t: torch.Tensor | None) -> torch.Tensor:
-    """The two-time denoiser of one-hot states `x`, whole."""
+    """Two-time denoiser of the states `x`: probabilities of shape (batch_size, length, vocab_size)."""
     with torch.autocast(x.device.type, enabled=False):
         state = x @ model.state_embedding.float()
     return model.predict(model.encode(state, tau_s, tau_t), tau_s, tau_t)
 
 
 def flow_map(x: torch.Tensor, towards: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return like((1 - t) / (1 - s)) * x + like((t - s) / (1 - s)) * towards
+    return per_sequence((1 - t) / (1 - s)) * x + per_sequence((t - s) / (1 - s)) * towards
 
 
 def noised(model: PreTrainedModel, input_ids: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One-hot tokens, and what they are at the times `tau` of the interpolant."""
-    t = like(model.time_map.tau_to_t(tau))
+    """One-hot tokens, and their noisy states at the times `tau`."""
+    t = per_sequence(model.time_map.tau_to_t(tau))
     clean = F.one_hot(input_ids, model.config.vocab_size).float()
     return clean, torch.randn_like(clean).lerp_(clean, t)
 
@@ -53,7 +54,7 @@ def distillation_loss(
     tau_s: torch.Tensor,
     tau_t: torch.Tensor,
 ) -> torch.Tensor:
-    """The loss of a preset, of a batch whose first half is on the diagonal where the preset has one."""
+    """Loss of a preset. Where the preset has diagonal examples, they are the first half of the batch."""
     clean, x = noised(model, input_ids, tau_s)
     time = model.time_map.tau_to_t
     with torch.no_grad(), evaluating(model):
@@ -70,7 +71,7 @@ def distillation_loss(
             s, u, t = time(start), time(middle), time(end)
             first = delta(model, state, start, middle)
             second = delta(model, flow_map(state, first, s, u), middle, end)
-            weight = like(semigroup_weight(s, u, t))
+            weight = per_sequence(semigroup_weight(s, u, t))
             parts.append(weight * first + (1 - weight) * second)
         target = torch.cat(parts)
     if preset in ("two_network", "second_stage"):

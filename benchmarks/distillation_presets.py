@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Compares the paper's distillation recipes on the quickstart's grammar, all from the FLM that the quickstart has trained:
+Compare the distillation presets on the quickstart's grammar, starting from the FLM that the quickstart trains:
 
     python examples/quickstart.py
     python benchmarks/distillation_presets.py
 
-It prints how many samples are grammatical at each number of steps, as a Markdown table. Every recipe gets the quickstart's
-steps and settings; self-distillation, which has no FLM to start from, gets the FLM's steps as well, and two networks are
-distilled into one by as many steps again.
+Prints a Markdown table with the share of grammatical samples at each number of steps. Every preset takes the quickstart's settings
+and number of optimizer steps; self-distillation, which starts from scratch, also takes the steps of the FLM, and the second stage
+distills the result of `two_network` with as many steps again.
 """
 
 import argparse

@@ -1,15 +1,15 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Measures a step that was exported to ONNX, in ONNX Runtime on the CPU, beside PyTorch, eager and compiled: how long one-step
-generation takes, how large the files are, and how many tokens are PyTorch's.
+Compare a step exported to ONNX, run by ONNX Runtime on the CPU, with eager and compiled PyTorch: time of one-step generation, size of
+the files, and share of equal tokens.
 
-    python benchmarks/export.py                     # the model of this repository, and larger ones with random weights
-    python benchmarks/export.py --models outputs/quickstart/flm outputs/quickstart/fmlm --batch_sizes  # only what is equal
+    python benchmarks/export.py                     # the model in this repository, and larger ones with random weights
+    python benchmarks/export.py --models outputs/quickstart/flm outputs/quickstart/fmlm --batch_sizes  # equal tokens only
 
-Contenders take turns in one process, with as many threads each. A call is a whole `generate()`, or what a program would do in its place
-with the exported step: draw noise, run the step, have the tokens. How many tokens are equal is said of trained models only: with
-random weights all tokens are about equally likely.
+Contenders take turns in one process, with the same number of threads. A call is one `generate()`, or its equivalent with the exported
+step: draw noise, run the step, return the tokens. Equal tokens are reported for trained models only, because with random weights all
+tokens are about equally likely.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from modeling_flm.hub.records import ONNX_FILES, ONNX_FOLDER
 from modeling_flm.modeling_flm import FLMPreTrainedModel
 
 
-# Width, blocks, vocabulary, tokens of a text
+# Width, number of blocks, vocabulary size, length
 SIZES = {"small": (256, 6, 8192, 128), "medium": (512, 8, 32768, 128)}
 
 
@@ -40,22 +40,22 @@ def make_parser() -> argparse.ArgumentParser:
         "--models",
         nargs="+",
         default=["examples/models/words_fmlm", *SIZES],
-        help=f"folders of models, or {', '.join(SIZES)} for random weights",
+        help=f"folders of models, or {', '.join(SIZES)} for models with random weights",
     )
     parser.add_argument(
-        "--batch_sizes", type=int, nargs="*", default=[1, 32], help="of what is timed; none for no times"
+        "--batch_sizes", type=int, nargs="*", default=[1, 32], help="batch sizes to time; no value skips timing"
     )
     parser.add_argument("--precisions", nargs="+", choices=[*ONNX_FILES], default=[*ONNX_FILES])
     parser.add_argument(
-        "--num_steps", type=int, nargs="+", default=[1, 4, 16], help="of what is compared with PyTorch"
+        "--num_steps", type=int, nargs="+", default=[1, 4, 16], help="numbers of steps at which tokens are compared"
     )
-    parser.add_argument("--repeats", type=int, default=20, help="calls of each contender")
-    parser.add_argument("--no_compile", action="store_true", help="leave out compiled PyTorch, which takes minutes")
+    parser.add_argument("--repeats", type=int, default=20, help="number of calls of each contender")
+    parser.add_argument("--no_compile", action="store_true", help="skip compiled PyTorch, which takes minutes")
     return parser
 
 
 def build(name: str) -> FLMPreTrainedModel:
-    """A model of a folder, or of one of the sizes with random weights."""
+    """Loads a model from a folder, or builds one of the sizes with random weights."""
     if name not in SIZES:
         return load(name)
     hidden_size, num_hidden_layers, vocab_size, length = SIZES[name]
@@ -83,7 +83,7 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def take_turns(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float, float]]:
-    """Milliseconds of a call of each: the smallest, the median and the largest, without the first two."""
+    """Smallest, median and largest time of a call of each contender, in milliseconds, without the first two calls."""
     times = {name: [] for name in contenders}
     for turn in range(repeats + 2):
         for name, call in contenders.items():
@@ -98,7 +98,7 @@ def measure(name: str, args: argparse.Namespace):
     model = build(name).eval()
     step = FlowStep(model)
     length = model.config.max_position_embeddings
-    print(f"\n## {name}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens, {length} a text\n")
+    print(f"\n## {name}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens, length {length}\n")
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(model, folder, args.precisions, check=False)
         paths = {precision: Path(folder, ONNX_FOLDER, ONNX_FILES[precision]) for precision in args.precisions}
@@ -115,7 +115,9 @@ def measure(name: str, args: argparse.Namespace):
                 row += f" {compare(session, step, num_steps, num_samples=64):.2%} |"
             print(row, flush=True)
         if args.batch_sizes:
-            print("\n| texts | contender | ms: median (least to most) | against compiled PyTorch |\n|---|---|---|---|")
+            print(
+                "\n| batch size | contender | ms: median (least to most) | relative to compiled PyTorch |\n|---|---|---|---|"
+            )
         for batch_size in args.batch_sizes:
             show_times(batch_size, model, step, sessions, args)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What docs/performance.md leaves open: everything on one GPU, a table for each run. The last lines need the most memory.
+# All benchmarks of docs/performance.md on one GPU, with a table for each run. The last lines need the most memory.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/gpu}

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Time, memory and limits of functions, side by side."""
+"""Time, memory and roofline limits of functions."""
 
 import ctypes
 import gc
@@ -25,7 +25,7 @@ def synchronize(device: torch.device):
 
 
 def seconds(functions: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """The median time of each function. They take turns, so that whatever else the machine does meets all of them."""
+    """Median time of each function. Functions take turns, so that other load on the machine affects all of them."""
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
@@ -38,7 +38,7 @@ def seconds(functions: dict[str, Callable[[], object]], repeats: int, device: to
 
 
 def _status(name: str) -> int:
-    """A number of bytes from what Linux says of this process."""
+    """A number of bytes from Linux's status of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -46,7 +46,7 @@ def _status(name: str) -> int:
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int:
-    """How many bytes a call takes at most beyond what is held before it. On the CPU this needs Linux."""
+    """Peak memory of a call in bytes, beyond the memory in use before it. Needs Linux on the CPU."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -55,21 +55,21 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int:
         function()
         return torch.cuda.max_memory_allocated(device) - before
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before
 
 
 class Ceilings:
-    """What this machine reaches: products of large matrices by dtype, and copies."""
+    """Speed of this machine: matrix products by dtype, and copies."""
 
     def __init__(self, device: torch.device, repeats: int = 3):
         size = 8192 if device.type == "cuda" else 2048
         dtypes = [torch.float32, torch.float64, torch.bfloat16]
         sizes = dict.fromkeys(dtypes, size)
         if device.type != "cuda":
-            sizes[torch.bfloat16] = 256  # CPUs without instructions for it take minutes for more
+            sizes[torch.bfloat16] = 256  # larger takes minutes on CPUs without bfloat16 instructions
         pairs = {dtype: torch.randn(2, size, size, device=device).to(dtype) for dtype, size in sizes.items()}
         source = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
         target = torch.empty_like(source)
@@ -82,13 +82,13 @@ class Ceilings:
 
     def __str__(self) -> str:
         products = ", ".join(f"{str(dtype)[6:]} {flops / 1e9:,.0f} GFLOP/s" for dtype, flops in self.flops.items())
-        return f"products of matrices: {products}; copies: {self.bandwidth / 1e9:,.0f} GB/s"
+        return f"matrix products: {products}; copies: {self.bandwidth / 1e9:,.0f} GB/s"
 
 
 class Cost(TorchDispatchMode):
     """
-    Counts the floating-point operations in products of matrices, and the bytes that all operations read and write. `limit`
-    is the time that each of them would take by itself if it reached the ceiling that binds it (the roofline).
+    Counts the floating-point operations of matrix products, and the bytes that all operations read and write. `limit` is the
+    sum over operations of the smallest possible time of each (the roofline).
     """
 
     free = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten._unsafe_view)
@@ -120,12 +120,12 @@ class Cost(TorchDispatchMode):
                 written += tensors
             if not (packet in self.overwriting and is_written) and packet not in self.making:
                 moved += sum(tensor.nbytes for tensor in tensors)
-        # A fused optimizer returns nothing, and writes to what it is given.
+        # A fused optimizer returns nothing and writes to its arguments.
         moved += sum(tensor.nbytes for tensor in written or outputs)
-        if packet in self.looking_up:  # the rows that it takes, and not the table
+        if packet in self.looking_up:  # the rows, not the whole table
             moved = 2 * outputs[0].nbytes
         flops, dtype = 0, (outputs or written)[0].dtype if outputs or written else None
-        if packet is aten.addmm_:  # which the registry leaves out
+        if packet is aten.addmm_:  # missing from the registry
             flops = 2 * args[0].numel() * args[1].shape[-1]
         elif packet in flop_registry:
             flops = flop_registry[packet](*args, **kwargs, out_val=output)
@@ -137,5 +137,5 @@ class Cost(TorchDispatchMode):
 
     @property
     def compute_limit(self) -> float:
-        """The time of the products of matrices alone, at their ceiling."""
+        """Smallest possible time of the matrix products alone."""
         return sum(flops / self.ceilings.flops[dtype] for dtype, flops in self.flops.items() if flops)

@@ -1,15 +1,15 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Counts what training takes on each GPU, from the models themselves: parameters, and the activations that a block saves for
-the backward pass, without and with activation checkpointing. Nothing is allocated: the tensors are fake.
+Estimate the memory of training on each GPU from the models themselves: parameters, and the activations that a block saves for the
+backward pass, with and without activation checkpointing. Nothing is allocated: the tensors are fake.
 
     python benchmarks/memory_plan.py --gpu_memory 80
 
-States are 20 bytes for each parameter in float32: weights, gradients, two moments of AdamW, and the moving average. DDP has
-them on every GPU, and another copy of the gradients to send; FSDP2 has a share, and gathers the weights of a block when it
-needs them. A distillation also has a teacher, of 4 bytes for each parameter, whole on every GPU. Blocks run in bfloat16 under
-autocast, whose copies of the weights count.
+States take 20 bytes per parameter in float32: weights, gradients, two moments of AdamW, and the moving average. DDP keeps all of them
+on every GPU, plus a copy of the gradients to send; FSDP2 keeps a share, and gathers the weights of a block when they are needed.
+Distillation adds a teacher of 4 bytes per parameter, whole on every GPU. Blocks run in bfloat16 under autocast, whose copies of the
+weights are included.
 """
 
 import argparse
@@ -34,9 +34,9 @@ class Counts:
     parameters: int
     block_parameters: int
     saved_per_token: int
-    """Bytes that a block saves for each token."""
+    """Bytes that a block saves per token."""
     checkpointed_per_token: int
-    """Bytes of its input, which is all that it saves with activation checkpointing."""
+    """Bytes of the block's input, all that is saved with activation checkpointing."""
     num_blocks: int
 
     def activations_per_token(self, checkpointing: bool) -> int:
@@ -46,7 +46,7 @@ class Counts:
 
 
 def count(name: str, vocab_size: int) -> Counts:
-    length = 509  # like no other size, so that it tells what has an entry for each token
+    length = 509  # no other size equals it, so it identifies dimensions of tokens
     hidden_size, num_blocks, num_heads = SHAPES[name]
     config = FLMConfig(
         vocab_size=vocab_size,
@@ -63,14 +63,14 @@ def count(name: str, vocab_size: int) -> Counts:
         state = torch.randn(1, length, hidden_size, requires_grad=True)
         conditioning = torch.randn(1, config.conditioning_size, requires_grad=True)
         tables = torch.randn(2, length, hidden_size // num_heads).unbind()
-        shared = {tables[0].untyped_storage()._cdata}  # by all blocks
+        shared = {tables[0].untyped_storage()._cdata}  # with all blocks
         saved = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            # Not weights, nor their copies in bfloat16
+            # Neither weights nor their copies in bfloat16
             if storage._cdata not in shared and length in tensor.shape:
-                saved[storage._cdata] = (storage.nbytes(), tensor)  # kept, so that no other takes its place
+                saved[storage._cdata] = (storage.nbytes(), tensor)  # keeps the storage from being reused
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
@@ -88,17 +88,17 @@ def count(name: str, vocab_size: int) -> Counts:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab_size", type=int, default=50258)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--gpu_memory", type=float, default=80, help="GiB")
-    parser.add_argument("--num_gpus", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--vocab_size", type=int, default=50258, help="vocabulary size")
+    parser.add_argument("--length", type=int, default=1024, help="length of the sequences")
+    parser.add_argument("--gpu_memory", type=float, default=80, help="memory of each GPU, in GiB")
+    parser.add_argument("--num_gpus", type=int, nargs="+", default=[1, 8, 64], help="numbers of GPUs")
     return parser
 
 
 def main(args: argparse.Namespace):
     models = [count(name, args.vocab_size) for name in SHAPES]
     print(
-        "| model | parameters | states, GiB | a teacher, GiB | activations per text, GiB | with checkpointing | "
+        "| model | parameters | states, GiB | a teacher, GiB | activations per sequence, GiB | with checkpointing | "
         "FLOPs per token |"
     )
     print("|---" * 7 + "|")
@@ -108,15 +108,15 @@ def main(args: argparse.Namespace):
         )
         numbers = [model.parameters * 20 / GIB, model.parameters * 4 / GIB, *activations]
         shown = " | ".join(f"{number:.2f}" for number in numbers)
-        # The embedding is looked up; 2 products in the forward and 4 in the backward pass for each other parameter
+        # Except for the embedding, each parameter takes 2 operations in the forward pass and 4 in the backward pass.
         flops = 6 * (model.parameters - args.vocab_size * SHAPES[model.name][0])
         print(f"| {model.name} | {model.parameters / 1e6:,.0f}M | {shown} | {flops / 1e9:.2f}G |")
 
     print(
-        f"\nTexts of {args.length} tokens that fit on each GPU of {args.gpu_memory:g} GiB, without and with checkpointing"
+        f"\nSequences of {args.length} tokens that fit on each GPU of {args.gpu_memory:g} GiB, without and with checkpointing"
     )
     print(
-        "| model | GPUs | engine | FLM: states per GPU, GiB | texts | distillation: states | texts | GB sent a step |"
+        "| model | GPUs | engine | FLM: states per GPU, GiB | sequences | distillation: states | sequences | GB sent per step |"
     )
     print("|---" * 8 + "|")
     for model in models:
@@ -126,7 +126,7 @@ def main(args: argparse.Namespace):
                 for teacher in TEACHER_BYTES.values():
                     states = {"one process": 20, "DDP": 24, "FSDP2": 20 / num_gpus}[engine] + teacher
                     held = model.parameters * states
-                    # What is gathered of a block, and of embedding and head, with its gradient and its copy in bfloat16
+                    # The gathered weights of a block, embedding and head, with gradients and copies in bfloat16
                     others = model.parameters - model.num_blocks * model.block_parameters
                     gathered = 10 * (model.block_parameters + others) if engine == "FSDP2" else 2 * model.parameters
                     free = args.gpu_memory * GIB * 0.92 - held - gathered - 20 * CHUNK_ELEMENTS["default"]
@@ -135,7 +135,7 @@ def main(args: argparse.Namespace):
                         for checkpointing in (False, True)
                     ]
                     cells.append(f"{held / GIB:.1f} | " + (" / ".join(map(str, texts)) if free > 0 else "do not fit"))
-                # A ring: gradients reduced and scattered, and gathered again; or reduced, and weights gathered twice
+                # Ring: DDP reduces, scatters and gathers gradients; FSDP2 reduces and scatters them, and gathers weights twice.
                 share = (num_gpus - 1) / num_gpus * model.parameters
                 sent = {"DDP": 8 * share, "FSDP2": 12 * share}.get(engine, 0) / 1e9
                 print(f"| {model.name} | {num_gpus} | {engine} | {' | '.join(cells)} | {sent:.1f} |")

@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Measures the page of `make demo` in Chromium: how long after it is opened the first texts are there, and how long after a key.
+Measure the page of `make demo` in Chromium: time until the first samples after opening it, and until new samples after a key.
 
     python benchmarks/page.py
     python benchmarks/page.py --model outputs/quickstart/fmlm --repeats 5
 
-It needs what `make test-browser` needs. The first opening, which fills the browser's cache, does not count.
+Needs the same programs as `make test-browser`. The first opening fills the browser's cache and is not measured.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import browser_demo  # noqa: E402
 from modeling_flm.hub.page_server import make_server  # noqa: E402
 
 
-# Notes when something was written, and when all that follows it was.
+# Records when the page shows samples (`written`), and when it has finished its other output.
 _WATCH = """
 window.moments = {};
 new MutationObserver(() => {
@@ -48,20 +48,20 @@ _PRESS = """() => {
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=browser_demo.MODEL, help="the folder of a model")
-    parser.add_argument("--repeats", type=int, default=10, help="how often to open the page, and to press a key")
+    parser.add_argument("--model", type=Path, default=browser_demo.MODEL, help="folder of the model")
+    parser.add_argument("--repeats", type=int, default=10, help="how often to open the page and press a key")
     return parser
 
 
 def wait(page: Page, name: str) -> float:
-    """When something was written, in milliseconds since the page was opened."""
+    """Waits for a moment that `_WATCH` records, in milliseconds since the page was opened."""
     page.wait_for_function(f"moments[{name!r}]", timeout=60_000)
     return page.evaluate(f"moments[{name!r}]")
 
 
 def measure(page: Page, address: str, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each opening and each key."""
-    times = {"opening the page, until the first texts": [], "a key, until new texts": [], "its forward pass": []}
+    """Measures each opening and each key, in milliseconds."""
+    times = {"opening the page, until the first samples": [], "a key, until new samples": [], "its forward pass": []}
     opening, key, forward = times.values()
     for turn in range(repeats + 1):
         page.goto(address)
@@ -80,7 +80,7 @@ def measure(page: Page, address: str, repeats: int) -> dict[str, list[float]]:
 def main(args: argparse.Namespace):
     executable = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if executable is None or not browser_demo.PACKAGES.is_dir():
-        raise SystemExit("error: it needs Chromium and two packages of npm: see `make test-browser`")
+        raise SystemExit("error: Chromium or two npm packages are missing; see `make test-browser`")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser_demo.make_page(args.model, Path(folder))
         server = make_server(folder, packages=browser_demo.PACKAGES)
@@ -90,7 +90,7 @@ def main(args: argparse.Namespace):
         page.add_init_script(_WATCH)
         times = measure(page, f"http://127.0.0.1:{server.server_port}/", args.repeats)
         print(
-            f"Chromium {browser.version}, {page.inner_text('#model-facts')}, {page.locator('#texts li').count()} texts\n"
+            f"Chromium {browser.version}, {page.inner_text('#model-facts')}, {page.locator('#texts li').count()} samples\n"
         )
         browser.close()
         server.shutdown()

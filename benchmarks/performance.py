@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Measures the library against the dense formulation, and against transformers' GPT-2 of the same size, side by side.
+Compare the time and memory of the library with a dense implementation, and with transformers' GPT-2 of the same size.
 
     python benchmarks/performance.py train --vocab_sizes 50258 --lengths 128 --hidden_sizes 768 --batch_sizes 32
     python benchmarks/performance.py generate gpt2 --vocab_sizes 50258 --lengths 1024 --num_steps 1 8
@@ -9,14 +9,19 @@ Measures the library against the dense formulation, and against transformers' GP
     python benchmarks/performance.py growth --vocab_sizes 1000 50258 --batch_sizes 64
     python benchmarks/performance.py train distill generate gpt2 head batch --dtype bfloat16 --compile  # on a GPU
 
-Suites: `train`, an optimizer step of an FLM; `distill`, one of each recipe; `generate`, sampling; `sample`, that of the library
-alone; `gpt2`, training and generating with a GPT-2; `head`, ways to compute the cross-entropy of the head; `growth`, steps with
-different vocabularies that take turns; `noise`, the fixed cost of the noise in a step, whatever its batch, next to the product of
-an embedding and a square matrix; `batch`, the largest batch that fits in `--memory` GiB. Contenders take turns in one process.
-Memory is what a call takes at most beyond what is held before it: weights and, in training, the state of the optimizer. On the
-CPU measuring it needs Linux.
+Suites:
+    train     an optimizer step of an FLM
+    distill   an optimizer step of each preset
+    generate  sampling, compared with the dense implementation
+    sample    sampling with the library alone
+    gpt2      training and sampling, compared with GPT-2
+    head      implementations of the head's cross-entropy
+    growth    optimizer steps with different vocabularies
+    noise     the cost of the noise in a step, which does not depend on the batch, compared with an embedding times a square matrix
+    batch     the largest batch that fits in `--memory` GiB
 
-Prints tables, and writes every measurement to `--output` as JSON.
+Contenders take turns in one process. Memory is the peak of a call beyond the memory in use before it, such as weights and optimizer
+states. On the CPU, measuring memory needs Linux. Prints tables and saves all measurements to `--output` as JSON.
 """
 
 import argparse
@@ -56,21 +61,26 @@ PRESETS = ("single_stage", "self_distillation", "two_network", "second_stage")
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="+", choices=SUITES)
+    parser.add_argument(
+        "suites", nargs="+", choices=SUITES, metavar="SUITE", help=f"one or more of {', '.join(SUITES)}"
+    )
     parser.add_argument("--vocab_sizes", type=int, nargs="+", default=[50258])
     parser.add_argument("--lengths", type=int, nargs="+", default=[128])
     parser.add_argument("--hidden_sizes", type=int, nargs="+", default=[768])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8])
     parser.add_argument("--num_hidden_layers", type=int, default=12)
-    parser.add_argument("--num_steps", type=int, nargs="+", default=[1, 8], help="of sampling")
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS, help="of distillation")
+    parser.add_argument("--num_steps", type=int, nargs="+", default=[1, 8], help="numbers of sampling steps")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS, help="distillation presets")
     parser.add_argument(
-        "--attn_implementations", nargs="+", default=["sdpa"], help="all but sdpa apply a softcap of 50"
+        "--attn_implementations",
+        nargs="+",
+        default=["sdpa"],
+        help="attention implementations; all but sdpa apply a softcap of 50",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of autocast")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of autocast")
     parser.add_argument("--compile", action="store_true", help="compile all contenders")
-    parser.add_argument("--memory", type=float, default=4.0, help="GiB, for `batch`")
+    parser.add_argument("--memory", type=float, default=4.0, help="memory for the suite `batch`, in GiB")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/performance.json"))
     return parser
@@ -83,7 +93,7 @@ class Benchmark:
         self.ceilings = measure.Ceilings(self.device)
         self.records = []
 
-    # What is measured
+    # Models and steps
 
     def build(self, vocab_size: int, length: int, hidden_size: int, attention: str) -> FLMModel:
         config = FLMConfig(
@@ -118,7 +128,7 @@ class Benchmark:
         return torch.compile(function) if self.args.compile else function
 
     def optimizer_step(self, model: PreTrainedModel, backward: Callable[[], None]) -> Callable[[], None]:
-        """A step of AdamW on the gradients that `backward` makes."""
+        """A step of AdamW on the gradients of `backward`."""
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5, fused=True)
 
         def step():
@@ -129,7 +139,7 @@ class Benchmark:
         return step
 
     def training_step(self, model: PreTrainedModel, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        """A step on a loss that is written out."""
+        """An optimizer step on a loss function."""
         loss = self.maybe_compile(loss)
 
         def backward():
@@ -164,7 +174,7 @@ class Benchmark:
 
     @contextmanager
     def flm_steps(self, vocab_size, length, hidden_size, batch_size, attention) -> Iterator[dict[str, Callable]]:
-        """An optimizer step of an FLM by the library, and in the dense formulation."""
+        """An optimizer step of an FLM with the library, and with the dense implementation."""
         model = self.build(vocab_size, length, hidden_size, attention)
         reference = copy.deepcopy(model).train()
         input_ids = torch.randint(vocab_size, (batch_size, length), device=self.device)
@@ -180,7 +190,7 @@ class Benchmark:
 
     @contextmanager
     def distillation_steps(self, preset, vocab_size, length, hidden_size, batch_size, attention):
-        """An optimizer step of a flow map by the library, and in the dense formulation."""
+        """An optimizer step of a flow map with the library, and with the dense implementation."""
         flm = self.build(vocab_size, length, hidden_size, attention)
         teacher = None if preset in ("self_distillation", "two_network") else flm.eval()
         model = (FMLMTwoNetworkModel if preset == "two_network" else FMLMModel).from_flm(flm)
@@ -202,14 +212,14 @@ class Benchmark:
                 "dense": self.training_step(reference, loss),
             }
 
-    # How
+    # Measurements
 
     def record(
         self, suite: str, settings: dict, functions: dict[str, Callable], num_tokens: int | None, count: str | None
     ):
         """
-        Measures functions that make or learn from so many tokens, if from any; `count` is the one to compare with the
-        ceilings, by what it does without being compiled.
+        Measures functions that process `num_tokens` tokens each. The function named `count` is also compared with the
+        machine's ceilings, by counting the operations of an uncompiled call.
         """
         measure.seconds(functions, 1, self.device)  # warms up
         peaks = {name: measure.peak_memory(function, self.device) for name, function in functions.items()}
@@ -259,7 +269,7 @@ class Benchmark:
 
     def generate(self, vocab_size, length, hidden_size, attention, batch_size):
         model = self.build(vocab_size, length, hidden_size, attention).eval()
-        compile_config = CompileConfig(mode=None) if self.args.compile else None  # as the others
+        compile_config = CompileConfig(mode=None) if self.args.compile else None  # the same backend as `torch.compile`
         state = torch.randn(batch_size, length, hidden_size, device=self.device)
         tau = torch.full((batch_size,), 0.5, device=self.device)
         encode = self.maybe_compile(model.encode)
@@ -267,7 +277,7 @@ class Benchmark:
 
         @torch.no_grad()
         def forward():
-            """The transformer with its head, whose logits are dropped a chunk at a time."""
+            """Runs the backbone and the head, one chunk of logits at a time."""
             hidden_states = encode(state, tau)
             for chunk in model.chunks(state):
                 model.logits(hidden_states[:, chunk])
@@ -293,9 +303,9 @@ class Benchmark:
                 self.record("generate", settings, functions, batch_size * length, "library")
 
     def sample(self, vocab_size, length, hidden_size, attention, batch_size):
-        """`generate` of a flow map alone, each measured once, as many steps of many texts take long on a CPU."""
+        """Measures `generate` of a flow map once per setting, because many steps of large batches are slow on a CPU."""
         model = FMLMModel.from_flm(self.build(vocab_size, length, hidden_size, attention)).eval()
-        model.generate(num_samples=1, num_steps=1)  # makes what later calls keep
+        model.generate(num_samples=1, num_steps=1)  # creates what later calls reuse
         for num_steps in self.args.num_steps:
             seconds = 0.0
 
@@ -336,9 +346,9 @@ class Benchmark:
 
         with self.autocast():
             functions = {"one-step flow map": partial(one_step, 1), "GPT-2 with KV cache": autoregressive}
-            self.record("gpt2: one text", {**settings, "batch_size": 1}, functions, length, None)
+            self.record("gpt2: one sample", {**settings, "batch_size": 1}, functions, length, None)
             functions = {"one-step flow map": partial(one_step, batch_size)}
-            self.record("gpt2: a batch of texts", settings, functions, batch_size * length, None)
+            self.record("gpt2: a batch of samples", settings, functions, batch_size * length, None)
 
     def head(self, vocab_size, length, hidden_size, attention, batch_size):
         hidden_states = torch.randn(batch_size, length, hidden_size, device=self.device, requires_grad=True)
@@ -379,28 +389,28 @@ class Benchmark:
 
         @torch.no_grad()
         def products():
-            """The products of matrices that no way can do without."""
+            """The matrix products that every implementation needs."""
             with self.autocast():
                 return flat @ weight.T, gradient @ weight, gradient.T @ flat
 
-        expected = run("all logits")  # which are small, so that the cap hardly changes the loss
+        expected = run("all logits")  # the logits are small, so the cap hardly changes the loss
         for name in losses:
             if abs(run(name) - expected) > 1e-2 * expected:
-                raise RuntimeError(f"{name} gives {run(name)}, and all logits {expected}.")
+                raise RuntimeError(f"{name} gives a loss of {run(name)} instead of {expected}.")
         settings = {"vocab_size": vocab_size, "length": length, "hidden_size": hidden_size, "batch_size": batch_size}
         functions = {name: partial(run, name) for name in losses} | {"its products alone": products}
         self.record("head", settings, functions, batch_size * length, None)
 
     def growth(self, vocab_size, length, hidden_size, attention, batch_size):
         if vocab_size != self.args.vocab_sizes[0]:
-            return  # all of them take turns
+            return  # one call measures all vocabularies
         sizes = (length, hidden_size, batch_size, attention)
         with ExitStack() as stack:
             steps = {
                 f"V = {size}": stack.enter_context(self.flm_steps(size, *sizes))["library"]
                 for size in self.args.vocab_sizes
             }
-            gc.collect()  # the dense ones
+            gc.collect()  # frees the dense models
             hidden_states = torch.randn(batch_size * length, hidden_size, device=self.device)
 
             def products(weight: torch.Tensor, gradient: torch.Tensor):
@@ -438,7 +448,7 @@ class Benchmark:
         def fits(name: str, batch_size: int) -> bool:
             with self.flm_steps(**settings, batch_size=batch_size) as functions:
                 try:
-                    functions[name]()  # makes the state of the optimizer
+                    functions[name]()  # creates the optimizer states
                     return measure.peak_memory(functions[name], self.device) <= self.args.memory * GIB
                 except torch.OutOfMemoryError:
                     return False
@@ -449,13 +459,13 @@ class Benchmark:
             fitting, failing = 0, 1
             while fits(name, failing):
                 fitting, failing = failing, 2 * failing
-            while failing - fitting > max(1, fitting // 8):  # to an eighth
+            while failing - fitting > max(1, fitting // 8):  # with a precision of 1/8
                 middle = (fitting + failing) // 2
                 fitting, failing = (middle, failing) if fits(name, middle) else (fitting, middle)
             row = {"suite": "batch", "contender": name, **settings, "memory_gib": self.args.memory}
             self.records.append(row | {"largest_batch_size": fitting})
 
-    # What is shown
+    # Output
 
     def machine(self) -> str:
         name = platform.processor() or platform.machine()
@@ -497,7 +507,7 @@ class Benchmark:
 
 def main(args: argparse.Namespace):
     set_seed(0)
-    # A student that starts as its teacher has gradients near zero, whose squares a CPU takes long to handle.
+    # A student that starts as its teacher has tiny gradients, whose denormal squares are slow on a CPU.
     torch.set_flush_denormal(True)
     transformers.logging.set_verbosity_error()
     benchmark = Benchmark(args)

@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Quantizes a model in every way that works with its defaults, and compares what it writes with the model in float32: how many
-tokens are equal in texts from the same noise, how large the weights are, and how long a text takes.
+Compare quantization methods, each with its defaults, with the model in float32: share of equal tokens in samples from the same noise,
+size of the weights, and time per sample.
 
     python benchmarks/quantization.py --model outputs/quickstart/fmlm
 
-The result is the table of docs/adapters.md. bitsandbytes, torchao and torch work on the CPU as well, where most of their kernels
-are slow: times there say what does not pay on a CPU, and nothing about a GPU.
+Prints the table of docs/adapters.md. Most kernels of bitsandbytes, torchao and torch are slow on a CPU, so times measured there do
+not transfer to a GPU.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import modeling_flm  # noqa: F401, which registers the models
 
 
 def _quantize_dynamic(model: str, device: str) -> PreTrainedModel:
-    # Deprecated in favour of torchao, and still what many type
+    # Deprecated in favor of torchao, but still widely used
     return torch.ao.quantization.quantize_dynamic(AutoModel.from_pretrained(model), {nn.Linear})
 
 
@@ -53,7 +53,7 @@ def _in_dtype(dtype: torch.dtype) -> Callable[[str, str], PreTrainedModel]:
     return lambda model, device: AutoModel.from_pretrained(model, dtype=dtype).to(device)
 
 
-# The name in the table -> what loads a model folder to a device
+# Name in the table -> function that loads a model folder to a device
 METHODS: dict[str, Callable[[str, str], PreTrainedModel]] = {
     "float32": _in_dtype(torch.float32),
     "bfloat16": _in_dtype(torch.bfloat16),
@@ -71,36 +71,36 @@ ONLY_ON_CPU = ("torch, `quantize_dynamic`",)
 
 @dataclass
 class Row:
-    """What a method makes of a model."""
+    """Result of a method."""
 
     name: str
     agreement: float
-    """The share of tokens that are those of the model in float32."""
+    """Share of tokens equal to those from the model in float32."""
     megabytes: float
-    """Of the saved weights."""
+    """Size of the saved weights."""
     milliseconds: float
-    """For one text of a batch."""
+    """Time per sample in a batch."""
 
     def __str__(self) -> str:
         return f"| {self.name} | {100 * self.agreement:.1f} % | {self.megabytes:.2f} | {self.milliseconds:.2f} |"
 
 
 def size_of_weights(model: nn.Module) -> int:
-    """The bytes of the weights when they are saved: every method packs them in its own way."""
+    """Size of the saved weights in bytes, because every method packs them in its own way."""
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     return file.tell()
 
 
 def measure(model: str, methods: list[str], num_samples: int, num_steps: int, device: str) -> list[Row]:
-    """A row for each of the methods, the first of which is the one to compare with."""
+    """Returns a row for each method. All are compared with the first."""
     rows, expected = [], None
     for name in methods:
         loaded = METHODS[name](model, device)
         size = size_of_weights(loaded)
         options = {"num_samples": num_samples, "num_steps": num_steps}
         seconds = []
-        for _ in range(3):  # the first time some prepare their weights
+        for _ in range(3):  # some methods prepare their weights in the first call
             start = time.perf_counter()
             tokens = loaded.generate(generator=torch.Generator().manual_seed(0), **options).cpu()
             seconds.append(time.perf_counter() - start)
@@ -112,23 +112,25 @@ def measure(model: str, methods: list[str], num_samples: int, num_steps: int, de
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="name or folder of the model, in float32")
-    parser.add_argument("--num_samples", type=int, default=256, help="texts that are compared (default: 256)")
-    parser.add_argument("--num_steps", type=int, default=1, help="steps of each text (default: 1)")
+    parser.add_argument("--model", required=True, help="folder or Hub name of the model, in float32")
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+        "--num_samples", type=int, default=256, help="number of samples to compare (default: %(default)s)"
+    )
+    parser.add_argument("--num_steps", type=int, default=1, help="number of steps (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device (default: %(default)s)"
     )
     return parser
 
 
 def main(args: argparse.Namespace) -> list[Row]:
-    # Some methods say at every layer that they cast their inputs.
+    # Some methods warn at every layer that they cast their inputs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     transformers_logging.disable_progress_bar()
     methods = [name for name in METHODS if args.device == "cpu" or name not in ONLY_ON_CPU]
     rows = measure(args.model, methods, args.num_samples, args.num_steps, args.device)
-    print("| method | equal tokens | MB | ms a text |\n|---|---|---|---|")
+    print("| method | equal tokens | MB | ms per sample |\n|---|---|---|---|")
     for row in rows:
         print(row)
     return rows

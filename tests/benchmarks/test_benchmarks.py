@@ -137,7 +137,7 @@ def test_performance(tmp_path):
         assert f"| {row['contender']} |" in result.stdout
     assert contenders["train"] == contenders["distill"] == contenders["batch"] == {"library", "dense"}
     assert {"library", "all logits", "its products alone"} <= contenders["head"]
-    assert contenders["gpt2: one text"] == {"one-step flow map", "GPT-2 with KV cache"}
+    assert contenders["gpt2: one sample"] == {"one-step flow map", "GPT-2 with KV cache"}
     assert {row["num_steps"] for row in rows if row["suite"] in ("generate", "sample")} == {1, 2}
     assert contenders["sample"] == {"library"}
     assert {"plain product", "one network, made", "student and teacher, backward"} <= contenders["noise"]
