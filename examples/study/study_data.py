@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 import wordnet
 from datasets import Dataset, DatasetInfo, load_from_disk
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from modeling_flm.tokenization_flm import has_characters_only
 from modeling_flm.trainers import find_text_column, load_texts, pack_dataset, train_tokenizer
+from modeling_flm.trainers.evaluation.samples import count_tokens
 
 
 # All models, as tables and plots call them. `study_models.py` defines them.
@@ -166,12 +168,12 @@ def make_data(args: StudyArguments):
     (folder / "done").touch()
 
 
-def decode(token_lists: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Decodes sequences up to their end-of-text token, each to one line."""
-    end = tokenizer.eos_token_id
-    if end is not None:
-        token_lists = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in token_lists]
-    return [" ".join(text.split()) for text in tokenizer.batch_decode(token_lists, skip_special_tokens=True)]
+def decode(sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Decodes sequences of equal length up to their end-of-text token, each to one line."""
+    config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    lengths = count_tokens(torch.tensor(sequences), config)
+    sequences = [tokens[:length] for tokens, length in zip(sequences, lengths)]
+    return [" ".join(text.split()) for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 
 
 @dataclass

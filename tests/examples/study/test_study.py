@@ -16,6 +16,7 @@ from study_data import LABELS
 from study_models import STUDY_MODELS
 
 from modeling_flm import FMLMModel
+from modeling_flm.trainers import train_tokenizer
 
 
 DATA = {
@@ -66,6 +67,15 @@ class TestWordNet:
 
 def test_characters():
     assert study_data.to_characters("Élan vital: 2 kinds; see  'A-frame'") == "lan vital kinds see a frame"
+
+
+def test_texts_end_at_their_first_eos_token():
+    tokenizer = train_tokenizer(["red ball", "blue hat"], "word", 20)
+    red, blue, end = tokenizer.convert_tokens_to_ids(["red", "blue", tokenizer.eos_token])
+    sequences = [[red, end, blue, end], [red, blue, red, blue], [end, red, red, red]]
+    assert study_data.decode(sequences, tokenizer) == ["red", "red blue red blue", ""]
+    tokenizer.bos_token = tokenizer.eos_token  # then the first token begins a text
+    assert study_data.decode(sequences, tokenizer)[2] == "red red red"
 
 
 def test_long_real_words():
