@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""A bound on the likelihood of texts, in the space that the network sees."""
+"""A lower bound on the log-likelihood, computed in the space of the network's states."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,13 @@ from .time_reparameterization import ReparameterizedTime, TimeMap
 from .utils_flm import in_evaluation_mode
 
 
-# Of the times that a network is trained at it hardly ever sees those beyond this one.
+# Training rarely draws times later than this.
 _LAST_TAU = 1 - 1e-4
-# A token is decoded from its own state where its signal is this many standard deviations of the noise, whatever the vocabulary.
-_DECODED = 8.0
+# A signal of this many standard deviations of the noise identifies a token: the argmax of 50,000 noisy entries is then wrong
+# with a probability below 1e-3.
+_DECODING_SIGNAL = 8.0
 _NUM_KNOTS = 2048
-_NUM_LAST = 2  # states at the end of the way; two say how much their likelihood varies
+_NUM_LAST = 2  # states at the last level; two, to estimate their variance
 
 
 @dataclass
@@ -29,11 +30,11 @@ class FLMLikelihoodOutput(ModelOutput):
 
     Args:
         log_likelihood (`torch.DoubleTensor` of shape `(num_texts,)`):
-            A lower bound of the logarithm of the probability of each text, in nats; estimated.
+            Estimate of a lower bound on the log-probability of each sequence, in nats.
         standard_error (`torch.DoubleTensor` of shape `(num_texts,)`):
-            The standard error of the estimate, in nats.
+            Standard error of the estimate, in nats.
         num_tokens (`torch.LongTensor` of shape `(num_texts,)`):
-            How many tokens each is the likelihood of: those that are neither padding nor known.
+            Number of tokens that the bound covers: tokens that are neither padding nor known.
     """
 
     log_likelihood: torch.DoubleTensor | None = None
@@ -43,14 +44,14 @@ class FLMLikelihoodOutput(ModelOutput):
 
 class SignalLevels:
     r"""
-    Where the bound is evaluated: ratios \\(a = \frac{t}{1-t}\\) of signal to noise, drawn where there is something to learn
-    about tokens. Half of them are as likely as the largest entry of a noised one-hot vector changes there, and half are uniform in
-    \\(\log(1 + a)\\), for tokens that show in the state of the network only later than in one-hot space.
+    Distribution of the signal-to-noise ratios \\(a = \frac{t}{1-t}\\) at which the bound is evaluated. Half of it is uniform in
+    the reparameterized time, where one-hot tokens become recognizable, and half is uniform in \\(\log(1 + a)\\), for tokens that
+    become recognizable later in the network's states.
 
     Args:
         vocab_size (`int`): The size of the vocabulary.
-        end (`float`): The last ratio.
-        device (`torch.device`): Where to draw.
+        end (`float`): The largest ratio.
+        device (`torch.device`): The device of the ratios.
     """
 
     def __init__(self, vocab_size: int, end: float, device: torch.device):
@@ -62,7 +63,7 @@ class SignalLevels:
         self.a, self.share = (values.to(device, dtype) for values in (a, share))
 
     def __call__(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ratios of uniform variables, of any shape, and their inverse densities."""
+        """Maps uniform variables of any shape to ratios, and returns these and their inverse densities."""
         uniforms = uniforms.to(self.share)
         knot = torch.searchsorted(self.share, uniforms, right=True).clamp(1, len(self.a) - 1)
         slope = (self.a[knot] - self.a[knot - 1]) / (self.share[knot] - self.share[knot - 1])
@@ -71,16 +72,16 @@ class SignalLevels:
 
 def last_signal(time_map: TimeMap, whitening: torch.Tensor | None, embedding: torch.Tensor) -> float:
     """
-    The ratio of signal to noise where the bound leaves the rest to the network's own decoding: where every token can be read
-    from its state, or where the network's training ends, whichever comes first.
+    Signal-to-noise ratio at which the integral ends and the network decodes the tokens: where every token can be identified
+    from its state, or where training ends, whichever comes first.
 
     Args:
-        time_map ([`ReparameterizedTime`] or [`IdentityTime`]): That of the model.
+        time_map ([`ReparameterizedTime`] or [`IdentityTime`]): The time map of the model.
         whitening (`torch.Tensor` of shape `(embedding_size, embedding_size)`, *optional*): See `whitening_of`.
         embedding (`torch.Tensor` of shape `(vocab_size, embedding_size)`): The token embedding.
     """
     t = time_map.tau_to_t(torch.tensor(_LAST_TAU, dtype=torch.float64)).item()
-    decoded = _DECODED
+    decoded = _DECODING_SIGNAL
     if whitening is not None:
         decoded /= (embedding.to(whitening) @ whitening).norm(dim=1).min().clamp(min=1e-6).item()
     return min(t / (1 - t), decoded)
@@ -88,8 +89,8 @@ def last_signal(time_map: TimeMap, whitening: torch.Tensor | None, embedding: to
 
 def whitening_of(noise: JointNoise) -> torch.Tensor | None:
     r"""
-    The matrix \\(C^{-\top}\\) that makes the noise of one network's states independent in all directions; `None` where the
-    noise has a direction for each token, so that the network sees all of it.
+    The matrix \\(C^{-\top}\\) that whitens the noise of a network's states. `None` if the vocabulary is not larger than the
+    states, which then contain everything.
     """
     if noise.cholesky is None:
         return None
@@ -100,8 +101,8 @@ def whitening_of(noise: JointNoise) -> torch.Tensor | None:
 
 def squared_error(tokens: torch.LongTensor, embedding: torch.Tensor, whitening: torch.Tensor | None) -> Reader:
     r"""
-    Reads how far the mean of the denoiser is from the token in what the network sees: \\(\|(x_1 - D)\,E\,C^{-\top}\|^2\\), or
-    \\(\|x_1 - D\|^2\\) where it sees everything.
+    Reads the squared error of the denoiser's mean in the whitened states, \\(\|(x_1 - D)\,E\,C^{-\top}\|^2\\), or without
+    whitening in one-hot space, \\(\|x_1 - D\|^2\\).
 
     Args:
         tokens (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The clean tokens.
@@ -124,7 +125,7 @@ def squared_error(tokens: torch.LongTensor, embedding: torch.Tensor, whitening: 
 
 
 def negative_log_probability(tokens: torch.LongTensor) -> Reader:
-    """Reads the negative logarithm of the probability of tokens, of shape `(batch_size, sequence_length)`."""
+    """Reads the negative log-probability of `tokens`, of shape `(batch_size, sequence_length)`."""
 
     def read(probabilities: torch.Tensor, chunk: slice) -> torch.Tensor:
         chosen = probabilities.gather(-1, tokens[:, chunk, None].to(probabilities.device)).squeeze(-1)
@@ -136,7 +137,7 @@ def negative_log_probability(tokens: torch.LongTensor) -> Reader:
 class FLMLikelihoodMixin:
     """Gives a model of one network its `log_likelihood_bound()`."""
 
-    # What is kept from one call to the next, with what identifies the embedding that it belongs to
+    # Cached between calls, with a fingerprint of the embedding
     _likelihood_space: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor | None, SignalLevels]] | None = None
 
     @torch.no_grad()
@@ -151,38 +152,38 @@ class FLMLikelihoodMixin:
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> FLMLikelihoodOutput:
         r"""
-        A bound on how likely the model finds texts, as their variational bound in continuous time: with the ratio of signal to
-        noise \\(a = \frac{t}{1-t}\\), and in the coordinates in which the noise that the network sees has the variance 1,
+        Estimates a lower bound on the log-likelihood of sequences: the variational bound of a diffusion model in continuous
+        time. With the signal-to-noise ratio \\(a = \frac{t}{1-t}\\), and states whitened to noise of variance 1,
 
         \\(-\log p(x_1) \le \int_0^{a_1} a\; \mathrm{E}\,\|(x_1 - D_t)\,E\,C^{-\top}\|^2\, da \;-\; \mathrm{E} \log D_{t_1}(x_1)\\)
 
-        1. Of each text, `num_times` ratios are drawn, one of each stratum, and the last one, where the network's training ends
-           or every token can be read from its own state.
-        2. The text is noised that much. Known tokens are clean, and have the time 1.
-        3. The denoiser \\(D_t\\) says what the text may be: that of an FLM, or the diagonal \\(\delta_{t,t}\\) of a flow map.
-        4. The squared errors are added up to the integral, and at the last ratio, the logarithms of the probabilities.
+        1. For each sequence, draw `num_times` ratios, one per stratum, and add the last ratio, where training ends or every
+           token can be identified from its own state.
+        2. Noise the sequence to these levels. Known tokens stay clean and have the time 1.
+        3. Predict the tokens: by the denoiser \\(D_t\\) of an FLM, or the diagonal \\(\delta_{t,t}\\) of a flow map.
+        4. Sum the squared errors to the integral, and at the last ratio, the log-probabilities.
 
-        With an exact denoiser the bound is the likelihood, but for what the end leaves to tokens that depend on each other. It
-        says nothing of a flow map's jumps. Where the vocabulary is larger than the width of the network, a model whose
-        schedule ends before it can read rare tokens has a loose bound.
+        With an exact denoiser the bound is tight, except for the dependence between tokens that remains at the last level. It
+        does not cover a flow map's jumps. If the vocabulary is larger than the network is wide, and the model's schedule ends
+        before rare tokens can be identified, the bound is loose.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(num_texts, sequence_length)`): The texts.
-            attention_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*): 1 for real tokens, 0 for padding.
+            input_ids (`torch.LongTensor` of shape `(num_texts, sequence_length)`): The sequences.
+            attention_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*): 1 for tokens, 0 for padding.
             prompt_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*):
-                1 where a token is known: the likelihood is that of the others, given these.
+                1 for known tokens: the bound is on the conditional likelihood of the others.
             num_times (`int`, *optional*, defaults to 32):
-                How many times each text is noised, at least 2; a forward pass of a text each, and two more.
+                Number of noise levels per sequence, at least 2. Each takes a forward pass, and so do two more at the end.
             batch_size (`int`, *optional*, defaults to 64):
-                The most noised texts in a forward pass. It changes speed and memory, not the result.
+                Maximum number of noised sequences per forward pass. Changes speed and memory, not the result.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                The source of times and noise, or one for each text. By default the global one of the model's device.
+                Source of times and noise, or one for each sequence. By default the global generator of the model's device.
 
         Returns:
-            [`FLMLikelihoodOutput`]: for each text the bound in nats, its standard error, and the number of tokens.
+            [`FLMLikelihoodOutput`]: For each sequence the bound in nats, its standard error, and the number of tokens.
 
         Raises:
-            `ValueError`: if an argument has a value or a shape that cannot be used.
+            `ValueError`: if an argument has an invalid value or shape.
 
         Example:
 
@@ -200,16 +201,18 @@ class FLMLikelihoodMixin:
         counted = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
             counted &= attention_mask
-            # Padding may be of any value, such as -100
+            # Padding may have any value, such as -100
             input_ids = input_ids.masked_fill(~attention_mask, 0)
         if known is not None:
             counted &= ~known
         factor, whitening, levels = self._get_likelihood_space(embedding)
 
-        # 1. Ratios of signal to noise. A text has a generator of its own, so that its likelihood is that in any batch.
+        # 1. Signal-to-noise ratios. Each sequence has a generator of its own, so that its bound does not depend on the batch
         sources = generator if isinstance(generator, list) else [generator] * num_texts
         if len(sources) != num_texts:
-            raise ValueError(f"`generator` has {len(sources)} generators for {num_texts} texts: pass as many.")
+            raise ValueError(
+                f"`generator` has {len(sources)} generators for {num_texts} sequences: pass one for each."
+            )
         generators = []
         for source in sources:
             place = device if source is None else source.device
@@ -222,7 +225,7 @@ class FLMLikelihoodMixin:
 
         results = []
         num_states = a.numel()
-        # As many variables whatever the texts beside it are padded to
+        # Always the same number of variables, whatever the padding of the batch
         longest = max(length, self.config.max_position_embeddings)
         for start in range(0, num_states, batch_size):
             index = torch.arange(start, min(start + batch_size, num_states), device=device)
@@ -231,16 +234,16 @@ class FLMLikelihoodMixin:
                 torch.randn(longest, len(factor), generator=generators[row], device=generators[row].device)[:length]
                 for row in text.tolist()
             ]
-            # 2. Noised texts
+            # 2. Noised sequences
             tokens, ratio = input_ids[text], a[text, number]
             known_here, attended = (None if mask is None else mask[text] for mask in (known, attention_mask))
             t = times_with_known(ratio / (1 + ratio), known_here)
             with torch.autocast(device.type, enabled=False):
                 state = interpolate(torch.stack(drawn).to(device) @ factor, embedding[tokens], t)
-            # 3. What they may be
+            # 3. Predictions
             tau = self.time_map.t_to_tau(t).float()
             posterior = self.posterior(state, tau, tau, attended)
-            # 4. How far that is from what they are
+            # 4. Errors
             error, surprise = posterior.read(
                 squared_error(tokens, embedding, whitening), negative_log_probability(tokens)
             )
@@ -257,7 +260,7 @@ class FLMLikelihoodMixin:
         )
 
     def _get_likelihood_space(self, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, SignalLevels]:
-        """The factor of the noise, the whitening and the levels, made again only where the embedding has changed."""
+        """Returns the factor of the noise, the whitening and the levels, cached while the embedding does not change."""
         fingerprint = embedding.sum(dim=0)
         known = None if self._likelihood_space is None else self._likelihood_space[0]
         if known is None or known.device != fingerprint.device or not torch.equal(known, fingerprint):
@@ -268,15 +271,15 @@ class FLMLikelihoodMixin:
         return self._likelihood_space[1]
 
     def _check_texts(self, input_ids, attention_mask, prompt_mask, num_times, batch_size):
-        """Raises a `ValueError` that names the argument."""
+        """Raises a `ValueError` that names an invalid argument."""
         if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
             raise ValueError("`input_ids` must be an integer tensor of shape (num_texts, sequence_length).")
         if input_ids.numel() == 0:
             raise ValueError(f"`input_ids` has no tokens: its shape is {tuple(input_ids.shape)}.")
         if input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
-                f"`input_ids` has texts of {input_ids.shape[1]} tokens, but the model was made for at most "
-                f"{self.config.max_position_embeddings}: cut them into parts."
+                f"`input_ids` has sequences of {input_ids.shape[1]} tokens, but the model has at most "
+                f"{self.config.max_position_embeddings} positions: split the texts."
             )
         for name, mask in (("attention_mask", attention_mask), ("prompt_mask", prompt_mask)):
             if mask is not None and mask.shape != input_ids.shape:
@@ -286,8 +289,8 @@ class FLMLikelihoodMixin:
         tokens = input_ids if attention_mask is None else input_ids[attention_mask.bool().to(input_ids.device)]
         if tokens.numel() and not (0 <= tokens.min() and tokens.max() < self.config.vocab_size):
             raise ValueError(
-                f"`input_ids` must be tokens in [0, {self.config.vocab_size}), got some in "
-                f"[{tokens.min()}, {tokens.max()}]: was another tokenizer used?"
+                f"`input_ids` must be tokens in [0, {self.config.vocab_size}), got values in "
+                f"[{tokens.min()}, {tokens.max()}]. Does the tokenizer belong to a different model?"
             )
         if not isinstance(num_times, int) or num_times < 2:
             raise ValueError(f"`num_times` must be an integer of at least 2, got {num_times!r}.")
@@ -297,8 +300,8 @@ class FLMLikelihoodMixin:
 
 def spread(values: torch.Tensor) -> torch.Tensor:
     """
-    The variance of the mean of stratified values of shape `(num_texts, num_values)`, from second differences of neighbours, in
-    which a trend from one stratum to the next does not count.
+    Variance of the mean of stratified values of shape `(num_texts, num_values)`, from second differences of neighbors, so that
+    a trend across the strata does not count.
     """
     differences = values.diff(n=2, dim=1) if values.shape[1] > 2 else values.diff(dim=1)
     per_value = differences.square().mean(dim=1) / (6 if values.shape[1] > 2 else 2)

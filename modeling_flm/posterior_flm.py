@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""The predicted distributions of the clean tokens, made a chunk of positions at a time."""
+"""Posterior distributions of the clean tokens, computed one chunk of positions at a time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager
 import torch
 
 
-# Probabilities of shape (batch_size, num_positions, vocab_size), and which positions they are of -> anything of shape
+# Probabilities of shape (batch_size, num_positions, vocab_size) and their positions -> a tensor of shape
 # (batch_size, num_positions, ...)
 Reader = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 def times_of(tau: torch.Tensor, chunk: slice) -> torch.Tensor:
     """
-    The times of a chunk of positions.
+    Times of a chunk of positions.
 
     Args:
         tau (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`): The times.
@@ -38,7 +38,7 @@ def mean_embedding(embedding: torch.Tensor) -> Reader:
     """
 
     def read(probabilities: torch.Tensor, chunk: slice) -> torch.Tensor:
-        # Updates of the state are in the precision of the embedding, whatever precision the networks run in.
+        # States are updated in the precision of the embedding, whatever precision the networks run in
         with torch.autocast(probabilities.device.type, enabled=False):
             return probabilities @ embedding.to(probabilities.device)
 
@@ -52,10 +52,10 @@ def most_likely(probabilities: torch.Tensor, chunk: slice) -> torch.LongTensor:
 
 def probability_of(read_tokens: Reader) -> Reader:
     """
-    Reads how likely tokens are that are read likewise.
+    Reads the probability of the tokens that `read_tokens` selects.
 
     Args:
-        read_tokens (`Callable[[torch.Tensor, slice], torch.Tensor]`): [`most_likely`], or [`drawn`] with its variables.
+        read_tokens (`Callable[[torch.Tensor, slice], torch.Tensor]`): [`most_likely`], or the result of [`drawn`].
     """
 
     def read(probabilities: torch.Tensor, chunk: slice) -> torch.Tensor:
@@ -65,23 +65,23 @@ def probability_of(read_tokens: Reader) -> Reader:
 
 
 def first_probability(probabilities: torch.Tensor, chunk: slice) -> torch.Tensor:
-    """Reads how likely the token 0 is, which is not finite where distributions are not."""
+    """Reads the probability of token 0: a cheap test for NaNs, since softmax makes the whole row NaN."""
     return probabilities[..., 0]
 
 
 def drawn(uniforms: torch.Tensor) -> Reader:
     """
-    Reads tokens drawn from the distributions, by the inverse of their cumulative sums: so a text does not depend on the others
-    of its batch. Where a combination leaves the simplex, what is below 0 counts as 0.
+    Reads tokens drawn from the distributions by inverting their cumulative sums, so that a sample does not depend on its
+    batch. Values below 0, of a combination that leaves the simplex, count as 0.
 
     Args:
-        uniforms (`torch.Tensor` of shape `(batch_size, sequence_length)`): A uniform variable in [0, 1) for each token.
+        uniforms (`torch.Tensor` of shape `(batch_size, sequence_length)`): Uniform variables in [0, 1), one for each token.
     """
 
     def read(probabilities: torch.Tensor, chunk: slice) -> torch.LongTensor:
         sums = probabilities.clamp(min=0).cumsum(dim=-1)
         total = sums[..., -1:]
-        # Below the total, also where it is rounded to it: a token of probability 0 is never drawn.
+        # Stay below the total despite rounding, so that a token of probability 0 is never drawn
         below = torch.nextafter(total, torch.zeros_like(total))
         levels = torch.minimum(uniforms[:, chunk, None].to(sums) * total, below)
         return torch.searchsorted(sums, levels, right=True).squeeze(-1).clamp(max=sums.shape[-1] - 1)
@@ -91,15 +91,15 @@ def drawn(uniforms: torch.Tensor) -> Reader:
 
 class Posterior:
     r"""
-    The two-time denoiser \\(\delta_{s,t}(x)\\) of a batch: for every position a distribution of the clean token, or what a
-    combination makes of several, which may leave the simplex. It is made anew at each reading, a chunk of positions at a
-    time, so that nothing with `vocab_size` columns is held beyond a chunk.
+    The two-time denoiser \\(\delta_{s,t}(x)\\) of a batch: for every position, a distribution over the clean tokens, or a
+    combination of several, which may leave the simplex. Computed again at each reading, one chunk of positions at a time, so
+    that no tensor with `vocab_size` columns outlives a chunk.
 
     Args:
         probabilities (`Callable[[slice], torch.Tensor]`):
-            From positions to what is said there, of shape `(batch_size, num_positions, vocab_size)`.
-        chunks (`list[slice]`): The positions that are read at a time, see [`~utils_flm.chunks`].
-        device (`torch.device`): Where readings are to be.
+            Computes the probabilities of a chunk of positions, of shape `(batch_size, num_positions, vocab_size)`.
+        chunks (`list[slice]`): The chunks, see [`~utils_flm.chunks`].
+        device (`torch.device`): The device of the results.
     """
 
     def __init__(self, probabilities: Callable[[slice], torch.Tensor], chunks: list[slice], device: torch.device):
@@ -110,32 +110,36 @@ class Posterior:
     @classmethod
     def of_tokens(cls, tokens: torch.LongTensor, vocab_size: int, chunks: list[slice]) -> Posterior:
         """
-        Certainty.
+        A one-hot posterior at `tokens`.
 
         Args:
-            tokens (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The tokens; -100 counts as 0.
+            tokens (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The tokens. -100 counts as 0.
             vocab_size (`int`): The size of the vocabulary.
-            chunks (`list[slice]`): The positions that are read at a time.
+            chunks (`list[slice]`): The chunks of positions.
         """
         zeros = torch.zeros(1, 1, 1, device=tokens.device).expand(*tokens.shape, vocab_size)
-        # Not `one_hot`, which waits for the device to check the labels
-        one_hot = lambda chunk: zeros[:, chunk].scatter(-1, tokens[:, chunk, None].clamp(min=0), 1.0)  # noqa: E731
+
+        def one_hot(chunk: slice) -> torch.Tensor:
+            # `torch.nn.functional.one_hot` would wait for the device to check the labels
+            return zeros[:, chunk].scatter(-1, tokens[:, chunk, None].clamp(min=0), 1.0)
+
         return cls(one_hot, chunks, tokens.device)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """One chunk of probabilities after the other."""
+        """Iterates over chunks of probabilities."""
         return map(self.probabilities, self.chunks)
 
     def read(self, *readers: Reader) -> tuple[torch.Tensor, ...]:
         """
-        Several readings at once, for each of which a chunk is made only once.
+        Applies several readers, computing each chunk only once.
 
         Args:
             readers (`Callable[[torch.Tensor, slice], torch.Tensor]`):
-                [`mean_embedding`], [`most_likely`], [`drawn`], [`probability_of`] or others like them.
+                [`most_likely`], [`first_probability`], the results of [`mean_embedding`], [`drawn`] and [`probability_of`], or
+                any other function of probabilities and their positions.
 
         Returns:
-            `tuple[torch.Tensor, ...]`: for each reader a tensor of shape `(batch_size, sequence_length, ...)`.
+            `tuple[torch.Tensor, ...]`: For each reader, a tensor of shape `(batch_size, sequence_length, ...)`.
         """
         readings = [[] for _ in readers]
         for chunk in self.chunks:
@@ -145,15 +149,15 @@ class Posterior:
         return tuple(torch.cat(parts, dim=1).to(self.device) for parts in readings)
 
     def mean(self, embedding: torch.Tensor) -> torch.Tensor:
-        """The expected embedding of the clean tokens, of shape `(batch_size, sequence_length, embedding_size)`."""
+        """Expected embedding of the clean tokens, of shape `(batch_size, sequence_length, embedding_size)`."""
         return self.read(mean_embedding(embedding))[0]
 
     def argmax(self) -> torch.LongTensor:
-        """The most likely tokens, of shape `(batch_size, sequence_length)`."""
+        """Most likely tokens, of shape `(batch_size, sequence_length)`."""
         return self.read(most_likely)[0]
 
     def confidence(self) -> torch.Tensor:
-        """How likely the most likely tokens are, of shape `(batch_size, sequence_length)`."""
+        """Probabilities of the most likely tokens, of shape `(batch_size, sequence_length)`."""
         return self.read(probability_of(most_likely))[0]
 
     def draw(self, uniforms: torch.Tensor) -> torch.LongTensor:
@@ -161,29 +165,33 @@ class Posterior:
         return self.read(drawn(uniforms))[0]
 
     def dense(self) -> torch.Tensor:
-        """All of it, of shape `(batch_size, sequence_length, vocab_size)`."""
+        """The full probabilities, of shape `(batch_size, sequence_length, vocab_size)`. Materializes the vocabulary: for rewards and tests."""
         return torch.cat([probabilities.to(self.device) for probabilities in self], dim=1)
 
     def map(self, function: Reader) -> Posterior:
-        """The posterior that `function` makes of every chunk of probabilities, and of where it is."""
-        return Posterior(lambda chunk: function(self.probabilities(chunk), chunk), self.chunks, self.device)
+        """Applies `function` to every chunk of probabilities and its positions."""
+
+        def mapped_probabilities(chunk: slice) -> torch.Tensor:
+            return function(self.probabilities(chunk), chunk)
+
+        return Posterior(mapped_probabilities, self.chunks, self.device)
 
     def combine(
         self, other: Posterior, function: Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
     ) -> Posterior:
-        """The posterior that `function` makes of every chunk of this one and another, and of where it is."""
+        """Applies `function` to every chunk of this and another posterior, and its positions."""
 
-        def probabilities(chunk: slice) -> torch.Tensor:
+        def combined_probabilities(chunk: slice) -> torch.Tensor:
             own = self.probabilities(chunk)
             return function(own, other.probabilities(chunk).to(own.device), chunk)
 
-        return Posterior(probabilities, self.chunks, self.device)
+        return Posterior(combined_probabilities, self.chunks, self.device)
 
     def within(self, context: Callable[[], AbstractContextManager]) -> Posterior:
-        """The same, read within a context, such as the autocast that it was made in."""
+        """Returns this posterior, computed within a context, such as the autocast of its creation."""
 
-        def probabilities(chunk: slice) -> torch.Tensor:
+        def probabilities_in_context(chunk: slice) -> torch.Tensor:
             with context():
                 return self.probabilities(chunk)
 
-        return Posterior(probabilities, self.chunks, self.device)
+        return Posterior(probabilities_in_context, self.chunks, self.device)

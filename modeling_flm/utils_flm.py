@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""What several files share: chunks of positions, evaluation mode, and a limit of `torch.compile`."""
+"""Helpers that several files share: chunks of positions, evaluation mode, progress bars, and a limit of `torch.compile`."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -11,23 +11,23 @@ from torch import nn
 from transformers.utils import logging
 
 
-# How many probabilities are made at a time: 330 tokens at V = 50k on a CPU, where they should stay near the caches, and
-# 1300 on a GPU, which takes larger matrices to be busy.
+# Maximum number of probabilities in a chunk: 330 tokens at V = 50k on a CPU, so that they stay in the caches, and 1300 on a
+# GPU, which needs larger matrices to be busy. See docs/performance.md; the value for GPUs is not measured.
 CHUNK_ELEMENTS = {"cpu": 2**24, "default": 2**26}
 
 
 def chunks(batch_size: int, length: int, vocab_size: int, device: torch.device) -> list[slice]:
     """
-    Chunks of the positions of a batch, such that probabilities over the vocabulary can be held for one of them.
+    Splits the positions of a batch into chunks whose probabilities over the vocabulary fit into memory.
 
     Args:
         batch_size (`int`): The number of sequences.
-        length (`int`): The number of positions of each.
+        length (`int`): The number of positions of a sequence.
         vocab_size (`int`): The size of the vocabulary.
-        device (`torch.device`): Where the probabilities are to be.
+        device (`torch.device`): The device of the probabilities.
 
     Returns:
-        `list[slice]`: the chunks, which follow each other.
+        `list[slice]`: Consecutive chunks of all positions.
     """
     budget = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["default"])
     size = max(1, budget // (batch_size * vocab_size))
@@ -36,7 +36,7 @@ def chunks(batch_size: int, length: int, vocab_size: int, device: torch.device) 
 
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Within this context networks have no dropout; afterwards every module is in the mode that it was in."""
+    """Puts networks into evaluation mode within this context, and restores the mode of every module afterwards."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     for network in networks:
         network.eval()
@@ -48,7 +48,7 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
 
 
 def in_evaluation_mode(method: Callable) -> Callable:
-    """A method of a model that runs without dropout, in the model and in what networks it is passed."""
+    """Decorates a method of a model, which then runs in evaluation mode, along with all networks among its arguments."""
 
     @functools.wraps(method)
     def run(self, *args, **kwargs):
@@ -59,7 +59,7 @@ def in_evaluation_mode(method: Callable) -> Callable:
 
 
 def raise_recompile_limit():
-    """Lets `torch.compile` keep as many graphs of one function as several networks, shapes and modes come to."""
+    """Allows `torch.compile` more graphs of a function, for several networks, shapes and modes."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 

@@ -270,5 +270,5 @@ def test_script(tmp_path):
 
 
 def test_texts_that_are_longer_than_those_of_the_model_are_refused(flm):
-    with pytest.raises(ValueError, match="`input_ids` has texts of 300 tokens, but the model was made for at most"):
+    with pytest.raises(ValueError, match="`input_ids` has sequences of 300 tokens, but the model has at most"):
         flm.log_likelihood_bound(torch.zeros(1, 300, dtype=torch.long))

@@ -356,7 +356,7 @@ class TestSampling:
             (["--temperature", 0], "--temperature must be a number above 0"),
             (["--top_p", 2], "--top_p must be a number above 0 and at most 1"),
             (["--top_k", 0], "--top_k must be an integer of at least 1"),
-            (["--length", 13], "--length is 13, but the model was made for at most 12"),
+            (["--length", 13], "--length is 13, but the model has at most 12 positions"),
             (["--guidance_scale", 2], "--guidance_scale needs --guidance_model"),
             (["--guidance_revision", "step-1"], "--guidance_revision needs --guidance_model"),
             (["--guidance_model", "WORSE"], "--guidance_model needs a --guidance_scale, such as"),
