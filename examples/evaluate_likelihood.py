@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import modeling_flm  # noqa: F401  registers the models, which then load without remote code
 from modeling_flm.trainers import find_text_column, load_texts, pack_dataset
-from modeling_flm.trainers.commands.command_line import check_kind
+from modeling_flm.trainers.commands.command_line import check_model_type
 from modeling_flm.trainers.evaluation import evaluate_likelihood
 
 
@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace):
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = AutoModel.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).to(device)
-    check_kind("--model", model)
+    check_model_type("model", model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     dataset = load_texts(train_file=args.text_file, validation_percentage=0, sample_by=args.sample_by)["train"]
     column = find_text_column(dataset, args.text_column)

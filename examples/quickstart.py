@@ -35,7 +35,7 @@ from modeling_flm.trainers import (
     pack_dataset,
     train_tokenizer,
 )
-from modeling_flm.trainers.commands.command_line import explained
+from modeling_flm.trainers.commands.command_line import friendly_errors
 from modeling_flm.trainers.evaluation.plots import plain_log_ticks, share_errors
 
 
@@ -270,5 +270,5 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    with explained(flags=("dataset", "train_file")):
+    with friendly_errors(flags=("dataset", "train_file")):
         main(make_parser().parse_args())

@@ -21,7 +21,7 @@ import torch
 from application import run
 from transformers import AutoConfig, AutoTokenizer
 
-from modeling_flm.trainers.commands.command_line import check_device, check_model, explained
+from modeling_flm.trainers.commands.command_line import check_device, check_model, errors_about, friendly_errors
 
 
 def find_port(host: str, port: int) -> int:
@@ -41,14 +41,15 @@ def name_models(paths: list[str]) -> dict[str, str]:
     """Returns the folders of models, or their names on the Hub, by the names that requests use."""
     named = {}
     for path in paths:
-        check_model("`models`", path)
+        check_model("models", path)
         name = Path(path).resolve().name if Path(path).is_dir() else path
         if name in named:
             raise ValueError(f"`models`: {named[name]} and {path} are both called {name}; rename a folder.")
         named[name] = path
         # Wrong names fail here, before any process starts.
-        AutoConfig.from_pretrained(path)
-        AutoTokenizer.from_pretrained(path)
+        with errors_about("models", OSError, ValueError):
+            AutoConfig.from_pretrained(path)
+            AutoTokenizer.from_pretrained(path)
     return named
 
 
@@ -102,8 +103,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace):
-    with explained(flags=vars(args)):
-        check_device("--device", args.device)
+    with friendly_errors(flags=vars(args)):
+        check_device("device", args.device)
         models = name_models(args.models)
         args.port = find_port(args.host, args.port)
     run(args, models)

@@ -41,7 +41,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from modeling_flm import FLMConfig, FMLMModel
 from modeling_flm.hub.records import TRAINING_NAME
 from modeling_flm.trainers import AveragedTrainer, DataCollatorForFLM, EMACallback
-from modeling_flm.trainers.commands.command_line import ScriptParser, explained
+from modeling_flm.trainers.commands.command_line import ScriptParser, friendly_errors
 
 
 # Training
@@ -332,7 +332,7 @@ def main(arguments: list[str] | None = None):
             raise SystemExit(
                 f"error: --models and --only: there is no model {name}; choose from {', '.join(STUDY_MODELS)}"
             )
-    with explained(StudyArguments):
+    with friendly_errors(StudyArguments):
         if arguments[0] == "data":
             make_data(args)
         else:

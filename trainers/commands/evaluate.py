@@ -58,7 +58,7 @@ from ..evaluation import (
 from ..evaluation.mauve import check_mauve
 from ..evaluation.repetition import NGRAM_SIZES
 from ..evaluation.sources import GENERATION_PARAMETERS, LOOP_PARAMETERS, SAMPLERS, is_flow_based
-from .command_line import ScriptParser, check_model, explained
+from .command_line import ScriptParser, check_model, friendly_errors
 
 
 # Arguments that do not apply to causal models, and to texts from a file.
@@ -186,7 +186,7 @@ class EvaluationArguments:
 
 
 def make_parser() -> ScriptParser:
-    return ScriptParser([EvaluationArguments], description=__doc__)
+    return ScriptParser([EvaluationArguments], positional="model", description=__doc__)
 
 
 def check_arguments(args: EvaluationArguments):
@@ -309,9 +309,9 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
     output, source, settings, tokenizer = Path(args.output_dir), None, [], None
-    with explained(EvaluationArguments):  # mistakes show before anything is generated or saved
+    with friendly_errors(EvaluationArguments):  # mistakes show before anything is generated or saved
         if args.model is not None:
-            check_model("--model", args.model)
+            check_model("model", args.model)
         if (output / "results.json").exists():
             raise ValueError(f"`output_dir`: {output} has results already; name another directory.")
         check_arguments(args)

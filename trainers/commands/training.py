@@ -1,11 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""What `flm-train` and `flm-distill` share: the texts that their arguments name, and the run of a training."""
+"""What `flm-train` and `flm-distill` share: loading models and data, and running a trainer."""
 
 import json
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -19,88 +20,123 @@ from modeling_flm.tokenization_flm import add_special_tokens, has_characters_onl
 from ..data import PREPROCESSING, load_texts, pack_dataset
 from ..flm_config import FLMTrainingArguments
 from ..flm_trainer import FLMTrainer
-from .command_line import check_kind, check_model
+from .command_line import check_model, check_model_type, errors_about
 
 
 logger = logging.get_logger(__name__)
 
+# Further settings of a dataset on the Hub
+_DATASET_SETTINGS = ("dataset_name", "dataset_config_name", "dataset_revision", "train_split", "validation_split")
+
 
 @dataclass
 class DataArguments:
-    """Which texts to train on."""
+    """The texts to train on."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset of the Hub, or its folder."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of that dataset."})
-    train_split: str = field(default="train", metadata={"help": "The split to train on, or a part, train[:-1000]."})
-    validation_split: str | None = field(
-        default=None, metadata={"help": "The same to evaluate on. By default validation, if there is one."}
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Name of a dataset on the Hub, or a folder with one."}
     )
-    train_file: str | None = field(default=None, metadata={"help": "A txt, json, jsonl, csv or parquet file."})
-    validation_file: str | None = field(default=None, metadata={"help": "A file like it to evaluate on."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
+    train_split: str = field(
+        default="train", metadata={"help": "Split to train on, or a part of it such as train[:-1000]."}
+    )
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on, or a part of it. By default validation, if it exists."}
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "A txt, json, jsonl, csv or parquet file to train on. Replaces the dataset of a YAML file."},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "A file of the same type to evaluate on."})
     validation_split_percentage: int = field(
         default=5,
-        metadata={"help": "How much of the training texts to evaluate on where there is no validation split."},
+        metadata={"help": "Percentage of the training texts to evaluate on if there is no validation split or file."},
     )
-    text_column: str | None = field(default=None, metadata={"help": "The column with the texts."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column with the texts. By default text, or the only column of strings."}
+    )
     preprocessing: str | None = field(
         default=None,
         metadata={
-            "help": "lm1b undoes that corpus's tokenization; characters is for text8.",
+            "help": "lm1b undoes the tokenization of that corpus; characters is for text8.",
             "choices": [*PREPROCESSING],
         },
     )
     sample_by: str = field(
-        default="line", metadata={"help": "What a text is in txt files.", "choices": ["line", "paragraph", "document"]}
+        default="line", metadata={"help": "Unit of text in txt files.", "choices": ["line", "paragraph", "document"]}
     )
-    streaming: bool = field(default=False, metadata={"help": "Read the dataset while training instead of before."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the dataset instead of preparing it first."})
     block_size: int | None = field(
-        default=None, metadata={"help": "The length of the texts in tokens. By default the model's length."}
+        default=None, metadata={"help": "Length of the training sequences in tokens. By default the model's length."}
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenization."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training texts."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many validation texts."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes that tokenize and pack."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Maximum number of training texts."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Maximum number of validation texts."})
 
 
-def trains(args: TrainingArguments) -> bool:
-    """Whether a script is to train, not only to evaluate. Evaluating during the training also sets `do_eval`."""
+def check_chosen(chosen: Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """
+    Checks that there is an output folder, and lets a file of texts replace a dataset.
+
+    Args:
+        chosen (`Namespace`): All arguments of the command.
+        settings (`dict[str, Any]`): The settings of its YAML file.
+
+    Returns:
+        `dict[str, Any]`: the settings, without a dataset if the command line has `train_file`.
+    """
+    if chosen.output_dir is None:  # TrainingArguments would choose `trainer_output`
+        raise ValueError("`output_dir` is missing: pass a folder to write to.")
+    if chosen.train_file is not None and "train_file" not in settings:
+        return {name: value for name, value in settings.items() if name not in _DATASET_SETTINGS}
+    return settings
+
+
+def should_train(args: TrainingArguments) -> bool:
+    """Whether to train, not only to evaluate. `TrainingArguments` also sets `do_eval` for evaluations during training."""
     return args.do_train or not args.do_eval or args.eval_strategy != "no"
 
 
 def check_output_dir(args: TrainingArguments):
     """
-    Raises a `ValueError` where a training would overwrite another one.
+    Checks that a training overwrites no other one.
 
     Args:
-        args ([`~transformers.TrainingArguments`]): The arguments, whose `output_dir` it is.
+        args ([`~transformers.TrainingArguments`]): The arguments with the `output_dir`.
+
+    Raises:
+        `ValueError`: if the folder has a training that is not resumed, or lacks the checkpoint to resume from.
     """
     if Path(args.output_dir).is_file():
-        raise ValueError(f"`output_dir`: {args.output_dir} is a file; name a folder.")
+        raise ValueError(f"`output_dir`: {args.output_dir} is a file; pass a folder.")
     checkpoint = args.resume_from_checkpoint
-    if not trains(args):
+    if not should_train(args):
         return
     if str(checkpoint).lower() == "true":
         if not Path(args.output_dir).is_dir() or get_last_checkpoint(args.output_dir) is None:
             raise ValueError(
-                f"`resume_from_checkpoint`: there is no checkpoint in {args.output_dir}; leave it out to begin."
+                f"`resume_from_checkpoint`: there is no checkpoint in {args.output_dir}; leave it out to start."
             )
         return
     if checkpoint is not None:
         if not Path(checkpoint, "trainer_state.json").is_file():
             raise ValueError(
-                f"`resume_from_checkpoint`: {checkpoint} is no checkpoint; pass a folder checkpoint-N, or true."
+                f"`resume_from_checkpoint`: {checkpoint} is not a checkpoint; pass a folder checkpoint-N, or true."
             )
         return
     patterns = ("*model*.safetensors", "checkpoint-*")
     if found := [path.name for pattern in patterns for path in Path(args.output_dir).glob(pattern)]:
         raise ValueError(
-            f"`output_dir`: {args.output_dir} has a training already ({found[0]}). Name another folder, or pass "
-            "--resume_from_checkpoint true to go on with its last checkpoint."
+            f"`output_dir`: {args.output_dir} already has a training ({found[0]}). Pass another folder, or "
+            "--resume_from_checkpoint true to continue from its last checkpoint."
         )
 
 
 def load_datasets(arguments: DataArguments) -> dict:
-    """The texts that the arguments name, by split."""
+    """Loads the texts that the arguments name, by split."""
     dataset = load_texts(
         dataset_name=arguments.dataset_name,
         dataset_config_name=arguments.dataset_config_name,
@@ -116,48 +152,72 @@ def load_datasets(arguments: DataArguments) -> dict:
     )
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
         if limit is not None and split in dataset:
-            dataset[split] = dataset[split].take(limit)  # what streams and tables share
-    if arguments.streaming:  # tables are shuffled by the trainer
+            dataset[split] = dataset[split].take(limit)  # the one method that streams and tables share
+    if arguments.streaming:  # the trainer shuffles tables
         dataset["train"] = dataset["train"].shuffle(seed=0, buffer_size=10_000)
     return dataset
 
 
-def load_model(
-    flag: str, name: str, told: dict, hint: str = "", model_types: tuple[str, ...] = FLOW_MODEL_TYPES, **options
-) -> PreTrainedModel:
+def load_pretrained(argument: str, auto_class: type, name: str, **options):
     """
-    A trained model to go on from. Any can be told times per token from now on, but none can count time differently.
+    Loads a model or a tokenizer.
 
     Args:
-        flag (`str`): The flag that names it.
-        name (`str`): Its name, or its folder.
-        told (`dict`): Settings that it must have, such as `per_token_timesteps`.
-        hint (`str`, *optional*): As for [`check_kind`].
-        model_types (`tuple[str, ...]`, *optional*): As for [`check_kind`].
+        argument (`str`): The argument that names it.
+        auto_class (`type`): The class to load it with, such as [`~transformers.AutoModel`].
+        name (`str`): A name on the Hub, or a folder.
+        options: Arguments of `from_pretrained`.
+
+    Raises:
+        `ValueError`: if it cannot be found, or lacks a package that its attention needs.
+    """
+    check_model(argument, name)
+    with errors_about(argument, OSError), errors_about("attn_implementation", ImportError):
+        return auto_class.from_pretrained(name, **options)
+
+
+def load_model(
+    argument: str,
+    name: str,
+    required_settings: dict[str, Any],
+    hint: str = "",
+    model_types: tuple[str, ...] = FLOW_MODEL_TYPES,
+    **options,
+) -> PreTrainedModel:
+    """
+    Loads a model to continue training. `per_token_timesteps` may be switched on, but the time reparameterization cannot
+    change.
+
+    Args:
+        argument (`str`): The argument that names the model.
+        name (`str`): A name on the Hub, or a folder.
+        required_settings (`dict[str, Any]`): Settings that its configuration must have.
+        hint (`str`, *optional*): As for [`check_model_type`].
+        model_types (`tuple[str, ...]`, *optional*): As for [`check_model_type`].
         options: Arguments of `from_pretrained`.
     """
-    check_model(f"--{flag}", name)
-    model = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
-    check_kind(f"--{flag}", model, hint, model_types)
-    if "per_token_timesteps" in told:
-        model.config.per_token_timesteps = told["per_token_timesteps"]
-    if different := [name for name, value in told.items() if getattr(model.config, name) != value]:
-        raise SystemExit(f"--{flag}: its {', '.join(different)} is another than the preset's; choose another preset.")
+    model = load_pretrained(argument, AutoModel, name, dtype=torch.float32, **options)
+    check_model_type(argument, model, hint, model_types)
+    if "per_token_timesteps" in required_settings:
+        model.config.per_token_timesteps = required_settings["per_token_timesteps"]
+    different = [key for key, value in required_settings.items() if getattr(model.config, key) != value]
+    if different:
+        raise ValueError(f"`{argument}`: {', '.join(different)} differs from the preset's; pass a matching `preset`.")
     return model
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(argument: str, name: str) -> PreTrainedTokenizerBase:
     """
-    A tokenizer with the special tokens that texts need. One that has none to begin and end texts, as that of the quickstart's
-    models, stays so.
+    Loads a tokenizer, and adds the special tokens that packing needs unless it has no BOS and EOS token to derive them from.
 
     Args:
-        name (`str`): Its name, or its folder.
+        argument (`str`): The argument that names the tokenizer.
+        name (`str`): A name on the Hub, or a folder.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    marks = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token, tokenizer.sep_token)
-    if all(token is None for token in marks) and not has_characters_only(tokenizer):
-        logger.warning(f"The tokenizer of {name} has no tokens to begin and end texts, which are joined without.")
+    tokenizer = load_pretrained(argument, AutoTokenizer, name)
+    boundary_tokens = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token, tokenizer.sep_token)
+    if all(token is None for token in boundary_tokens) and not has_characters_only(tokenizer):
+        logger.warning(f"The tokenizer of {name} has no BOS and EOS token: texts are joined without a separator.")
         return tokenizer
     return add_special_tokens(tokenizer)
 
@@ -169,10 +229,10 @@ def pack_datasets(
     max_length: int,
     training_args: FLMTrainingArguments,
 ) -> dict:
-    """The training and validation texts in blocks."""
+    """Tokenizes and packs the training and validation texts into sequences of equal length."""
     block_size = arguments.block_size or max_length
     if block_size > max_length:
-        raise SystemExit(f"--block_size is {block_size}, above the model's {max_length}.")
+        raise ValueError(f"`block_size` must be at most {max_length}, the model's length, got {block_size}.")
     options = {
         "block_size": block_size,
         "text_column": arguments.text_column,
@@ -192,10 +252,13 @@ def pack_datasets(
     return packed
 
 
-def read_data_settings(name: str, chosen: Namespace) -> dict:
+def read_data_settings(name: str, chosen: Namespace) -> dict[str, Any]:
     """
-    The data arguments that the model with this name, or in this folder, was trained with, if it says so; where other data
-    were chosen, only the length of the texts.
+    Reads the data arguments that a model was trained with, if it has a record of them.
+
+    Args:
+        name (`str`): The name of the model on the Hub, or its folder.
+        chosen (`Namespace`): All arguments of the command. If they name other data, only the `block_size` is returned.
     """
     path = cached_file(name, DATA_SETTINGS_NAME, _raise_exceptions_for_missing_entries=False)
     settings = {} if path is None else json.loads(Path(path).read_text())
@@ -205,7 +268,7 @@ def read_data_settings(name: str, chosen: Namespace) -> dict:
 
 
 def run(trainer: FLMTrainer, data_args: DataArguments):
-    """Trains, evaluates and saves, as `trainer.args` says; with the model, the data arguments that it was trained with."""
+    """Trains, evaluates and saves as `trainer.args` ask for. Records the data arguments beside the model."""
     args = trainer.args
     if args.should_save:
         settings = {name: value for name, value in vars(data_args).items() if value is not None}
@@ -217,7 +280,7 @@ def run(trainer: FLMTrainer, data_args: DataArguments):
     model = trainer.model
     if trainer.is_world_process_zero():
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens")
-    if trains(args):
+    if should_train(args):
         checkpoint = args.resume_from_checkpoint
         result = trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
         trainer.save_model()

@@ -54,7 +54,7 @@ def load_texts(
         [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]
 
     Raises:
-        `FileNotFoundError`: if a file does not exist.
+        `FileNotFoundError`: if a file or dataset does not exist.
         `ValueError`: if neither or both of `dataset_name` and `train_file` are passed, or if a file has an unknown extension or
             cannot be read.
     """
@@ -63,7 +63,10 @@ def load_texts(
     if dataset_name is not None and train_file is not None:
         raise ValueError("Pass either `dataset_name` or `train_file`, and not both.")
     if dataset_name is not None:
-        dataset = load_dataset(dataset_name, dataset_config_name, streaming=streaming, revision=dataset_revision)
+        try:
+            dataset = load_dataset(dataset_name, dataset_config_name, streaming=streaming, revision=dataset_revision)
+        except OSError as error:
+            raise FileNotFoundError(f"`dataset_name`: {error}") from error
     else:
         files = {"train": train_file, "validation": validation_file}
         files = {split: str(file) for split, file in files.items() if file is not None}
@@ -87,11 +90,14 @@ def load_texts(
             dataset = load_dataset(builder, data_files=files, streaming=streaming, **options)
         except DatasetGenerationError as error:
             cause = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(f"{' or '.join(files.values())} cannot be read: {cause}") from error
+            names = " or ".join(f"`{split}_file`" for split in files)
+            raise ValueError(f"{names}: {' or '.join(files.values())} cannot be read: {cause}") from error
     splits = {"train": train_split, "validation": validation_split}
     if validation_split is None and "validation" in dataset:
         splits["validation"] = "validation"
-    splits = {name: _take_split(dataset, split) for name, split in splits.items() if split is not None}
+    splits = {
+        name: _take_split(dataset, split, f"{name}_split") for name, split in splits.items() if split is not None
+    }
     for split in splits.values():  # for the training record
         split.info.description = _source(dataset_name or train_file, dataset_config_name)
     if "validation" not in splits and not streaming and validation_percentage > 0:
@@ -128,12 +134,12 @@ def _source(name: str | Path, config_name: str | None) -> str:
     return name if config_name is None else f"{name} ({config_name})"
 
 
-def _take_split(dataset: DatasetDict | IterableDatasetDict, split: str) -> Dataset | IterableDataset:
+def _take_split(dataset: DatasetDict | IterableDatasetDict, split: str, argument: str) -> Dataset | IterableDataset:
     """Returns a split such as "test", or a part of one such as "train[:-1000]"."""
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+)?:(-?\d+)?\])?", split)
     if match is None or match[1] not in dataset:
         raise ValueError(
-            f"The dataset has no split {split!r}: name one of {list(dataset)}, or a part such as 'train[:-1000]'."
+            f"`{argument}`: the dataset has no split {split!r}: pass one of {list(dataset)}, or a part such as 'train[:-1000]'."
         )
     part = dataset[match[1]]
     if match[2] is None and match[3] is None:
@@ -143,11 +149,11 @@ def _take_split(dataset: DatasetDict | IterableDatasetDict, split: str) -> Datas
     else:
         num_rows = part.info.splits[match[1]].num_examples if part.info.splits else None
         if num_rows is None and "-" in split:
-            raise ValueError(f"{split!r} counts from the end, but the length of the stream is unknown.")
+            raise ValueError(f"`{argument}`: {split!r} counts from the end, but the length of the stream is unknown.")
     bounds = [None if bound is None else int(bound) for bound in match.groups()[1:]]
     start, stop, _ = slice(*bounds).indices(num_rows if num_rows is not None else sys.maxsize)
     if start >= stop:
-        raise ValueError(f"{split!r} has no texts: the whole split has {num_rows}.")
+        raise ValueError(f"`{argument}`: {split!r} has no texts: the whole split has {num_rows}.")
     return part.skip(start).take(stop - start)
 
 

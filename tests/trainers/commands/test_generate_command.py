@@ -1,4 +1,4 @@
-"""`flm-generate` at scale: processes that share the texts, files that are gone on with, prompts from files, progress."""
+"""`flm-generate` at scale: several processes, resuming, prompts from files, progress."""
 
 import json
 import os
@@ -10,7 +10,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -20,7 +19,7 @@ from small_models import build_flm
 
 from modeling_flm import FLMModel, utils_flm
 from modeling_flm.trainers import train_tokenizer
-from modeling_flm.trainers.commands.generate import deal_out, main
+from modeling_flm.trainers.commands.generate import main, split_batches_between_processes
 from modeling_flm.trainers.commands.shards import TextShards
 
 
@@ -42,26 +41,21 @@ def generate(*arguments):
 
 
 def read(*paths: Path) -> list[dict]:
-    """The rows of files, in the order of the texts."""
-    rows = []
-    for path in paths:
-        if path.suffix == ".parquet":
-            rows += pq.read_table(path).to_pylist()
-        else:
-            rows += [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of files, in the order of their indices."""
+    rows = [json.loads(line) for path in paths for line in path.read_text().split("\n") if line]
     return sorted(rows, key=lambda row: row["index"])
 
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory) -> list[dict]:
-    """What one process writes that is not interrupted."""
+    """The rows of a single uninterrupted process."""
     output = tmp_path_factory.mktemp("whole") / "x.jsonl"
     generate(folder, *OPTIONS, "--output", output)
     return read(output)
 
 
 def interrupt_after(num_batches: int, monkeypatch):
-    """Ctrl-C in the batch after so many."""
+    """Presses Ctrl-C after this many batches."""
     original, calls = FLMModel.generate, iter(range(100))
 
     def give_up(*args, **kwargs):
@@ -73,32 +67,30 @@ def interrupt_after(num_batches: int, monkeypatch):
 
 
 class TestProcesses:
-    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-    def test_two_processes_write_the_texts_of_one(self, suffix, folder, whole, tmp_path):
-        output = tmp_path / f"x{suffix}"
-        run_processes(main, [str(part) for part in (folder, *OPTIONS, "--output", output)])
-        assert sorted(path.name for path in tmp_path.iterdir()) == [
-            f"x-00000{suffix}",
-            f"x-00001{suffix}",
-            "x.settings.json",
-        ]
-        parts = [read(tmp_path / f"x-0000{index}{suffix}") for index in range(2)]
+    def test_two_processes_write_the_texts_of_one(self, folder, whole, tmp_path):
+        run_processes(main, [str(part) for part in (folder, *OPTIONS, "--output", tmp_path / "x.jsonl")])
+        names = ["x-00000.jsonl", "x-00001.jsonl", "x.settings.json"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == names
+        parts = [read(tmp_path / name) for name in names[:2]]
         assert [len(part) for part in parts] == [6, 5]
         assert sorted(parts[0] + parts[1], key=lambda row: row["index"]) == whole
 
     @pytest.mark.parametrize("num_texts, num_processes, batch_size", [(11, 2, 3), (64, 8, 64), (3, 8, 4), (0, 2, 4)])
     def test_every_text_is_in_one_batch(self, num_texts, num_processes, batch_size):
-        shares = [deal_out(range(num_texts), batch_size, index, num_processes) for index in range(num_processes)]
+        shares = [
+            split_batches_between_processes(range(num_texts), batch_size, index, num_processes)
+            for index in range(num_processes)
+        ]
         batches = [batch for share in shares for batch in share]
         assert sorted(index for batch in batches for index in batch) == list(range(num_texts))
         assert max(map(len, batches), default=0) <= batch_size
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
-        # One batch is not left to one process
+        # A small remainder is spread over all processes
         assert len(batches) >= min(num_texts, num_processes)
 
     @pytest.mark.slow
     def test_several_machines(self, folder, whole, tmp_path):
-        """Two machines with folders of their own, which only know each other's address."""
+        """Two machines without a shared folder."""
         machines = [tmp_path / "first", tmp_path / "second"]
         port = 29400 + os.getpid() % 500
         flags = ["--multi_gpu", "--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
@@ -115,7 +107,7 @@ class TestProcesses:
             outputs = list(pool.map(run, range(2)))
         assert all(f"{NUM_TEXTS} texts: x-0000{rank}.jsonl" in output for rank, output in enumerate(outputs))
         assert read(machines[0] / "x-00000.jsonl", machines[1] / "x-00001.jsonl") == whole
-        # They go on each with what it has, whatever the other has
+        # Each machine resumes its own file
         lines = (machines[1] / "x-00001.jsonl").read_text().splitlines(keepends=True)
         (machines[1] / "x-00001.jsonl").write_text("".join(lines[:2]))
 
@@ -139,7 +131,7 @@ class TestProcesses:
             "--batch_size",
             "2",
             "--output",
-            str(tmp_path / "x.parquet"),
+            str(tmp_path / "x.jsonl"),
         ]
         module = ["-m", "modeling_flm.trainers.commands.generate", str(folder), *options]
         process = subprocess.Popen(
@@ -152,14 +144,14 @@ class TestProcesses:
         process.send_signal(number)
         message = process.communicate(timeout=120)[1]
         assert "of 30 texts are written, in process 0 of 2" in message
-        assert "The same command with --resume goes on." in message
+        assert "Repeat the command with --resume" in message
         before = read(*shards)
         assert 4 <= len(before) < 60
-        # One process goes on with what two have left.
+        # A single process resumes the files of two.
         generate(folder, *options, "--resume")
         files = sorted(path.name for path in tmp_path.iterdir())
-        assert files == ["x-00000.parquet", "x-00001.parquet", "x.parquet", "x.settings.json"]
-        rows = read(*tmp_path.glob("*.parquet"))
+        assert files == ["x-00000.jsonl", "x-00001.jsonl", "x.jsonl", "x.settings.json"]
+        rows = read(*tmp_path.glob("*.jsonl"))
         assert [row["index"] for row in rows] == list(range(60))
         kept = {row["index"] for row in before}
         assert [row for row in rows if row["index"] in kept] == before
@@ -171,26 +163,25 @@ class TestProcesses:
 
 
 def print_to(output: str, arguments: list[str]):
-    """The command with its output in a file of its process."""
+    """Runs the command with its output in a file named by the rank."""
     with open(Path(output, os.environ["RANK"]), "w") as sys.stdout:
         main(arguments)
 
 
 class TestResume:
-    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-    def test_interrupted_and_gone_on_with(self, suffix, folder, whole, tmp_path, monkeypatch, capsys):
-        output = tmp_path / f"x{suffix}"
+    def test_an_interrupted_command_is_resumed(self, folder, whole, tmp_path, monkeypatch, capsys):
+        output = tmp_path / "x.jsonl"
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
             interrupt_after(2, patch)
             generate(folder, *OPTIONS, "--output", output)
         assert end.value.code == 130
-        message = f"Interrupted: 6 of 11 texts are written, to {tmp_path / 'x.jsonl'}. The same command with --resume"
+        message = f"Interrupted: 6 of 11 texts are written, to {output}. Repeat the command with --resume"
         assert message in capsys.readouterr().err
-        assert read(tmp_path / "x.jsonl") == whole[:6]
-        with (tmp_path / "x.jsonl").open("a") as file:
-            file.write(json.dumps(whole[6])[:40])  # as a process that was killed leaves it
+        assert read(output) == whole[:6]
+        with output.open("a") as file:
+            file.write(json.dumps(whole[6])[:40])  # the incomplete line of a killed process
         generate(folder, *OPTIONS, "--output", output, "--resume", "--batch_size", 4)
-        assert "6 of 11 texts are there already" in capsys.readouterr().err
+        assert "6 of 11 texts exist already" in capsys.readouterr().err
         assert read(output) == whole
         assert sorted(path.name for path in tmp_path.iterdir()) == [output.name, "x.settings.json"]
 
@@ -209,26 +200,23 @@ class TestResume:
         [
             (["--seed", 6], "--seed was 5 and is 6"),
             (["--num_steps", 3], "--num_steps was 2 and is 3"),
-            (["--prompt", "w1"], "num_samples.* was None and is 11"),
+            (["--prompt", "w1"], "--num_return_sequences was None and is 11"),
         ],
     )
     def test_other_settings_are_refused(self, flags, message, folder, tmp_path):
         generate(folder, *OPTIONS, "--output", tmp_path / "x.jsonl")
         before = (tmp_path / "x.jsonl").read_bytes()
+        number = "--num_return_sequences" if "--prompt" in flags else "--num_samples"
         with pytest.raises(SystemExit, match=message):
-            generate(folder, *OPTIONS, *flags, "--num_samples", 11, "--output", tmp_path / "x.jsonl", "--resume")
+            generate(folder, *OPTIONS[2:], *flags, number, 11, "--output", tmp_path / "x.jsonl", "--resume")
         assert (tmp_path / "x.jsonl").read_bytes() == before
 
-    def test_a_parquet_file_is_added_to(self, tmp_path):
-        shards = TextShards(tmp_path / "x.parquet")
+    def test_line_separators_in_texts(self, tmp_path):
+        shards = TextShards(tmp_path / "x.jsonl")
         for start in (0, 2):
             shards.append([{"index": index, "text": f"\u2028{index}\n"} for index in range(start, start + 2)], {})
-            shards.finish()
-        # Of a process that was killed between writing the one file and removing the other
-        shards.append([{"index": 3, "text": "another"}, {"index": 4, "text": "4"}], {})
-        shards.finish()
-        assert read(shards.path) == [{"index": i, "text": f"\u2028{i}\n" if i < 4 else "4"} for i in range(5)]
-        assert shards.start({}, resume=True) == set(range(5))
+        assert read(shards.path) == [{"index": index, "text": f"\u2028{index}\n"} for index in range(4)]
+        assert shards.start({}, resume=True) == set(range(4))
 
     def test_other_files_are_left_alone(self, tmp_path):
         for name in ("x-1.jsonl", "xy.jsonl", "x-00001.txt", "x.csv"):
@@ -241,34 +229,35 @@ class TestPrompts:
 
     @pytest.fixture
     def expected(self, folder, tmp_path):
-        """The texts of each prompt by itself."""
+        """The texts of each prompt in a command of its own."""
         rows = []
         for number, prompt in enumerate(self.prompts):
             output = tmp_path / f"expected-{number}.jsonl"
-            generate(folder, "--prompt", prompt, "--num_samples", 6, "--num_steps", 2, "--output", output)
+            generate(folder, "--prompt", prompt, "--num_return_sequences", 6, "--num_steps", 2, "--output", output)
             rows += [{**row, "prompt": prompt} for row in read(output)[2 * number : 2 * number + 2]]
         return rows
 
-    @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "dataset"])
-    def test_prompts_from_a_file_or_a_dataset(self, kind, folder, expected, tmp_path):
-        path = tmp_path / f"prompts.{kind}"
+    @pytest.mark.parametrize("source", ["txt", "jsonl", "parquet", "dataset"])
+    def test_prompts_from_a_file_or_a_dataset(self, source, folder, expected, tmp_path):
+        path = tmp_path / f"prompts.{source}"
         flags = ["--prompts_file", path]
-        if kind == "txt":
+        if source == "txt":
             path.write_text("\n".join(self.prompts) + "\n")
         else:
             columns = {"number": list(range(3)), "question": self.prompts, "title": ["a", "b", "c"]}
             dataset = Dataset.from_dict(columns)
             flags += ["--prompt_column", "question"]
-            if kind == "jsonl":
+            if source == "jsonl":
                 dataset.to_json(path)
-            elif kind == "parquet":
+            elif source == "parquet":
                 dataset.to_parquet(path)
             else:
                 path.mkdir()
                 dataset.to_parquet(path / "test-00000-of-00001.parquet")
                 flags = ["--prompts_dataset", path, "--prompts_split", "test[:3]", "--prompt_column", "question"]
         output = tmp_path / "x.jsonl"
-        generate(folder, *flags, "--num_samples", 2, "--num_steps", 2, "--batch_size", 4, "--output", output)
+        number = ["--num_return_sequences", 2]
+        generate(folder, *flags, *number, "--num_steps", 2, "--batch_size", 4, "--output", output)
         rows = read(output)
         assert rows == expected
         assert all(row["text"].startswith(row["prompt"]) for row in rows)
@@ -289,8 +278,8 @@ class TestProgress:
         model.generate(**options)
         return capsys.readouterr().err
 
-    def test_steps_of_a_batch_that_takes_long(self, flm, monkeypatch, capsys):
-        assert "step" not in self.shown(flm, capsys, num_steps=3)  # which is over at once
+    def test_steps_of_a_slow_batch(self, flm, monkeypatch, capsys):
+        assert "step" not in self.shown(flm, capsys, num_steps=3)  # too fast to show
         monkeypatch.setattr(utils_flm, "PROGRESS_DELAY", 1e-9)
         assert "Steps: 100%" in (shown := self.shown(flm, capsys, num_steps=3)) and "3/3" in shown
         assert "Rounds: 100%" in (shown := self.shown(flm, capsys, num_rounds=2, num_steps=1)) and "2/2" in shown
