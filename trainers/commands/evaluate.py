@@ -58,7 +58,7 @@ from ..evaluation import (
 from ..evaluation.mauve import check_mauve
 from ..evaluation.repetition import NGRAM_SIZES
 from ..evaluation.sources import GENERATION_PARAMETERS, LOOP_PARAMETERS, SAMPLERS, is_flow_based
-from .command_line import ScriptParser, check_model, friendly_errors
+from .command_line import ScriptParser, check_model, errors_about, friendly_errors
 
 
 # Arguments that do not apply to causal models, and to texts from a file.
@@ -354,7 +354,8 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
             check_scorer(args)
             score(["a text"], **scoring)
             from_files = read_files(args, source, tokenizer, decoding)
-            training_texts = None if args.train_file is None else load_lines(args.train_file, args.text_column)
+            with errors_about("train_file", ValueError):
+                training_texts = None if args.train_file is None else load_lines(args.train_file, args.text_column)
             words = training_texts
             if args.words_file is not None:
                 words = Path(args.words_file).read_text(encoding="utf-8").splitlines()
@@ -411,10 +412,12 @@ def read_files(
     }
     texts = []
     if args.samples_file is not None:
-        texts.append(read_texts(args.samples_file, "samples", **options))
+        with errors_about("samples_file", ValueError):
+            texts.append(read_texts(args.samples_file, "samples", **options))
     if args.reference_file is not None:
         wrapped = args.reference_packing == "wrapped"
-        texts.append(read_texts(args.reference_file, "reference", wrapped=wrapped, **options))
+        with errors_about("reference_file", ValueError):
+            texts.append(read_texts(args.reference_file, "reference", wrapped=wrapped, **options))
     return texts
 
 
