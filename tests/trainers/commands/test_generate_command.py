@@ -1,4 +1,4 @@
-"""`flm-generate` at scale: several processes, resuming, prompts from files, progress."""
+"""`flm-generate`: output and errors, several processes, resuming, prompts from files, progress."""
 
 import json
 import os
@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from example_scripts import run_elsewhere
+from example_scripts import run_elsewhere, run_here
 from processes import launcher, run_processes
 from small_models import build_flm
+from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
-from modeling_flm import FLMModel, utils_flm
+from modeling_flm import BridgeSamplerConfig, FLMModel, utils_flm
 from modeling_flm.trainers import train_tokenizer
+from modeling_flm.trainers.batches import example_seed
 from modeling_flm.trainers.commands.generate import main, split_batches_between_processes
 from modeling_flm.trainers.commands.shards import TextShards
+from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM
 
 
 NUM_TEXTS = 11
@@ -288,3 +291,137 @@ class TestProgress:
     def test_texts(self, folder, capsys):
         generate(folder, *OPTIONS)
         assert "11/11" in capsys.readouterr().err
+
+
+class TestGenerate:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", vocab_size=100).save_pretrained(tmp_path / "m")
+        build_flm().save_pretrained(tmp_path / "m")
+        return tmp_path / "m"
+
+    def generate(self, *arguments):
+        run_here("flm-generate", *arguments)
+
+    def expected(self, folder, num_samples=1, **options):
+        model = AutoModel.from_pretrained(folder)
+        seeds = [example_seed(7, SAMPLES_STREAM, index) for index in range(num_samples)]
+        tokens = [model.generate(generator=torch.Generator().manual_seed(seed), **options)[0] for seed in seeds]
+        texts = AutoTokenizer.from_pretrained(folder).batch_decode(tokens, skip_special_tokens=True)
+        return [row.tolist() for row in tokens], texts
+
+    def test_outputs(self, folder, tmp_path, capsys):
+        options = ["--num_samples", 5, "--num_steps", 3, "--batch_size", 2, "--seed", 7]
+        tokens, texts = self.expected(folder, num_samples=5, num_steps=3)
+        self.generate(folder, *options)
+        assert capsys.readouterr().out.splitlines() == texts
+        columns = zip(range(5), texts, tokens)
+        rows = [{"index": i, "text": a, "tokens": b, "num_forward_passes": 3, "seed": 7} for i, a, b in columns]
+        self.generate(folder, *options, "--output", tmp_path / "new" / "x.jsonl")
+        assert [json.loads(line) for line in (tmp_path / "new" / "x.jsonl").read_text().splitlines()] == rows
+
+    @pytest.mark.parametrize(
+        "flags, options",
+        [
+            (
+                ("--num_rounds", 3, "--commit_threshold", 0.9, "--commit_budget", 2),
+                {"num_rounds": 3, "commit_threshold": 0.9, "commit_budget": 2},
+            ),
+            (("--num_rounds", 3, "--commit_budget", "uniform"), {"num_rounds": 3}),
+            (("--block_length", 5), {"block_length": 5}),
+        ],
+    )
+    def test_num_rounds_and_block_length(self, flags, options, folder, capsys):
+        _, texts = self.expected(folder, num_samples=3, num_steps=2, **options)
+        self.generate(folder, "--num_samples", 3, "--num_steps", 2, "--seed", 7, *flags)
+        assert capsys.readouterr().out.splitlines() == texts
+
+    def test_gamma_and_guidance_scale(self, folder, capsys):
+        options = ("--num_return_sequences", 3, "--num_steps", 2, "--prompt", "w5 w6", "--gamma", 0.5)
+        guidance = ("--guidance_model", folder, "--guidance_scale", 2.0)
+        guided = run_elsewhere("flm-generate", folder, *options, *guidance).splitlines()
+        assert len(guided) == 3 and all(text.startswith("w5 w6 ") for text in guided)
+        self.generate(folder, *options)  # equal models change nothing
+        assert capsys.readouterr().out.splitlines() == guided
+
+    def test_live(self, folder, capsys):
+        self.generate(folder, "--live", "--num_steps", 2, "--seed", 7)
+        _, (text,) = self.expected(folder, num_steps=2)
+        assert capsys.readouterr().out.rstrip().endswith(text.split()[-1])
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (["--output", "x.csv"], "must end in .jsonl"),
+            (["--live", "--num_samples", 2], "--live shows one text"),
+            (["--num_samples", 0], "--num_samples must be at least 1"),
+            (["--resume"], "--resume continues a file"),
+            (["--prompt", "a", "--prompts_file", "b.txt"], "exclude each other"),
+            (["--prompt", "a", "--num_samples", 2], "pass --num_return_sequences"),
+            (["--num_return_sequences", 2], "pass --num_samples"),
+        ],
+    )
+    def test_mistakes_are_explained(self, arguments, message, folder, capsys):
+        with pytest.raises(SystemExit):
+            self.generate(folder, *arguments)
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "flags, message",
+        [
+            (["--device", "cuda"], "--device: cuda is not available. Available devices: cpu"),
+            (["--device", "gpu"], "--device must be a device such as cpu, .*got gpu"),
+            (["--prompts_file", "nowhere.txt"], "nowhere.txt"),
+            (["--prompts_file", "prompts.md"], "--prompts_file must be a txt"),
+            (["--prompts_file", "empty.txt"], "--prompts_file: empty.txt is empty"),
+            (["--prompts_file", "prompts.jsonl", "--prompt_column", "b"], "--prompt_column is 'b', but .*'a'"),
+            (["--prompts_file", "numbers.jsonl", "--prompt_column", "a"], "--prompt_column"),
+            (["--prompts_file", "long.txt"], r"Prompt 2 has 13 tokens, but texts have 12 \(--length\): 'w1 w1"),
+        ],
+    )
+    def test_errors_are_a_line(self, flags, message, folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+        texts = {"prompts.md": "w1", "empty.txt": "", "prompts.jsonl": '{"a": "w1"}', "numbers.jsonl": '{"a": 1}'}
+        texts["long.txt"] = "w1\n" + "w1 " * 13
+        for name, text in texts.items():
+            Path(name).write_text(text)
+        with pytest.raises(SystemExit, match=message) as error:
+            self.generate(folder, *flags, "--output", "x.jsonl")
+        assert "\n" not in str(error.value) and not Path("x.jsonl").exists()
+
+    def test_the_model_by_a_flag(self, folder, capsys):
+        self.generate("--model", folder, "--seed", 7)
+        assert capsys.readouterr().out.rstrip("\n") == self.expected(folder)[1][0]
+        with pytest.raises(SystemExit):
+            self.generate("--seed", 7)
+        assert "name a MODEL, of the Hub or a folder" in capsys.readouterr().err
+
+    def test_another_model(self, folder):
+        GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
+        with pytest.raises(SystemExit, match="error: --model must be an FLM or a flow map, got a GPT2Model"):
+            self.generate(folder)
+
+    def test_bridge(self, folder, capsys):
+        self.generate(folder, "--seed", 7, "--num_steps", 3, "--sampler", "bridge")
+        _, (text,) = self.expected(folder, num_steps=3, sampler_config=BridgeSamplerConfig())
+        assert capsys.readouterr().out.rstrip("\n") == text
+        with pytest.raises(SystemExit):
+            self.generate(folder, "--sampler", "bridge", "--gamma", 0.5)
+        assert "--gamma is a setting of --sampler flow_map" in capsys.readouterr().err
+
+    def test_a_folder_that_is_not_there(self):
+        with pytest.raises(SystemExit, match="error: --model: there is no folder /no/model"):
+            self.generate("/no/model")
+
+    def test_wrong_parameters_leave_no_file(self, folder, tmp_path):
+        with pytest.raises(SystemExit, match="error: --num_steps must be an integer of at least 1"):
+            self.generate(folder, "--num_steps", 0, "--output", tmp_path / "x.jsonl")
+        assert not (tmp_path / "x.jsonl").exists()
+
+    def test_a_file_is_not_overwritten(self, folder, tmp_path):
+        (tmp_path / "x.jsonl").write_text("precious")
+        for flags, message in (([], "exists already"), (["--resume"], "settings.json is missing")):
+            with pytest.raises(SystemExit, match=message):
+                self.generate(folder, "--output", tmp_path / "x.jsonl", *flags)
+        assert (tmp_path / "x.jsonl").read_text() == "precious"
