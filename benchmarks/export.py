@@ -116,7 +116,7 @@ def measure(name: str, args: argparse.Namespace):
             print(row, flush=True)
         if args.batch_sizes:
             print(
-                "\n| batch size | contender | ms: median (least to most) | relative to compiled PyTorch |\n|---|---|---|---|"
+                "\n| batch size | runtime | ms: median (min to max) | relative to compiled PyTorch |\n|---|---|---|---|"
             )
         for batch_size in args.batch_sizes:
             show_times(batch_size, model, step, sessions, args)

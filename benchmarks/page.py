@@ -61,7 +61,11 @@ def wait(page: Page, name: str) -> float:
 
 def measure(page: Page, address: str, repeats: int) -> dict[str, list[float]]:
     """Measures each opening and each key, in milliseconds."""
-    times = {"opening the page, until the first samples": [], "a key, until new samples": [], "its forward pass": []}
+    times = {
+        "from opening the page to the first samples": [],
+        "from a key to new samples": [],
+        "forward pass alone": [],
+    }
     opening, key, forward = times.values()
     for turn in range(repeats + 1):
         page.goto(address)
@@ -94,7 +98,7 @@ def main(args: argparse.Namespace):
         )
         browser.close()
         server.shutdown()
-    print("| | ms: median (least to most) |\n|---|---|")
+    print("| | ms: median (min to max) |\n|---|---|")
     for name, values in times.items():
         print(f"| {name} | {statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f}) |")
 

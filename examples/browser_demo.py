@@ -24,12 +24,13 @@ from modeling_flm.hub.spaces import assemble_space
 
 
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+ABOUT = "This small model was trained on English words: it invents words that look English, letter by letter."
 PACKAGES = Path(__file__).parents[1] / "tests" / "browser" / "node_modules"
 
 
 def make_page(model: Path, output: Path):
     """Writes the page, and the model with its ONNX file in a subfolder."""
-    assemble_space(output, "./model")
+    assemble_space(output, "./model", about=ABOUT if model == MODEL else "")
     folder = output / "model"
     folder.mkdir(exist_ok=True)
     for name in FILES:

@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Publishing to the Hugging Face Hub: model repositories and their cards, and conversion of published checkpoints."""
+"""The Hugging Face Hub: repositories and cards, conversion of published checkpoints, ONNX export, and the page of a model."""

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""The model card: a README with the metadata of the Hub, made from what is in a model's folder."""
+"""Model cards: a README with metadata for the Hub, made from the records in a model folder."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from .records import (
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-# A card with this line was generated, and is generated anew. Without it, it is somebody's own.
+# Marks a generated card, which publishing replaces. A card without this line is the user's own.
 MARKER = "Generated: publishing again overwrites this file. Remove this line to keep your changes."
 
 
@@ -34,14 +34,14 @@ def _as_list(values: str | list[str] | None) -> list[str]:
 
 
 def _as_block(text: str) -> str:
-    """A text as a block of code that it cannot end, and without control characters."""
+    """Formats a text as a code block with a fence that the text does not contain, and without control characters."""
     text = "".join(character for character in text if character in "\n\t" or character.isprintable())
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
 
 
 def _as_cell(value: Any) -> str:
-    """A value in one cell of a table."""
+    """Formats a value as a table cell."""
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
@@ -59,31 +59,31 @@ def build_card(
     onnx: Sequence[str] = (),
 ) -> ModelCard:
     """
-    Makes the card of a model from what is known of it.
+    Builds the card of a model from its records.
 
     Args:
         records (`dict[str, dict[str, Any]]`):
-            What is known of the model, from [`~modeling_flm.hub.records.read_records`].
+            Records of the model, from [`~modeling_flm.hub.records.read_records`].
         repo_id (`str`):
-            The name of the repository, for the code that shows how to use it.
+            Name of the repository, for the usage examples.
         model ([`~transformers.PreTrainedModel`]):
             The model.
         samples (`list[str]`):
-            Texts of the model, none to leave them out.
+            Samples to show. If empty, the card has no samples.
         license (`str`, *optional*):
-            The licence of the weights, as an identifier of the Hub such as `"mit"`. The card names none by default.
+            License of the weights, as an identifier of the Hub such as `"mit"`. By default the card names none.
         language (`str` or `list[str]`, *optional*):
-            The languages of the texts, as codes.
+            Language codes of the texts.
         datasets (`str` or `list[str]`, *optional*):
-            The names of the datasets that the model was trained on. By default the one that the records name.
+            Names of the training datasets. Defaults to the dataset in the records.
         base_model (`str`, *optional*):
-            The name of the model that this one was distilled or adapted from. By default the teacher, if it has such a name.
+            Name of the model that this one was distilled or adapted from. Defaults to the teacher, if it is on the Hub.
         tags (`str` or `list[str]`, *optional*):
-            Further tags.
+            More tags.
         adapter (`dict[str, Any]`, *optional*):
             The `adapter_config.json` of an adapter that was merged into the model.
         onnx (`Sequence[str]`, *optional*, defaults to `()`):
-            The precisions in which there is an ONNX of the model.
+            Precisions of the ONNX files in the repository.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -143,18 +143,18 @@ def build_card(
 
 
 def _describe_adapter(adapter: dict[str, Any]) -> str:
-    """What an adapter is, and of which model, as far as others can know that."""
-    kind = _as_cell(adapter.get("peft_type") or "peft")
+    """Describes an adapter, and its base model if that is on the Hub."""
+    peft_type = _as_cell(adapter.get("peft_type") or "peft")
     rank, base = adapter.get("r"), adapter.get("base_model_name_or_path")
-    described = f"an adapter ({kind}{f' of rank {rank}' if isinstance(rank, int) else ''})"
+    described = f"an adapter ({peft_type}{f' of rank {rank}' if isinstance(rank, int) else ''})"
     return described + (f" of [`{base}`](https://huggingface.co/{base})" if is_hub_name(base) else "")
 
 
 def missing_metadata(card: ModelCard, records: dict[str, dict[str, Any]]) -> list[str]:
-    """What a generated card does not say because nobody has, as arguments to pass, each with what it is."""
+    """Arguments that would fill in missing card metadata, with a description of each."""
     missing = []
     if card.data.license is None:
-        missing.append("`license`, such as 'mit', without which nobody knows whether they may use the weights")
+        missing.append("`license`, such as 'mit': without a license others may not use the weights")
     training = records.get(TRAINING_NAME, {})
     if training.get("teacher_class") is not None and card.data.base_model is None:
         missing.append("`base_model`, the name of the model that this one was distilled from")
@@ -164,19 +164,19 @@ def missing_metadata(card: ModelCard, records: dict[str, dict[str, Any]]) -> lis
 
 
 def default_num_steps(model: PreTrainedModel) -> int:
-    """The number of steps that `generate()` takes unless told otherwise."""
+    """Default number of steps of `generate()`."""
     config = model.generation_config
     return config.num_steps or config._get_default_generation_params()["num_steps"]
 
 
 def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
     """
-    Generative perplexity and entropy at each number of steps, for the `model-index`.
+    Builds the `model-index` entries of generative perplexity and entropy at each number of steps.
 
     Args:
         evaluation (`dict[str, Any]`):
-            With `scorer`, `num_samples`, `results`, a list of dictionaries with `num_steps`, `gen_ppl` and `entropy`, and
-            `sampling`, a dictionary of how texts were made and scored, such as `gamma` and `protocol`.
+            A dictionary with `scorer`, `num_samples`, `results`, a list of dictionaries with `num_steps`, `gen_ppl` and
+            `entropy`, and `sampling`, a dictionary of generation and scoring settings such as `gamma` and `protocol`.
 
     Returns:
         `list[EvalResult]`
@@ -204,14 +204,14 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
 
 def add_results(model: str, evaluation: dict[str, Any], revision: str = "main"):
     """
-    Puts the results of an evaluation where the card of a model is, or will be made.
+    Adds the results of an evaluation to a model.
 
     Args:
         model (`str`):
-            The model's folder, which gets the record, from where publishing takes it into the card; or the name of its
-            repository, whose card is changed.
-        evaluation (`dict[str, Any]`): As in [`eval_results`], and with `seeds`.
-        revision (`str`, *optional*, defaults to `"main"`): The branch of the repository.
+            Model folder, where the results are stored as a record, which publishing adds to the card; or name of a
+            repository, whose card is updated.
+        evaluation (`dict[str, Any]`): Results as in [`eval_results`], with `seeds`.
+        revision (`str`, *optional*, defaults to `"main"`): Branch of the repository.
     """
     folder, results = Path(model), eval_results(evaluation)
     name = model.rstrip("/").split("/")[-1]
@@ -220,7 +220,7 @@ def add_results(model: str, evaluation: dict[str, Any], revision: str = "main"):
         metadata_update(model, {"model-index": index}, overwrite=True, revision=revision)
         return
     path = folder / EVALUATION_NAME
-    if path.is_file():  # other numbers of steps that were measured in the same way stay
+    if path.is_file():  # keep other numbers of steps that were measured in the same way
         old = json.loads(path.read_text(encoding="utf-8"))
         if all(old.get(key) == evaluation[key] for key in ("scorer", "num_samples", "seeds", "sampling")):
             rows = {row["num_steps"]: row for row in [*old["results"], *evaluation["results"]]}

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Reads the checkpoints of the paper's published code: files of PyTorch Lightning, and what `PyTorchModelHubMixin` writes to a
-folder or a Hub repository.
+Reads checkpoints of the paper's published code: PyTorch Lightning files, and folders or Hub repositories of
+`PyTorchModelHubMixin`.
 
 A Lightning file is a pickle, which can run any code when it is loaded. It is loaded here with `torch.load(weights_only=True)`,
 with inert stand-ins for all classes and functions that torch does not know, so nothing in it runs. (A file that was made
@@ -35,7 +35,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from .records import is_hub_name
 
 
-# Parts of the names of published parameters, in the order in which they are replaced.
+# Parts of published parameter names and their replacements, in order.
 _RENAMES = {
     "backbone.": "",
     "_orig_mod.": "",  # torch.compile
@@ -62,7 +62,7 @@ _RENAMES = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be converted; the message says why."""
+    """Raised if a checkpoint cannot be converted, with the reason."""
 
 
 class _Inert:
@@ -110,7 +110,7 @@ def _is_weight(value: Any) -> bool:
 
 
 def _content_of(node: Any) -> Any:
-    """What a node of omegaconf holds, which it keeps in its state."""
+    """Returns the value of an omegaconf node, which is in its state."""
     state = node.state if isinstance(node, _Inert) else None
     if not isinstance(state, dict):
         return node
@@ -118,21 +118,18 @@ def _content_of(node: Any) -> Any:
 
 
 def describe(error: Exception) -> str:
-    """An error in one line, without what a hostile file may have put into it."""
+    """Describes an error in one line of printable ASCII, whatever a hostile file has put into it."""
     message = str(error).encode("ascii", "backslashreplace").decode()
     return f"{type(error).__name__}: {' '.join(message.split())[:200]}"
 
 
-# The kinds of checkpoints
-
-
 class Checkpoint(ABC):
     """
-    The weights and the settings of a model of the published code, by the names that the weights have in our models.
+    Weights and settings of a model of the published code. Weights have their names in our models.
 
     Attributes:
-        name (`str`): What messages call it.
-        has_settings (`bool`): Whether there is a configuration of the training.
+        name (`str`): Name of the checkpoint in messages.
+        has_settings (`bool`): Whether the checkpoint has the configuration of its training.
     """
 
     name: str
@@ -140,20 +137,20 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def setting(self, *keys: str) -> Any:
-        """A value of the configuration, such as `setting("model", "n_heads")`; `None` where there is none."""
+        """Returns a value of the configuration, such as `setting("model", "n_heads")`, or `None`."""
 
     @property
     @abstractmethod
     def tensors(self) -> dict[str, Any]:
-        """The tensors of the network by name. Each has a `shape`, and is read by `load`."""
+        """The tensors of the network by name. Each has a `shape`; `load` reads its values."""
 
     @abstractmethod
     def weights(self, raw: bool = False) -> dict[str, Any]:
-        """The averaged weights, or the `raw` ones, like `tensors`."""
+        """Returns the averaged weights, or the `raw` ones, as `tensors` does."""
 
     @abstractmethod
     def load(self, tensor: Any) -> torch.Tensor:
-        """The numbers of one of the `weights`, in float32."""
+        """Reads the values of a weight, in float32."""
 
     @abstractmethod
     def check_size(self, weights: dict[str, Any]):
@@ -161,12 +158,12 @@ class Checkpoint(ABC):
 
     @property
     def algorithm(self) -> str | None:
-        """What the published code called the training."""
+        """Published name of the training algorithm."""
         name = self.setting("algo", "name")
         return name if isinstance(name, str) else None
 
     def _rename(self, tensors: dict[Any, Any]) -> dict[str, Any]:
-        """Tensors by the names in our models, without the rotary table, a buffer that these compute."""
+        """Renames tensors as in our models, without the rotary table, which our models compute."""
         weights = {}
         for name, tensor in tensors.items():
             if type(name) is not str or "rotary_emb" in name:
@@ -185,16 +182,16 @@ class LightningCheckpoint(Checkpoint):
     A checkpoint file of the published code.
 
     Args:
-        path (`str` or `Path`): A file that PyTorch Lightning wrote.
+        path (`str` or `Path`): PyTorch Lightning file.
 
     Raises:
-        `CheckpointError`: if the file is not a checkpoint, is damaged, or is not what it declares.
+        `CheckpointError`: if the file is not a checkpoint, is damaged, or declares wrong sizes.
     """
 
     def __init__(self, path: str | Path):
         self.path, self.name = Path(path), str(path)
         if not self.path.is_file():
-            raise CheckpointError(f"{path}: there is no such file.")
+            raise CheckpointError(f"{path}: no such file.")
         self.size = self.path.stat().st_size
         try:
             self.archive = zipfile.ZipFile(self.path)
@@ -205,7 +202,7 @@ class LightningCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{path} is truncated or damaged, or was not written by `torch.save` of PyTorch 1.6 or newer."
             ) from None
-        except Exception as error:  # there is no end to what can be wrong with a file
+        except Exception as error:  # a damaged file can raise anything
             raise CheckpointError(f"{path} cannot be read: {describe(error)}") from error
         self.has_settings = isinstance(_content_of(self._hyper_parameters()), dict)
 
@@ -262,11 +259,13 @@ class LightningCheckpoint(Checkpoint):
         ema = self.content.get("ema")
         averages = ema.get("shadow_params") if isinstance(ema, dict) else None
         if type(averages) is not list:
-            raise CheckpointError(f"{self.path} has no averaged weights: pass `--raw_weights` to convert the others.")
+            raise CheckpointError(
+                f"{self.path} has no averaged weights: pass `--raw_weights` to convert the raw ones."
+            )
         if len(averages) != len(weights) or not all(map(_is_weight, averages)):
             raise CheckpointError(
-                f"{self.path} has {len(averages)} averages for {len(weights)} weights: pass `--raw_weights` to convert "
-                "the weights."
+                f"{self.path} has {len(averages)} averages for {len(weights)} weights: pass `--raw_weights` to convert the "
+                "raw weights."
             )
         return dict(zip(weights, averages))
 
@@ -285,7 +284,7 @@ class LightningCheckpoint(Checkpoint):
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A tensor of a safetensors file, whose numbers are still there."""
+    """A tensor of a safetensors file, whose values have not been read."""
 
     key: str
     shape: tuple[int, ...]
@@ -294,26 +293,26 @@ class _Entry:
 
 class HubCheckpoint(Checkpoint):
     """
-    What `PyTorchModelHubMixin` writes of the published network: the averaged weights, and the configuration of the training.
+    Files of `PyTorchModelHubMixin`: the averaged weights, and the configuration of the training.
 
     Args:
         config (`str` or `Path`): The `config.json`.
         weights (`str` or `Path`): The `model.safetensors`.
-        name (`str`): What messages call it.
+        name (`str`): Name of the checkpoint in messages.
 
     Raises:
-        `CheckpointError`: if one of the files is damaged, or is another kind of model.
+        `CheckpointError`: if a file is damaged or has another type of model.
     """
 
     def __init__(self, config: str | Path, weights: str | Path, name: str):
         self.name, self.path = name, Path(weights)
         self.settings = self._read_settings(Path(config))
-        # With a network that was built inside the training code the mixin saves no more than this.
+        # If the network was built inside the training code, the mixin saves the vocabulary size only.
         self.has_settings = any(type(value) is dict for value in self.settings.values())
         if "model_type" in self.settings:
             raise CheckpointError(
-                f"{name} is no checkpoint of the published code but a model of transformers "
-                f"({self.settings['model_type']!r}): load it with `AutoModel.from_pretrained`."
+                f"{name} is a model of transformers ({self.settings['model_type']!r}), not a checkpoint of the published "
+                "code: load it with `AutoModel.from_pretrained`."
             )
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -345,72 +344,74 @@ class HubCheckpoint(Checkpoint):
 
     def weights(self, raw: bool = False) -> dict[str, _Entry]:
         if raw:
-            raise CheckpointError(f"{self.name} has the averaged weights only: leave out `--raw_weights`.")
+            raise CheckpointError(f"{self.name} has averaged weights only: leave out `--raw_weights`.")
         return self.tensors
 
     def check_size(self, weights: dict[str, _Entry]):
-        pass  # safetensors opens no file that declares more than it has
+        pass  # safetensors rejects files that declare more than they have
 
     def load(self, tensor: _Entry) -> torch.Tensor:
         if tensor.dtype not in _DTYPES:
-            raise ValueError(f"it has numbers of type {tensor.dtype}, not one of {', '.join(_DTYPES)}")
-        # Opened anew for each, and copied: pages of an open file count as memory, too.
+            raise ValueError(f"its type must be one of {', '.join(_DTYPES)}, got {tensor.dtype}")
+        # Reopened for every tensor, and copied, because pages of an open file count as memory.
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(tensor.key).to(torch.float32, copy=True)
 
 
-# What safetensors calls the types that published weights may have: others would be quantized
+# Types of published weights, as named by safetensors. Other types would be quantized.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
-# Of a configuration that is not read if it is larger
+# Maximum size of a configuration in bytes
 _MAX_SETTINGS = 2**22
 
 
 def download(repo_id: str, revision: str | None = None, token: str | None = None) -> HubCheckpoint:
     """
-    The checkpoint in a repository of the Hub, or in the cache.
+    Downloads the checkpoint in a Hub repository, or takes it from the cache.
 
     Args:
-        repo_id (`str`): The name of the repository.
-        revision (`str`, *optional*): A branch, a tag or a commit.
-        token (`str`, *optional*): A token with the right to read. By default the one of `hf auth login`.
+        repo_id (`str`): Name of the repository.
+        revision (`str`, *optional*): Branch, tag or commit.
+        token (`str`, *optional*): Token with read access. Defaults to the token of `hf auth login`.
 
     Returns:
         [`HubCheckpoint`]
 
     Raises:
-        `CheckpointError`: if there is no such repository, revision or file, no right to read it, or no connection.
+        `CheckpointError`: if the repository, revision or file does not exist or cannot be read, or there is no connection.
     """
     name = repo_id if revision is None else f"{repo_id} at {revision}"
     paths = []
     for filename in (CONFIG_NAME, SAFE_WEIGHTS_NAME):
         try:
             paths.append(hf_hub_download(repo_id, filename, revision=revision, token=token))
-        except GatedRepoError as error:  # before its base class, `RepositoryNotFoundError`
+        except GatedRepoError as error:  # a subclass of `RepositoryNotFoundError`
             raise CheckpointError(
                 f"{name} is gated: ask for access on its page, and log in with `hf auth login` or pass `--token`."
             ) from error
         except RepositoryNotFoundError as error:
             raise CheckpointError(
-                f"There is no {repo_id} on this machine, and no such repository on the Hub. If it is private, log in with `hf "
-                "auth login`, or pass a `--token` that may read it."
+                f"{repo_id} is neither on this machine nor on the Hub. If it is private, log in with `hf auth login`, or pass a "
+                "`--token` with read access."
             ) from error
         except RevisionNotFoundError as error:
             raise CheckpointError(f"{repo_id} has no revision {revision!r}: pass another `--revision`.") from error
-        except LocalEntryNotFoundError as error:  # before its base class, `EntryNotFoundError`
-            raise CheckpointError(f"{name}: {filename} is not in the cache, and the Hub cannot be reached.") from error
+        except LocalEntryNotFoundError as error:  # a subclass of `EntryNotFoundError`
+            raise CheckpointError(
+                f"{name}: {filename} is not in the cache, and the Hub could not be reached."
+            ) from error
         except EntryNotFoundError as error:
             raise CheckpointError(
-                f"{name} has no {filename}: it is no repository that `PyTorchModelHubMixin` wrote."
+                f"{name} has no {filename}: it is not a repository of `PyTorchModelHubMixin`."
             ) from error
         except HfHubHTTPError as error:
             if error.response.status_code in (401, 403):
                 raise CheckpointError(
                     f"The Hub does not accept the token for {name}: log in with `hf auth login`, or pass another `--token`."
                 ) from error
-            raise CheckpointError(f"{name}: {filename} cannot be had from the Hub. {describe(error)}") from error
-        except Exception as error:  # of the network, of the disk, of names
-            raise CheckpointError(f"{name}: {filename} cannot be had from the Hub. {describe(error)}") from error
+            raise CheckpointError(f"{name}: could not download {filename}. {describe(error)}") from error
+        except Exception as error:  # network, disk or names
+            raise CheckpointError(f"{name}: could not download {filename}. {describe(error)}") from error
     return HubCheckpoint(*paths, name)
 
 
@@ -418,43 +419,43 @@ def open_checkpoint(
     source: str | Path | Checkpoint, revision: str | None = None, token: str | None = None
 ) -> Checkpoint:
     """
-    A checkpoint from wherever it is.
+    Opens a checkpoint: a file, a folder or a Hub repository.
 
     Args:
         source (`str`, `Path` or [`Checkpoint`]):
-            A file of Lightning, a folder with `config.json` and `model.safetensors`, or the name of a Hub repository. What is
-            open already is returned.
-        revision (`str`, *optional*): A branch, a tag or a commit of the repository.
-        token (`str`, *optional*): A token with the right to read the repository.
+            PyTorch Lightning file, folder with `config.json` and `model.safetensors`, or name of a Hub repository. An open
+            checkpoint is returned as it is.
+        revision (`str`, *optional*): Branch, tag or commit of the repository.
+        token (`str`, *optional*): Token with read access to the repository.
 
     Returns:
         [`Checkpoint`]
 
     Raises:
-        `CheckpointError`: if there is no such thing, or it is damaged.
+        `CheckpointError`: if it does not exist or is damaged.
     """
     if isinstance(source, Checkpoint):
         return source
-    source = str(source).rstrip("/") or str(source)  # as shells complete names
+    source = str(source).rstrip("/") or str(source)  # shells complete names with a slash
     path = Path(source)
     is_repository = (
         not path.exists() and source.count("/") == 1 and path.suffix not in _SUFFIXES and is_hub_name(source)
     )
     if revision is not None and not is_repository:
-        raise CheckpointError(f"`--revision` is of a Hub repository, such as owner/name, and {source} is none.")
+        raise CheckpointError(f"`--revision` only applies to Hub repositories, but {source} is local.")
     if path.is_dir():
         for filename in (CONFIG_NAME, SAFE_WEIGHTS_NAME):
             if not (path / filename).is_file():
                 files = sorted(file.name for file in path.glob("*.ckpt"))
                 hint = f" To convert {files[0]}, name the file." if files else ""
                 raise CheckpointError(
-                    f"{source} has no {filename}: it is no folder that `PyTorchModelHubMixin` wrote.{hint}"
+                    f"{source} has no {filename}: it is not a folder of `PyTorchModelHubMixin`.{hint}"
                 )
         return HubCheckpoint(path / CONFIG_NAME, path / SAFE_WEIGHTS_NAME, source)
     if path.suffix == ".safetensors" and path.is_file():
-        raise CheckpointError(f"{source}: pass the folder, whose {CONFIG_NAME} has the settings.")
+        raise CheckpointError(f"{source}: pass the folder, which has the settings in {CONFIG_NAME}.")
     return download(source, revision, token) if is_repository else LightningCheckpoint(source)
 
 
-# What tells a file that is not there from a repository
+# A missing name with one of these suffixes is a file, not a repository.
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")

@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Turns a model of the paper's published code into a model folder, from a checkpoint file, a folder or the Hub.
+Converts a checkpoint of the paper's published code to a model folder: from a file, a folder or the Hub.
 
     flm-convert --checkpoint david3684/FMLM-B-LM1B --output fmlm_lm1b
     flm-convert --checkpoint lm1b_flm.ckpt --tokenizer bert-base-uncased --output flm_lm1b
     flm-convert --checkpoint flm.ckpt --correction stage1.ckpt --output fmlm_two_network
 
-What a checkpoint is follows from its tensors, and where they do not tell, from the algorithm that it names. Nothing that is in
-it runs: see `hub/checkpoints.py`.
+The type of the model is derived from the tensors, or from the algorithm that the checkpoint names where tensors are ambiguous.
+No code in the file runs: see `hub/checkpoints.py`.
 """
 
 import argparse
@@ -31,17 +31,17 @@ from .checkpoints import Checkpoint, CheckpointError, HubCheckpoint, describe, o
 from .records import is_hub_name
 
 
-# What the published code calls the first stage of its distillation, whose checkpoint has the correction network alone, with
-# the tensors of a flow map.
+# The published name of the first distillation stage. Its checkpoint has the correction network only, with the tensors of a flow
+# map.
 _CORRECTION_ALGORITHM = "flm_distill"
 
-# The names of the first published code, whose logits have no cap. `flm` is one of the later code as well.
+# Names in the first published code, which does not cap logits. The later code uses `flm` as well.
 _FIRST_ALGORITHMS = ("flm", _CORRECTION_ALGORITHM, "flm_distill_double", "flm_semigroup_distill")
 
-# Other kinds of models that the published code trains with the same network.
+# Other models that the published code trains with the same network.
 _OTHER_MODELS = ("ar", "mdlm", "sedd", "d3pm", "udlm", "duo", "duo_base", "bd3lm", "candi")
 
-# Its cap, of all that came after the first code
+# Cap of the logits in all later code
 _SOFTCAP = 30.0
 
 _MAX_LISTED = 20
@@ -50,7 +50,7 @@ logger = logging.get_logger(__name__)
 
 
 def _refuse_other_models(checkpoint: Checkpoint):
-    """Raises a [`CheckpointError`] for what the published code trains as well, and these models are not."""
+    """Raises a [`CheckpointError`] for other models of the published code."""
     algorithm = checkpoint.algorithm
     names = checkpoint.tensors
     backbone = checkpoint.setting("algo", "backbone")
@@ -66,7 +66,7 @@ def _refuse_other_models(checkpoint: Checkpoint):
     elif checkpoint.setting("algo", "causal_attention") is True:
         reason = "its attention is causal (`algo.causal_attention`)"
     elif checkpoint.setting("algo", "double_temb") is True and not _is_flow_map(names):
-        # The published network leaves them out of what it saves where its name is an old one.
+        # The published code does not save them under old names of the algorithm.
         reason = "it is a flow map (`algo.double_temb`) without the tensors of its second time embedding"
     if reason is not None:
         raise CheckpointError(f"{checkpoint.name} cannot be converted: {reason}.")
@@ -77,11 +77,11 @@ def _is_flow_map(names: Iterable[str]) -> bool:
 
 
 def _times(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How a network counts time, which its tensors do not tell: FMLM+ has a time for every token, and no reparameterization."""
+    """Settings of time, which tensors do not determine: FMLM+ has a time for every token, and no reparameterization."""
     is_named_so = checkpoint.algorithm == "fmlm_plus"
     is_plain = is_named_so or checkpoint.setting("algo", "skip_time_reparam") is True
     return {
-        # A flow map without reparameterization is one, whatever its name is.
+        # A flow map without reparameterization is an FMLM+, whatever its name is.
         "per_token_timesteps": is_named_so or (is_plain and _is_flow_map(checkpoint.tensors)),
         "time_reparameterization": None if is_plain else "argmax",
     }
@@ -89,14 +89,14 @@ def _times(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _softcap(checkpoint: Checkpoint) -> float | None:
     """
-    The cap of the logits, of which no tensor and no setting tells. It came together with the setting `sampling.gamma`, and
-    before the first models were written for the Hub.
+    Cap of the logits, which no tensor and no setting determines. The published code introduced it together with the setting
+    `sampling.gamma`, before the first models on the Hub.
     """
     if isinstance(checkpoint, HubCheckpoint):
         return _SOFTCAP
     if not checkpoint.has_settings:
         raise CheckpointError(
-            f"{checkpoint.name} does not say whether its logits are capped: pass `--final_logit_softcapping 30`, as in the "
+            f"{checkpoint.name} does not record whether its logits are capped: pass `--final_logit_softcapping 30`, as in the "
             "released weights, or `none`, as in the first published code."
         )
     is_first = checkpoint.setting("sampling", "gamma") is None and checkpoint.algorithm in _FIRST_ALGORITHMS
@@ -104,16 +104,16 @@ def _softcap(checkpoint: Checkpoint) -> float | None:
 
 
 def _gamma(checkpoint: Checkpoint) -> float | None:
-    """The share of fresh noise that the model was meant to be sampled with."""
+    """Recorded share of fresh noise in sampling."""
     gamma = checkpoint.setting("sampling", "gamma")
     if gamma is None or (type(gamma) in (int, float) and 0 <= gamma <= 1):
         return gamma
-    logger.warning(f"{checkpoint.name} has a `sampling.gamma` that is no number in [0, 1], and is left out.")
+    logger.warning(f"{checkpoint.name}: ignoring `sampling.gamma`, because it is not a number in [0, 1].")
     return None
 
 
 def _sizes(checkpoint: Checkpoint, num_heads: int | None, length: int | None) -> dict[str, Any]:
-    """The settings of our configurations that a checkpoint's tensors and its own configuration give."""
+    """Settings of our configuration, from the tensors and the configuration of a checkpoint."""
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     needed = ("embed_tokens.weight", "time_embedding.linear_1.weight", "layers.0.mlp.up_proj.weight")
     if missing := [name for name in needed if len(shapes.get(name, ())) != 2]:
@@ -132,14 +132,14 @@ def _sizes(checkpoint: Checkpoint, num_heads: int | None, length: int | None) ->
     for name, flag in (("num_attention_heads", "num_heads"), ("max_position_embeddings", "length")):
         if type(settings[name]) is not int or not 0 < settings[name] < 2**24:
             raise CheckpointError(
-                f"{checkpoint.name} does not say its `{name}`: pass a positive number as `--{flag}`."
+                f"{checkpoint.name} does not record a valid `{name}`: pass a positive number as `--{flag}`."
             )
     stated = {"hidden_size": "hidden_size", "num_hidden_layers": "n_blocks", "conditioning_size": "cond_dim"}
     for name, key in stated.items():
         value = checkpoint.setting("model", key)
         if type(value) is int and value != settings[name]:
             raise CheckpointError(
-                f"{checkpoint.name} says `model.{key}: {value}`, but its tensors are of {settings[name]}: some are missing."
+                f"{checkpoint.name} has `model.{key}: {value}`, but its tensors have {settings[name]}: some are missing."
             )
     dropout = checkpoint.setting("model", "dropout")
     if type(dropout) in (int, float) and 0 <= dropout < 1:
@@ -152,16 +152,16 @@ def _build(
     settings: dict[str, Any],
     networks: dict[str, tuple[Checkpoint, dict[str, Any]]],
 ) -> PreTrainedModel:
-    """A model with the weights of each of its networks, given by the beginning of their names."""
+    """Builds a model from the weights of its networks, which are keyed by the prefix of their names."""
 
     def build(**changes) -> PreTrainedModel:
         try:
             with torch.device("meta"):
                 return model_class(model_class.config_class(**{**settings, **changes}))
         except Exception as error:
-            raise CheckpointError(f"There is no model of these sizes. {describe(error)}") from error
+            raise CheckpointError(f"No model has these sizes. {describe(error)}") from error
 
-    # What a model needs is known from one with a single block: only if it is all there, it is built.
+    # A model with a single block shows which tensors are needed. The full model is built only if all of them exist.
     prefixed = {prefix + name: tensor for prefix, (_, weights) in networks.items() for name, tensor in weights.items()}
     expected = {}
     for name, tensor in build(num_hidden_layers=1).state_dict().items():
@@ -173,12 +173,12 @@ def _build(
     ]
     for name in expected.keys() & prefixed.keys():
         if prefixed[name].shape != expected[name]:
-            problems.append(f"of the wrong shape: {name} {tuple(prefixed[name].shape)}, expected {expected[name]}")
+            problems.append(f"wrong shape: {name} {tuple(prefixed[name].shape)}, expected {expected[name]}")
     names = " and ".join(checkpoint.name for checkpoint, _ in networks.values())
     if problems:
         listed = sorted(problems)[:_MAX_LISTED]
         listed += [f"and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
-        raise CheckpointError("\n    ".join([f"The tensors of {names} do not fit its sizes.", *listed]))
+        raise CheckpointError("\n    ".join([f"The tensors of {names} do not match its sizes.", *listed]))
 
     tensors = {}
     for prefix, (checkpoint, weights) in networks.items():
@@ -208,29 +208,29 @@ def convert(
 
     Args:
         checkpoint (`str`, `Path` or [`~checkpoints.Checkpoint`]):
-            An FLM, or a flow map that is one network: a file of PyTorch Lightning, a folder with the `config.json` and
+            FLM, or flow map with one network: a PyTorch Lightning file, a folder with the `config.json` and
             `model.safetensors` of `PyTorchModelHubMixin`, or the name of a Hub repository.
         correction (`str`, `Path` or [`~checkpoints.Checkpoint`], *optional*):
-            Likewise the correction network of the first distillation stage, of which `checkpoint` is the flow.
+            Correction network of the first distillation stage. `checkpoint` is its flow then.
         raw_weights (`bool`, *optional*, defaults to `False`):
-            Whether to take the weights of the training and not their moving average.
+            Whether to convert the raw weights instead of their moving average.
         num_heads (`int`, *optional*):
-            The number of attention heads, where the checkpoint does not say.
+            Number of attention heads, if the checkpoint does not record it.
         length (`int`, *optional*):
-            The length of the texts in tokens, where the checkpoint does not say.
+            Length in tokens, if the checkpoint does not record it.
         final_logit_softcapping (`float`, *optional*, defaults to `"auto"`):
-            The cap of the logits, `None` for none. By default 30 for all but files of the first published code.
+            Cap of the logits, `None` for none. By default 30, and none for files of the first published code.
         revision (`str`, *optional*):
-            A branch, a tag or a commit of a Hub repository.
+            Branch, tag or commit of a Hub repository.
         token (`str`, *optional*):
-            A token with the right to read a Hub repository. By default the one of `hf auth login`.
+            Token with read access to the Hub repository. Defaults to the token of `hf auth login`.
 
     Returns:
-        [`FLMModel`], [`FMLMModel`], or with a `correction` [`FMLMTwoNetworkModel`], in float32 and evaluation mode. A
-        `sampling.gamma` of the checkpoint is in its generation configuration.
+        [`FLMModel`], [`FMLMModel`], or with a `correction` [`FMLMTwoNetworkModel`], in float32 and evaluation mode. Its
+        generation configuration has the `sampling.gamma` of the checkpoint.
 
     Raises:
-        `CheckpointError`: if there is no such checkpoint, it is of another kind of model, or its tensors do not fit.
+        `CheckpointError`: if the checkpoint does not exist, has another type of model, or its tensors do not match.
     """
     main = open_checkpoint(checkpoint, revision, token)
     other = None if correction is None else open_checkpoint(correction, token=token)
@@ -266,9 +266,7 @@ def convert(
         if different := [
             name for name in other_settings if settings[name] != other_settings[name] and name != "dropout"
         ]:
-            raise CheckpointError(
-                f"{main.name} and {other.name} do not go together: they differ in {', '.join(different)}."
-            )
+            raise CheckpointError(f"{main.name} and {other.name} do not match: they differ in {', '.join(different)}.")
         settings["learned_loss_weighting"] = any(name.startswith("loss_weighting.") for name in corrections)
         model = _build(FMLMTwoNetworkModel, settings, {"flow.": (main, weights), "correction.": (other, corrections)})
     model.generation_config.gamma = _gamma(main if other is None else other)
@@ -276,17 +274,15 @@ def convert(
 
 
 def _published_tokenizer(checkpoint: Checkpoint, vocab_size: int, token: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that the model was trained with, if the checkpoint names one that can be had."""
+    """Loads the tokenizer that the checkpoint names, if that is possible."""
     name = checkpoint.setting("data", "tokenizer_name_or_path")
     if not is_hub_name(name):
-        logger.warning(f"{checkpoint.name} names no tokenizer that the Hub could have: pass one as `--tokenizer`.")
+        logger.warning(f"{checkpoint.name} does not name a tokenizer on the Hub: pass one as `--tokenizer`.")
         return None
     try:
         tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(name, trust_remote_code=False, token=token))
-    except Exception:  # of the network, of a name that is no tokenizer's
-        logger.warning(
-            f"{name}, the tokenizer that the checkpoint names, cannot be had: pass another as `--tokenizer`."
-        )
+    except Exception:  # network, or not the name of a tokenizer
+        logger.warning(f"Could not load {name}, the tokenizer that the checkpoint names: pass one as `--tokenizer`.")
         return None
     if len(tokenizer) != vocab_size:
         logger.warning(
@@ -320,43 +316,51 @@ def main(arguments: list[str] | None = None):
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="an FLM, or a flow map of one network: a .ckpt file, a folder with config.json and model.safetensors, or the "
-        "name of a Hub repository",
+        help="FLM, or flow map with one network: a .ckpt file, a folder with config.json and model.safetensors, or the name "
+        "of a Hub repository",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
-    parser.add_argument("--token", help="for a private or gated repository, by default that of `hf auth login`")
     parser.add_argument(
-        "--correction", help="the correction network of the first distillation stage, with the FLM as --checkpoint"
+        "--token", help="token for a private or gated repository (default: the one of `hf auth login`)"
+    )
+    parser.add_argument(
+        "--correction", help="correction network of the first distillation stage; --checkpoint is its FLM"
     )
     parser.add_argument(
         "--tokenizer",
-        help="name or folder of the tokenizer, which is saved with the model; by default the one that the checkpoint names",
+        help="name or folder of the tokenizer to save with the model (default: the one that the checkpoint names)",
     )
-    parser.add_argument("--output", required=True, help="the folder to write, which must not exist")
+    parser.add_argument("--output", required=True, help="output folder, which must not exist")
     parser.add_argument(
-        "--raw_weights", "--raw-weights", action="store_true", help="the weights of the training, not their average"
+        "--raw_weights",
+        "--raw-weights",
+        action="store_true",
+        help="convert the raw weights instead of their moving average",
     )
     parser.add_argument(
         "--final_logit_softcapping",
         "--final-logit-softcapping",
         type=_softcap_argument,
         default="auto",
-        help="cap of the logits, or `none`; by default 30 for all but files of the first published code",
+        help="cap of the logits, or `none` (default: 30, and none for files of the first published code)",
     )
     parser.add_argument(
-        "--num_heads", "--num-heads", type=_positive, help="attention heads, where the checkpoint does not say"
+        "--num_heads",
+        "--num-heads",
+        type=_positive,
+        help="number of attention heads, if the checkpoint does not record it",
     )
-    parser.add_argument("--length", type=_positive, help="length of the texts, where the checkpoint does not say")
+    parser.add_argument("--length", type=_positive, help="length in tokens, if the checkpoint does not record it")
     args = parser.parse_args(arguments)
     output = Path(args.output)
     if os.path.lexists(output):
-        parser.error(f"--output: {output} exists already; name another folder")
+        parser.error(f"--output: {output} already exists; name another folder")
 
     tokenizer = None
     if args.tokenizer is not None:
         try:
             tokenizer = add_special_tokens(AutoTokenizer.from_pretrained(args.tokenizer, token=args.token))
-        except Exception as error:  # of files, of the network, of names
+        except Exception as error:  # files, network or names
             parser.error(f"--tokenizer: {args.tokenizer} cannot be loaded. {describe(error)}")
     try:
         checkpoint = open_checkpoint(args.checkpoint, args.revision, args.token)
@@ -381,7 +385,7 @@ def main(arguments: list[str] | None = None):
             setattr(model.config, name, getattr(tokenizer, name))
             setattr(model.generation_config, name, getattr(tokenizer, name))
 
-    # The folder appears when it is complete.
+    # The output folder appears once it is complete.
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -393,8 +397,8 @@ def main(arguments: list[str] | None = None):
         Path(folder).chmod(0o755)
         Path(folder).rename(output)
     softcap = model.config.final_logit_softcapping
-    told = f"logits {'without a cap' if softcap is None else f'capped at {softcap}'}"
-    print(f"{type(model).__name__} with {model.num_parameters():,} parameters, {told}: {output}")
+    cap = "without a cap" if softcap is None else f"capped at {softcap}"
+    print(f"{type(model).__name__} with {model.num_parameters():,} parameters, logits {cap}: {output}")
 
 
 if __name__ == "__main__":

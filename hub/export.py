@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes a step of generation as ONNX, which runs without Python and torch: in a browser, in C++, on a phone.
+Exports one step of generation to ONNX, which runs without Python and torch: in a browser, in C++, on a phone.
 
     flm-export outputs/quickstart/fmlm                                  # to outputs/quickstart/fmlm/onnx
     flm-export me/my-model --output my-model --precisions float32 int8
 
-A runtime draws standard normal noise, runs the step once, or as often as it likes at later and later times, and has the tokens.
+A runtime draws standard normal noise and runs the step, once or at several increasing times, to get tokens.
 """
 
 import argparse
@@ -37,29 +37,29 @@ if TYPE_CHECKING:
     import onnxruntime
 
 
-# What share of the tokens of one step must be PyTorch's: two tokens may be equally likely up to rounding.
+# Share of tokens that must be equal to PyTorch's. Rounding decides between equally likely tokens.
 MIN_AGREEMENT = {"float32": 0.999, "float16": 0.98, "int8": 0.98}
 
 _INPUTS = ("state", "timesteps", "target_timesteps", "input_ids", "prompt_mask")
 _OUTPUTS = ("next_state", "tokens")
 _AXES = ("batch_size", "sequence_length")
 
-# So many weights of 8 bits in a row have a scale in common.
+# Number of 8-bit weights that share a scale
 _BLOCK_SIZE = 32
 
 
 class ExportError(Exception):
-    """A model that could not be exported; the message says why."""
+    """Raised if a model cannot be exported, with the reason."""
 
 
 class FlowStep(nn.Module):
     r"""
-    A step of the flow, or of the flow map, as a function of tensors alone.
+    One step of the flow or the flow map, as a function of tensors.
 
-    States are in the coordinates of the noise: noise is standard normal, and a step needs neither a factor of the noise nor the
-    embedding from outside. With the factor \\(R\\) and the clean tokens \\(Q\\) of [`~joint_noise.JointNoise`], a state
-    \\(z\\) stands for \\(z R\\), a token for a row of \\(Q\\). Where the vocabulary is not larger than the embedding, these are
-    the one-hot states of the paper.
+    States are in the coordinates of the noise, so the noise is standard normal, and callers need neither the noise factor nor the
+    embedding. With the factor \\(R\\) and the clean tokens \\(Q\\) of [`~joint_noise.JointNoise`], a state \\(z\\) represents
+    \\(z R\\), and a token is a row of \\(Q\\). If the vocabulary is not larger than the embedding, these are the one-hot states
+    of the paper.
 
     Args:
         model ([`FLMPreTrainedModel`]): The model.
@@ -75,11 +75,11 @@ class FlowStep(nn.Module):
 
     @property
     def noise_size(self) -> int:
-        """The number of Gaussian variables per token."""
+        """Number of Gaussian variables per token."""
         return self.factor.shape[0]
 
     def clean(self, tokens: torch.LongTensor) -> torch.Tensor:
-        """The states of tokens that are known."""
+        """Returns the states of known tokens."""
         if self.coordinates is None:
             return F.one_hot(tokens, self.model.config.vocab_size).to(self.factor.dtype)
         return F.embedding(tokens, self.coordinates)
@@ -95,15 +95,15 @@ class FlowStep(nn.Module):
         """
         Args:
             state (`torch.Tensor` of shape `(batch_size, sequence_length, noise_size)`):
-                The states; at the time 0 standard normal noise. What they are where tokens are known does not matter.
-            timesteps (`torch.Tensor` of shape `(batch_size,)`): The reparameterized times of the states, in [0, 1).
-            target_timesteps (`torch.Tensor` of shape `(batch_size,)`): Those to go to, later ones; 1 is text.
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The tokens that are known.
-            prompt_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Where they are.
+                States, at time 0 standard normal noise. The states of known tokens are ignored.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`): Reparameterized times of the states, in [0, 1).
+            target_timesteps (`torch.Tensor` of shape `(batch_size,)`): Later times to move to; 1 is text.
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Known tokens.
+            prompt_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Mask of the known tokens.
 
         Returns:
-            `tuple[torch.Tensor, torch.LongTensor]`: the states at the target times, which are those of the tokens where all are 1,
-            and the likeliest tokens, of shape `(batch_size, sequence_length)`.
+            `tuple[torch.Tensor, torch.LongTensor]`: the states at the target times (the clean states of the tokens if all target
+            times are 1), and the most likely tokens, of shape `(batch_size, sequence_length)`.
         """
         model, known = self.model, prompt_mask[..., None]
         state = torch.where(known, self.clean(input_ids), state)
@@ -118,7 +118,7 @@ class FlowStep(nn.Module):
             mean = probabilities if self.coordinates is None else probabilities @ self.coordinates
             return flow_map(state, mean, s, t)
 
-        # The last step does without the product with all tokens, which takes as long as the head.
+        # The last step skips the product with all tokens, which takes as long as the head.
         next_state = torch.cond((target_timesteps < 1).any(), draft, lambda: self.clean(tokens))
         return torch.where(known, state, next_state), tokens
 
@@ -130,23 +130,22 @@ def export_onnx(
     check: bool = True,
 ) -> dict[str, float]:
     r"""
-    Writes a step of a model, [`FlowStep`], as ONNX, for any number of texts and any length.
+    Exports one step of a model, [`FlowStep`], to ONNX, for any batch size and length.
 
     Args:
         model ([`FLMPreTrainedModel`], `str` or `Path`):
-            The model, or its name or folder.
+            Model, or its name or folder.
         output (`str` or `Path`):
-            The folder of the repository. The files are written to `onnx/` in it: `model.onnx`, `model_fp16.onnx` and
-            `model_int8.onnx`.
+            Folder of the repository. Its subfolder `onnx/` gets `model.onnx`, `model_fp16.onnx` and `model_int8.onnx`.
         precisions (`Sequence[str]`, *optional*, defaults to `("float32",)`):
-            Which of `"float32"`, `"float16"` and `"int8"` to write. The last has weights of 8 bits, but for the embeddings of
-            times and the coordinates of tokens. Inputs and outputs are in float32 in any case.
+            Any of `"float32"`, `"float16"` and `"int8"`. `"int8"` means 8-bit weights except for time embeddings and the
+            coordinates of tokens. Inputs and outputs are always in float32.
         check (`bool`, *optional*, defaults to `True`):
-            Whether to run what was written, in ONNX Runtime, and to compare its tokens with PyTorch's.
+            Whether to run the files in ONNX Runtime, and to compare their tokens with PyTorch's.
 
     Returns:
-        `dict[str, float]`: for each precision the share of tokens that are PyTorch's, in one step or in four, whichever is
-        smaller; of an FLM in 4 or 16; without a check an empty one.
+        `dict[str, float]`: for each precision the share of tokens that are equal to PyTorch's, the minimum over 1 and 4 steps
+        (4 and 16 for an FLM). Empty without the check.
 
     Raises:
         `ExportError`: if a package is missing, or the check fails. Then nothing is written.
@@ -179,18 +178,18 @@ def export_onnx(
                 dtype = getattr(torch, precision)
                 _write(full if dtype == torch.float32 else FlowStep(_reload(model, scratch / "model", dtype)), path)
             if check:
-                # One step of an FLM is hardly more than a guess, with many ties.
+                # One step of an FLM is little better than a guess, with many near ties.
                 checked = (4, 16) if model.config.model_type == "flm" else (1, 4)
                 session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
                 agreement[precision] = min(compare(session, full, num_steps) for num_steps in checked)
                 if agreement[precision] < MIN_AGREEMENT[precision]:
                     raise ExportError(
-                        f"Only {agreement[precision]:.1%} of the tokens of {precision} are those of PyTorch: leave it out of "
+                        f"{precision} reproduces only {agreement[precision]:.1%} of PyTorch's tokens: remove it from "
                         "`precisions`."
                     )
         output.mkdir(exist_ok=True)
         for precision in precisions:
-            # Large weights lie in a file of their own beside it.
+            # Large weights are in a second file.
             for path in scratch.glob(f"{ONNX_FILES[precision]}*"):
                 path.replace(output / path.name)
     return agreement
@@ -206,22 +205,22 @@ def _import_onnx():
 
 
 def load(name: str | Path) -> FLMPreTrainedModel:
-    """The model of this name or in this folder, in float32."""
+    """Loads a model from the Hub or a folder, in float32."""
     try:
         return AutoModel.from_pretrained(name, dtype=torch.float32)
-    except Exception as error:  # of files, of formats, of sizes
+    except Exception as error:  # files, formats or sizes
         raise ExportError(f"{name} cannot be loaded: {error}") from error
 
 
 def _reload(model: FLMPreTrainedModel, folder: Path, dtype: torch.dtype) -> FLMPreTrainedModel:
-    """The model on the CPU, with the attention that ONNX has, and in a precision in which what needs float32 keeps it."""
+    """Reloads a model on the CPU, with an attention that ONNX supports. Modules that need float32 keep it."""
     attention = "sdpa" if model.config.attn_logit_softcapping is None else "eager"
     model = type(model).from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     return model.eval().requires_grad_(False)
 
 
 def _searchsorted(sorted_sequence, values, *, out_int32=False, right=False, side=None, sorter=None):
-    """`torch.searchsorted(..., right=True)` in ONNX, which has none: how many are not larger. The tables are small."""
+    """`torch.searchsorted(..., right=True)` for ONNX, which has none: counts the entries that are not larger."""
     from onnxscript import opset18 as op
 
     is_before = op.GreaterOrEqual(op.Unsqueeze(values, [-1]), sorted_sequence)
@@ -229,8 +228,8 @@ def _searchsorted(sorted_sequence, values, *, out_int32=False, right=False, side
 
 
 def _write(step: FlowStep, path: Path):
-    """Exports a step, without a check."""
-    batch_size, length = 2, 3  # of the example: all numbers will do
+    """Exports a step without checking the result."""
+    batch_size, length = 2, 3  # of the example inputs: any numbers work
     example = (
         torch.zeros(batch_size, length, step.noise_size),
         torch.zeros(batch_size),
@@ -241,7 +240,7 @@ def _write(step: FlowStep, path: Path):
     _build_table(step.model.time_map)
     axes = [torch.export.Dim(name, min=1, max=2**16) for name in _AXES]
     shapes = tuple({axis: axes[axis] for axis in range(min(tensor.dim(), 2))} for tensor in example)
-    # With gradients nothing is split into chunks, whose number would depend on the sizes.
+    # With gradients, nothing is split into chunks, whose number would depend on the sizes.
     with torch.enable_grad():
         program = torch.export.export(step.eval(), example, dynamic_shapes=shapes)
     exported = torch.onnx.export(
@@ -255,25 +254,25 @@ def _write(step: FlowStep, path: Path):
     for tensor in (*exported.model.graph.inputs, *exported.model.graph.outputs):
         tensor.shape = type(tensor.shape)([*_AXES[: min(len(tensor.shape), 2)], *tensor.shape[2:]])
     for node in exported.model.graph.all_nodes():
-        node.metadata_props.clear()  # where code lies on this machine
+        node.metadata_props.clear()  # paths of this machine
         for value in node.outputs:
             value.metadata_props.clear()
     exported.save(path)
 
 
 def _build_table(time_map: TimeMap):
-    """Makes the table of times now, as one that is made during an export would have no values."""
+    """Builds the table of times now: built during an export, it would have no values."""
     time_map.tau_to_t(torch.zeros(1))
 
 
 def _quantize(source: Path, path: Path):
     """
-    Makes weights of 8 bits of those of float32. Each block of weights and of activations has a scale of its own: with one for
-    all activations, as `quantize_dynamic` has it, a model of definitions with 2,048 tokens wrote 3 % of them otherwise.
+    Quantizes float32 weights to 8 bits. Every block of weights and of activations has its own scale. With one scale for all
+    activations, as in `quantize_dynamic`, 3 % of the tokens of a model with a vocabulary of 2,048 changed.
     """
     import onnx
 
-    # Importing it sets up the logging of the whole process.
+    # The import below changes the logging of the whole process.
     root = logging.getLogger()
     handlers, level = [*root.handlers], root.level
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
@@ -290,7 +289,7 @@ def _quantize(source: Path, path: Path):
 
 
 def _nodes(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto]":
-    """The nodes of a graph, with those of its branches."""
+    """Yields the nodes of a graph and of its branches."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -305,14 +304,14 @@ def write_tokens(
     prompt_mask: np.ndarray | None = None,
 ) -> np.ndarray:
     """
-    Generates texts with an exported step, in numpy alone.
+    Generates with an exported step, in numpy.
 
     Args:
-        session (`onnxruntime.InferenceSession`): A session of one of the files.
-        noise (`np.ndarray` of shape `(batch_size, sequence_length, noise_size)`): Standard normal variables, float32.
-        num_steps (`int`, *optional*, defaults to 1): The number of steps.
+        session (`onnxruntime.InferenceSession`): Session of an exported file.
+        noise (`np.ndarray` of shape `(batch_size, sequence_length, noise_size)`): Standard normal noise, float32.
+        num_steps (`int`, *optional*, defaults to 1): Number of steps.
         input_ids (`np.ndarray` of shape `(batch_size, sequence_length)`, *optional*): Known tokens, int64.
-        prompt_mask (`np.ndarray` of shape `(batch_size, sequence_length)`, *optional*): Where they are, bool.
+        prompt_mask (`np.ndarray` of shape `(batch_size, sequence_length)`, *optional*): Mask of the known tokens, bool.
 
     Returns:
         `np.ndarray` of shape `(num_steps, batch_size, sequence_length)`: the tokens after each step, int64.
@@ -334,14 +333,14 @@ def compare(
     session: "onnxruntime.InferenceSession", step: FlowStep, num_steps: int = 1, num_samples: int = 16
 ) -> float:
     """
-    How much of what an exported step writes is what PyTorch's `generate()` writes from the same noise, without whatever else
-    the model's `generation_config.json` asks for, such as a temperature.
+    Compares the tokens of an exported step with the tokens of PyTorch's `generate()` for the same noise, with default generation
+    settings.
 
     Args:
-        session (`onnxruntime.InferenceSession`): A session of one of the files.
-        step ([`FlowStep`]): The step, of a model in float32 and on the CPU.
-        num_steps (`int`, *optional*, defaults to 1): In how many steps to write.
-        num_samples (`int`, *optional*, defaults to 16): How many texts to write.
+        session (`onnxruntime.InferenceSession`): Session of an exported file.
+        step ([`FlowStep`]): The same step in PyTorch, of a model in float32 on the CPU.
+        num_steps (`int`, *optional*, defaults to 1): Number of steps.
+        num_samples (`int`, *optional*, defaults to 16): Number of samples.
 
     Returns:
         `float`: the share of equal tokens.
@@ -363,30 +362,30 @@ def main(arguments: list[str] | None = None, report: Callable[[str], None] = pri
         metavar="MODEL",
         nargs="?",
         default=argparse.SUPPRESS,
-        help="the name of a model of the Hub, or its folder",
+        help="name of a model on the Hub, or its folder",
     )
     parser.add_argument("--model", help="the same, as for the other commands")
-    parser.add_argument("--output", help="the folder in which to make onnx/ (default: the model's)")
+    parser.add_argument("--output", help="folder in which to create onnx/ (default: the model's)")
     parser.add_argument(
         "--precisions",
         nargs="+",
         choices=[*ONNX_FILES],
         default=[*ONNX_FILES],
-        help=f"which to write (default: {' '.join(ONNX_FILES)})",
+        help=f"precisions to export (default: {' '.join(ONNX_FILES)})",
     )
     args = parser.parse_args(arguments)
     if args.model is None:
         parser.error("name the model")
     output = args.output or args.model
     if args.output is None and not Path(args.model).is_dir():
-        parser.error(f"--output: {args.model} is no folder: name one to write to")
+        parser.error(f"--output: pass an output folder, because {args.model} is not a folder")
     try:
         agreement = export_onnx(args.model, output, args.precisions)
     except ExportError as error:
         raise SystemExit(f"error: {error}") from None
     for precision, share in agreement.items():
         path = Path(output, ONNX_FOLDER, ONNX_FILES[precision])
-        report(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {share:.2%} of its tokens are PyTorch's")
+        report(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {share:.2%} of its tokens are equal to PyTorch's")
 
 
 if __name__ == "__main__":

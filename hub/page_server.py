@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Serves the page that runs a model in a browser on this machine, for the demo and for tests."""
+"""Serves the page of `spaces.py` on this machine, for the demo and for tests."""
 
 import re
 from functools import partial
@@ -9,16 +9,16 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
-# Where the page takes the packages of npm from, and where a server of this machine has them instead.
+# Where the page loads npm packages from, and where this server has them instead.
 _CDN = "https://cdn.jsdelivr.net/npm/"
 _LOCAL = "/npm/"
 
 
 class _PageHandler(SimpleHTTPRequestHandler):
-    """Serves the page, and the packages of npm where they are on this machine."""
+    """Serves the page, and npm packages if they are installed on this machine."""
 
-    # As a Space does: with these, a page may use several threads.
-    headers_of_all = {
+    # As in a Space: required for pages that use several threads.
+    common_headers = {
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Embedder-Policy": "require-corp",
         "Cross-Origin-Resource-Policy": "cross-origin",
@@ -56,7 +56,7 @@ class _PageHandler(SimpleHTTPRequestHandler):
         self.wfile.write(content)
 
     def end_headers(self):
-        for name, value in self.headers_of_all.items():
+        for name, value in self.common_headers.items():
             self.send_header(name, value)
         super().end_headers()
 
@@ -66,16 +66,16 @@ class _PageHandler(SimpleHTTPRequestHandler):
 
 def make_server(folder: str | Path, port: int = 0, packages: str | Path | None = None) -> ThreadingHTTPServer:
     """
-    A server of the page for this machine alone.
+    Makes a server of the page, for this machine only.
 
     Args:
-        folder (`str` or `Path`): What [`assemble_space`] wrote, with the folder of a model beside it if it is to show that.
-        port (`int`, *optional*, defaults to 0): The port, 0 for any that is free.
+        folder (`str` or `Path`): Output folder of [`~spaces.assemble_space`], with the folder of a local model in it.
+        port (`int`, *optional*, defaults to 0): Port, or 0 for any free one.
         packages (`str` or `Path`, *optional*):
-            A folder `node_modules` with the packages that the page imports. By default a browser gets them from a public server.
+            Folder `node_modules` with the packages that the page imports. By default browsers load them from a public server.
 
     Returns:
-        `http.server.ThreadingHTTPServer`: whose `serve_forever` is to be called, and whose `server_port` is the port.
+        `http.server.ThreadingHTTPServer`: call its `serve_forever`; its port is `server_port`.
     """
     packages = None if packages is None else Path(packages)
     handler = partial(_PageHandler, directory=str(folder), packages=packages)

@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Publishes a model folder as a repository of the Hugging Face Hub, which others load with torch and transformers alone.
+Publishes a model folder on the Hugging Face Hub, so that others can load it with torch and transformers alone.
 
     flm-publish --model outputs/fmlm --repo_id me/fmlm
     flm-publish --model outputs/fmlm --repo_id me/fmlm --dry_run assembled
 
-The repository is put together in a temporary folder, where a process that has nothing of this package loads it and
-generates; then it is uploaded in one commit. Publishing again updates it.
+The repository is assembled in a temporary folder. A process without this package loads it from there and generates samples;
+then it is uploaded in one commit. Publishing again updates the repository.
 """
 
 import argparse
@@ -54,7 +54,7 @@ logger = logging.get_logger(__name__)
 
 _NUM_ATTEMPTS = 3
 
-# Loads a folder as a user without this package does.
+# Loads a folder like a user without this package.
 _CHECK = """
 import json, sys
 folder, output, num_samples = sys.argv[1:]
@@ -69,13 +69,13 @@ with open(output, "w") as file:
 
 
 class PublishError(Exception):
-    """A model that could not be published; the message says why, and what was left where."""
+    """Raised if a model cannot be published, with the reason and the state of the repository."""
 
 
 def _own_files() -> tuple[str, ...]:
     """
-    Patterns of what publishing may have written before, and removes where it is no longer there: the code that a model carries,
-    and what models, tokenizers and trainings are saved as.
+    Patterns of the files that publishing writes, and removes from the repository if a new version does not have them: the code of
+    the model, and the files of models, tokenizers and trainings.
     """
     code = get_relative_import_files(modeling_flm.modeling_flm.__file__)
     return (
@@ -106,35 +106,35 @@ def assemble(
     **card,
 ):
     """
-    Puts a model repository together, and checks that it works without this package.
+    Assembles a model repository, and checks that it works without this package.
 
     Args:
         folder (`str` or `Path`):
-            A model folder, as `save_pretrained` and the trainers write it, or that of an adapter, which is merged into the model
-            that it names. A `README.md` in it that was not generated is kept; otherwise a card is made.
+            Model folder from `save_pretrained` or a trainer, or adapter folder, whose adapter is merged into its base model. A
+            `README.md` that the user has written or changed is kept; otherwise a card is generated.
         output (`str` or `Path`):
-            The folder to write, which must not exist.
+            Output folder. It must not exist.
         repo_id (`str`):
-            The name that the repository will have.
+            Name of the repository.
         tokenizer (`str`, *optional*):
-            Name or folder of the tokenizer. By default the one in `folder`.
+            Name or folder of the tokenizer. Defaults to the tokenizer in `folder`.
         num_samples (`int`, *optional*, defaults to 3):
-            The number of texts to show in the card.
+            Number of samples to show in the card.
         check (`bool`, *optional*, defaults to `True`):
-            Whether to load the result in another process, which also makes the texts. Without, the card has none.
+            Whether to load the result in another process, which also generates the samples. Otherwise the card has none.
         onnx (`Sequence[str]`, *optional*, defaults to `()`):
-            In which precisions to add the model as ONNX, see [`~modeling_flm.hub.export.export_onnx`], which checks it.
+            Precisions of the ONNX files to add, see [`~modeling_flm.hub.export.export_onnx`].
         card:
-            Further arguments of [`~modeling_flm.hub.card.build_card`].
+            More arguments of [`~modeling_flm.hub.card.build_card`].
 
     Raises:
-        `PublishError`: if something is missing, or the result cannot be loaded. Then `output` is not made.
+        `PublishError`: if something is missing, or the result cannot be loaded. Then `output` is not created.
     """
     folder, output = Path(folder), Path(output)
     if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG_NAME)):
         raise PublishError(f"{folder} is not a model folder: it has no config.json.")
     if output.exists():
-        raise PublishError(f"{output} exists already: name another folder.")
+        raise PublishError(f"{output} already exists: name another folder.")
     if num_samples < 1:
         raise PublishError(f"`num_samples` must be at least 1, got {num_samples}.")
     if tokenizer is None and not (folder / "tokenizer_config.json").is_file():
@@ -143,17 +143,17 @@ def assemble(
     license = card.get("license")
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license):
         raise PublishError(
-            f"`license` must be an identifier of the Hub, such as 'mit', 'apache-2.0' or 'other', got {license!r}."
+            f"`license` must be a license identifier of the Hub, such as 'mit', 'apache-2.0' or 'other', got {license!r}."
         )
     try:
         validate_repo_id(repo_id)
         records = read_records(folder)
-    except ValueError as error:  # also what `validate_repo_id` raises
+    except ValueError as error:  # `HFValidationError` is one, too
         raise PublishError(str(error)) from error
     model, loaded_tokenizer = _load(folder, folder if tokenizer is None else tokenizer)
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         card["adapter"] = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
-        if card.get("base_model") is None and is_hub_name(model.name_or_path):  # of what it was merged into
+        if card.get("base_model") is None and is_hub_name(model.name_or_path):
             card["base_model"] = model.name_or_path
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -175,9 +175,9 @@ def assemble(
         if own_card is None:
             card = build_card(records, repo_id, model, samples, onnx=onnx, **card)
             if missing := missing_metadata(card, records):
-                logger.warning_once(f"The card of {repo_id} is not complete. Pass " + "; ".join(missing) + ".")
+                logger.warning_once(f"The card of {repo_id} is incomplete. Pass " + "; ".join(missing) + ".")
             if EVALUATION_NAME not in records:
-                logger.warning_once(f"It has no results: `flm-evaluate --model {folder} --update_card` measures some.")
+                logger.warning_once(f"The card has no results: run `flm-evaluate --model {folder} --update_card`.")
         else:
             card = own_card
         card.save(unfinished / "README.md")
@@ -186,19 +186,19 @@ def assemble(
 
 
 def _read_own_card(path: Path) -> ModelCard | None:
-    """The card at `path`, if somebody wrote or changed it."""
+    """Returns the card at `path` if the user has written or changed it."""
     if not path.is_file():
         return None
     try:
         card = ModelCard.load(path)
-    except Exception as error:  # of YAML, of encodings, of metadata
+    except Exception as error:  # YAML, encoding or metadata
         raise PublishError(f"{path} cannot be read as a model card: {error}") from error
-    # What peft writes beside an adapter is not about the merged model.
+    # The card that peft writes is about the adapter, not about the merged model.
     return None if MARKER in card.content or card.data.library_name == "peft" else card
 
 
 def _load_merged(folder: Path) -> PreTrainedModel:
-    """The model that an adapter belongs to, with the adapter merged into it."""
+    """Loads the base model of an adapter, with the adapter merged into it."""
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
@@ -206,15 +206,15 @@ def _load_merged(folder: Path) -> PreTrainedModel:
     config = PeftConfig.from_pretrained(folder)
     if not config.base_model_name_or_path:
         raise PublishError(
-            f"The adapter in {folder} does not name its model, which had been neither saved nor loaded: publish a folder that "
-            "`peft_model.merge_and_unload().save_pretrained(folder)` made."
+            f"The adapter in {folder} does not name its base model, which was never saved: publish the folder of "
+            "`peft_model.merge_and_unload().save_pretrained(folder)`."
         )
     model = AutoModel.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype="auto")
     return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def _load(folder: Path, tokenizer: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, complete, and its tokenizer."""
+    """Loads a model, without missing or unexpected weights, and its tokenizer."""
     try:
         if (folder / ADAPTER_CONFIG_NAME).is_file():
             model, info = _load_merged(folder), {}
@@ -223,33 +223,35 @@ def _load(folder: Path, tokenizer: str | Path) -> tuple[PreTrainedModel, PreTrai
         loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     except PublishError:
         raise
-    except Exception as error:  # of files, of formats, of sizes
+    except Exception as error:  # files, formats or sizes
         raise PublishError(f"{folder} cannot be loaded: {error}") from error
     if not isinstance(model, FLMPreTrainedModel):
         raise PublishError(f"{folder} has a `{type(model).__name__}`, not a flow-based language model.")
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, info.get(kind, []))):
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, info.get(problem, []))):
             listed = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
             raise PublishError(
-                f"The weights in {folder} do not fit its configuration, {kind.replace('_', ' ')}: {listed}"
+                f"The weights in {folder} do not match its configuration, {problem.replace('_', ' ')}: {listed}"
             )
     if len(loaded_tokenizer) > model.config.vocab_size:
         raise PublishError(
-            f"The tokenizer has {len(loaded_tokenizer)} tokens, but the model {model.config.vocab_size}: pass the right one "
-            "as `tokenizer`."
+            f"The tokenizer has {len(loaded_tokenizer)} tokens, but the model has {model.config.vocab_size}: pass the model's "
+            "own as `tokenizer`."
         )
     return model, loaded_tokenizer
 
 
 def _check(folder: Path, num_samples: int) -> list[str]:
-    """Texts that another process generates, which has the folder and nothing of this package."""
+    """Generates samples in another process, with the folder and without this package."""
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch, "texts.json")
         environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", _CHECK, str(folder.resolve()), str(result), str(num_samples)]
         process = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
         if process.returncode != 0:
-            raise PublishError(f"The repository does not work by itself, and was not published:\n{process.stderr}")
+            raise PublishError(
+                f"The repository does not work without this package, and was not published:\n{process.stderr}"
+            )
         return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -268,27 +270,27 @@ def publish(
 
     Args:
         folder (`str` or `Path`):
-            The model folder.
+            Model folder.
         repo_id (`str`):
-            The name of the repository, such as `"me/my-model"`. It is created if it does not exist.
+            Name of the repository, such as `"me/my-model"`. It is created if it does not exist.
         private (`bool`, *optional*):
-            Whether a repository that is created is private.
+            Whether a new repository is private.
         revision (`str`, *optional*):
-            The branch to commit to, which is created if it does not exist. By default `"main"`.
+            Branch to commit to. It is created if it does not exist. Defaults to `"main"`.
         token (`str`, *optional*):
-            A token with the right to write. By default that of `hf auth login`.
+            Token with write access. Defaults to the token of `hf auth login`.
         commit_message (`str`, *optional*, defaults to `"Publish the model"`):
-            The first line of the commit message.
+            First line of the commit message.
         blocking (`bool`, *optional*, defaults to `True`):
-            Whether to wait for the upload. What is uploaded is put together in any case before this returns.
+            Whether to wait for the upload. The repository is always assembled before this returns.
         options:
-            Further arguments of [`assemble`] and [`~modeling_flm.hub.card.build_card`].
+            More arguments of [`assemble`] and [`~modeling_flm.hub.card.build_card`].
 
     Returns:
-        [`~huggingface_hub.CommitInfo`], or if not `blocking` a `Future` of it.
+        [`~huggingface_hub.CommitInfo`], or a `Future` of it if not `blocking`.
 
     Raises:
-        `PublishError`: if it did not work. The files of the repository then are as they were before.
+        `PublishError`: if publishing fails. The files of the repository are unchanged then.
     """
     api = HfApi(token=token, library_name="modeling-flm")
     try:
@@ -299,9 +301,9 @@ def publish(
     except Exception as error:
         if isinstance(error, LocalTokenNotFoundError) or _status(error) in (401, 403):
             raise PublishError(
-                f"The Hub does not know who you are: log in with `hf auth login`, or pass a valid `token`.\n{error}"
+                f"Not logged in to the Hub: log in with `hf auth login`, or pass a valid `token`.\n{error}"
             ) from error
-        raise PublishError(f"The Hub at {api.endpoint} does not answer.\n{_reason(error)}") from error
+        raise PublishError(f"Could not reach the Hub at {api.endpoint}.\n{_reason(error)}") from error
     if "/" not in repo_id:
         repo_id = f"{account}/{repo_id}"
 
@@ -325,7 +327,9 @@ def _upload(
     try:
         _with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         if private and not _with_retries(lambda: api.repo_info(repo_id)).private:
-            raise PublishError(f"{repo_id} exists and is public: make it private in its settings, or publish without.")
+            raise PublishError(
+                f"{repo_id} exists and is public: make it private in its settings, or leave out `private`."
+            )
         if revision is not None:
             _with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         return _with_retries(lambda: _commit(api, folder, repo_id, revision, commit_message))
@@ -333,8 +337,8 @@ def _upload(
         raise
     except Exception as error:
         raise PublishError(
-            f"Nothing was uploaded to {repo_id}, whose files are as they were (if it is new, it is empty): run this again, "
-            f"after dealing with\n{_reason(error)}"
+            f"Nothing was uploaded: the files of {repo_id} are unchanged (if it is new, it is empty). Fix this error, and run "
+            f"the command again:\n{_reason(error)}"
         ) from error
 
 
@@ -349,20 +353,20 @@ def publish_space(
 
     Args:
         model (`str`):
-            The name of a public model on the Hub that was published with its ONNX files, such as `"me/my-model"`. The page shows
-            others, too: `?model=me/another`.
+            Name of a public model on the Hub that was published with ONNX files, such as `"me/my-model"`. The page can run
+            other models as well: `?model=me/another`.
         repo_id (`str`, *optional*):
-            The name of the Space. By default that of the model.
+            Name of the Space. Defaults to the name of the model.
         revision (`str`, *optional*):
-            The branch of the model. By default `"main"`.
+            Branch of the model. Defaults to `"main"`.
         token (`str`, *optional*):
-            A token with the right to write. By default that of `hf auth login`.
+            Token with write access. Defaults to the token of `hf auth login`.
 
     Returns:
         [`~huggingface_hub.CommitInfo`]
 
     Raises:
-        `PublishError`: if it did not work. The files of the Space then are as they were before.
+        `PublishError`: if publishing fails. The files of the Space are unchanged then.
     """
     api = HfApi(token=token, library_name="modeling-flm")
     repo_id = model if repo_id is None else repo_id
@@ -379,8 +383,8 @@ def publish_space(
 
 
 def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, commit_message: str) -> CommitInfo:
-    """Everything in `folder` in one commit."""
-    # Not `upload_folder`, which may make several.
+    """Commits all files in `folder` at once."""
+    # `upload_folder` may make several commits.
     remote = api.list_repo_files(repo_id, revision=revision)
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     if "README.md" in remote and MARKER in (folder / "README.md").read_text(encoding="utf-8"):
@@ -388,7 +392,7 @@ def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, commit
             api.hf_hub_download(repo_id, "README.md", revision=revision), ignore_metadata_errors=True
         )
         if card.text.strip() and MARKER not in card.content:
-            logger.warning(f"The card of {repo_id} was changed on the Hub, and is left as it is.")
+            logger.warning(f"The card of {repo_id} was changed on the Hub, and is kept.")
             del paths["README.md"]
     own_files = _own_files()
     stale = [
@@ -403,7 +407,7 @@ def _commit(api: HfApi, folder: Path, repo_id: str, revision: str | None, commit
 
 
 def _with_retries(task: Callable[[], Any]) -> Any:
-    """The result of `task`, which is tried again where the network or the server failed."""
+    """Runs `task`, and tries again after errors of the network or the server."""
     for attempt in range(1, _NUM_ATTEMPTS + 1):
         try:
             return task()
@@ -415,11 +419,11 @@ def _with_retries(task: Callable[[], Any]) -> Any:
 
 
 def _is_transient(error: BaseException | None) -> bool:
-    """Whether an error is one of the network or the server, rather than of what was asked for."""
+    """Whether an error comes from the network or the server, rather than from the request."""
     while error is not None:
         if (status := _status(error)) is not None:
             return status == 429 or status >= 500
-        # Which HTTP library there is, and so whose `TransportError`, depends on the version of huggingface_hub.
+        # `TransportError` is of the HTTP library, which depends on the version of huggingface_hub.
         if any(base.__name__ == "TransportError" for base in type(error).__mro__):
             return True
         if isinstance(error, (ConnectionError, TimeoutError, json.JSONDecodeError)):
@@ -433,7 +437,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong. Uploads of single files fail with a `RuntimeError` that does not say why."""
+    """Describes an error. A failed upload of a file is a `RuntimeError` whose cause has the reason."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"

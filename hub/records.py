@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""The records in a model's folder: what is known of the model beside its weights, in JSON files with fixed names."""
+"""Records in a model folder: JSON files with fixed names about training, evaluation and data."""
 
 import json
 import math
@@ -23,7 +23,7 @@ ONNX_FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "mo
 
 
 def is_hub_name(name: Any) -> bool:
-    """Whether `name` can be that of a repository, and is not of something on this machine."""
+    """Whether `name` is a valid name of a Hub repository, and not a path on this machine."""
     try:
         validate_repo_id(name)
     except (HFValidationError, TypeError):
@@ -32,24 +32,24 @@ def is_hub_name(name: Any) -> bool:
 
 
 def public_name(name: str) -> str:
-    """The name of a model, without where it lies on this machine; a folder called gpt2 is not the model of that name."""
+    """Name of a model without its path on this machine. Marks local models: a folder `gpt2` is not the model `gpt2`."""
     local = " (a local model)"
     return name if is_hub_name(name) or name.endswith(local) else Path(name).name + local
 
 
 def read_records(folder: str | Path) -> dict[str, dict[str, Any]]:
     """
-    What is known of a model beside its weights, without what is about this machine alone.
+    Reads the records of a model, without paths of this machine.
 
     Args:
-        folder (`str` or `Path`): The model's folder.
+        folder (`str` or `Path`): Model folder.
 
     Returns:
-        `dict[str, dict[str, Any]]`: the contents of `training.json`, `evaluation.json` and `data_settings.json`, by these
-        names; of those that are there.
+        `dict[str, dict[str, Any]]`: the contents of those files among `training.json`, `evaluation.json` and
+        `data_settings.json` that exist, by file name.
 
     Raises:
-        `ValueError`: if one of them is not what it should be.
+        `ValueError`: if a file is not a valid record.
     """
     cleaners = {TRAINING_NAME: _clean_training, EVALUATION_NAME: _clean_evaluation, DATA_SETTINGS_NAME: _clean_data}
     records = {}
@@ -59,7 +59,7 @@ def read_records(folder: str | Path) -> dict[str, dict[str, Any]]:
             try:
                 records[name] = clean(json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path} is not what it should be: {type(error).__name__}: {error}") from error
+                raise ValueError(f"{path} is not a valid record: {type(error).__name__}: {error}") from error
     return records
 
 
@@ -85,7 +85,7 @@ def _clean_evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def clean_sampling(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """How the texts of an evaluation were made and scored, without where models lie on this machine."""
+    """Settings of generation and scoring in an evaluation, without paths of this machine."""
     sampling = dict(evaluation.get("sampling", {}))
     return {name: public_name(value) if name == "guidance_model" else value for name, value in sampling.items()}
 

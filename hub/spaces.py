@@ -13,14 +13,15 @@ PAGE = Path(__file__).parent / "space"
 _FILES = ("index.html", "style.css", "app.js", "flow.js", "README.md")
 
 
-def assemble_space(output: str | Path, model: str, revision: str | None = None):
+def assemble_space(output: str | Path, model: str, revision: str | None = None, about: str = ""):
     """
-    Puts the page together, as the files of a static Space.
+    Writes the page as the files of a static Space.
 
     Args:
-        output (`str` or `Path`): The folder to write to, which is made.
-        model (`str`): The model to show where the address names none: its name on the Hub, or a folder as seen from the page.
-        revision (`str`, *optional*): The branch of the model on the Hub. By default `"main"`.
+        output (`str` or `Path`): Output folder. It is created if it does not exist.
+        model (`str`): Model to run if the address of the page names none: a name on the Hub, or a folder relative to the page.
+        revision (`str`, *optional*): Branch of the model on the Hub. Defaults to `"main"`.
+        about (`str`, *optional*, defaults to `""`): What visitors should know about the model.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -29,6 +30,7 @@ def assemble_space(output: str | Path, model: str, revision: str | None = None):
         if name == "index.html":
             text = _with_metadata(text, "model", model)
             text = _with_metadata(text, "revision", revision or "main")
+            text = _with_metadata(text, "about", about)
         (output / name).write_text(text, encoding="utf-8")
     if not model.startswith((".", "/")):
         card = RepoCard.load(output / "README.md")
@@ -37,8 +39,8 @@ def assemble_space(output: str | Path, model: str, revision: str | None = None):
 
 
 def _with_metadata(page: str, name: str, value: str) -> str:
-    """The page with another value in one of its fields `<meta>`."""
+    """Sets the content of a `<meta>` element."""
     page, count = re.subn(rf'(?<=<meta name="{name}" content=")[^"]*', lambda _: escape(value), page)
     if count != 1:
-        raise RuntimeError(f"The page has {count} fields `{name}` instead of one.")
+        raise RuntimeError(f'The page must have one `<meta name="{name}">`, but has {count}.')
     return page

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""The Space: a form to try the metric."""
+"""The Space of the metric: a form to try it."""
 
 from pathlib import Path
 

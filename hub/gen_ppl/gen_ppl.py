@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Generative perplexity: how likely texts are to another language model. A metric for `evaluate`."""
+"""Generative perplexity of texts under another language model: a metric for `evaluate`."""
 
 import math
 from collections import Counter
@@ -16,36 +16,36 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 
 _DESCRIPTION = """
-Generative perplexity of texts under a causal language model, by which models that generate texts unconditionally are
-compared: texts are tokenized by the scorer, and the perplexity is that of all their tokens together. As texts that repeat
-themselves score well, it comes with the mean entropy of the tokens of a text, and with the share of distinct n-grams.
+Generative perplexity of texts under a causal language model (the scorer), used to compare models that generate texts without
+a prompt. The scorer tokenizes the texts, and the perplexity is computed over all of their tokens together. Because repetitive
+texts score well, the metric also returns the mean token entropy per text and the share of distinct n-grams.
 """
 
 _INPUTS = """
 Args:
     predictions (`list[str]`): The texts.
-    model_id (`str`, *optional*, defaults to `"gpt2-large"`): Name or folder of the causal language model that scores.
-    batch_size (`int`, *optional*, defaults to 8): Texts at a time. It does not change the result but for rounding.
-    max_length (`int`, *optional*): Tokens of a text that count; what comes after them does not. By default 1024, or the
-        context of the scorer if that is shorter.
-    device (`str`, *optional*): Where to score. By default on an accelerator, if there is one.
-    dtype (`str`, *optional*): The precision to score in, such as "bfloat16". By default that of the scorer.
-    token_ids (`list[list[int]]`, *optional*): The tokens that the generating model made of each text. Entropy and
-        distinct n-grams are about them if given, and about the tokens of the scorer if not.
+    model_id (`str`, *optional*, defaults to `"gpt2-large"`): Name or folder of the scorer, a causal language model.
+    batch_size (`int`, *optional*, defaults to 8): Number of texts per forward pass. Changes the result by rounding only.
+    max_length (`int`, *optional*): Number of tokens per text to score; later tokens are ignored. Defaults to 1024, or to the
+        context of the scorer if it is shorter.
+    device (`str`, *optional*): Device of the scorer. Defaults to an accelerator, if there is one.
+    dtype (`str`, *optional*): Precision of the scorer, such as "bfloat16". Defaults to the precision of its checkpoint.
+    token_ids (`list[list[int]]`, *optional*): Tokens of each text from the generating model, for the entropy and the distinct
+        n-grams. Defaults to the scorer's tokens.
 
 Returns:
     A dictionary with
     - "gen_ppl" (`float`): the generative perplexity;
-    - "perplexities" (`list[float | None]`): of each text, `None` where nothing of it counts;
-    - "token_counts" (`list[int]`): how many tokens of each text count;
-    - "entropy" (`float`): the mean over the texts of the entropy of their tokens, in nats;
-    - "entropies" (`list[float | None]`): of each text, `None` where it is empty;
-    - "distinct_1", "distinct_2", "distinct_3" (`float`): how many of all n-grams differ;
-    - "num_texts", "num_tokens" (`int`): how many texts there were, and how many tokens count;
-    - "num_empty", "num_truncated" (`int`): of how many texts nothing counts, and how many were cut at `max_length`.
+    - "perplexities" (`list[float | None]`): the perplexity of each text, `None` if none of its tokens is scored;
+    - "token_counts" (`list[int]`): the number of scored tokens of each text;
+    - "entropy" (`float`): the mean token entropy of the texts, in nats;
+    - "entropies" (`list[float | None]`): the token entropy of each text, `None` for an empty text;
+    - "distinct_1", "distinct_2", "distinct_3" (`float`): the share of distinct n-grams;
+    - "num_texts", "num_tokens" (`int`): the number of texts and of scored tokens;
+    - "num_empty", "num_truncated" (`int`): the number of texts without scored tokens, and of texts cut at `max_length`.
 
-Every token counts that has a token before it. A text that is shorter than the longest is followed by the scorer's token for
-the end of a text, the first of which counts as well; further ones do not.
+Every token after the first one of a text is scored. Texts shorter than the longest one get the scorer's end-of-text token. The
+first end-of-text token of a text is scored as well, later ones are not.
 
 Example:
     >>> gen_ppl = evaluate.load("path/to/gen_ppl")
@@ -67,7 +67,7 @@ _CITATION = """
 def load_scorer(
     model_id: str, device: str | None, dtype: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The scorer and its tokenizer; the last one stays in memory."""
+    """Loads a scorer and its tokenizer. The last one stays in memory."""
     device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype or "auto").to(device).eval()
     return model, AutoTokenizer.from_pretrained(model_id)
@@ -77,9 +77,9 @@ def load_scorer(
 def negative_log_likelihoods(
     model: PreTrainedModel, sequences: list[list[int]], eos_token_id: int | None, batch_size: int
 ) -> list[tuple[float, int]]:
-    """For each sequence of tokens, the sum of the negative log-likelihoods of those that count, and their number."""
+    """Returns the summed negative log-likelihood of the scored tokens, and their number, for each sequence."""
     results = [(0.0, 0)] * len(sequences)
-    # By length, for little padding; the longest first, so that memory that does not suffice shows at once.
+    # Sorted by length to minimize padding, longest first, so that running out of memory shows at once.
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
     order = [index for index in order if len(sequences[index]) > 1]
     with tqdm(total=len(sequences), desc="Scoring", unit="text", initial=len(sequences) - len(order)) as progress:
@@ -103,13 +103,13 @@ def negative_log_likelihoods(
 
 
 def entropy(tokens: list[int]) -> float:
-    """The entropy of the distribution of the tokens of a text, in nats."""
+    """Entropy of the token distribution of a sequence, in nats."""
     counts = Counter(tokens).values()
     return -sum(count / len(tokens) * math.log(count / len(tokens)) for count in counts)
 
 
 def distinct(sequences: list[list[int]], n: int) -> float:
-    """How many of all n-grams of the sequences differ, as a share."""
+    """Share of distinct n-grams among all n-grams of the sequences."""
     ngrams = [tuple(tokens[start : start + n]) for tokens in sequences for start in range(len(tokens) - n + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
 
@@ -139,7 +139,9 @@ class GenPPL(evaluate.Metric):
         if not predictions:
             raise ValueError("`predictions` is empty: pass at least one text.")
         if token_ids is not None and len(token_ids) != len(predictions):
-            raise ValueError(f"`token_ids` has {len(token_ids)} texts, but `predictions` {len(predictions)}.")
+            raise ValueError(
+                f"`token_ids` has {len(token_ids)} sequences, but `predictions` has {len(predictions)} texts."
+            )
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         model, tokenizer = load_scorer(model_id, device, dtype)

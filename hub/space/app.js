@@ -1,28 +1,28 @@
-// The page: what is written where, and what happens at a key or a click. The model is in flow.js.
+// The page: shows samples and reacts to keys and clicks. The model is in flow.js.
 
 import { FlowModel, drawNoise, isOnHub, locate } from "./flow.js";
 
 const STEPS = [1, 2, 4, 8, 16];
 const NUM_DRAFTS = 16;
 const NUM_PASSES = STEPS.reduce((sum, count) => sum + count) + NUM_DRAFTS;
-// So many tokens are shown at a time, in one text or in several.
+// Number of tokens to show at a time, in one sample or several.
 const TOKENS_SHOWN = 384;
 const MAX_TEXTS = 24;
 const COMPARED_TEXTS = 6;
-// Where a forward pass takes longer, columns and drafts are written only if they are asked for.
+// If a forward pass takes longer (in ms), columns and drafts are generated only on request.
 const SLOW = 500;
 
 const element = (id) => document.getElementById(id);
 const settings = new URLSearchParams(location.search);
 const meta = (name) => document.querySelector(`meta[name=${name}]`)?.content;
 const modelName = settings.get("model") ?? meta("model");
-// The revision beside the page's own model is that model's
+// The page's own revision applies to the page's own model only.
 const revision = settings.get("revision") ?? (settings.has("model") ? "main" : (meta("revision") ?? "main"));
 
 let model;
 let known = new Map();
 let noise;
-let edition = 0; // grows with everything that is written anew, so that what is late is neither computed nor shown
+let edition = 0; // grows with every new request, so that outdated ones are neither computed nor shown
 const problems = new Map();
 
 const format = (value, digits = 0) => value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits });
@@ -35,19 +35,19 @@ const make = (tag, properties = {}, children = []) => {
   return node;
 };
 
-/** Waits until the browser has drawn what was changed. */
+/** Waits until the browser has drawn the changes. */
 const drawn = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
 
-/** The noise of the first so many texts, or of all if there are fewer. */
+/** The noise of at most the first `numTexts` samples. */
 const noiseOf = (numTexts) => noise.slice(0, numTexts * model.length * model.noiseSize);
 
-/** Shows what is wrong with something, or that nothing is. */
+/** Shows a problem, or removes it if `message` is empty. */
 function report(what, message = "") {
   problems.set(what, message);
   element("problem").textContent = [...problems.values()].filter(Boolean).join(" ");
 }
 
-/** Does something that may fail, such as a forward pass on a machine without enough memory. */
+/** Runs a task and reports its failure, such as a forward pass that needs too much memory. */
 async function run(task, button = null) {
   report("task");
   if (button) {
@@ -56,7 +56,7 @@ async function run(task, button = null) {
   try {
     await task();
   } catch (error) {
-    report("task", `That failed: ${error.message}`);
+    report("task", `Generating failed: ${error.message}`);
     console.error(error);
   } finally {
     if (button) {
@@ -65,12 +65,12 @@ async function run(task, button = null) {
   }
 }
 
-/** The texts of the last step, and how long all steps took; null if something was written anew meanwhile. */
-async function written(noise, numSteps, mine) {
+/** Samples from noise, and the time of all steps; null if a newer request came in. */
+async function sample(noise, numSteps, mine) {
   const isWanted = () => mine === edition;
   let texts = null;
   let time = 0;
-  for await (const step of model.write(noise, numSteps, known, isWanted)) {
+  for await (const step of model.generate(noise, numSteps, known, isWanted)) {
     texts = step.texts;
     time += step.time;
   }
@@ -79,7 +79,7 @@ async function written(noise, numSteps, mine) {
 
 const asText = (tokens) => model.decode(model.padAfterEnd(tokens, known)).trim();
 
-/** What the tokens of a text add to it, for those that add something. */
+/** The characters that each token adds to the text, without tokens that add none. */
 function piecesOf(tokens) {
   const pieces = model.pieces(tokens).map((text, position) => ({ text, position }));
   const shown = pieces.filter(({ text }) => text);
@@ -90,8 +90,8 @@ function piecesOf(tokens) {
 }
 
 /**
- * The tokens of a text, as buttons that keep them. They are no `<button>`, which would lose the space at its beginning, and around
- * which lines would break within words.
+ * The tokens of a sample, as buttons that fix them. A `<button>` would lose the space at its beginning and allow line breaks
+ * within words.
  */
 function makeTokens(tokens) {
   const shown = model.padAfterEnd(tokens, known);
@@ -115,7 +115,7 @@ function focusToken(token) {
   token.focus();
 }
 
-/** Replaces the texts. A focus stays in its text, at its position or the next that is a button, or at the end. */
+/** Replaces the samples. The focus stays in its sample, at its position or the next button, or at the end. */
 function replaceTexts(items) {
   const focused = toggleOf(document.activeElement);
   const index = focused && [...element("texts").children].indexOf(focused.parentElement);
@@ -130,7 +130,7 @@ function showTexts(texts, time, numSteps) {
   replaceTexts(texts.map((tokens) => make("li", { className: "fresh" }, makeTokens(tokens))));
   const numTokens = texts.reduce((sum, tokens) => sum + tokens.length, 0);
   element("speed").textContent =
-    `${plural(texts.length, "text")} in ${plural(numSteps, "forward pass", "forward passes")}: ${milliseconds(time)}, ` +
+    `${plural(texts.length, "sample")} in ${plural(numSteps, "forward pass", "forward passes")}: ${milliseconds(time)}, ` +
     `${format((1000 * numTokens) / time)} tokens per second`;
   element("announcement").textContent = texts.slice(0, 3).map(asText).join("; ");
 }
@@ -147,7 +147,7 @@ function showDraft(item, tokens, before) {
 async function showColumns(mine) {
   const some = noiseOf(COMPARED_TEXTS);
   for (const numSteps of STEPS) {
-    const result = await written(some, numSteps, mine);
+    const result = await sample(some, numSteps, mine);
     if (result === null) {
       return;
     }
@@ -162,7 +162,7 @@ async function showDrafts(mine) {
   let before = null;
   let step = 0;
   const isWanted = () => mine === edition;
-  for await (const { texts } of model.write(noiseOf(1), NUM_DRAFTS, known, isWanted)) {
+  for await (const { texts } of model.generate(noiseOf(1), NUM_DRAFTS, known, isWanted)) {
     if (!isWanted()) {
       return;
     }
@@ -174,11 +174,11 @@ async function showDrafts(mine) {
   }
 }
 
-/** Writes everything on the page from the noise and what is known. */
-async function write() {
+/** Generates everything on the page from the noise and the known tokens. */
+async function refresh() {
   const mine = ++edition;
   const numSteps = Number(element("steps").value);
-  const result = await written(noise, numSteps, mine);
+  const result = await sample(noise, numSteps, mine);
   if (result === null) {
     return;
   }
@@ -188,13 +188,13 @@ async function write() {
   await drawn();
   const passTime = result.time / numSteps;
   element("more").hidden = passTime < SLOW;
-  element("more").textContent = `Write these and the drafts, in about ${format((passTime * NUM_PASSES) / 1000)} s`;
+  element("more").textContent = `Generate these and all drafts (about ${format((passTime * NUM_PASSES) / 1000)} s)`;
   if (passTime < SLOW) {
     await compare(mine);
   }
 }
 
-/** Writes the same noise in more steps, and the drafts. */
+/** Generates from the same noise in more steps, and shows the drafts. */
 async function compare(mine) {
   element("more").hidden = true;
   await showColumns(mine);
@@ -206,7 +206,7 @@ async function compare(mine) {
   }
 }
 
-/** Draws the noise from the seed, if that is one. */
+/** Draws the noise from the seed, if it is valid. */
 function drawFromSeed() {
   const seed = element("seed");
   const isSeed = seed.checkValidity();
@@ -223,7 +223,7 @@ function newSeed() {
   drawFromSeed();
 }
 
-/** Takes the known tokens from the pattern, if texts can have it. */
+/** Takes the known tokens from the pattern, if it fits into a sample. */
 function readPattern() {
   try {
     known = model.parse(element("pattern").value);
@@ -235,15 +235,15 @@ function readPattern() {
   return true;
 }
 
-function writeFromSeed() {
+function refreshFromSeed() {
   if (drawFromSeed()) {
-    run(write);
+    run(refresh);
   }
 }
 
 function again() {
   newSeed();
-  run(write);
+  run(refresh);
 }
 
 function showRace(name, tokens, time, passes) {
@@ -251,14 +251,14 @@ function showRace(name, tokens, time, passes) {
   element(name).replaceChildren(`${asText(tokens)} `, make("span", { className: "time", textContent: facts }));
 }
 
-/** Writes the first text at once, and then a token at a time. The time is that of the forward passes alone. */
+/** Generates the first sample at once, and then one token at a time. Only forward passes are timed. */
 async function race() {
   element("race").hidden = false;
   element("race-once").replaceChildren();
   element("race-tokens").replaceChildren();
   const mine = edition;
   const one = noiseOf(1);
-  const once = await written(one, 1, mine);
+  const once = await sample(one, 1, mine);
   if (once === null) {
     return;
   }
@@ -298,10 +298,10 @@ function toggle(token) {
   }
   element("pattern").value = model.describe(known);
   report("pattern");
-  run(write);
+  run(refresh);
 }
 
-/** What keys do in the texts: as on a button, and arrows go to the tokens beside. */
+/** Keys in the samples: Enter and Space as on a button, and arrows to move to the neighboring tokens. */
 function onTokenKey(event) {
   const token = toggleOf(event.target);
   const beside = { ArrowLeft: token?.previousElementSibling, ArrowRight: token?.nextElementSibling };
@@ -318,7 +318,7 @@ function onTokenKey(event) {
 
 const hasModifier = (event) => event.ctrlKey || event.metaKey || event.altKey;
 
-/** Any key writes anew, unless it does something else: Space scrolls, and keys in a field or on a button are theirs. */
+/** Any key draws new samples, except for Space, which scrolls, and keys in a field or on a button. */
 function onKey(event) {
   const isFree = element("any-key").checked && event.target === document.body && !hasModifier(event) && !event.repeat;
   if (isFree && ((event.key.length === 1 && event.key !== " ") || event.key === "Enter")) {
@@ -330,8 +330,8 @@ function onKey(event) {
 function listen() {
   element("controls").addEventListener("submit", (event) => {
     event.preventDefault();
-    // Enter in the field of the seed is to use that seed
-    (document.activeElement === element("seed") ? writeFromSeed : again)();
+    // Enter in the seed field uses that seed.
+    (document.activeElement === element("seed") ? refreshFromSeed : again)();
   });
   element("controls").addEventListener("input", () => report("address"));
   element("pattern").addEventListener("input", () => {
@@ -339,8 +339,8 @@ function listen() {
       again();
     }
   });
-  element("steps").addEventListener("change", () => run(write));
-  element("seed").addEventListener("change", writeFromSeed);
+  element("steps").addEventListener("change", () => run(refresh));
+  element("seed").addEventListener("change", refreshFromSeed);
   element("texts").addEventListener("click", ({ target }) => {
     const token = toggleOf(target);
     if (token) {
@@ -353,9 +353,9 @@ function listen() {
   document.addEventListener("keydown", onKey);
 }
 
-/** Fills the fields from the address. What cannot be used is said, and something else taken. */
+/** Fills the fields from the address. Reports invalid values and replaces them with defaults. */
 function readAddress() {
-  // An FLM needs many steps
+  // An FLM needs many steps.
   const numSteps = model.config.model_type === "flm" ? Math.max(...STEPS) : 1;
   const steps = Number(settings.get("steps") ?? numSteps);
   element("steps").value = STEPS.includes(steps) ? steps : numSteps;
@@ -373,6 +373,10 @@ function readAddress() {
 }
 
 async function load() {
+  if (meta("about") && modelName === meta("model")) {
+    element("about").textContent = meta("about");
+    element("about").hidden = false;
+  }
   if (isOnHub(modelName)) {
     element("model-name").append(make("a", { href: `https://huggingface.co/${modelName}`, textContent: modelName }), ": ");
   }
@@ -394,8 +398,9 @@ async function load() {
     },
   });
   window.flm = { model }; // for the console
+  const { num_hidden_layers: numBlocks, hidden_size: width } = model.config;
   element("model-facts").textContent =
-    `${plural(model.config.num_hidden_layers, "block")} of width ${model.config.hidden_size}, texts of ${plural(model.length, "token")}, ${model.precision}`;
+    `a transformer with ${plural(numBlocks, "block")} of width ${width}; samples have ${plural(model.length, "token")}; runs in ${model.precision}`;
   document.body.style.setProperty("--width", `${Math.min(100, 0.75 * model.length)}ch`);
 }
 
@@ -403,7 +408,7 @@ async function start() {
   try {
     await load();
   } catch (error) {
-    element("status").textContent = `${error.message} Name a model with its ONNX files in the address, as ?model=user/name.`;
+    element("status").textContent = `${error.message} Name a model with ONNX files in the address: ?model=user/name.`;
     element("status").classList.add("failed");
     element("progress").hidden = true;
     console.error(error);
@@ -416,8 +421,8 @@ async function start() {
   drawFromSeed();
   listen();
   await run(async () => {
-    await written(noise, 1, edition); // the first pass takes longer, and would be mistaken for what one takes
-    await write();
+    await sample(noise, 1, edition); // warm-up: the first pass is slower
+    await refresh();
   });
 }
 

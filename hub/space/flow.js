@@ -1,21 +1,21 @@
-// A flow-based language model in the browser: its files, its noise, its steps. What it looks like is in app.js.
+// A flow-based language model in the browser: its files, its noise, its steps. The page is in app.js.
 //
-// States are in the coordinates of the noise (see `FlowStep` of modeling_flm/hub/export.py): a text starts from standard normal
-// noise, and each step takes it to a later time. Times are reparameterized, from 0 for noise to 1 for text.
+// States are in the coordinates of the noise (see `FlowStep` in modeling_flm/hub/export.py): a sample starts as standard normal
+// noise, and each step moves it to a later time. Times are reparameterized, from 0 (noise) to 1 (text).
 
 import * as ort from "onnxruntime-web";
 import { Tokenizer } from "@huggingface/tokenizers";
 
 const FILES = { float32: "model.onnx", float16: "model_fp16.onnx", int8: "model_int8.onnx" };
-// Above this many bytes the float32 weights are too much to download without having asked.
+// Larger float32 weights (in bytes) are downloaded only on request.
 const MAX_FLOAT32 = 100e6;
-// What a token adds to a text depends on so many tokens before and after it.
-const NEIGHBOURS = 8;
+// Number of tokens before and after a token that decide how it is decoded.
+const NEIGHBORS = 8;
 
-/** Whether this is the name of a model on the Hub, "user/name". */
+/** Whether `model` is a name on the Hub, "user/name". */
 export const isOnHub = (model) => /^[\w-][\w.-]*\/[\w.-]+$/.test(model);
 
-/** Where the files of a model are: a name on the Hub, or a folder, "./model" or an address. */
+/** Base address of the files of a model: a name on the Hub, or a folder ("./model" or an address). */
 export function locate(model, revision = "main") {
   if (isOnHub(model)) {
     return `https://huggingface.co/${model}/resolve/${encodeURIComponent(revision)}/`;
@@ -38,7 +38,7 @@ async function fetchFile(url) {
 
 const fetchJson = async (url) => (await fetchFile(url)).json();
 
-/** The bytes at an address; `onProgress` is told which share of them is here. */
+/** The bytes at an address. `onProgress` gets the share that has arrived, from 0 to 1. */
 async function fetchBytes(url, onProgress) {
   const response = await fetchFile(url);
   const size = Number(response.headers.get("content-length"));
@@ -61,13 +61,13 @@ async function fetchBytes(url, onProgress) {
   return bytes;
 }
 
-/** Whether a file is there, and how many bytes it has: infinitely many if the server does not say. */
+/** The size of a file in bytes; null if it does not exist, Infinity if the server does not report a size. */
 async function findSize(url) {
   const response = await fetch(url, { method: "HEAD" }).catch(() => null);
   return response?.ok ? Number(response.headers.get("content-length") ?? Infinity) : null;
 }
 
-/** The precision to take if none is asked for: the full one where it is small, otherwise the smallest that is there. */
+/** The default precision: float32 if the file is small, otherwise the smallest file there is. */
 async function choosePrecision(base) {
   const fullSize = await findSize(`${base}onnx/${FILES.float32}`);
   if (fullSize !== null && fullSize <= MAX_FLOAT32) {
@@ -90,13 +90,13 @@ async function fetchWeights(base, precision, onProgress) {
   return [precision, await fetchBytes(`${base}onnx/${FILES[precision]}`, onProgress)];
 }
 
-/** A tokenizer that decodes as in Python, where texts are cleaned up only if the tokenizer says so, and those of BPE never. */
+/** A tokenizer that decodes as in Python: cleans up spaces only if its configuration asks for it, and never for BPE. */
 function makeTokenizer(tokenizer, config) {
   const cleansUp = tokenizer.model.type !== "BPE" && (config.clean_up_tokenization_spaces ?? false);
   return new Tokenizer(tokenizer, { ...config, clean_up_tokenization_spaces: cleansUp });
 }
 
-/** How many characters two texts have in common at their beginnings. */
+/** Length of the common prefix of two texts. */
 function countCommon(text, other) {
   let count = 0;
   while (count < text.length && text[count] === other[count]) {
@@ -105,7 +105,7 @@ function countCommon(text, other) {
   return count;
 }
 
-/** Uniform numbers in (0, 1) from a seed of 32 bits: the generator known as mulberry32. */
+/** Uniform numbers in (0, 1) from a 32-bit seed (mulberry32). */
 function uniforms(seed) {
   let a = seed >>> 0;
   return () => {
@@ -116,7 +116,7 @@ function uniforms(seed) {
   };
 }
 
-/** So many standard normal numbers from a seed. */
+/** Standard normal numbers from a seed. */
 export function drawNoise(seed, size) {
   const next = uniforms(seed);
   const noise = new Float32Array(size);
@@ -135,12 +135,12 @@ export class FlowModel {
   /**
    * Loads a model.
    *
-   * @param {string} base Where its files are, from `locate`.
-   * @param {object} options `precision`: "float32", "float16" or "int8"; `onProgress`: told a share from 0 to 1.
+   * @param {string} base Base address of its files, from `locate`.
+   * @param {object} options `precision`: "float32", "float16" or "int8"; `onProgress`: called with the share that is loaded.
    */
   static async load(base, { precision = null, onProgress = () => {} } = {}) {
     if (precision !== null && !(precision in FILES)) {
-      throw new Error(`The precision must be one of ${Object.keys(FILES).join(", ")}, and not ${precision}.`);
+      throw new Error(`The precision must be one of ${Object.keys(FILES).join(", ")}, got ${precision}.`);
     }
     const names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"];
     const [config, generationConfig, tokenizer, tokenizerConfig, [chosen, weights]] = await Promise.all([
@@ -154,18 +154,18 @@ export class FlowModel {
   constructor(config, generationConfig, tokenizer, session, precision) {
     Object.assign(this, { config, tokenizer, session, precision });
     this.length = config.max_position_embeddings;
-    // Not those of `config`, which are the tokenizer's, whether texts have them or not
+    // From the generation config: `config` has the tokenizer's tokens, whether texts contain them or not.
     this.endTokens = [generationConfig.eos_token_id ?? []].flat();
     this.padToken = generationConfig.pad_token_id ?? this.endTokens[0];
     this.beginToken = generationConfig.bos_token_id ?? null;
-    this.textStart = this.beginToken === null ? 0 : 1; // where what one types begins
+    this.textStart = this.beginToken === null ? 0 : 1; // position of the first typed token
     this.noiseSize = session.inputMetadata[0].shape[2];
     this.queue = Promise.resolve(); // a session runs one call at a time
   }
 
   /**
-   * A step of the texts of a state, and how many milliseconds it took. `known` maps positions to tokens. Nothing is done, and null is
-   * the result, if the step is not wanted any more when its turn comes.
+   * One step: the next state, the tokens, and the time in milliseconds. `known` maps positions to tokens. Returns null, without a
+   * forward pass, if `isWanted()` is false when its turn comes.
    */
   async step(state, numTexts, tau, targetTau, known, isWanted = () => true) {
     const length = this.length;
@@ -206,10 +206,10 @@ export class FlowModel {
   }
 
   /**
-   * Writes texts from noise in so many steps, and yields the tokens after each: the drafts, of which the last are the texts. `time` is
-   * what the step took. Stops before the end if that is not wanted any more.
+   * Generates from noise in `numSteps` steps, and yields the drafts and the time of each step; the last drafts are the samples. Stops
+   * early if `isWanted()` is false.
    */
-  async *write(noise, numSteps, known = new Map(), isWanted = () => true) {
+  async *generate(noise, numSteps, known = new Map(), isWanted = () => true) {
     const numTexts = noise.length / (this.length * this.noiseSize);
     let state = noise;
     for (let step = 0; step < numSteps; step += 1) {
@@ -222,13 +222,13 @@ export class FlowModel {
     }
   }
 
-  /** Whether a token ends the text when it is written there: a token that also begins texts does not do so at their beginning. */
+  /** Whether a generated token ends the text. A token that is both BOS and EOS does not end it at position 0. */
   isEnd(token, position) {
     const isBeginning = position === 0 && this.endTokens.includes(this.beginToken);
     return this.endTokens.includes(token) && !isBeginning;
   }
 
-  /** A text with padding after its end, the first token written that ends texts. Known tokens after it stay. */
+  /** Pads after the first generated end-of-text token, as `is_after_eos` in known_tokens_flm.py. Known tokens stay. */
   padAfterEnd(tokens, known = new Map()) {
     let hasEnded = false;
     return tokens.map((token, position) => {
@@ -241,12 +241,12 @@ export class FlowModel {
     });
   }
 
-  /** The text of tokens. */
+  /** Decodes tokens. */
   decode(tokens) {
     return tokens.length ? this.tokenizer.decode(tokens, { skip_special_tokens: true }) : "";
   }
 
-  /** What each token adds to a text, so that the pieces together are the text. */
+  /** The characters that each token adds: joined, they are the text. */
   pieces(tokens) {
     const special = new Set(this.tokenizer.all_special_ids);
     const positions = [...tokens.keys()].filter((position) => !special.has(tokens[position]));
@@ -259,12 +259,12 @@ export class FlowModel {
   }
 
   /**
-   * What a token adds to a text. Its neighbours decide about spaces and apostrophes, and a character may be several tokens; to decode
-   * the whole text for each of its tokens would take the square of its length.
+   * The characters that a token adds to the text. Neighboring tokens decide about spaces and apostrophes, and one character may take
+   * several tokens. Decodes a window, because decoding the whole text for every token would take quadratic time.
    */
   piece(tokens, index) {
-    const start = Math.max(0, index - NEIGHBOURS);
-    const text = this.decode(tokens.slice(start, index + NEIGHBOURS + 1));
+    const start = Math.max(0, index - NEIGHBORS);
+    const text = this.decode(tokens.slice(start, index + NEIGHBORS + 1));
     const endOf = (stop) => (stop === tokens.length ? text.length : countCommon(this.decode(tokens.slice(start, stop)), text));
     return text.slice(endOf(index), endOf(index + 1));
   }
@@ -277,15 +277,15 @@ export class FlowModel {
     const stop = ends.length ? Math.min(...ends) : last + 1;
     const word = (position) => (known.has(position) ? this.decode([known.get(position)]) : "_");
     const words = Array.from({ length: Math.max(0, stop - this.textStart) }, (_, index) => word(this.textStart + index));
-    // Whether tokens are words, between which there are spaces
+    // Whether tokens are words, separated by spaces
     const some = Array.from({ length: Math.min(64, this.config.vocab_size) }, (_, token) => this.decode([token])).find(Boolean);
     const hasSpaces = this.tokenizer.encode(`${some} ${some}`, { add_special_tokens: false }).ids.length === 2;
     return words.join(hasSpaces ? " " : "") + (ends.length || !words.length ? "" : "…");
   }
 
   /**
-   * The known tokens of a pattern: how texts begin, or a text with gaps, in which `_` is a token to be written. With gaps it is the
-   * whole text, unless it goes on with "..." or "…".
+   * The known tokens of a pattern: a prefix, or a text in which each `_` is one token to fill in. A pattern with gaps is the whole
+   * text, unless it ends with "..." or "…".
    */
   parse(pattern) {
     const known = new Map();
@@ -307,7 +307,7 @@ export class FlowModel {
       }
     }
     if (position > this.length) {
-      throw new RangeError(`That has ${position} tokens, and texts have ${this.length}.`);
+      throw new RangeError(`The pattern has ${position} tokens, but a sample has ${this.length}.`);
     }
     if (!isOpen && this.endTokens.length) {
       for (let index = position; index < this.length; index += 1) {

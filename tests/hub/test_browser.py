@@ -200,8 +200,9 @@ class TestPage:
         open_page(page, address)
         texts = shown(page)
         assert len(texts) == 24 and len(set(texts)) > 20 and texts == python_texts(page)
+        assert "invents words that look English" in page.inner_text("#about")
         assert re.fullmatch(
-            r"24 texts in 1 forward pass: [\d.,]+ ms, [\d,]+ tokens per second", page.inner_text("#speed")
+            r"24 samples in 1 forward pass: [\d.,]+ ms, [\d,]+ tokens per second", page.inner_text("#speed")
         )
         noise = torch.tensor(page.evaluate("Array.from(flm.noise)"))
         assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05 and abs((noise**4).mean() - 3) < 0.5
@@ -243,7 +244,7 @@ class TestPage:
         page.press("#seed", "Enter")
         assert "must be a whole number" in page.inner_text("#problem") and page.input_value("#seed") == "-1"
         wait_for_new_texts(page, lambda: (page.fill("#seed", "7"), page.press("#seed", "Enter")))
-        assert page.inner_text("#problem") == "That has 17 tokens, and texts have 16."
+        assert page.inner_text("#problem") == "The pattern has 17 tokens, but a sample has 16."
 
     def test_addresses_that_cannot_be_followed(self, page, address):
         open_page(page, f"{address}?steps=3&seed=-1")
@@ -373,7 +374,7 @@ class TestPage:
         open_page(page, address)
         before = page.input_value("#seed")  # which changes at once
         page.fill("#pattern", "a" * 17)
-        assert page.inner_text("#problem") == "That has 17 tokens, and texts have 16."
+        assert page.inner_text("#problem") == "The pattern has 17 tokens, but a sample has 16."
         assert page.input_value("#seed") == before
         wait_for_new_texts(page, lambda: page.fill("#pattern", "a" * 16))
         assert page.inner_text("#problem") == "" and set(shown(page)) == {"a" * 16}
@@ -470,7 +471,7 @@ def test_other_models(kind, tokenizer, length, pattern, known_text, page, tmp_pa
     with serve_model(kind, tokenizer, tmp_path, max_position_embeddings=length, **options) as address:
         open_page(page, f"{address}?seed=2")
         num_steps = 16 if kind == "flm" else 1
-        assert page.input_value("#steps") == str(num_steps)
+        assert page.input_value("#steps") == str(num_steps) and not page.is_visible("#about")
         expected = normal(python_texts(page, num_steps, model=tmp_path / "model"))
         assert normal(shown(page)) == expected
         assert normal(page.inner_text("#announcement").split("; ")) == expected[:3]

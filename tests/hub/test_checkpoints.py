@@ -218,12 +218,12 @@ class TestHostileFiles:
     @pytest.mark.parametrize(
         "changes, message",
         [
-            ({"n_heads": 0}, "does not say its `num_attention_heads`"),
-            ({"n_heads": -3}, "does not say its `num_attention_heads`"),
-            ({"n_heads": True}, "does not say its `num_attention_heads`"),
-            ({"n_heads": 5}, "no model of these sizes.*multiple of twice"),
-            ({"length": 0}, "does not say its `max_position_embeddings`"),
-            ({"length": 10**30}, "does not say its `max_position_embeddings`"),
+            ({"n_heads": 0}, "does not record a valid `num_attention_heads`"),
+            ({"n_heads": -3}, "does not record a valid `num_attention_heads`"),
+            ({"n_heads": True}, "does not record a valid `num_attention_heads`"),
+            ({"n_heads": 5}, "No model has these sizes.*multiple of twice"),
+            ({"length": 0}, "does not record a valid `max_position_embeddings`"),
+            ({"length": 10**30}, "does not record a valid `max_position_embeddings`"),
         ],
     )
     def test_settings_that_make_no_sense(self, changes, message, tmp_path):

@@ -173,7 +173,7 @@ class TestOtherCheckpoints:
 
 
 def released_folder(tmp_path, name: str = "flm_hub", settings: dict | None = None, **tensors):
-    """A copy of a folder that `PyTorchModelHubMixin` wrote, of which settings and tensors can be changed."""
+    """Copies a folder of `PyTorchModelHubMixin`, with changes of settings and tensors."""
     folder = tmp_path / "published"
     shutil.copytree(RELEASED / name, folder)
     if tensors:
@@ -266,9 +266,9 @@ class TestHubFolders:
                 "flm_hub",
                 {"model": {"n_blocks": 3}},
                 {},
-                "`model.n_blocks: 3`, but its tensors are of 2: some are missing",
+                "`model.n_blocks: 3`, but its tensors have 2: some are missing",
             ),
-            ("flm_hub", {"model": {"hidden_size": 64}}, {}, "`model.hidden_size: 64`, but its tensors are of 32"),
+            ("flm_hub", {"model": {"hidden_size": 64}}, {}, "`model.hidden_size: 64`, but its tensors have 32"),
             ("flm_hub", {"algo": {"name": "mdlm"}}, {}, "a model of 'mdlm'"),
             ("flm_hub", {"algo": {"name": "duo_base"}}, {}, "a model of 'duo_base'"),
             ("fmlm_hub", {"algo": {"name": "mdlm"}}, {}, "a model of 'mdlm', which is neither"),
@@ -313,13 +313,15 @@ class TestHubFolders:
     def test_types_of_numbers_that_are_no_weights(self, dtype, tmp_path):
         name = "output_layer.linear.weight"
         weight = load_file(RELEASED / "flm_hub" / "model.safetensors")[name].to(dtype)
-        with pytest.raises(CheckpointError, match="lm_head.weight cannot be read: ValueError: it has numbers of type"):
+        with pytest.raises(
+            CheckpointError, match="lm_head.weight cannot be read: ValueError: its type must be one of"
+        ):
             convert(released_folder(tmp_path, **{name: weight}))
 
     def test_paths(self, tmp_path, capsys):
         folder = released_folder(tmp_path)
         assert convert(f"{folder}/").config.vocab_size == 53
-        with pytest.raises(CheckpointError, match="`--revision` is of a Hub repository"):
+        with pytest.raises(CheckpointError, match="`--revision` only applies to Hub repositories"):
             convert(folder, revision="main")
         shutil.copy(RELEASED / "flm.ckpt", folder / "flm.ckpt")
         (folder / "model.safetensors").unlink()
@@ -328,7 +330,7 @@ class TestHubFolders:
         (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
         with pytest.raises(SystemExit):
             main(["--checkpoint", str(FLM), "--output", str(tmp_path / "dangling")])
-        assert "exists already" in capsys.readouterr().err
+        assert "already exists" in capsys.readouterr().err
 
     @pytest.mark.parametrize("content", ["{}", "[]", "garbage"])
     def test_tokenizer_that_is_damaged(self, content, tmp_path, capsys):
@@ -392,7 +394,7 @@ class TestHubFolders:
 
     @pytest.mark.parametrize("heads", [0, -1, True, "two", 10**30, None])
     def test_sizes_that_make_no_sense(self, heads, tmp_path):
-        with pytest.raises(CheckpointError, match="does not say its `num_attention_heads`"):
+        with pytest.raises(CheckpointError, match="does not record a valid `num_attention_heads`"):
             convert(released_folder(tmp_path, settings={"model": {"n_heads": heads}}))
 
     @pytest.mark.slow
@@ -468,7 +470,9 @@ class TestHub:
             main(["--checkpoint", REPO_ID, "--revision", revision, "--output", str(tmp_path / revision)])
             assert type(AutoModel.from_pretrained(tmp_path / revision)).__name__ == name
         self.refuse(tmp_path, capsys, "has no revision 'v9': pass another `--revision`", "--revision", "v9")
-        self.refuse(tmp_path, capsys, "`--revision` is of a Hub repo", "--revision", "v9", checkpoint=str(FLM))
+        self.refuse(
+            tmp_path, capsys, "`--revision` only applies to Hub repositories", "--revision", "v9", checkpoint=str(FLM)
+        )
 
     def test_offline_from_the_cache(self, repository, server, tmp_path, monkeypatch, capsys):
         convert(REPO_ID)
@@ -490,13 +494,15 @@ class TestHub:
 
     def test_connection_that_breaks(self, repository, server, tmp_path, capsys, waits_not):
         server.faults.append(Fault("GET .*model.safetensors", "cut", count=100))
-        self.refuse(tmp_path, capsys, "model.safetensors (cannot be had|is not in the cache)")
+        self.refuse(tmp_path, capsys, "(could not download model.safetensors|model.safetensors is not in the cache)")
         server.faults.clear()
         assert convert(REPO_ID).config.vocab_size == 53  # nothing of it is left in the cache
 
     def test_token(self, repository, tmp_path, capsys):
         repository.private = True
-        self.refuse(tmp_path, capsys, "no such repository on the Hub. If it is private, log in with `hf auth login`")
+        self.refuse(
+            tmp_path, capsys, "neither on this machine nor on the Hub. If it is private, log in with `hf auth login`"
+        )
         self.refuse(tmp_path, capsys, "does not accept the token .* another `--token`", "--token", "hf_wrong")
         main(["--checkpoint", REPO_ID, "--token", TOKEN, "--output", str(tmp_path / "out")])
         assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -507,11 +513,11 @@ class TestHub:
         self.refuse(tmp_path, capsys, "is gated: ask for access on its page, and log in", "--token", TOKEN)
 
     def test_no_such_repository(self, server, tmp_path, capsys):
-        self.refuse(tmp_path, capsys, "There is no me/nothing on this machine", checkpoint="me/nothing")
+        self.refuse(tmp_path, capsys, "me/nothing is neither on this machine nor on the Hub", checkpoint="me/nothing")
 
     def test_no_connection(self, repository, server, tmp_path, capsys, waits_not):
         server.faults.append(Fault("config.json", "500", count=1000))
-        self.refuse(tmp_path, capsys, "config.json (cannot be had|is not in the cache)")
+        self.refuse(tmp_path, capsys, "(could not download config.json|config.json is not in the cache)")
 
     def test_tokenizer_that_the_settings_name(self, repository, server, tmp_path):
         tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", vocab_size=100)
@@ -530,7 +536,7 @@ for name in sys.argv[1:]:
     main(["--checkpoint", "me/flm-tiny", "--revision", name, "--output", name])
 main(["--checkpoint", "me/flm-tiny", "--revision", "other", "--tokenizer", "me/tokenizer", "--output", "given"])
 """
-        # The last four cannot be had, or are not of this model.
+        # The last four cannot be loaded, or belong to other models.
         names = {"right": "me/tokenizer", "other": "me/other", "none": None, "path": "../tokenizer", "nothing": "me/x"}
         for branch, name in names.items():
             content = json.loads((RELEASED / "flm_hub" / "config.json").read_text())
@@ -547,7 +553,7 @@ main(["--checkpoint", "me/flm-tiny", "--revision", "other", "--tokenizer", "me/t
         has_tokenizer = {path.name: (path / "tokenizer.json").is_file() for path in folder.iterdir()}
         assert has_tokenizer == {name: name in ("right", "given") for name in (*names, "given")}
         assert "me/other, which has 7 tokens, but the model has 53: pass `--tokenizer`" in process.stderr
-        assert "me/x, the tokenizer that the checkpoint names, cannot be had" in process.stderr
+        assert "Could not load me/x, the tokenizer that the checkpoint names" in process.stderr
         for name in ("right", "given"):
             assert AutoTokenizer.from_pretrained(folder / name).get_vocab() == tokenizer.get_vocab()
             config = AutoModel.from_pretrained(folder / name).config
@@ -576,7 +582,7 @@ class TestCommand:
         (tmp_path / "out").mkdir()
         with pytest.raises(SystemExit):
             main(["--checkpoint", str(FLM), "--output", str(tmp_path / "out")])
-        assert "exists already" in capsys.readouterr().err
+        assert "already exists" in capsys.readouterr().err
         assert list((tmp_path / "out").iterdir()) == []
 
     def test_tokenizer_of_another_size(self, tmp_path, capsys):

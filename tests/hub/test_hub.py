@@ -177,22 +177,20 @@ class TestAssemble:
         card = hub.card.build_card({"training.json": training}, "me/model", build_flm(), [], datasets="me/others")
         assert card.data.datasets == ["me/others"] and "me/words" not in card.content
 
-    def test_licences_are_identifiers(self, trained, tmp_path):
-        with pytest.raises(
-            PublishError, match="`license` must be an identifier of the Hub, such as 'mit'.*got 'Apache 2.0'"
-        ):
+    def test_licenses_are_identifiers(self, trained, tmp_path):
+        with pytest.raises(PublishError, match="`license` must be a license identifier.*got 'Apache 2.0'"):
             assemble(trained, tmp_path / "out", REPO_ID, license="Apache 2.0")
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("license", [None, "mit"])
-    def test_card_asks_for_a_licence(self, license, trained, tmp_path, quick, caplog):
+    def test_card_asks_for_a_license(self, license, trained, tmp_path, quick, caplog):
         logging.get_logger().warning_once.__func__.cache_clear()
         assemble(trained, tmp_path / "out", REPO_ID, license=license, datasets="me/words")
         card = ModelCard.load(tmp_path / "out" / "README.md")
         assert metadata_problems(card.content) == [] and card.data.license == license
         assert ("The weights are licensed under mit." in card.text) == (license == "mit")
-        assert ("For the weights no licence is named" in card.text) == (license is None)
-        assert ("The card of tester/tiny is not complete. Pass `license`, such as 'mit'" in caplog.text) == (
+        assert ("No license is specified for the weights" in card.text) == (license is None)
+        assert ("The card of tester/tiny is incomplete. Pass `license`, such as 'mit'" in caplog.text) == (
             license is None
         )
 
@@ -288,7 +286,7 @@ class TestAssemble:
 
         monkeypatch.setattr(FLMModel, "save_pretrained", save_without_the_sampler)
         with pytest.raises(
-            PublishError, match="does not work by itself(.|\n)*No module named 'modeling_flm.trainers'"
+            PublishError, match="does not work without this package(.|\n)*No module named 'modeling_flm.trainers'"
         ):
             publish(trained, REPO_ID, token=TOKEN)
         assert server.repositories == {}
@@ -307,7 +305,7 @@ class TestAssemble:
             *(
                 (
                     lambda folder, name=name, text=text: (folder / name).write_text(text),
-                    f"{name} is not what it should be",
+                    f"{name} is not a valid record",
                 )
                 for name, texts in {
                     "training.json": ["{", "[]", "null", '{"step": 1}'],
@@ -320,7 +318,7 @@ class TestAssemble:
                 }.items()
                 for text in texts
             ),
-            (lambda folder: tokenizer_of(60).save_pretrained(folder), "60 tokens, but the model 53"),
+            (lambda folder: tokenizer_of(60).save_pretrained(folder), "60 tokens, but the model has 53"),
             (lambda folder: BertModel(BertConfig(hidden_size=24)).save_pretrained(folder), "`BertModel`"),
         ],
     )
@@ -332,7 +330,7 @@ class TestAssemble:
         assert not (tmp_path / "out").exists()
 
     def test_output_that_exists(self, trained):
-        with pytest.raises(PublishError, match="exists already"):
+        with pytest.raises(PublishError, match="already exists"):
             assemble(trained, trained, REPO_ID)
 
     def test_samples_and_arguments_cannot_leave_their_places(self, trained, tmp_path, monkeypatch):
@@ -359,7 +357,7 @@ class TestAssemble:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # is not asked
         hub.publish.main(arguments)
         assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "cc-by-4.0"
-        with pytest.raises(SystemExit, match="error: .* exists already: name another folder"):
+        with pytest.raises(SystemExit, match="error: .* already exists: name another folder"):
             hub.publish.main(arguments)
 
 
@@ -417,7 +415,7 @@ class TestPublish:
         publish(trained, REPO_ID, token=TOKEN, onnx=["float32"])
         files = server.files(REPO_ID)
         assert files["onnx/model.onnx"] and "onnx" in ModelCard(files["README.md"].decode()).data.tags
-        assert "| `onnx/model.onnx` | a step as ONNX, in float32" in files["README.md"].decode()
+        assert "| `onnx/model.onnx` | one step in ONNX, in float32" in files["README.md"].decode()
         assert set(files) - {".gitattributes"} == {*PUBLISHED, "onnx/model.onnx"}
         repository = server.repositories[REPO_ID]
         files = repository.commits[repository.branches["main"]]
@@ -504,7 +502,9 @@ class TestPublish:
         publish(trained, REPO_ID, token=TOKEN)
         before = server.files(REPO_ID)
         server.faults.append(Fault("POST .*/commit/", action, count=100))
-        with pytest.raises(PublishError, match=f"Nothing was uploaded to {REPO_ID}.*\n.*Error"):
+        with pytest.raises(
+            PublishError, match=f"Nothing was uploaded: the files of {REPO_ID} are unchanged.*\n.*Error"
+        ):
             publish(trained, REPO_ID, token=TOKEN, license="mit")
         assert server.files(REPO_ID) == before
         with pytest.raises(PublishError, match="if it is new, it is empty"):
@@ -512,7 +512,7 @@ class TestPublish:
         assert set(server.files("tester/other")) == {".gitattributes"}
 
     def test_metadata_that_the_hub_refuses(self, trained, server, quick):
-        with pytest.raises(PublishError, match="`license` must be an identifier"):
+        with pytest.raises(PublishError, match="`license` must be a license identifier"):
             publish(trained, REPO_ID, token=TOKEN, license="Do What You Want")
         assert server.uploads == {}
 
@@ -526,7 +526,7 @@ class TestPublish:
 
     def test_no_network(self, trained, monkeypatch, quick):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-        with pytest.raises(PublishError, match="The Hub at http://127.0.0.1:9 does not answer.\nConnectError"):
+        with pytest.raises(PublishError, match="Could not reach the Hub at http://127.0.0.1:9.\nConnectError"):
             publish(trained, REPO_ID, token=TOKEN)
 
     def test_somebody_elses_namespace(self, trained, server, quick):
