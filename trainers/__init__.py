@@ -5,6 +5,7 @@
 from modeling_flm.tokenization_flm import add_special_tokens, train_tokenizer
 
 from .averaging import AveragedTrainer, EMACallback
+from .batches import FlowBatch, make_flow_batch
 from .callbacks import GenPPLCallback, SampleCallback
 from .data import (
     PREPROCESSING,
@@ -31,6 +32,7 @@ __all__ = [
     "FLMTrainingArguments",
     "FMLMTrainer",
     "FMLMTrainingArguments",
+    "FlowBatch",
     "GenPPLCallback",
     "PRESETS",
     "SampleCallback",
@@ -40,6 +42,7 @@ __all__ = [
     "generate_samples",
     "load_gen_ppl",
     "load_texts",
+    "make_flow_batch",
     "pack_dataset",
     "pack_tokens",
     "train_tokenizer",

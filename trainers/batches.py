@@ -234,8 +234,8 @@ def make_flow_batch(
 
     ```python
     >>> import torch
-    >>> from modeling_flm.trainers import DataCollatorForFLM
-    >>> from modeling_flm.trainers.batches import make_flow_batch, stratified_uniforms
+    >>> from modeling_flm.trainers import DataCollatorForFLM, make_flow_batch
+    >>> from modeling_flm.trainers.batches import stratified_uniforms
 
     >>> examples = DataCollatorForFLM()([{"input_ids": [5, 2, 7]}, {"input_ids": [4, 9]}])
     >>> key = (0, 1)  # seed and step
