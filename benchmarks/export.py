@@ -25,9 +25,9 @@ import torch
 from transformers import CompileConfig, set_seed
 
 from modeling_flm import FMLMConfig, FMLMModel
+from modeling_flm.base_flm import FLMPreTrainedModel
 from modeling_flm.hub.export import FlowStep, compare, export_onnx, load, write_tokens
 from modeling_flm.hub.records import ONNX_FILES, ONNX_FOLDER
-from modeling_flm.modeling_flm import FLMPreTrainedModel
 
 
 # Width, number of blocks, vocabulary size, length

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
+from modeling_flm.base_flm import FLMPreTrainedModel
 from modeling_flm.flow import flow_map, times_with_known
 from modeling_flm.generation_config_flm import FLMGenerationConfig
 from modeling_flm.joint_noise import JointNoise
-from modeling_flm.modeling_flm import FLMPreTrainedModel
 from modeling_flm.time_reparameterization import TimeMap
 
 from .records import ONNX_FILES, ONNX_FOLDER

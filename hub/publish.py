@@ -35,7 +35,7 @@ from transformers.utils import logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 import modeling_flm
-from modeling_flm.modeling_flm import FLMPreTrainedModel
+from modeling_flm.base_flm import FLMPreTrainedModel
 
 from .card import MARKER, TEMPLATES, build_card, missing_metadata
 from .records import (

@@ -17,11 +17,12 @@ for _logger, _start in {
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from .base_flm import FLMOutput
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .generation_config_flm import FLMGenerationConfig, FLMGenerationOutput
 from .generation_flm import FLMGenerationMixin
 from .likelihood_flm import FLMLikelihoodOutput
-from .modeling_flm import FLMModel, FLMOutput, FMLMModel, FMLMTwoNetworkModel
+from .modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 from .pipeline_flm import FLMPipeline
 from .rewards import ClassifierReward
 from .sampling_flm import (

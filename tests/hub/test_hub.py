@@ -52,6 +52,7 @@ PUBLISHED = {
     ),
     *(
         "backbone_flm.py",
+        "base_flm.py",
         "joint_noise.py",
         "guidance_flm.py",
         "posterior_flm.py",

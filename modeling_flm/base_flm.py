@@ -1,0 +1,459 @@
+# SPDX-FileCopyrightText: 2026 The modeling-flm authors
+# SPDX-License-Identifier: Apache-2.0
+"""The base class of flow-based language models: weights, states, `forward` and `posterior`."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import capture_outputs
+
+from .backbone_flm import FLMAttention, FLMLayer, FLMLayerNorm
+from .configuration_flm import FLMConfig
+from .flow import interpolate
+from .generation_config_flm import FLMGenerationConfig
+from .joint_noise import JointNoise
+from .losses import softmax_cross_entropy, softmax_divergence
+from .posterior_flm import Posterior, times_of
+from .time_reparameterization import TimeMap
+from .utils_flm import chunks, raise_recompile_limit
+
+
+@dataclass
+class FLMOutput(ModelOutput):
+    """
+    Output of [`FLMModel`], [`FMLMModel`] and [`FMLMTwoNetworkModel`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
+            The mean over the tokens of the cross-entropy of the denoiser to the clean tokens, in nats.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*, returned by models that are a softmax):
+            The unnormalized log-probabilities of the clean tokens, after the cap of `config.final_logit_softcapping`:
+            `softmax(logits)` is the denoiser `D_t` or the two-time denoiser.
+        probabilities (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*, returned by [`FMLMTwoNetworkModel`]):
+            The two-time denoiser, which may leave the simplex.
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            The input of the head, after the final modulated normalization. For [`FMLMTwoNetworkModel`] those of both
+            heads, concatenated.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True`):
+            The states of shape `(batch_size, sequence_length, hidden_size)` that enter each block, and the last one.
+        attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
+            The attention weights of shape `(batch_size, num_heads, sequence_length, sequence_length)` of each block.
+        token_losses (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*, returned when `labels` is provided):
+            The cross-entropy at each token; without gradient, and 0 where labels are -100.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    probabilities: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    token_losses: torch.FloatTensor | None = None
+
+
+class FLMPreTrainedModel(PreTrainedModel):
+    """
+    What flow-based language models have in common: weight initialization, what the backbone supports, states, and `forward`
+    and `posterior` in terms of what a concrete model defines: `embeddings`, `encode`, `predict` and `loss`.
+
+    The sampler and guidance use `state_embedding`, `state_sizes`, `posterior`, `time_map` and `config`.
+    """
+
+    config: FLMConfig
+    generation_config_class = FLMGenerationConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FLMLayer"]
+    _keep_in_fp32_modules_strict = ["lm_head", "norm", "norm1", "norm2", "time_embedding", "loss_weighting"]
+    _keep_in_fp32_modules = [".*lm_head", ".*time_embedding", ".*loss_weighting"]  # what quantization leaves as it is
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": FLMLayer, "attentions": FLMAttention}
+    softmax_divergence = staticmethod(softmax_divergence)
+    softmax_cross_entropy = staticmethod(softmax_cross_entropy)
+
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        # Silently dropping the softcap would change what the model computes. Where nothing was asked for, transformers
+        # takes this as the sign to choose "eager".
+        if self.config.attn_logit_softcapping is not None:
+            raise ValueError(
+                f"`attn_implementation='sdpa'` cannot apply `attn_logit_softcapping={self.config.attn_logit_softcapping}`. "
+                "Pass `attn_implementation='eager'`, 'flex_attention' or 'flash_attention_2', or, for a model trained "
+                "without softcapping, set `attn_logit_softcapping=None` in its config."
+            )
+        return super()._sdpa_can_dispatch(is_init_check)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if any(module is other for other in self._layers_of_zeros()):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.in_features)
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Embedding):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        elif isinstance(module, FLMLayerNorm):
+            init.ones_(module.weight)
+
+    def _layers_of_zeros(self) -> list[nn.Module]:
+        """What starts at zero: blocks as the identity, predictions as the uniform distribution."""
+        return [module.modulation for module in self.modules() if isinstance(module, FLMLayer)]
+
+    # What a concrete model defines
+
+    @property
+    def embeddings(self) -> list[nn.Embedding]:
+        """The token embedding of each of the model's networks."""
+        raise NotImplementedError
+
+    def encode(
+        self,
+        state: torch.Tensor,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        The backbone: everything before the head.
+
+        Args:
+            state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): Noised states.
+            tau_s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
+                The reparameterized times of the states; 1 where tokens are known.
+            tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): The times to go to, for flow maps.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real positions.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`: the input of the head, in float32.
+        """
+        raise NotImplementedError
+
+    def predict(
+        self,
+        hidden_states: torch.Tensor,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+    ) -> torch.Tensor:
+        r"""
+        The head: the two-time denoiser \\(\delta_{s,t}\\), for what `encode` returned or a chunk of its positions.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_positions, embedding_size)`): The input of the head.
+            tau_s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_positions)`): As for `encode`.
+            tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): As for `encode`.
+            logits_processor ([`~transformers.LogitsProcessorList`], *optional*): Changes the logits, see `posterior`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`, in float32.
+        """
+        raise NotImplementedError
+
+    def loss(
+        self,
+        divergence: str,
+        target: torch.LongTensor | Posterior,
+        token_weights: torch.Tensor,
+        hidden_states: torch.Tensor,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The loss of the two-time denoiser, which is never held whole.
+
+        Args:
+            divergence (`str`): `"cross_entropy"`, `"kl"` or `"squared_error"`, see [`~losses.softmax_divergence`].
+            target (`torch.LongTensor` of shape `(batch_size, sequence_length)`, or [`~posterior_flm.Posterior`]):
+                Clean tokens, or distributions.
+            token_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What the loss of each token counts.
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): From `encode`.
+            tau_s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`): As for `encode`.
+            tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): As for `encode`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: the weighted sum, and the losses without weights and gradient.
+        """
+        raise NotImplementedError
+
+    def log_loss_weight(self, tau_s: torch.Tensor) -> torch.Tensor | None:
+        """The learned logarithm of the weight of the loss, of the shape of the times, for models that have one."""
+        return None
+
+    # Shared by all models
+
+    @property
+    def state_embedding(self) -> torch.Tensor:
+        """`torch.Tensor` of shape `(vocab_size, embedding_size)`: the embedding E in the states `x @ E`."""
+        weights = [self.embed_vocabulary(embedding) for embedding in self.embeddings]
+        if len(weights) == 1:
+            return weights[0]
+        return torch.cat([weight.to(weights[0].device) for weight in weights], dim=1)
+
+    @property
+    def state_sizes(self) -> list[int]:
+        """How many of the columns of a state belong to each of the model's networks."""
+        return [self.config.hidden_size for _ in self.embeddings]
+
+    def embed_vocabulary(self, embedding: nn.Embedding) -> torch.Tensor:
+        """
+        The weight of an embedding, by a call of the module where it is not there otherwise: adapters add to it, and what
+        `device_map` offloads or FSDP shards is whole only during a call.
+        """
+        weight = embedding.weight
+        # By its `forward`, as FSDP derives classes that have the same
+        is_plain = type(embedding).forward is nn.Embedding.forward and type(weight) is nn.Parameter
+        if is_plain and weight.device.type != "meta":
+            return weight
+        device = "cpu" if weight.device.type == "meta" else weight.device
+        return embedding(torch.arange(self.config.vocab_size, device=device))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings[0]
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise NotImplementedError(
+            "The size of the vocabulary defines the times and the noise of the model, which would have to be trained anew: "
+            "build a model with another `vocab_size`."
+        )
+
+    def save_pretrained(self, *args, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.save_pretrained`]. `AutoModelForCausalLM` and `AutoModelForMaskedLM` load the same
+        model as `AutoModel`, for those who look for a text generator there.
+        """
+        name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+        auto_classes = dict.fromkeys(("AutoModelForCausalLM", "AutoModelForMaskedLM"), name)
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_classes}
+        super().save_pretrained(*args, **kwargs)
+
+    def compile_regions(self, **options):
+        """
+        Compiles the blocks, and the divergences of those networks that are a softmax, for all methods of this model. What
+        is between them is left to wrappers such as FSDP, and takes little time. To compile a step of `generate` whole, pass
+        it a `compile_config`. Raises `torch._dynamo.config.recompile_limit` to 64.
+
+        Args:
+            options: Arguments of `torch.compile`, such as `backend`, `mode` or `fullgraph`.
+        """
+        # One code for all networks in training and evaluation, with and without padding: each is a graph of its own.
+        raise_recompile_limit()
+        compute = torch.compile(FLMLayer.compute, **options)
+        for module in self.modules():
+            if isinstance(module, FLMLayer):
+                module.compiled = compute
+            elif isinstance(module, FLMPreTrainedModel):
+                module.softmax_divergence = torch.compile(softmax_divergence, **options)
+                module.softmax_cross_entropy = torch.compile(softmax_cross_entropy, **options)
+
+    def make_state(
+        self,
+        input_ids: torch.LongTensor,
+        tau: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        joint_noise: JointNoise | None = None,
+        time_map: TimeMap | None = None,
+    ) -> torch.Tensor:
+        """
+        The state of clean tokens, or of noised ones; in float32 also under autocast, and differentiable in the embeddings.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Clean tokens.
+            tau (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, *optional*):
+                The reparameterized times; at 1 a token is clean.
+            noise (`torch.Tensor` of shape `(batch_size, sequence_length, noise_size)`, *optional*):
+                Standard normal variables. For one network by itself `noise_size` is `min(vocab_size, hidden_size)`, see
+                [`~joint_noise.noise_size`].
+            joint_noise ([`~joint_noise.JointNoise`], *optional*):
+                The noise of several models, from [`~joint_noise.JointNoise.of_networks`], if they must see the same noise.
+                By default the noise of this model alone.
+            time_map ([`ReparameterizedTime`] or [`IdentityTime`], *optional*):
+                The time reparameterization of `tau`. By default the model's own.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`, to pass as `inputs_embeds`.
+        """
+        if (noise is None) != (tau is None):
+            raise ValueError("`noise` and `tau` go together: pass both to noise the tokens, or none.")
+        if noise is None:
+            embedded = [embedding(input_ids) for embedding in self.embeddings]
+            device, dtype = embedded[0].device, torch.promote_types(embedded[0].dtype, torch.float32)
+            return torch.cat([part.to(device, dtype) for part in embedded], dim=-1)
+        weights = [self.embed_vocabulary(embedding) for embedding in self.embeddings]
+        device, dtype = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
+        weights = [weight.to(device, dtype) for weight in weights]
+        joint_noise = JointNoise.of_networks(self) if joint_noise is None else joint_noise
+        expected = (*input_ids.shape, joint_noise.size)
+        if noise.shape != expected:
+            raise ValueError(f"`noise` must have shape {expected}, got {tuple(noise.shape)}.")
+        input_ids = input_ids.to(device)
+        with torch.autocast(device.type, enabled=False):
+            indices = joint_noise.indices_of(self)
+            parts = [
+                joint_noise.factor_and_tokens(index, weight, input_ids) for index, weight in zip(indices, weights)
+            ]
+            factor, clean = (torch.cat(each, dim=-1) for each in zip(*parts))
+            noise = noise.to(torch.promote_types(noise.dtype, dtype))
+            t = (self.time_map if time_map is None else time_map).tau_to_t(tau)
+            return interpolate(noise @ factor.to(noise), clean, t)
+
+    def posterior(
+        self,
+        state: torch.Tensor,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+    ) -> Posterior:
+        r"""
+        The two-time denoiser \\(\delta_{s,t}\\), read a chunk of positions at a time.
+
+        Args:
+            state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The states at time `s`.
+            tau_s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
+                The reparameterized times of the states; 1 where tokens are known.
+            tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): The times to go to, for flow maps.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real positions.
+            logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
+                Changes the logits. It is called once per chunk, with scores of shape `(num_tokens, vocab_size)` and
+                an empty prefix.
+
+        Returns:
+            [`~posterior_flm.Posterior`]: probabilities of the clean tokens, in float32, which for an [`FMLMTwoNetworkModel`]
+            may leave the simplex.
+        """
+        hidden_states = self.encode(state, tau_s, tau_t, attention_mask)
+
+        def probabilities(chunk: slice) -> torch.Tensor:
+            times = (None if tau is None else times_of(tau, chunk) for tau in (tau_s, tau_t))
+            return self.predict(hidden_states[:, chunk], *times, logits_processor)
+
+        return Posterior(probabilities, self.chunks(state), state.device)
+
+    def chunks(self, state: torch.Tensor) -> list[slice]:
+        """Chunks of positions for which probabilities can be held, see [`~utils_flm.chunks`]."""
+        return chunks(*state.shape[:2], self.config.vocab_size, state.device)
+
+    def _as_target(
+        self, divergence: str, target: torch.LongTensor | Posterior, hidden_states: torch.Tensor
+    ) -> torch.LongTensor | Posterior:
+        """Tokens stay tokens where only how likely they are counts: for one token "kl" is the cross-entropy."""
+        if not isinstance(target, torch.Tensor) or divergence != "squared_error":
+            return target
+        tokens = target.to(hidden_states.device)
+        return Posterior.of_tokens(tokens, self.config.vocab_size, self.chunks(hidden_states))
+
+    def head_outputs(
+        self, hidden_states: torch.Tensor, tau_s: torch.Tensor, tau_t: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """What `forward` returns of the head, by name."""
+        return {"probabilities": self.predict(hidden_states, tau_s, tau_t)}
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        timesteps: torch.FloatTensor | None = None,
+        target_timesteps: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> FLMOutput:
+        r"""
+        Denoises states, which are given as `inputs_embeds`, or clean tokens.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Clean tokens. To noise them, see [`~FLMPreTrainedModel.make_state`].
+            timesteps (`torch.FloatTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
+                The reparameterized time `tau` in [0, 1] of each text, or of each token: 0 is noise, 1 is text. Known tokens
+                have the time 1.
+            target_timesteps (`torch.FloatTensor` of the shape of `timesteps`, *optional*):
+                The reparameterized time to go to, at least `timesteps`. Flow maps need it, an FLM ignores it.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for positions that are attended to, 0 for padding.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
+                States `x @ E`.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Clean tokens to compute the cross-entropy to; positions with -100 do not count, which known tokens should have.
+                In training mode with `labels`, the logits are left out, which are as many as tokens times vocabulary.
+            kwargs:
+                `num_items_in_batch`, what to divide the summed loss by where a batch is one of several; and what the attention
+                function takes.
+
+        Returns:
+            [`FLMOutput`]
+
+        Raises:
+            `ValueError`: where these arguments do not go together, or times are not in [0, 1].
+
+        Example:
+
+        ```python
+        >>> model = FLMModel(FLMConfig(vocab_size=100, hidden_size=64, num_attention_heads=4, num_hidden_layers=2))
+        >>> input_ids = torch.randint(100, (2, 16))
+        >>> tau = torch.rand(2)
+        >>> state = model.make_state(input_ids, tau, noise=torch.randn(2, 16, 64))
+        >>> output = model(inputs_embeds=state, timesteps=tau, labels=input_ids)
+        >>> output.logits.shape
+        torch.Size([2, 16, 100])
+        ```
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either `input_ids` (clean tokens) or `inputs_embeds` (states), and not both.")
+        shape = tuple((input_ids if inputs_embeds is None else inputs_embeds).shape[:2])
+        if timesteps is None:
+            raise ValueError(
+                "Pass `timesteps`, the reparameterized time tau in [0, 1] of each text, or of each token."
+            )
+        for name, times in (("timesteps", timesteps), ("target_timesteps", target_timesteps)):
+            if times is None:
+                continue
+            got = tuple(times.shape) if isinstance(times, torch.Tensor) else f"`{times!r}`"
+            if got not in (shape[:1], shape):
+                raise ValueError(
+                    f"`{name}` must be a tensor of shape {shape[:1]}, one time per text, or {shape}, one per token, got {got}."
+                )
+        if target_timesteps is not None and target_timesteps.shape != timesteps.shape:
+            raise ValueError(
+                f"`target_timesteps` must have the shape of `timesteps`, {tuple(timesteps.shape)}, got "
+                f"{tuple(target_timesteps.shape)}."
+            )
+        if labels is not None and inputs_embeds is None:
+            raise ValueError(
+                "`labels` need noised states, as clean tokens leave nothing to learn: pass `inputs_embeds=model.make_state("
+                "input_ids, timesteps, noise)` in the place of `input_ids`."
+            )
+        if not torch.compiler.is_compiling():  # what follows waits for the device
+            end = timesteps if target_timesteps is None else target_timesteps
+            if not ((timesteps >= 0) & (timesteps <= end) & (end <= 1)).all():
+                raise ValueError(
+                    "`timesteps` must be in [0, 1], and `target_timesteps` at least `timesteps` and at most 1: they are "
+                    "reparameterized times, 0 for noise and 1 for text."
+                )
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        state = self.make_state(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.encode(state, timesteps, target_timesteps, attention_mask, **kwargs)
+        output = FLMOutput(last_hidden_state=hidden_states)
+        if labels is not None:
+            mask = (labels != -100).to(hidden_states.device, torch.float32)
+            total, losses = self.loss("cross_entropy", labels, mask, hidden_states, timesteps, target_timesteps)
+            count = mask.sum() if num_items_in_batch is None else num_items_in_batch
+            output.loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+            output.token_losses = losses.to(mask.device) * mask
+        if labels is None or not self.training:
+            for name, value in self.head_outputs(hidden_states, timesteps, target_timesteps).items():
+                output[name] = value
+        return output
