@@ -49,7 +49,7 @@ from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, PreTrainedM
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.joint_noise import JointNoise
-from modeling_flm.losses import head_loss, softmax_cross_entropy
+from modeling_flm.losses import linear_loss, softmax_cross_entropy
 from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
 
 
@@ -362,7 +362,7 @@ class Benchmark:
             def function(outputs, chunk, workspace):
                 return softmax_cross_entropy(outputs, labels[:, chunk], softcap, workspace)
 
-            return head_loss(function, ones, hidden_states, weight, bias)[0] / labels.numel()
+            return linear_loss(function, ones, hidden_states, weight, bias)[0] / labels.numel()
 
         losses = {
             "library": partial(library, None),

@@ -161,26 +161,45 @@ class FLMPreTrainedModel(PreTrainedModel):
         """
         raise NotImplementedError
 
-    def loss(
+    def cross_entropy_loss(
         self,
-        divergence: str,
-        target: torch.LongTensor | Posterior,
+        labels: torch.LongTensor,
         token_weights: torch.Tensor,
         hidden_states: torch.Tensor,
         tau_s: torch.Tensor,
         tau_t: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The loss of the two-time denoiser, which is never held whole.
+        Cross-entropy of the two-time denoiser to clean tokens, computed one chunk of positions at a time.
 
         Args:
-            divergence (`str`): `"cross_entropy"`, `"kl"` or `"squared_error"`, see [`~losses.softmax_divergence`].
-            target (`torch.LongTensor` of shape `(batch_size, sequence_length)`, or [`~posterior_flm.Posterior`]):
-                Clean tokens, or distributions.
-            token_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): What the loss of each token counts.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Clean tokens. A token of -100 needs weight 0.
+            token_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): Weight of each token's loss.
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): From `encode`.
             tau_s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`): As for `encode`.
             tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): As for `encode`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: the weighted sum, and the losses without weights and gradient.
+        """
+        raise NotImplementedError
+
+    def divergence_loss(
+        self,
+        divergence: str,
+        target: Posterior,
+        token_weights: torch.Tensor,
+        hidden_states: torch.Tensor,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Divergence of the two-time denoiser from target distributions, computed one chunk of positions at a time.
+
+        Args:
+            divergence (`str`): `"cross_entropy"`, `"kl"` or `"squared_error"`, see [`~losses.softmax_divergence`].
+            target ([`~posterior_flm.Posterior`]): The target distributions.
+            token_weights, hidden_states, tau_s, tau_t: As for `cross_entropy_loss`.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: the weighted sum, and the losses without weights and gradient.
@@ -345,20 +364,11 @@ class FLMPreTrainedModel(PreTrainedModel):
         """Chunks of positions for which probabilities can be held, see [`~utils_flm.chunks`]."""
         return chunks(*state.shape[:2], self.config.vocab_size, state.device)
 
-    def _as_target(
-        self, divergence: str, target: torch.LongTensor | Posterior, hidden_states: torch.Tensor
-    ) -> torch.LongTensor | Posterior:
-        """Tokens stay tokens where only how likely they are counts: for one token "kl" is the cross-entropy."""
-        if not isinstance(target, torch.Tensor) or divergence != "squared_error":
-            return target
-        tokens = target.to(hidden_states.device)
-        return Posterior.of_tokens(tokens, self.config.vocab_size, self.chunks(hidden_states))
-
-    def head_outputs(
-        self, hidden_states: torch.Tensor, tau_s: torch.Tensor, tau_t: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        """What `forward` returns of the head, by name."""
-        return {"probabilities": self.predict(hidden_states, tau_s, tau_t)}
+    def add_predictions(
+        self, output: FLMOutput, hidden_states: torch.Tensor, tau_s: torch.Tensor, tau_t: torch.Tensor | None
+    ):
+        """Sets the field of `output` that describes the two-time denoiser: `logits`, or for two networks `probabilities`."""
+        raise NotImplementedError
 
     @capture_outputs
     def forward(
@@ -449,11 +459,10 @@ class FLMPreTrainedModel(PreTrainedModel):
         output = FLMOutput(last_hidden_state=hidden_states)
         if labels is not None:
             mask = (labels != -100).to(hidden_states.device, torch.float32)
-            total, losses = self.loss("cross_entropy", labels, mask, hidden_states, timesteps, target_timesteps)
+            total, losses = self.cross_entropy_loss(labels, mask, hidden_states, timesteps, target_timesteps)
             count = mask.sum() if num_items_in_batch is None else num_items_in_batch
             output.loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
             output.token_losses = losses.to(mask.device) * mask
         if labels is None or not self.training:
-            for name, value in self.head_outputs(hidden_states, timesteps, target_timesteps).items():
-                output[name] = value
+            self.add_predictions(output, hidden_states, timesteps, target_timesteps)
         return output

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flow-based language models: FLM, flow map, and a flow map of two networks."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,7 +25,7 @@ from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .flow import correction_coefficient, expand_times
 from .generation_flm import FLMGenerationMixin
 from .likelihood_flm import FLMLikelihoodMixin, FLMLikelihoodOutput
-from .losses import LossFunction, head_loss, layer_loss, softcap_logits
+from .losses import LossFunction, layer_loss, linear_loss, softcap_logits
 from .pipeline_flm import FLMPipeline  # noqa: F401  # transformers copies what is imported here into a repository
 from .posterior_flm import times_of
 from .time_reparameterization import build_time_map
@@ -94,31 +96,31 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
         shift, scale = modulations(self.modulation, conditioning, 2)
         return modulate(self.norm(hidden_states), shift, scale)
 
-    def loss(self, divergence, target, token_weights, hidden_states, tau_s, tau_t=None):
+    def cross_entropy_loss(self, labels, token_weights, hidden_states, tau_s, tau_t=None):
         softcap = self.config.final_logit_softcapping
-        target = self._as_target(divergence, target, hidden_states)
 
-        def function(outputs, chunk, workspace):
-            if isinstance(target, torch.Tensor):
-                return self.softmax_cross_entropy(outputs, target[:, chunk].to(outputs.device), softcap, workspace)
+        def losses_and_gradients(outputs, chunk, workspace):
+            return self.softmax_cross_entropy(outputs, labels[:, chunk].to(outputs.device), softcap, workspace)
+
+        return self.head_loss(losses_and_gradients, token_weights, hidden_states)
+
+    def divergence_loss(self, divergence, target, token_weights, hidden_states, tau_s, tau_t=None):
+        softcap = self.config.final_logit_softcapping
+
+        def losses_and_gradients(outputs, chunk, workspace):
             return self.softmax_divergence(divergence, outputs, target.probabilities(chunk), softcap, workspace)
 
-        return self.head_loss(function, token_weights, hidden_states)
-
-    def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The outputs of the head, in float32 also under autocast."""
-        # Contiguous, as a chunk of positions is not: it becomes one product of matrices, and not one for each sequence.
-        return apply_linear(self.lm_head, hidden_states.contiguous()).float()
+        return self.head_loss(losses_and_gradients, token_weights, hidden_states)
 
     def head_loss(
         self, function: LossFunction, token_weights: torch.Tensor, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The weighted sum of losses of the head's outputs, a chunk of positions at a time. The weights of the head are read here,
-        so FSDP must gather them for a call of this method.
+        Weighted sum of losses of the head's outputs, computed one chunk of positions at a time. Reads the weights of the head, so
+        FSDP must gather them for a call of this method.
 
         Args:
-            function (`Callable`): See [`~losses.head_loss`].
+            function (`Callable`): See [`~losses.linear_loss`].
             token_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`): Weight of each token's loss.
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): From `encode`.
 
@@ -128,14 +130,18 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
         layer = self.lm_head
         is_linear = type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
         if is_linear and type(layer.weight) is nn.Parameter:
-            return head_loss(function, token_weights, hidden_states, layer.weight, layer.bias)
+            return linear_loss(function, token_weights, hidden_states, layer.weight, layer.bias)
         # The layer has adapters, or its weights are quantized or offloaded: call it.
-        parameters, vocab_size = layer.parameters(), self.config.vocab_size
-        return layer_loss(function, token_weights, hidden_states, self.head, parameters, vocab_size)
+        return layer_loss(function, token_weights, hidden_states, layer, self.head_outputs, self.config.vocab_size)
+
+    def head_outputs(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns the outputs of the head without a softcap, in float32 also under autocast."""
+        # A chunk of positions is not contiguous, and would become one matrix product per sequence.
+        return apply_linear(self.lm_head, hidden_states.contiguous()).float()
 
     def logits(self, hidden_states: torch.Tensor, logits_processor: LogitsProcessorList | None = None) -> torch.Tensor:
         """The capped and processed logits of what `encode` returned, or of a chunk of its positions, in float32."""
-        logits = softcap_logits(self.head(hidden_states), self.config.final_logit_softcapping)
+        logits = softcap_logits(self.head_outputs(hidden_states), self.config.final_logit_softcapping)
         if logits_processor:
             scores = logits.flatten(0, 1)
             prefix = torch.empty((scores.shape[0], 0), dtype=torch.long, device=scores.device)
@@ -145,8 +151,8 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
     def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
         return self.logits(hidden_states, logits_processor).softmax(dim=-1)
 
-    def head_outputs(self, hidden_states, tau_s, tau_t):
-        return {"logits": self.logits(hidden_states)}
+    def add_predictions(self, output, hidden_states, tau_s, tau_t):
+        output.logits = self.logits(hidden_states)
 
 
 class FMLMModel(FLMModel):
@@ -304,7 +310,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
         flow_states, correction_states = hidden_states.chunk(2, dim=-1)
         logits = self.flow.logits(flow_states, logits_processor)
-        correction = self.correction.head(correction_states).to(logits.device)  # not logits: no softcap
+        correction = self.correction.head_outputs(correction_states).to(logits.device)  # not logits: no softcap
         scale = self._correction_scale(tau_s, tau_t, logits)
         # What a processor ruled out stays so.
         return logits.softmax(dim=-1) + scale * correction.masked_fill(logits == -torch.inf, 0.0)
@@ -313,33 +319,54 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t)
         return expand_times(correction_coefficient(s, t), outputs).to(outputs.device)
 
-    def loss(self, divergence, target, token_weights, hidden_states, tau_s, tau_t=None):
-        if not isinstance(target, torch.Tensor) and divergence != "squared_error":
+    def add_predictions(self, output, hidden_states, tau_s, tau_t):
+        output.probabilities = self.predict(hidden_states, tau_s, tau_t)
+
+    def cross_entropy_loss(self, labels, token_weights, hidden_states, tau_s, tau_t=None):
+        def losses_and_gradients(delta, chunk):
+            chosen_tokens = labels[:, chunk].to(delta.device)
+            chosen_tokens = chosen_tokens.masked_fill(chosen_tokens == -100, 0).unsqueeze(-1)
+            chosen = delta.gather(-1, chosen_tokens)
+            tiny = torch.finfo(chosen.dtype).tiny  # the correction may leave the simplex
+            gradient = torch.where(chosen > tiny, -1 / chosen, 0.0)
+            return -chosen.clamp(min=tiny).log().squeeze(-1), torch.zeros_like(delta).scatter(
+                -1, chosen_tokens, gradient
+            )
+
+        return self._correction_loss(losses_and_gradients, token_weights, hidden_states, tau_s, tau_t)
+
+    def divergence_loss(self, divergence, target, token_weights, hidden_states, tau_s, tau_t=None):
+        if divergence != "squared_error":
             raise ValueError(
                 f"`divergence` must be 'squared_error' for a model that is not a softmax, got {divergence!r}."
             )
-        target = self._as_target(divergence, target, hidden_states)
+
+        def losses_and_gradients(delta, chunk):
+            difference = delta - target.probabilities(chunk)
+            return difference.square().sum(dim=-1), 2 * difference
+
+        return self._correction_loss(losses_and_gradients, token_weights, hidden_states, tau_s, tau_t)
+
+    def _correction_loss(
+        self,
+        function: Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]],
+        token_weights: torch.Tensor,
+        hidden_states: torch.Tensor,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums the losses that `function` returns for a chunk of the two-time denoiser, with their gradients in it."""
         flow_states, correction_states = hidden_states.chunk(2, dim=-1)
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.flow.parameters()):
             raise ValueError("The flow of a two-network model is frozen, and its `requires_grad` must stay `False`.")
 
-        def function(outputs, chunk, workspace):
+        def losses_and_gradients(outputs, chunk, workspace):
             scale = self._correction_scale(times_of(tau_s, chunk), times_of(tau_t, chunk), outputs)
             flow = self.flow.predict(flow_states[:, chunk], times_of(tau_s, chunk)).to(outputs.device)
-            delta = flow + scale * outputs.float()
-            if not isinstance(target, torch.Tensor):
-                difference = delta - target.probabilities(chunk)
-                losses, gradient = difference.square().sum(dim=-1), 2 * difference
-            else:
-                labels = target[:, chunk].to(outputs.device)
-                labels = labels.masked_fill(labels == -100, 0).unsqueeze(-1)
-                chosen = delta.gather(-1, labels)
-                tiny = torch.finfo(chosen.dtype).tiny  # as the correction may leave the simplex
-                losses = -chosen.clamp(min=tiny).log().squeeze(-1)
-                gradient = torch.zeros_like(delta).scatter(-1, labels, torch.where(chosen > tiny, -1 / chosen, 0.0))
+            losses, gradient = function(flow + scale * outputs.float(), chunk)
             return losses, (scale * gradient).to(outputs.dtype)
 
-        return self.correction.head_loss(function, token_weights, correction_states)
+        return self.correction.head_loss(losses_and_gradients, token_weights, correction_states)
 
     def log_loss_weight(self, tau_s):
         return self.correction.log_loss_weight(tau_s)

@@ -110,7 +110,6 @@ class FLMTrainer(AveragedTrainer, PublishingTrainer):
     """
 
     model_classes: tuple[type[PreTrainedModel], ...] = (FLMModel,)
-    divergence = "cross_entropy"
     groups: tuple[str, ...] = ()  # groups of examples with a logged loss each
     teacher: PreTrainedModel | None = None  # frozen
 
@@ -302,6 +301,19 @@ class FLMTrainer(AveragedTrainer, PublishingTrainer):
         """
         return batch.labels, torch.ones_like(batch.tau_s)
 
+    def compute_divergence(
+        self,
+        target: torch.LongTensor | Posterior,
+        token_weights: torch.Tensor,
+        hidden_states: torch.Tensor,
+        batch: FlowBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Returns the weighted sum of the divergences of the model from the target of `compute_targets`, and the divergence of each
+        token; `hidden_states` are the model's, from `encode`.
+        """
+        return self.network.cross_entropy_loss(target, token_weights, hidden_states, batch.tau_s, batch.tau_t)
+
     def training_objective(
         self, batch: FlowBatch, num_items: torch.Tensor | int | None = None, with_logits: bool = False
     ) -> FLMOutput:
@@ -335,17 +347,14 @@ class FLMTrainer(AveragedTrainer, PublishingTrainer):
             log_weight = model.log_loss_weight(batch.tau_s) if model.training else None
             learned = 1.0 if log_weight is None else torch.exp(-_per_token(log_weight))
             # 5. The divergence of target and model, one chunk of positions at a time
-            total, losses = model.loss(
-                self.divergence, target, learned * token_weights, hidden_states, batch.tau_s, batch.tau_t
-            )
+            total, losses = self.compute_divergence(target, learned * token_weights, hidden_states, batch)
             if log_weight is not None:
                 total = total + (mask * _per_token(log_weight)).sum()
             # 6. The mean over the tokens of the global batch
             count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=total.device)
             output = FLMOutput(loss=total / count.clamp(min=1), token_losses=losses.to(mask.device) * token_weights)
             if with_logits:
-                for name, value in model.head_outputs(hidden_states, batch.tau_s, batch.tau_t).items():
-                    output[name] = value
+                model.add_predictions(output, hidden_states, batch.tau_s, batch.tau_t)
         return output
 
     def compute_loss(

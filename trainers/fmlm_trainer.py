@@ -155,10 +155,6 @@ class FMLMTrainer(FLMTrainer):
             )
 
     @property
-    def divergence(self) -> str:
-        return self.args.divergence
-
-    @property
     def time_sampler(self) -> TimePairs:
         args = self.args
         return TimePairs(
@@ -219,6 +215,10 @@ class FMLMTrainer(FLMTrainer):
                     weights[rows] = (1 - remaining_noise(s, t)).square()
                 parts.append((rows, target))
             return assemble(parts, len(weights), chunks), weights
+
+    def compute_divergence(self, target, token_weights, hidden_states, batch):
+        times = (batch.tau_s, batch.tau_t)
+        return self.network.divergence_loss(self.args.divergence, target, token_weights, hidden_states, *times)
 
     @staticmethod
     def _groups(batch: FlowBatch) -> list[tuple[str, torch.Tensor]]:

@@ -13,7 +13,8 @@ from train_tiny import build_packed
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel, utils_flm
 from modeling_flm.joint_noise import JointNoise
-from modeling_flm.losses import head_loss, softcap_logits, softmax_cross_entropy, softmax_divergence
+from modeling_flm.losses import linear_loss, softcap_logits, softmax_cross_entropy, softmax_divergence
+from modeling_flm.posterior_flm import Posterior
 from modeling_flm.trainers import PRESETS
 from modeling_flm.utils_flm import chunks
 
@@ -48,7 +49,7 @@ def test_is_that_of_all_logits(softcap, kind, num_positions, monkeypatch):
             return softmax_cross_entropy(outputs, target[:, chunk], softcap, workspace)
         return softmax_divergence(kind, outputs, target[:, chunk], softcap, workspace)
 
-    total, each = head_loss(function, weights, hidden_states, head.weight, head.bias)
+    total, each = linear_loss(function, weights, hidden_states, head.weight, head.bias)
     torch.testing.assert_close(each, expected)
     assert not each.requires_grad
     torch.testing.assert_close(total, (weights * expected).sum())
@@ -60,12 +61,12 @@ def test_is_that_of_all_logits(softcap, kind, num_positions, monkeypatch):
     # What is frozen gets no gradient, and nothing does where none is recorded.
     head.requires_grad_(False)
     (gradient,) = torch.autograd.grad(
-        head_loss(function, weights.detach(), hidden_states, head.weight, head.bias)[0], hidden_states
+        linear_loss(function, weights.detach(), hidden_states, head.weight, head.bias)[0], hidden_states
     )
     reference = torch.autograd.grad((weights * expected).sum(), hidden_states)[0]
     torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        assert not head_loss(function, weights, hidden_states, head.weight, head.bias)[0].requires_grad
+        assert not linear_loss(function, weights, hidden_states, head.weight, head.bias)[0].requires_grad
 
 
 def test_divergences():
@@ -95,7 +96,7 @@ def test_products_are_in_the_precision_of_autocast():
         return softmax_cross_entropy(outputs, labels[:, chunk])
 
     def run():
-        total, each = head_loss(function, torch.ones(3, 20), hidden_states, head.weight, head.bias)
+        total, each = linear_loss(function, torch.ones(3, 20), hidden_states, head.weight, head.bias)
         return total, each, *torch.autograd.grad(total, (hidden_states, head.weight))
 
     expected = run()
@@ -119,9 +120,12 @@ def test_softcap_is_in_place_without_gradients_only():
     torch.testing.assert_close(capped, expected)
 
 
-@pytest.mark.parametrize("kind", ["cross_entropy", "kl", "squared_error"])
+@pytest.mark.parametrize("divergence", ["labels", "cross_entropy", "kl", "squared_error"])
 @pytest.mark.parametrize("model_class", [FLMModel, FMLMModel, FMLMTwoNetworkModel])
-def test_divergence_to_labels(model_class, kind, monkeypatch):
+def test_divergence_to_tokens(model_class, divergence, monkeypatch):
+    """Clean tokens as labels, and as one-hot targets of each divergence."""
+    if model_class is FMLMTwoNetworkModel and divergence in ("cross_entropy", "kl"):
+        pytest.skip("not a softmax")
     set_chunk(monkeypatch, 5, 3, 53)
     flm = build_flm(final_logit_softcapping=1.0, dropout=0.0)
     model = flm if model_class is FLMModel else model_class.from_flm(flm)
@@ -132,7 +136,7 @@ def test_divergence_to_labels(model_class, kind, monkeypatch):
     times = {"timesteps": tau} | ({} if model_class is FLMModel else {"target_timesteps": torch.ones(3)})
     labels = input_ids.masked_fill(torch.rand(3, 12) < 0.2, -100)
     delta = two_time_denoiser(model(input_ids, **times))
-    if kind == "squared_error":
+    if divergence == "squared_error":
         losses = (delta - F.one_hot(input_ids, 53)).square().sum(-1)
     else:
         losses = -delta.clamp(min=torch.finfo(torch.float32).tiny).gather(-1, input_ids[..., None])[..., 0].log()
@@ -141,7 +145,13 @@ def test_divergence_to_labels(model_class, kind, monkeypatch):
     (reference,) = torch.autograd.grad(expected, parameter)
     mask, taus = (labels != -100).float(), times.values()
     hidden_states = model.encode(model.make_state(input_ids), *taus)
-    loss = model.loss(kind, labels, mask, hidden_states, *taus)[0] / mask.sum()
+    inputs = (mask, hidden_states, *taus)
+    if divergence == "labels":
+        total, _ = model.cross_entropy_loss(labels, *inputs)
+    else:
+        target = Posterior.of_tokens(input_ids, 53, model.chunks(hidden_states))
+        total, _ = model.divergence_loss(divergence, target, *inputs)
+    loss = total / mask.sum()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(loss, parameter)[0], reference, rtol=1e-3, atol=1e-5)
 
@@ -263,7 +273,7 @@ def test_small_gradients_survive_float16():
 
     def gradient():
         function = lambda outputs, chunk, workspace: softmax_divergence("squared_error", outputs, target[:, chunk])  # noqa: E731
-        total, _ = head_loss(function, torch.ones(2, 4), hidden_states, head.weight, head.bias)
+        total, _ = linear_loss(function, torch.ones(2, 4), hidden_states, head.weight, head.bias)
         return torch.autograd.grad(total, head.bias)[0]
 
     expected = gradient()

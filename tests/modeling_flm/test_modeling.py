@@ -322,7 +322,7 @@ class TestFinalLogitSoftcapping:
 
     @staticmethod
     def capped(model, hidden_states):
-        return 0.5 * torch.tanh(model.head(hidden_states) / 0.5)
+        return 0.5 * torch.tanh(model.head_outputs(hidden_states) / 0.5)
 
     def build(self, model_class):
         flm = build_flm(final_logit_softcapping=0.5)
@@ -339,7 +339,7 @@ class TestFinalLogitSoftcapping:
             return self.capped(model, hidden_states).softmax(-1)
         s, t = (model.time_map.tau_to_t(tau)[:, None, None] for tau in self.times)
         flow, correction = hidden_states.chunk(2, dim=-1)
-        raw = model.correction.head(correction)  # which no cap touches
+        raw = model.correction.head_outputs(correction)  # which no cap touches
         assert raw.abs().max() > 1
         return self.capped(model.flow, flow).softmax(-1) + 0.5 * (t - s) * (1 - s) * raw
 

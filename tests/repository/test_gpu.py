@@ -7,7 +7,7 @@ from train_tiny import build, build_packed
 from transformers import CompileConfig
 
 from modeling_flm import BridgeSampler, FlowMapSampler, FMLMModel, StochasticFlowMapSampler
-from modeling_flm.losses import head_loss, softmax_cross_entropy
+from modeling_flm.losses import linear_loss, softmax_cross_entropy
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -104,7 +104,7 @@ def test_head_loss_takes_the_memory_of_a_chunk():
     labels = torch.randint(50258, (16, 1024), device="cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss, _ = head_loss(
+    loss, _ = linear_loss(
         lambda outputs, chunk, workspace: softmax_cross_entropy(outputs, labels[:, chunk]),
         torch.ones(16, 1024, device="cuda"), hidden_states, head.weight, head.bias,
     )  # fmt: skip

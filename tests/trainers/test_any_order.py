@@ -196,8 +196,8 @@ class TestWrongModels:
         for model_class in (FMLMModel, FMLMTwoNetworkModel):
             with pytest.raises(TypeError, match="Pass its flow, `teacher.flow`"):
                 model_class.from_flm(two)
-        with pytest.raises(ValueError, match="`kind` must be one of cross_entropy, kl, squared_error, got 'mse'"):
-            labels = torch.zeros(1, 12, dtype=torch.long)
-            flm.loss(
-                "mse", flm.posterior(torch.randn(1, 12, 32), torch.zeros(1)), labels, torch.randn(1, 12, 32), None
-            )
+        with pytest.raises(
+            ValueError, match="`divergence` must be one of cross_entropy, kl, squared_error, got 'mse'"
+        ):
+            tau, hidden_states = torch.zeros(1), torch.randn(1, 12, 32)
+            flm.divergence_loss("mse", flm.posterior(hidden_states, tau), torch.ones(1, 12), hidden_states, tau)
