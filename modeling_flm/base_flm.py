@@ -30,21 +30,21 @@ class FLMOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
-            The mean over the tokens of the cross-entropy of the denoiser to the clean tokens, in nats.
-        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*, returned by models that are a softmax):
-            The unnormalized log-probabilities of the clean tokens, after the cap of `config.final_logit_softcapping`:
+            Mean over the tokens of the cross-entropy of the denoiser to the clean tokens, in nats.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*, returned by [`FLMModel`] and [`FMLMModel`]):
+            Unnormalized log-probabilities of the clean tokens, after the cap of `config.final_logit_softcapping`:
             `softmax(logits)` is the denoiser `D_t` or the two-time denoiser.
         probabilities (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*, returned by [`FMLMTwoNetworkModel`]):
             The two-time denoiser, which may leave the simplex.
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            The input of the head, after the final modulated normalization. For [`FMLMTwoNetworkModel`] those of both
-            heads, concatenated.
+            Input of the head, after the final modulated normalization. For [`FMLMTwoNetworkModel`] the inputs of both heads,
+            concatenated.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True`):
-            The states of shape `(batch_size, sequence_length, hidden_size)` that enter each block, and the last one.
+            Inputs of the blocks and the output of the last one, each of shape `(batch_size, sequence_length, hidden_size)`.
         attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
-            The attention weights of shape `(batch_size, num_heads, sequence_length, sequence_length)` of each block.
+            Attention weights of each block, of shape `(batch_size, num_heads, sequence_length, sequence_length)`.
         token_losses (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*, returned when `labels` is provided):
-            The cross-entropy at each token; without gradient, and 0 where labels are -100.
+            Cross-entropy at each token, without gradient; 0 for labels of -100.
     """
 
     loss: torch.FloatTensor | None = None
@@ -58,10 +58,11 @@ class FLMOutput(ModelOutput):
 
 class FLMPreTrainedModel(PreTrainedModel):
     """
-    What flow-based language models have in common: weight initialization, what the backbone supports, states, and `forward`
-    and `posterior` in terms of what a concrete model defines: `embeddings`, `encode`, `predict` and `loss`.
+    Base class of flow-based language models: weight initialization, features of the backbone, states, `forward` and
+    `posterior`. A subclass defines `embeddings`, `encode`, `predict`, `add_predictions`, `cross_entropy_loss` and
+    `divergence_loss`.
 
-    The sampler and guidance use `state_embedding`, `state_sizes`, `posterior`, `time_map` and `config`.
+    The sampler and guidance use only `state_embedding`, `state_sizes`, `posterior`, `time_map` and `config`.
     """
 
     config: FLMConfig
@@ -70,7 +71,7 @@ class FLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["FLMLayer"]
     _keep_in_fp32_modules_strict = ["lm_head", "norm", "norm1", "norm2", "time_embedding", "loss_weighting"]
-    _keep_in_fp32_modules = [".*lm_head", ".*time_embedding", ".*loss_weighting"]  # what quantization leaves as it is
+    _keep_in_fp32_modules = [".*lm_head", ".*time_embedding", ".*loss_weighting"]  # not quantized
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -81,8 +82,8 @@ class FLMPreTrainedModel(PreTrainedModel):
     softmax_cross_entropy = staticmethod(softmax_cross_entropy)
 
     def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
-        # Silently dropping the softcap would change what the model computes. Where nothing was asked for, transformers
-        # takes this as the sign to choose "eager".
+        # Silently dropping the softcap would change the outputs. If no `attn_implementation` was passed, this error makes
+        # transformers choose "eager".
         if self.config.attn_logit_softcapping is not None:
             raise ValueError(
                 f"`attn_implementation='sdpa'` cannot apply `attn_logit_softcapping={self.config.attn_logit_softcapping}`. "
@@ -107,14 +108,14 @@ class FLMPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
 
     def _layers_of_zeros(self) -> list[nn.Module]:
-        """What starts at zero: blocks as the identity, predictions as the uniform distribution."""
+        """Layers initialized to zero: blocks start as the identity, predictions as the uniform distribution."""
         return [module.modulation for module in self.modules() if isinstance(module, FLMLayer)]
 
-    # What a concrete model defines
+    # To be defined by each model
 
     @property
     def embeddings(self) -> list[nn.Embedding]:
-        """The token embedding of each of the model's networks."""
+        """Token embedding of each network of the model."""
         raise NotImplementedError
 
     def encode(
@@ -126,14 +127,14 @@ class FLMPreTrainedModel(PreTrainedModel):
         **kwargs,
     ) -> torch.Tensor:
         """
-        The backbone: everything before the head.
+        Runs the backbone: everything before the head.
 
         Args:
             state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): Noised states.
             tau_s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
-                The reparameterized times of the states; 1 where tokens are known.
-            tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): The times to go to, for flow maps.
-            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real positions.
+                Reparameterized times of the states; 1 for known tokens.
+            tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): Target times, for flow maps.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 for padding.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`: the input of the head, in float32.
@@ -148,7 +149,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         logits_processor: LogitsProcessorList | None = None,
     ) -> torch.Tensor:
         r"""
-        The head: the two-time denoiser \\(\delta_{s,t}\\), for what `encode` returned or a chunk of its positions.
+        Computes the two-time denoiser \\(\delta_{s,t}\\) from the outputs of `encode`, or from a chunk of their positions.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, num_positions, embedding_size)`): The input of the head.
@@ -207,14 +208,14 @@ class FLMPreTrainedModel(PreTrainedModel):
         raise NotImplementedError
 
     def log_loss_weight(self, tau_s: torch.Tensor) -> torch.Tensor | None:
-        """The learned logarithm of the weight of the loss, of the shape of the times, for models that have one."""
+        """Learned logarithm of the loss weight, of the shape of the times, or `None` for models without one."""
         return None
 
     # Shared by all models
 
     @property
     def state_embedding(self) -> torch.Tensor:
-        """`torch.Tensor` of shape `(vocab_size, embedding_size)`: the embedding E in the states `x @ E`."""
+        """The embedding E in the states `x @ E`, of shape `(vocab_size, embedding_size)`."""
         weights = [self.embed_vocabulary(embedding) for embedding in self.embeddings]
         if len(weights) == 1:
             return weights[0]
@@ -222,16 +223,16 @@ class FLMPreTrainedModel(PreTrainedModel):
 
     @property
     def state_sizes(self) -> list[int]:
-        """How many of the columns of a state belong to each of the model's networks."""
+        """Number of columns of a state for each network of the model."""
         return [self.config.hidden_size for _ in self.embeddings]
 
     def embed_vocabulary(self, embedding: nn.Embedding) -> torch.Tensor:
         """
-        The weight of an embedding, by a call of the module where it is not there otherwise: adapters add to it, and what
-        `device_map` offloads or FSDP shards is whole only during a call.
+        Returns the embedding matrix. Calls the module if its weight alone is not the whole matrix: with adapters, offloading or
+        FSDP.
         """
         weight = embedding.weight
-        # By its `forward`, as FSDP derives classes that have the same
+        # FSDP derives a class, with the same `forward`.
         is_plain = type(embedding).forward is nn.Embedding.forward and type(weight) is nn.Parameter
         if is_plain and weight.device.type != "meta":
             return weight
@@ -243,30 +244,31 @@ class FLMPreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise NotImplementedError(
-            "The size of the vocabulary defines the times and the noise of the model, which would have to be trained anew: "
-            "build a model with another `vocab_size`."
+            "Times and noise depend on the vocabulary size, so resizing would require retraining: build a model with another "
+            "`vocab_size`."
         )
 
     def save_pretrained(self, *args, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.save_pretrained`]. `AutoModelForCausalLM` and `AutoModelForMaskedLM` load the same
-        model as `AutoModel`, for those who look for a text generator there.
+        As [`~transformers.PreTrainedModel.save_pretrained`]. Besides `AutoModel`, `AutoModelForCausalLM` and
+        `AutoModelForMaskedLM` load the saved model.
         """
         name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
         auto_classes = dict.fromkeys(("AutoModelForCausalLM", "AutoModelForMaskedLM"), name)
+        # As transformers does for `AutoModel` and `AutoConfig`
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_classes}
         super().save_pretrained(*args, **kwargs)
 
     def compile_regions(self, **options):
         """
-        Compiles the blocks, and the divergences of those networks that are a softmax, for all methods of this model. What
-        is between them is left to wrappers such as FSDP, and takes little time. To compile a step of `generate` whole, pass
-        it a `compile_config`. Raises `torch._dynamo.config.recompile_limit` to 64.
+        Compiles the blocks and the softmax divergences, for all methods of this model. The code between them takes little time,
+        and wrappers such as FSDP work on it. To compile a whole step of `generate`, pass `compile_config` to it. Raises
+        `torch._dynamo.config.recompile_limit` to 64.
 
         Args:
             options: Arguments of `torch.compile`, such as `backend`, `mode` or `fullgraph`.
         """
-        # One code for all networks in training and evaluation, with and without padding: each is a graph of its own.
+        # All networks share this code: each needs a graph for training and evaluation, with and without padding.
         raise_recompile_limit()
         compute = torch.compile(FLMLayer.compute, **options)
         for module in self.modules():
@@ -285,14 +287,14 @@ class FLMPreTrainedModel(PreTrainedModel):
         time_map: TimeMap | None = None,
     ) -> torch.Tensor:
         """
-        The state of clean tokens, or of noised ones; in float32 also under autocast, and differentiable in the embeddings.
+        Returns the state of clean or noised tokens, in float32 also under autocast, and differentiable in the embeddings.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Clean tokens.
             tau (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, *optional*):
-                The reparameterized times; at 1 a token is clean.
+                Reparameterized times; a token at time 1 is clean.
             noise (`torch.Tensor` of shape `(batch_size, sequence_length, noise_size)`, *optional*):
-                Standard normal variables. For one network by itself `noise_size` is `min(vocab_size, hidden_size)`, see
+                Standard normal variables. For a single network `noise_size` is `min(vocab_size, hidden_size)`, see
                 [`~joint_noise.noise_size`].
             joint_noise ([`~joint_noise.JointNoise`], *optional*):
                 The noise of several models, from [`~joint_noise.JointNoise.of_networks`], if they must see the same noise.
@@ -336,20 +338,16 @@ class FLMPreTrainedModel(PreTrainedModel):
         logits_processor: LogitsProcessorList | None = None,
     ) -> Posterior:
         r"""
-        The two-time denoiser \\(\delta_{s,t}\\), read a chunk of positions at a time.
+        Returns the two-time denoiser \\(\delta_{s,t}\\), to be read one chunk of positions at a time.
 
         Args:
-            state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The states at time `s`.
-            tau_s (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
-                The reparameterized times of the states; 1 where tokens are known.
-            tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): The times to go to, for flow maps.
-            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real positions.
+            state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): States at time `s`.
+            tau_s, tau_t, attention_mask: As for `encode`.
             logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
-                Changes the logits. It is called once per chunk, with scores of shape `(num_tokens, vocab_size)` and
-                an empty prefix.
+                Changes the logits. Called once per chunk, with scores of shape `(num_tokens, vocab_size)` and an empty prefix.
 
         Returns:
-            [`~posterior_flm.Posterior`]: probabilities of the clean tokens, in float32, which for an [`FMLMTwoNetworkModel`]
+            [`~posterior_flm.Posterior`]: probabilities of the clean tokens, in float32. For an [`FMLMTwoNetworkModel`] they
             may leave the simplex.
         """
         hidden_states = self.encode(state, tau_s, tau_t, attention_mask)
@@ -361,7 +359,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         return Posterior(probabilities, self.chunks(state), state.device)
 
     def chunks(self, state: torch.Tensor) -> list[slice]:
-        """Chunks of positions for which probabilities can be held, see [`~utils_flm.chunks`]."""
+        """Returns chunks of positions whose probabilities fit into memory, see [`~utils_flm.chunks`]."""
         return chunks(*state.shape[:2], self.config.vocab_size, state.device)
 
     def add_predictions(
@@ -382,32 +380,32 @@ class FLMPreTrainedModel(PreTrainedModel):
         **kwargs,
     ) -> FLMOutput:
         r"""
-        Denoises states, which are given as `inputs_embeds`, or clean tokens.
+        Denoises states, passed as `inputs_embeds`, or clean tokens.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Clean tokens. To noise them, see [`~FLMPreTrainedModel.make_state`].
             timesteps (`torch.FloatTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
-                The reparameterized time `tau` in [0, 1] of each text, or of each token: 0 is noise, 1 is text. Known tokens
-                have the time 1.
+                Reparameterized time `tau` in [0, 1] of each sequence, or of each token: 0 is noise, 1 is data. Known tokens have
+                time 1.
             target_timesteps (`torch.FloatTensor` of the shape of `timesteps`, *optional*):
-                The reparameterized time to go to, at least `timesteps`. Flow maps need it, an FLM ignores it.
+                Reparameterized target time, at least `timesteps`. Required by flow maps, ignored by an FLM.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 for positions that are attended to, 0 for padding.
+                1 for tokens to attend to, 0 for padding.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
                 States `x @ E`.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Clean tokens to compute the cross-entropy to; positions with -100 do not count, which known tokens should have.
-                In training mode with `labels`, the logits are left out, which are as many as tokens times vocabulary.
+                Clean tokens, for the cross-entropy. Positions with -100 are ignored; use it for known tokens. In training mode with
+                `labels`, no logits are returned, because they would need tokens times vocabulary of memory.
             kwargs:
-                `num_items_in_batch`, what to divide the summed loss by where a batch is one of several; and what the attention
-                function takes.
+                `num_items_in_batch`, the divisor of the summed loss (by default the number of labels); and arguments of the
+                attention function.
 
         Returns:
             [`FLMOutput`]
 
         Raises:
-            `ValueError`: where these arguments do not go together, or times are not in [0, 1].
+            `ValueError`: if these arguments do not go together, or times are not in [0, 1].
 
         Example:
 
@@ -422,11 +420,11 @@ class FLMPreTrainedModel(PreTrainedModel):
         ```
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass either `input_ids` (clean tokens) or `inputs_embeds` (states), and not both.")
+            raise ValueError("Pass either `input_ids` (clean tokens) or `inputs_embeds` (states), not both.")
         shape = tuple((input_ids if inputs_embeds is None else inputs_embeds).shape[:2])
         if timesteps is None:
             raise ValueError(
-                "Pass `timesteps`, the reparameterized time tau in [0, 1] of each text, or of each token."
+                "Pass `timesteps`, the reparameterized time tau in [0, 1] of each sequence, or of each token."
             )
         for name, times in (("timesteps", timesteps), ("target_timesteps", target_timesteps)):
             if times is None:
@@ -434,7 +432,7 @@ class FLMPreTrainedModel(PreTrainedModel):
             got = tuple(times.shape) if isinstance(times, torch.Tensor) else f"`{times!r}`"
             if got not in (shape[:1], shape):
                 raise ValueError(
-                    f"`{name}` must be a tensor of shape {shape[:1]}, one time per text, or {shape}, one per token, got {got}."
+                    f"`{name}` must be a tensor of shape {shape[:1]}, one time per sequence, or {shape}, one per token, got {got}."
                 )
         if target_timesteps is not None and target_timesteps.shape != timesteps.shape:
             raise ValueError(
@@ -443,15 +441,15 @@ class FLMPreTrainedModel(PreTrainedModel):
             )
         if labels is not None and inputs_embeds is None:
             raise ValueError(
-                "`labels` need noised states, as clean tokens leave nothing to learn: pass `inputs_embeds=model.make_state("
-                "input_ids, timesteps, noise)` in the place of `input_ids`."
+                "`labels` need noised states, because clean tokens leave nothing to learn: pass `inputs_embeds=model.make_state("
+                "input_ids, timesteps, noise)` instead of `input_ids`. To train a model, use `FLMTrainer`."
             )
-        if not torch.compiler.is_compiling():  # what follows waits for the device
+        if not torch.compiler.is_compiling():  # this check waits for the device
             end = timesteps if target_timesteps is None else target_timesteps
             if not ((timesteps >= 0) & (timesteps <= end) & (end <= 1)).all():
                 raise ValueError(
                     "`timesteps` must be in [0, 1], and `target_timesteps` at least `timesteps` and at most 1: they are "
-                    "reparameterized times, 0 for noise and 1 for text."
+                    "reparameterized times, 0 for noise and 1 for data."
                 )
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         state = self.make_state(input_ids) if inputs_embeds is None else inputs_embeds

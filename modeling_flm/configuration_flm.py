@@ -10,8 +10,8 @@ import difflib
 from transformers.utils.versions import require_version
 
 
-# This is the first file that remote code runs: say what is missing before an import fails.
-require_version("transformers>=5.20", "FLM models need a newer one: `pip install --upgrade transformers`.")
+# Remote code runs this file first: check versions before an import fails.
+require_version("transformers>=5.20", "FLM models need a newer version: `pip install --upgrade transformers`.")
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -28,50 +28,50 @@ CUSTOM_PIPELINES = {"text-generation": {"impl": "pipeline_flm.FLMPipeline", "pt"
 class FLMConfig(PreTrainedConfig):
     r"""
     Configuration of an [`FLMModel`], a flow-based language model. The defaults give the architecture of the paper's
-    small models (12 blocks of width 768) with the vocabulary of `bert-base-uncased` and texts of 128 tokens.
+    small models (12 blocks of width 768) with the vocabulary of `bert-base-uncased` and sequences of 128 tokens.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 30522):
-            The size of the vocabulary, V, at least 2.
+            Vocabulary size V, at least 2.
         hidden_size (`int`, *optional*, defaults to 768):
-            The width of the token embedding and of the blocks.
+            Width of the token embedding and of the blocks.
         intermediate_size (`int`, *optional*):
-            The width of the hidden layer of the MLPs. By default four times `hidden_size`.
+            Width of the hidden layer of the MLPs. By default four times `hidden_size`.
         num_hidden_layers (`int`, *optional*, defaults to 12):
-            The number of blocks.
+            Number of blocks.
         num_attention_heads (`int`, *optional*, defaults to 12):
-            The number of attention heads, a divisor of `hidden_size` that leaves an even head size.
+            Number of attention heads. The head size, `hidden_size / num_attention_heads`, must be even.
         conditioning_size (`int`, *optional*, defaults to 128):
-            The width of the time embedding that modulates every block.
+            Width of the time embedding that modulates every block.
         timestep_embedding_size (`int`, *optional*, defaults to 256):
-            The number of sinusoids that a time is turned into, an even number.
+            Width of the sinusoidal time embedding. Must be even.
         max_position_embeddings (`int`, *optional*, defaults to 128):
-            The length of the texts, in tokens.
+            Sequence length in tokens.
         dropout (`float`, *optional*, defaults to 0.1):
-            The dropout on the output of every attention and MLP branch during training.
+            Dropout on the output of every attention and MLP branch during training.
         attn_logit_softcapping (`float`, *optional*, defaults to 50.0):
-            Attention logits are squashed into ±`attn_logit_softcapping`. The published weights need 50. `None` turns it
-            off, which makes the fast `sdpa` attention available.
+            Bound of the attention logits (tanh softcap). The published weights need 50. `None` for no bound, which makes the fast
+            `sdpa` attention available.
         final_logit_softcapping (`float`, *optional*, defaults to 30.0):
-            Token logits are squashed into ±`final_logit_softcapping` wherever they are made, as in Gemma 2. The released
-            weights need 30, those of the first published code `None`, which turns it off. The outputs of the correction
-            network of an [`FMLMTwoNetworkModel`] are not logits, and stay as they are.
+            Bound of the token logits (tanh softcap), as in Gemma 2. The released weights need 30, weights of the first published
+            code need `None`, no bound. Does not apply to the correction network of an [`FMLMTwoNetworkModel`], whose outputs
+            are not logits.
         layer_norm_eps (`float`, *optional*, defaults to 1e-05):
-            The epsilon of the layer normalizations.
+            Epsilon of the layer normalizations.
         per_token_timesteps (`bool`, *optional*, defaults to `False`):
-            Whether the network is conditioned on the time of each token. Otherwise it is on the earliest of the text's, and
-            must tell from the states which tokens are known.
+            Whether the network is conditioned on the time of each token. Otherwise it receives one time per sequence (the
+            smallest), and has to recognize known tokens by their states.
         time_reparameterization (`str`, *optional*, defaults to `"argmax"`):
-            The reparameterized time \\(\tau\\), in which times are drawn and the network is conditioned: `"argmax"`, how
-            likely the largest entry of a noised token is the right one, or `None` for none, \\(\tau = t\\), as in FMLM+.
+            Reparameterized time \\(\tau\\), which is drawn uniformly and on which the network is conditioned: `"argmax"`, from the
+            probability that the largest entry of a noised one-hot token is the right one, or `None`, \\(\tau = t\\), as in FMLM+.
         rope_parameters (`dict`, *optional*):
-            The rotary position embedding. By default `{"rope_type": "default", "rope_theta": 10000.0}`.
+            Parameters of the rotary position embedding. By default `{"rope_type": "default", "rope_theta": 10000.0}`.
         bos_token_id (`int`, *optional*):
-            The token that begins a text.
+            Id of the token at the beginning of a sequence.
         eos_token_id (`int`, *optional*):
-            The token that ends a text.
+            Id of the token at the end of a sequence.
         pad_token_id (`int`, *optional*):
-            The token that fills a text up.
+            Id of the padding token.
 
     Example:
 
@@ -123,18 +123,18 @@ class FLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        # transformers only warns, and a model of one kind with the weights of another writes nonsense.
-        kind = config_dict.get("model_type", cls.model_type)
-        if kind != cls.model_type:
+        # transformers only warns, and a model with the weights of another type generates nonsense.
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
             hint = " `FMLMModel.from_flm(FLMModel.from_pretrained(...))` starts a flow map from an FLM."
             raise ValueError(
-                f"The configuration is that of a model of type '{kind}', not '{cls.model_type}': load it with its own class, or "
-                f"with `AutoModel` and `AutoConfig`.{hint if kind == 'flm' else ''}"
+                f"The configuration has `model_type` '{model_type}', not '{cls.model_type}': load the model with its own class, or "
+                f"with `AutoModel` and `AutoConfig`.{hint if model_type == 'flm' else ''}"
             )
         return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self):
-        """Part of the validation by `@strict`: sizes that cannot be built."""
+        """Part of the validation by `@strict`. Raises a `ValueError` for sizes that cannot be built."""
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "conditioning_size")
         for name in (*names, "timestep_embedding_size", "max_position_embeddings"):
             if getattr(self, name) < 1:
@@ -153,7 +153,7 @@ class FLMConfig(PreTrainedConfig):
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             softcap = getattr(self, name)
             if softcap is not None and not softcap > 0:
-                raise ValueError(f"`{name}` must be positive, or `None` for no softcap, got {softcap}.")
+                raise ValueError(f"`{name}` must be positive, or `None` for no bound, got {softcap}.")
         if self.time_reparameterization not in (None, "argmax"):
             raise ValueError(
                 f"`time_reparameterization` must be 'argmax', or `None` for none, got {self.time_reparameterization!r}."
@@ -170,12 +170,12 @@ class FLMConfig(PreTrainedConfig):
 @strict
 class FMLMConfig(FLMConfig):
     r"""
-    Configuration of an [`FMLMModel`], a flow map language model: an [`FLMConfig`] and what follows.
+    Configuration of an [`FMLMModel`], a flow map language model. It has one more field than [`FLMConfig`].
 
     Args:
         learned_loss_weighting (`bool`, *optional*, defaults to `False`):
-            Whether the model has a small network \\(w(s)\\) that training uses to balance the losses of different
-            times, `exp(-w) * loss + w`. Generation does not need it.
+            Whether the model has a small network \\(w(s)\\) that balances the losses of different times in training,
+            `exp(-w) * loss + w`. Generation does not use it.
     """
 
     model_type = "fmlm"
@@ -186,13 +186,13 @@ class FMLMConfig(FLMConfig):
 @strict
 class FMLMTwoNetworkConfig(FMLMConfig):
     r"""
-    Configuration of an [`FMLMTwoNetworkModel`]: the sizes of both of its networks, as in [`FMLMConfig`].
+    Configuration of an [`FMLMTwoNetworkModel`]. Both networks have the sizes of this [`FMLMConfig`].
     """
 
     model_type = "fmlm_two_network"
 
 
-# What the models of this library are told by, as remote code has other classes
+# Identify our models by `model_type`: classes loaded as remote code are different objects.
 FLOW_MODEL_TYPES = tuple(config.model_type for config in (FLMConfig, FMLMConfig, FMLMTwoNetworkConfig))
 
 __all__ = ["FLMConfig", "FMLMConfig", "FMLMTwoNetworkConfig"]

@@ -33,13 +33,13 @@ from .time_reparameterization import build_time_map
 
 class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
     r"""
-    A flow-based language model: a diffusion transformer \\(D_t(x)\\) that is shown a noised text and predicts, for every
-    position at once, the distribution of the clean token. [`~FLMModel.generate`] follows the flow of this denoiser from
+    A flow-based language model: a diffusion transformer \\(D_t(x)\\) that takes a noised sequence and predicts the
+    distributions of the clean tokens at all positions at once. [`~FLMModel.generate`] follows the flow of this denoiser from
     noise to text.
 
     Args:
-        config ([`FLMConfig`]): The configuration. The weights are initialized at random; use
-            [`~PreTrainedModel.from_pretrained`] to load trained ones.
+        config ([`FLMConfig`]): The configuration. Weights are initialized at random; use
+            [`~PreTrainedModel.from_pretrained`] to load a trained model.
     """
 
     def __init__(self, config: FLMConfig):
@@ -51,7 +51,7 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
         self.time_embedding = FLMTimeEmbedding(config)
         self.layers = nn.ModuleList([FLMLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
-        # Plain linear layers, which adapters and quantization know
+        # Plain linear layers, for adapters and quantization
         self.modulation = nn.Linear(config.conditioning_size, 2 * config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
@@ -64,11 +64,11 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
         return [*super()._layers_of_zeros(), self.modulation, self.lm_head]
 
     def conditioning_times(self, tau: torch.Tensor) -> torch.Tensor:
-        """The times that the network is told: that of each token, or the earliest of each text."""
+        """Times the network is conditioned on: one per token, or the smallest of each sequence."""
         return tau if tau.dim() == 1 or self.config.per_token_timesteps else tau.amin(dim=1)
 
     def embed_times(self, tau_s: torch.Tensor, tau_t: torch.Tensor | None) -> torch.Tensor:
-        """The time embedding, of shape `(..., conditioning_size)`. An Euler step does not depend on its length."""
+        """Time embedding, of shape `(..., conditioning_size)`. A denoiser does not depend on the target time."""
         return self.time_embedding(self.conditioning_times(tau_s))
 
     def encode(self, state, tau_s, tau_t=None, attention_mask=None, **kwargs):
@@ -140,7 +140,7 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
         return apply_linear(self.lm_head, hidden_states.contiguous()).float()
 
     def logits(self, hidden_states: torch.Tensor, logits_processor: LogitsProcessorList | None = None) -> torch.Tensor:
-        """The capped and processed logits of what `encode` returned, or of a chunk of its positions, in float32."""
+        """Capped and processed logits for the outputs of `encode`, or for a chunk of their positions, in float32."""
         logits = softcap_logits(self.head_outputs(hidden_states), self.config.final_logit_softcapping)
         if logits_processor:
             scores = logits.flatten(0, 1)
@@ -157,12 +157,12 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
 
 class FMLMModel(FLMModel):
     r"""
-    A flow map language model: one network \\(\delta_{s,t}(x)\\) with two time embeddings, which jumps from time `s` to
-    any later time `t` at once. [`~FMLMModel.generate`] takes a single step unless told otherwise.
+    A flow map language model: one network \\(\delta_{s,t}(x)\\) with two time embeddings, which moves from time `s` to
+    any later time `t` in one step. [`~FMLMModel.generate`] takes one step by default.
 
     Args:
-        config ([`FMLMConfig`]): The configuration. The weights are initialized at random; use
-            [`~FMLMModel.from_flm`] to start from an FLM, or [`~PreTrainedModel.from_pretrained`] to load trained ones.
+        config ([`FMLMConfig`]): The configuration. Weights are initialized at random; use
+            [`~FMLMModel.from_flm`] to start from an FLM, or [`~PreTrainedModel.from_pretrained`] to load a trained model.
     """
 
     config: FMLMConfig
@@ -182,16 +182,16 @@ class FMLMModel(FLMModel):
     @classmethod
     def from_flm(cls, teacher: FLMModel, **config_overrides) -> "FMLMModel":
         r"""
-        A flow map that starts from a trained FLM: its weights are copied, and as the last layer of the second time
-        embedding is zero, \\(\delta_{s,t}\\) is the teacher's \\(D_s\\) for every `t`.
+        Returns a flow map that starts from a trained FLM. The weights are copied, and the last layer of the second time
+        embedding is zero, so that \\(\delta_{s,t}\\) is the teacher's \\(D_s\\) for every `t`.
 
         Args:
             teacher ([`FLMModel`]): The trained FLM.
-            config_overrides: Settings of [`FMLMConfig`] that differ from the teacher's, such as
+            config_overrides: Fields of [`FMLMConfig`] that differ from the teacher's, such as
                 `learned_loss_weighting` or `dropout`.
 
         Returns:
-            [`FMLMModel`], on the device of the teacher and in float32, in which it is to be trained.
+            [`FMLMModel`], on the device of the teacher and in float32, for training.
         """
         check_is_flm(teacher)
         model = cls(flow_map_config(cls.config_class, teacher, config_overrides))
@@ -201,17 +201,17 @@ class FMLMModel(FLMModel):
     @classmethod
     def from_masked(cls, masked_model: FLMModel, **config_overrides) -> "FMLMModel":
         r"""
-        A flow map in any order (FMLM+) that starts from a masked diffusion model on the same network, whose last token is the
-        mask. Its weights are copied without those of the mask. As it does not know times, the flow map starts without, too: the
-        last layers of its time embeddings are constant.
+        Returns an any-order flow map (FMLM+) that starts from a masked diffusion model with the same network, whose last token
+        is the mask. The weights are copied, except the rows for the mask. The masked model does not depend on time, so the flow
+        map starts independent of time as well: the last layers of its time embeddings are constant.
 
         Args:
-            masked_model ([`FLMModel`]): The masked model, which is run at the time 0.
-            config_overrides: Settings of [`FMLMConfig`] that differ from the masked model's. By default the flow map is told
-                the time of each token, without reparameterization.
+            masked_model ([`FLMModel`]): The masked model, which runs at time 0.
+            config_overrides: Fields of [`FMLMConfig`] that differ from the masked model's. By default the flow map is
+                conditioned on the time of each token, without reparameterization.
 
         Returns:
-            [`FMLMModel`], on the device of the masked model and in float32, in which it is to be trained.
+            [`FMLMModel`], on the device of the masked model and in float32, for training.
         """
         check_is_flm(masked_model, "masked_model")
         vocab_size = masked_model.config.vocab_size - 1
@@ -225,7 +225,7 @@ class FMLMModel(FLMModel):
                 any_order[name] = None  # it is the mask
         model = cls(flow_map_config(cls.config_class, masked_model, {**any_order, **config_overrides}))
         if model.config.vocab_size != vocab_size:
-            raise ValueError(f"`vocab_size` must be {vocab_size}, that of `masked_model` without the mask.")
+            raise ValueError(f"`vocab_size` must be {vocab_size}, the vocabulary of `masked_model` without the mask.")
         sized = ("embed_tokens.", "lm_head.")
         weights = masked_model.state_dict()
         weights = {name: value[:vocab_size] if name.startswith(sized) else value for name, value in weights.items()}
@@ -238,7 +238,9 @@ class FMLMModel(FLMModel):
 
     def embed_times(self, tau_s, tau_t):
         if tau_t is None:
-            raise ValueError("Pass `target_timesteps`, the reparameterized time that each text is to go to.")
+            raise ValueError(
+                "Pass `target_timesteps`, the reparameterized target time of each sequence, or of each token."
+            )
         target_times = self.conditioning_times(tau_t)
         return self.time_embedding(self.conditioning_times(tau_s)) + self.target_time_embedding(target_times)
 
@@ -259,7 +261,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     """
 
     config: FMLMTwoNetworkConfig
-    _can_record_outputs = {}  # the layers of two networks would be one sequence
+    _can_record_outputs = {}  # layers of both networks would be mixed
 
     def __init__(self, config: FMLMTwoNetworkConfig):
         super().__init__(config)
@@ -272,16 +274,16 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     @classmethod
     def from_flm(cls, teacher: FLMModel, **config_overrides) -> "FMLMTwoNetworkModel":
         """
-        The trained FLM as the flow, and a correction that has its weights but for a head of zeros, so that the model
+        Returns a model whose flow is the trained FLM. The correction has the same weights and a head of zeros, so that the model
         starts as the teacher.
 
         Args:
             teacher ([`FLMModel`]): The trained FLM.
-            config_overrides: Settings of [`FMLMTwoNetworkConfig`] that differ from the teacher's. As in the paper,
+            config_overrides: Fields of [`FMLMTwoNetworkConfig`] that differ from the teacher's. As in the paper,
                 `learned_loss_weighting` is on by default.
 
         Returns:
-            [`FMLMTwoNetworkModel`], on the device of the teacher and in float32, in which it is to be trained.
+            [`FMLMTwoNetworkModel`], on the device of the teacher and in float32, for training.
         """
         config_overrides.setdefault("learned_loss_weighting", True)
         correction = FMLMModel.from_flm(teacher, **config_overrides)
@@ -310,9 +312,11 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
         flow_states, correction_states = hidden_states.chunk(2, dim=-1)
         logits = self.flow.logits(flow_states, logits_processor)
-        correction = self.correction.head_outputs(correction_states).to(logits.device)  # not logits: no softcap
+        correction = self.correction.head_outputs(correction_states).to(
+            logits.device
+        )  # no softcap: these are not logits
         scale = self._correction_scale(tau_s, tau_t, logits)
-        # What a processor ruled out stays so.
+        # Tokens that a processor has excluded stay excluded.
         return logits.softmax(dim=-1) + scale * correction.masked_fill(logits == -torch.inf, 0.0)
 
     def _correction_scale(self, tau_s: torch.Tensor, tau_t: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -372,18 +376,18 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         return self.correction.log_loss_weight(tau_s)
 
     def log_likelihood_bound(self, *args, **kwargs) -> FLMLikelihoodOutput:
-        """That of the flow, which the model is where both times are equal: see [`FLMModel.log_likelihood_bound`]."""
+        """Returns the bound of the flow, which the model equals for equal times, see [`FLMModel.log_likelihood_bound`]."""
         return self.flow.log_likelihood_bound(*args, **kwargs)
 
 
 def load_network(model: FMLMModel, weights: dict[str, torch.Tensor], config_overrides: dict):
-    """Loads the weights of an FLM into a flow map of the same sizes, which does not depend yet on the time to go to."""
+    """Loads the weights of an FLM into a flow map of the same sizes, which starts independent of the target time."""
     new = ("target_time_embedding.", "loss_weighting.")
-    # What peft and quantization make of the names
+    # peft and quantization change the names
     changed = [name for name in weights if ".base_layer." in name or name.split(".")[-1] not in ("weight", "bias")]
     if changed:
         raise ValueError(
-            f"The model to start from has weights that a plain one does not have, such as {changed[0]}: merge its adapters first "
+            f"The model to start from has adapters or quantized weights, such as {changed[0]}: merge its adapters first "
             "(`merge_and_unload` of the `PeftModel`), or load it without quantization."
         )
     expected = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(new)}
@@ -395,7 +399,7 @@ def load_network(model: FMLMModel, weights: dict[str, torch.Tensor], config_over
 
 
 def check_is_flm(teacher: PreTrainedModel, argument: str = "teacher"):
-    """Raises a `TypeError` where a flow map cannot start from a model. By its name, as remote code has other classes."""
+    """Raises a `TypeError` if a flow map cannot start from a model. Compares names: classes of remote code are others."""
     name = type(teacher).__name__
     if name != "FLMModel":
         hints = {
@@ -407,16 +411,16 @@ def check_is_flm(teacher: PreTrainedModel, argument: str = "teacher"):
 
 
 def flm_settings(config: FLMConfig) -> dict:
-    """What of a configuration is a setting of every [`FLMConfig`]: sizes, tokens, times and caps."""
+    """Returns the fields of a configuration that every [`FLMConfig`] has: sizes, tokens, times and caps."""
     not_settings = ("architectures", "dtype", "model_type", "transformers_version", "_name_or_path")
     names = FLMConfig().to_dict().keys() - set(not_settings)
     return {name: value for name, value in config.to_dict().items() if name in names}
 
 
 def flow_map_config(config_class: type[FMLMConfig], teacher: FLMModel, overrides: dict) -> FMLMConfig:
-    """The configuration of a flow map with the sizes, the tokens and the attention of its teacher."""
+    """Returns the configuration of a flow map with the sizes, tokens and attention implementation of its teacher."""
     if unknown := sorted(overrides.keys() - config_class().to_dict().keys()):
-        raise ValueError(f"{config_class.__name__} has no setting {', '.join(unknown)}.")
+        raise ValueError(f"{config_class.__name__} has no field {', '.join(unknown)}.")
     config = config_class(**{**flm_settings(teacher.config), **overrides})
     config._attn_implementation = teacher.config._attn_implementation
     return config

@@ -1,4 +1,4 @@
-"""The configuration: sizes that are refused, saving and loading."""
+"""The configuration: invalid sizes, saving and loading."""
 
 import pytest
 import torch
@@ -32,16 +32,16 @@ class TestConfig:
             model = FLMModel(FLMConfig(vocab_size=50258, max_position_embeddings=1024))
         assert 165e6 < model.num_parameters() < 175e6
 
-    def test_models_of_another_kind_are_refused(self, tmp_path):
+    def test_another_model_type_is_refused(self, tmp_path):
         flm = FLMModel(FLMConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
         flm.save_pretrained(tmp_path / "flm")
         FMLMModel.from_flm(flm).save_pretrained(tmp_path / "fmlm")
-        with pytest.raises(ValueError, match="type 'flm', not 'fmlm'.*`FMLMModel.from_flm"):
+        with pytest.raises(ValueError, match="'flm', not 'fmlm'.*`FMLMModel.from_flm"):
             FMLMModel.from_pretrained(tmp_path / "flm")
-        with pytest.raises(ValueError, match="type 'fmlm', not 'flm'.*`AutoModel`"):
+        with pytest.raises(ValueError, match="'fmlm', not 'flm'.*`AutoModel`"):
             FLMModel.from_pretrained(tmp_path / "fmlm")
 
-    def test_settings_that_may_be_meant_are_named(self, caplog):
+    def test_misspelled_fields_are_suggested(self, caplog):
         FLMConfig(hidden_sise=3, num_layers=2, id2label={0: "a"}, my_own=1)
         assert "no `hidden_sise`: did you mean `hidden_size`?" in caplog.text
         assert "did you mean `num_hidden_layers`?" in caplog.text and caplog.text.count("did you mean") == 2

@@ -131,7 +131,7 @@ class TestForward:
             ({"input_ids": torch.ones(3, 4).long()}, "Pass `timesteps`"),
             (
                 {"input_ids": torch.ones(3, 4).long(), "timesteps": torch.rand(3, 5)},
-                r"`timesteps` must be a tensor of shape \(3,\), one time per text, or \(3, 4\), one per token, got \(3, 5\)",
+                r"`timesteps` must be a tensor of shape \(3,\), one time per sequence, or \(3, 4\), one per token, got \(3, 5\)",
             ),
             (
                 {
@@ -208,7 +208,7 @@ class TestFlowMaps:
         assert student.embed_tokens.weight.data_ptr() != flm.embed_tokens.weight.data_ptr()
         assert not student.target_time_embedding.linear_2.weight.any()
         assert student.target_time_embedding.linear_1.weight.any()
-        with pytest.raises(ValueError, match="FMLMConfig has no setting dorpout"):
+        with pytest.raises(ValueError, match="FMLMConfig has no field dorpout"):
             FMLMModel.from_flm(flm, dorpout=0.0)
         for size in (1, 3):
             with pytest.raises(ValueError, match="must leave all sizes as they are"):
