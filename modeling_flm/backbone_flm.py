@@ -28,9 +28,9 @@ class FLMLayerNorm(nn.Module):
 
 
 def apply_linear(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """A linear layer with a bias, for inputs of any dtype. It computes in that of its bias: quantized weights have another."""
+    """Applies a linear layer in the dtype of its bias, because quantized weights have a different one."""
     bias = layer.bias
-    # The layers that torch quantizes dynamically have a method in its place, and take float32.
+    # In layers quantized dynamically by torch, `bias` is a method; they take float32.
     return layer(inputs.to(bias.dtype if isinstance(bias, torch.Tensor) else torch.float32))
 
 
@@ -52,7 +52,7 @@ class FLMTimeEmbedding(nn.Module):
 
 
 class FLMLossWeighting(nn.Module):
-    """The learned logarithm of the weight of the loss, of the shape of the times."""
+    """Learned logarithm of the loss weight, of the shape of the times."""
 
     def __init__(self, config: FMLMConfig):
         super().__init__()
@@ -66,14 +66,14 @@ class FLMLossWeighting(nn.Module):
 
 def modulations(layer: nn.Module, conditioning: torch.Tensor, num_chunks: int) -> tuple[torch.Tensor, ...]:
     """
-    Turns the conditioning, of shape `(batch_size, 1 or sequence_length, conditioning_size)`, into `num_chunks` modulations of
+    Projects the conditioning, of shape `(batch_size, 1 or sequence_length, conditioning_size)`, to `num_chunks` modulations of
     shape `(batch_size, 1 or sequence_length, hidden_size)`.
     """
     return apply_linear(layer, conditioning).chunk(num_chunks, dim=-1)
 
 
 def modulate(normed: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`normed * (1 + scale) + shift`, in the float32 of `normed`."""
+    """Returns `normed * (1 + scale) + shift`, in the dtype of `normed`, float32."""
     return torch.addcmul(shift.to(normed.dtype), normed, 1 + scale.to(normed.dtype))
 
 
@@ -81,8 +81,8 @@ def rotary_embedding(
     length: int, head_dim: int, theta: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Cosines and sines of the rotary position embedding, each of shape `(length, head_dim)`. Computed in every forward
-    pass: it costs nothing beside a block, and a buffer would be lost in `from_pretrained`.
+    Cosines and sines of the rotary position embedding, each of shape `(length, head_dim)`. Computed in every forward pass,
+    which costs little compared to a block, because `from_pretrained` would lose a buffer.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / theta**exponents
@@ -112,7 +112,7 @@ def eager_attention_forward(
     keeps_weights = torch.is_grad_enabled() or output_attentions or module.config.output_attentions
     rows = [] if keeps_weights else chunks(1, batch_size, num_heads * length**2, query.device)
     if len(rows) > 1:
-        # Nothing keeps the weights: a few sequences at a time, the memory for them does not grow with the batch.
+        # The attention weights are not kept: with a few sequences at a time, their memory does not grow with the batch.
         tensors = [query, key, value] + (
             [] if attention_mask is None else [attention_mask.expand(batch_size, -1, -1, -1)]
         )
@@ -152,7 +152,7 @@ class FLMAttention(nn.Module):
         batch_size, length, hidden_size = hidden_states.shape
         qkv = self.qkv_proj(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
         query, key, value = (x.transpose(1, 2) for x in qkv.unbind(dim=2))
-        # Float32 tables promote: go back to the dtype of the value, which every attention function expects.
+        # The float32 tables promote: convert back to the dtype of the value, as attention functions expect.
         query = apply_rotary_embedding(query, *position_embeddings).to(value.dtype)
         key = apply_rotary_embedding(key, *position_embeddings).to(value.dtype)
 
@@ -183,7 +183,7 @@ class FLMMLP(nn.Module):
         inner = self.up_proj(hidden_states)
         if torch.is_grad_enabled():
             return self.down_proj(F.gelu(inner, approximate="tanh"))
-        # In place: this is what takes the most memory in sampling.
+        # In place: this tensor takes the most memory in sampling.
         return self.down_proj(torch.ops.aten.gelu_(inner, approximate="tanh"))
 
 

@@ -3,14 +3,13 @@
 """
 The mathematics of flow-based language models as pure functions.
 
-A text is a (length, vocab_size) matrix `x1` of one-hot rows. Noise `x0 ~ N(0, I)` is carried to it along
-`I_t = (1 - t) x0 + t x1`. Networks see a state `x` only through `x @ E`, where `E` is their token embedding, and every
-update of the state is linear in `x`, so the whole process runs in embedding space: here a *state* is the
-(..., embedding_size) tensor `x @ E`, and no function holds a tensor with `vocab_size` columns.
+A sequence is a (length, vocab_size) matrix `x1` of one-hot rows. The interpolant `I_t = (1 - t) x0 + t x1` connects it to
+noise `x0 ~ N(0, I)`. Networks see a state `x` only through `x @ E`, where `E` is their token embedding, and every update of
+the state is linear in `x`, so the whole process runs in embedding space: here a *state* is the (..., embedding_size) tensor
+`x @ E`, and no function holds a tensor with `vocab_size` columns.
 
-Times are of shape `(batch_size,)`, one for each text, or `(batch_size, sequence_length)`, one for each token. A token that is
-known has the time 1 from beginning to end: its state is clean, and with the factors below, which are all exact and finite at
-`s = t = 1`, no update moves it.
+Times have shape `(batch_size,)`, one per sequence, or `(batch_size, sequence_length)`, one per token. A known token has time 1
+throughout: its state is clean, and no update moves it, because all factors below are exact and finite at `s = t = 1`.
 """
 
 import torch
@@ -18,15 +17,15 @@ import torch
 
 def expand_times(times: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     """
-    Appends axes to times, or factors of this shape, until they broadcast against a state.
+    Appends axes to times, or to factors of their shape, so that they broadcast against a state.
 
     Args:
         times (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`): The times.
         state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, 1 or sequence_length, 1)`, in the precision of the state, but at least float32:
-        a low-precision state becomes one of float32 instead.
+        `torch.Tensor` of shape `(batch_size, 1 or sequence_length, 1)`, in the precision of the state, but at least float32,
+        to which it promotes a low-precision state.
     """
     dtype = torch.promote_types(state.dtype, torch.float32)
     return times.to(dtype).reshape(times.shape + (1,) * (state.dim() - times.dim()))
@@ -34,12 +33,12 @@ def expand_times(times: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
 
 def times_with_known(tau: torch.Tensor, known: torch.BoolTensor | None) -> torch.Tensor:
     """
-    The times of texts of which some tokens are known.
+    Returns the times of sequences with some known tokens.
 
     Args:
         tau (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`):
-            The time of the tokens that are not known.
-        known (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): Where tokens are known.
+            Times of the unknown tokens.
+        known (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): Mask of the known tokens.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, sequence_length)`, or `tau` itself if nothing is known.
@@ -68,7 +67,7 @@ def interpolate(noise: torch.Tensor, clean: torch.Tensor, t: torch.Tensor) -> to
 
 def remaining_noise(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     r"""
-    How much of the noise at one time is left at a later one, \\(\frac{1-t}{1-s}\\), and 1 where the times are equal.
+    Share of the noise at time `s` that is left at time `t`, \\(\frac{1-t}{1-s}\\), and 1 for equal times.
 
     Args:
         s (`torch.Tensor` of any shape): Interpolant times to start from.
@@ -82,9 +81,9 @@ def remaining_noise(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def flow_map(state: torch.Tensor, delta: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     r"""
-    The flow map in terms of the two-time denoiser, \\(X_{s,t}(x) = \frac{1-t}{1-s}\,x + \frac{t-s}{1-s}\,\delta_{s,t}(x)\\).
+    Applies the flow map in terms of the two-time denoiser, \\(X_{s,t}(x) = \frac{1-t}{1-s}\,x + \frac{t-s}{1-s}\,\delta_{s,t}(x)\\).
 
-    With the denoiser \\(D_s\\) of a flow in the place of \\(\delta_{s,t}\\) this is an Euler step of its probability flow.
+    With the denoiser \\(D_s\\) of a flow as \\(\delta_{s,t}\\), this is an Euler step of its probability flow.
 
     Args:
         state (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): The state at time `s`.
@@ -117,17 +116,17 @@ def denoising_direction(state: torch.Tensor, denoised: torch.Tensor, s: torch.Te
 
 def gamma_coefficients(t: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""
-    The coefficients of gamma sampling, by which a flow map arrives at time \\(t\\) with a part of its noise drawn anew: it
-    goes on to the later time \\(u = 1 - (1-t)\sqrt{1-\gamma^2}\\), and
+    Coefficients of gamma sampling, in which a flow map arrives at time \\(t\\) with part of its noise redrawn: it goes to the
+    later time \\(u = 1 - (1-t)\sqrt{1-\gamma^2}\\), and
 
     \\(x_t = X_{s,u}(x) - (u - t)\,\delta_{s,u}(x) + \gamma\,(1 - t)\,z\\)
 
-    with new noise \\(z\\) has as much of the text and of noise as \\(t\\) asks for. (The distribution is kept exactly where
-    \\(\delta\\) is the text itself, or gamma is 0 or 1.)
+    with new noise \\(z\\) has the shares of data and noise of time \\(t\\). (The distribution is preserved exactly if
+    \\(\delta\\) is the data itself, or gamma is 0 or 1.)
 
     Args:
         t (`torch.Tensor`): Interpolant times to arrive at.
-        gamma (`float`): The share \\(\gamma\\) in [0, 1], 0 for none and 1 for all of the noise (in standard deviations).
+        gamma (`float`): Share \\(\gamma\\) of the noise to redraw, in standard deviations: 0 for none, 1 for all.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: \\(u\\), \\(u - t\\) and \\(\gamma\,(1 - t)\\), each with the shape
@@ -139,12 +138,12 @@ def gamma_coefficients(t: torch.Tensor, gamma: float) -> tuple[torch.Tensor, tor
 
 def bridge_coefficients(s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""
-    The coefficients of the bridge between a state and a clean token: given both, the state at a time between them is
+    Coefficients of the bridge between a state and a clean token: given both, the state at a time between them is
 
     \\(x_t = a\,x_s + b\,x_1 + c\,z, \quad a = \frac{s(1-t)^2}{t(1-s)^2}, \quad b = \frac{(t-s)\,q}{t(1-s)^2}, \quad
     c^2 = \frac{(1-t)^2(t-s)\,q}{t^2(1-s)^2}, \quad q = s + t - 2st\\)
 
-    with new noise \\(z\\) (arXiv 2605.13681). It is (1, 0, 0) where the times are equal.
+    with new noise \\(z\\) (arXiv 2605.13681). They are (1, 0, 0) for equal times.
 
     Args:
         s (`torch.Tensor` of any shape): Interpolant times to start from.
@@ -164,7 +163,7 @@ def bridge_coefficients(s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor,
 
 def reward_coefficient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     r"""
-    How far a step moves the state along the gradient of a reward, \\(\frac{(1-s)(t-s)}{t}\\).
+    Step size along the gradient of a reward, \\(\frac{(1-s)(t-s)}{t}\\).
 
     Args:
         s (`torch.Tensor` of any shape): Interpolant times to start from.
@@ -178,7 +177,7 @@ def reward_coefficient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def correction_coefficient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     r"""
-    What the correction of a two-network flow map is multiplied by, \\(\tfrac12 (t-s)(1-s)\\).
+    Factor of the correction of a two-network flow map, \\(\tfrac12 (t-s)(1-s)\\).
 
     Args:
         s (`torch.Tensor` of any shape): Interpolant times to start from.
@@ -192,9 +191,9 @@ def correction_coefficient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def semigroup_weight(s: torch.Tensor, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     r"""
-    The weight of the semigroup identity of the two-time denoiser,
+    Weight of the semigroup identity of the two-time denoiser,
     \\(\delta_{s,t}(x) = \lambda\,\delta_{s,u}(x) + (1-\lambda)\,\delta_{u,t}(X_{s,u}(x))\\) with
-    \\(\lambda = \frac{(1-t)(u-s)}{(1-u)(t-s)}\\), and 1 where nothing is left to the second part.
+    \\(\lambda = \frac{(1-t)(u-s)}{(1-u)(t-s)}\\), and 1 if the second part is empty.
 
     Args:
         s (`torch.Tensor` of any shape): Interpolant times to start from.
@@ -210,21 +209,21 @@ def semigroup_weight(s: torch.Tensor, u: torch.Tensor, t: torch.Tensor) -> torch
 
 def lagrangian_coefficient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     r"""
-    The factor \\(\frac{(1-t)(t-s)}{1-s}\\) of the derivative in \\(t\\), in the Lagrangian target.
+    Factor \\(\frac{(1-t)(t-s)}{1-s}\\) of the derivative in \\(t\\), in the Lagrangian target.
 
     Args:
         s (`torch.Tensor` of any shape): Interpolant times to start from.
         t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at, `s <= t <= 1`.
 
     Returns:
-        `torch.Tensor` of the shape of `s`, 0 where the times are equal.
+        `torch.Tensor` of the shape of `s`, 0 for equal times.
     """
     return remaining_noise(s, t) * (t - s)
 
 
 def eulerian_coefficient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     r"""
-    The factor \\(\frac{t-s}{1-t}\\) of the derivative along the flow, in the Eulerian target. It has a pole at
+    Factor \\(\frac{t-s}{1-t}\\) of the derivative along the flow, in the Eulerian target. It has a pole at
     \\(s < t = 1\\).
 
     Args:
@@ -232,6 +231,6 @@ def eulerian_coefficient(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         t (`torch.Tensor` of the shape of `s`): Interpolant times to arrive at, `s <= t`.
 
     Returns:
-        `torch.Tensor` of the shape of `s`, 0 where the times are equal.
+        `torch.Tensor` of the shape of `s`, 0 for equal times.
     """
     return torch.where(t > s, (t - s) / (1 - t), 0.0)

@@ -12,26 +12,26 @@ from transformers import PreTrainedModel
 
 def noise_size(*embeddings: torch.Tensor) -> int:
     """
-    The number of Gaussian variables per token that [`JointNoise`] takes.
+    Returns the number of Gaussian variables per token for a [`JointNoise`].
 
     Args:
         embeddings (`torch.Tensor` of shape `(vocab_size, embedding_size)`): One or several token embeddings.
 
     Returns:
-        `int`: the joint width of the embeddings or the size of the vocabulary, whichever is smaller.
+        `int`: the joint width of the embeddings or the vocabulary size, whichever is smaller.
     """
     return min(embeddings[0].shape[0], sum(embedding.shape[1] for embedding in embeddings))
 
 
-# Sums over so many rows are in float32, and sums of those in float64: with more rows rounding errors grow.
+# Number of rows that are summed in float32; the sums are added in float64. Rounding errors grow with more rows.
 _ROWS = 4096
-# Columns of the Gram matrix in a product: with fewer, less is computed on both sides of its diagonal, by slower products.
+# Columns of the Gram matrix per product. Fewer columns compute less on both sides of its diagonal, but in slower products.
 _COLUMNS = 384
 
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Products of float32 matrices in float32, also where autocast, TF32 or bfloat16 is allowed for them."""
+    """Context in which products of float32 matrices are in float32, even if autocast, TF32 or bfloat16 is allowed."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     allowed = [backend.fp32_precision for backend in backends]
     try:
@@ -44,47 +44,47 @@ def _full_precision(device: torch.device) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-# For an embedding the index of the last one before it of its width, with ones where columns of both are near and else zeros;
-# `None` where there is none.
-Near = list[tuple[int, torch.Tensor] | None]
+# For each embedding: the index of the previous embedding of equal width, and a vector with 1 for each similar column, else 0;
+# `None` if there is no such embedding.
+SimilarColumns = list[tuple[int, torch.Tensor] | None]
 
 
-def _near(embeddings: Sequence[torch.Tensor]) -> Near:
-    """Which columns are near those of an embedding before, on a sample of rows."""
+def _find_similar(embeddings: Sequence[torch.Tensor]) -> SimilarColumns:
+    """Finds the columns of each embedding that are similar to a previous embedding's, on a sample of rows."""
     samples = [each[:: max(1, len(each) // _ROWS)].to(embeddings[0].device) for each in embeddings]
-    near, last = [], {}
+    similar, last = [], {}
     for index, sample in enumerate(samples):
         other = last.get(sample.shape[1])
         last[sample.shape[1]] = index
         if other is None:
-            near.append(None)
+            similar.append(None)
             continue
         # Without a branch, which would wait for the device.
-        is_near = (sample - samples[other]).norm(dim=0) < sample.norm(dim=0) / 4
-        near.append((other, is_near.to(sample)))
-    return near
+        is_similar = (sample - samples[other]).norm(dim=0) < sample.norm(dim=0) / 4
+        similar.append((other, is_similar.to(sample)))
+    return similar
 
 
-def _basis(embeddings: Sequence[torch.Tensor], near: Near) -> Iterator[torch.Tensor]:
-    """A', some rows at a time."""
+def _basis(embeddings: Sequence[torch.Tensor], similar: SimilarColumns) -> Iterator[torch.Tensor]:
+    """Yields A' in chunks of rows."""
     for parts in zip(*(embedding.split(_ROWS) for embedding in embeddings)):
         parts = [part.to(parts[0].device) for part in parts]
-        columns = [part if each is None else part - each[1] * parts[each[0]] for part, each in zip(parts, near)]
+        columns = [part if each is None else part - each[1] * parts[each[0]] for part, each in zip(parts, similar)]
         yield columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
-def _add_near(columns: torch.Tensor, widths: list[int], near: Near) -> list[torch.Tensor]:
-    """What belongs to A', as what belongs to the embeddings."""
+def _undo_differences(columns: torch.Tensor, widths: list[int], similar: SimilarColumns) -> list[torch.Tensor]:
+    """Turns values for the columns of A' into values for the columns of each embedding."""
     sums = []
-    for part, each in zip(columns.split(widths, dim=-1), near):
+    for part, each in zip(columns.split(widths, dim=-1), similar):
         sums.append(part if each is None else part + each[1].to(part.device) * sums[each[0]])
     return sums
 
 
 class _NoiseFactor(torch.autograd.Function):
     r"""
-    \\(C^{-1} A'^\top E\\), whose value is known, and rows of \\(E\\), as functions of \\(E\\). Both in one, as the gradient of
-    rows by itself would be another matrix as large as \\(E\\).
+    \\(C^{-1} A'^\top E\\), with a known value, and rows of \\(E\\), as functions of \\(E\\). One function for both, because the
+    gradient of rows alone would be another matrix as large as \\(E\\).
     """
 
     @staticmethod
@@ -94,22 +94,22 @@ class _NoiseFactor(torch.autograd.Function):
         input_ids: torch.Tensor,
         value: torch.Tensor,
         cholesky: torch.Tensor,
-        near: list,
+        similar: SimilarColumns,
         *joint,
     ):
         ctx.save_for_backward(input_ids, cholesky, *joint)
-        ctx.near = near
+        ctx.similar = similar
         return value.to(embedding), F.embedding(input_ids, embedding)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor, rows_gradient: torch.Tensor):
         input_ids, cholesky, *joint = ctx.saved_tensors
-        inner = gradient.to(cholesky.device).to(cholesky.dtype)  # in this order, as MPS has no float64
+        inner = gradient.to(cholesky.device).to(cholesky.dtype)  # device first: MPS has no float64
         inner = torch.linalg.solve_triangular(cholesky.mT, inner, upper=True)
         product, start = None, 0
         with _full_precision(joint[0].device):
-            for rows in _basis(joint, ctx.near):
-                if product is None:  # as large as an embedding: parts that are put together afterwards take long
+            for rows in _basis(joint, ctx.similar):
+                if product is None:  # as large as an embedding: concatenating parts would take long
                     product = rows.new_empty(len(joint[0]), inner.shape[1])
                 torch.mm(rows, inner.to(rows), out=product[start : start + len(rows)])
                 start += len(rows)
@@ -129,13 +129,13 @@ class JointNoise:
     V-dimensional one given the noisy states, hence unbiased and less noisy. Where the vocabulary is not larger than the
     joint width, \\(R_i = E_i\\) and the noise has V dimensions.
 
-    Here \\(A'\\) is A with a column of \\(E_i - E_{i-1}\\) in place of one of \\(E_i\\) where both are near, and
-    \\(C C^\top = A'^\top A'\\): for one embedding \\(R = C^\top\\). What costs time is done here, once for as long as no
-    embedding changes. Products are in float32, their sums and the factorization in float64. What that loses: the variance
-    of a column of \\(A'\\) grows by \\(5 \cdot 10^{-7}\\) of it, or \\(4 \cdot 10^{-6}\\) where columns are linearly
-    dependent up to rounding, so that covariances of states are right to \\(10^{-5}\\) of the variances. States of nearly
-    coinciding embeddings differ by what they should, up to float32 rounding, but not those of parts of *one* embedding:
-    for a concatenation, pass its parts.
+    Here \\(A'\\) is A with similar columns of \\(E_i\\) and \\(E_{i-1}\\) replaced by their difference, and
+    \\(C C^\top = A'^\top A'\\): for one embedding \\(R = C^\top\\). The constructor does the expensive work, so use one instance
+    as long as no embedding changes. Products are in float32, their sums and the factorization in float64. Precision: the
+    variance of a column of \\(A'\\) grows by a factor \\(1 + 5 \cdot 10^{-7}\\), or \\(1 + 4 \cdot 10^{-6}\\) if columns are
+    linearly dependent up to rounding, so covariances of states are right to \\(10^{-5}\\) of the variances. The difference
+    between states of nearly equal embeddings is right up to float32 rounding; this does not hold for parts of *one*
+    embedding, so pass the parts of a concatenation.
 
     Args:
         embeddings (`torch.Tensor` of shape `(vocab_size, embedding_size)`):
@@ -143,7 +143,7 @@ class JointNoise:
         frozen (`Sequence[int]`, *optional*, defaults to `()`):
             Indices of embeddings that never change. They come first, in this order.
         frozen_gram (`torch.Tensor` of shape `(frozen_size, frozen_size)`, *optional*):
-            The attribute of this name of an earlier noise with the same `frozen` embeddings, so as not to compute it again.
+            The attribute `frozen_gram` of an earlier noise with the same `frozen` embeddings, to save its computation.
     """
 
     def __init__(self, *embeddings: torch.Tensor, frozen: Sequence[int] = (), frozen_gram: torch.Tensor | None = None):
@@ -161,18 +161,21 @@ class JointNoise:
         self._joint = [self.embeddings[index] for index in order]
         widths = [embedding.shape[1] for embedding in self._joint]
         with torch.no_grad(), _full_precision(self._joint[0].device):
-            self._near = _near(self._joint)
+            self._similar = _find_similar(self._joint)
             gram = self._gram(sum(widths[: len(frozen)]))
-            # The share of a column's variance is above the rounding errors of products; the rest is for columns of zeros.
+            # The share of a column's variance is above the rounding errors of products; `tiny` is for columns of zeros.
             eps = max(1e-11, *(torch.finfo(dtype).eps for dtype in dtypes))
             diagonal = gram.diagonal()
-            tiny = eps**3 * torch.cat(_add_near(diagonal, widths, self._near)) + torch.finfo(torch.float32).tiny
-            # Without a check, which would wait for the device: what fails both times becomes NaN.
+            tiny = (
+                eps**3 * torch.cat(_undo_differences(diagonal, widths, self._similar))
+                + torch.finfo(torch.float32).tiny
+            )
+            # Without a check, which would wait for the device: if both factorizations fail, the result is NaN.
             self.cholesky = torch.full_like(gram, torch.nan)
             for relative in (32 * eps, 4 * eps):
                 cholesky, failed = torch.linalg.cholesky_ex(gram + torch.diag(relative * diagonal + tiny))
                 self.cholesky = torch.where(failed == 0, cholesky, self.cholesky)
-        self.values = dict(zip(order, _add_near(self.cholesky.mT, widths, self._near)))
+        self.values = dict(zip(order, _undo_differences(self.cholesky.mT, widths, self._similar)))
 
     @classmethod
     def of_networks(
@@ -204,8 +207,8 @@ class JointNoise:
         return indices
 
     def _gram(self, frozen_size: int) -> torch.Tensor:
-        """The Gram matrix of the basis."""
-        # MPS has no float64: there only the products are on the device.
+        """Returns the Gram matrix of the basis."""
+        # MPS has no float64: only products are computed there.
         first = self._joint[0].device
         device = torch.device("cpu") if first.type == "mps" else first
         gram = torch.zeros(self.size, self.size, dtype=torch.float64, device=device)
@@ -213,7 +216,7 @@ class JointNoise:
         if self.frozen_gram is not None:
             gram[:frozen_size, :frozen_size] = self.frozen_gram
             blocks = [start for start in blocks if start >= frozen_size]
-        for rows in _basis(self._joint, self._near):
+        for rows in _basis(self._joint, self._similar):
             for left, right in zip(blocks, blocks[1:]):
                 gram[:right, left:right] += (rows[:, :right].mT @ rows[:, left:right]).to(device)
         self.frozen_gram = gram[:frozen_size, :frozen_size].clone()
@@ -221,10 +224,10 @@ class JointNoise:
 
     def factor(self, index: int) -> torch.Tensor:
         r"""
-        The factor \\(R_i\\) of one network, a constant.
+        Returns the factor \\(R_i\\) of one embedding, without gradient.
 
         Args:
-            index (`int`): Which of the embeddings, i.
+            index (`int`): Index i of the embedding.
 
         Returns:
             `torch.Tensor` of shape `(noise_size, embedding_size)`.
@@ -233,26 +236,26 @@ class JointNoise:
 
     def coordinates(self) -> torch.Tensor | None:
         r"""
-        What clean tokens are in the coordinates of the noise: the basis \\(Q\\), for which \\(E_i = Q R_i\\).
+        Returns the clean tokens in the coordinates of the noise: the basis \\(Q\\), with \\(E_i = Q R_i\\).
 
         Returns:
-            `torch.Tensor` of shape `(vocab_size, noise_size)`, or `None` where it is the identity, as the noise has
+            `torch.Tensor` of shape `(vocab_size, noise_size)`, or `None` if it is the identity, because the noise has
             `vocab_size` dimensions.
         """
         if self.cholesky is None:
             return None
-        basis = torch.cat([*_basis(self._joint, self._near)]).to(self.cholesky)
+        basis = torch.cat([*_basis(self._joint, self._similar)]).to(self.cholesky)
         return torch.linalg.solve_triangular(self.cholesky, basis.mT, upper=False).mT.to(self.embeddings[0])
 
     def factor_and_tokens(
         self, index: int, embedding: torch.Tensor, input_ids: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""
-        The factor \\(R_i\\) of one network and the embedded tokens, both differentiable in the embedding.
+        Returns the factor \\(R_i\\) of one embedding and the embedded tokens, both differentiable in the embedding.
 
         Args:
-            index (`int`): Which of the embeddings, i.
-            embedding (`torch.Tensor` of shape `(vocab_size, embedding_size)`): The embedding itself.
+            index (`int`): Index i of the embedding.
+            embedding (`torch.Tensor` of shape `(vocab_size, embedding_size)`): The embedding.
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The tokens.
 
         Returns:
@@ -261,5 +264,5 @@ class JointNoise:
         """
         if self.cholesky is None:
             return embedding, F.embedding(input_ids, embedding)
-        values = (self.values[index], self.cholesky, self._near, *self._joint)
+        values = (self.values[index], self.cholesky, self._similar, *self._joint)
         return _NoiseFactor.apply(embedding, input_ids, *values)

@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Tokenizers: the special tokens that texts need, and small tokenizers that are trained on them.
+Special tokens for existing tokenizers, and training of small tokenizers.
 
-Nothing that is copied into Hub repositories imports this module, so it is never part of one.
+Not part of Hub repositories: no file that is copied there imports this module.
 """
 
 from collections.abc import Iterable
@@ -13,15 +13,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 def has_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer is of single characters and nothing else, as for text8."""
+    """Whether all tokens are single characters, without special tokens, as for text8."""
     return not tokenizer.all_special_tokens and all(len(token) == 1 for token in tokenizer.get_vocab())
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
-    Gives a tokenizer the BOS, EOS and PAD token that it lacks, as the paper does: BERT's `[CLS]` and `[SEP]` begin and
-    end texts, and GPT-2 gets a new `[PAD]` (hence its 50258 tokens). One of single characters and nothing else, as for text8, is
-    left so.
+    Adds missing BOS, EOS and PAD tokens to a tokenizer, as in the paper: BERT's `[CLS]` and `[SEP]` become BOS and EOS, and
+    GPT-2 gets a new `[PAD]` (hence its 50258 tokens). A tokenizer with only single characters, as for text8, is not changed.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Changed in place.
@@ -36,7 +35,7 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.bos_token is None or tokenizer.eos_token is None:
-        raise ValueError("`tokenizer` has no tokens to begin and end texts: set its `bos_token` and `eos_token`.")
+        raise ValueError("`tokenizer` has no BOS and EOS tokens: set its `bos_token` and `eos_token`.")
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     return tokenizer
@@ -44,24 +43,24 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 
 def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
     """
-    Trains a small tokenizer, for experiments that should not depend on a downloaded one.
+    Trains a small tokenizer, for experiments without a downloaded one.
 
     Args:
         texts (`Iterable[str]`): The texts to learn the vocabulary from.
         kind (`str`):
-            `"char"` for characters; `"word"` for words and punctuation marks, with single spaces between them when decoded;
-            `"bpe"` for byte-level byte-pair encoding, which loses nothing; `"text8"` for the letters from a to z and the
-            space, whatever the texts.
-        vocab_size (`int`): The largest vocabulary, special tokens included. 27 for `"text8"`.
+            `"char"` for characters; `"word"` for words and punctuation marks, decoded with single spaces between them;
+            `"bpe"` for byte-level byte-pair encoding, which is lossless; `"text8"` for the letters from a to z and the space,
+            for any texts.
+        vocab_size (`int`): Maximum vocabulary size, including special tokens. 27 for `"text8"`.
 
     Returns:
-        [`~transformers.PreTrainedTokenizerFast`] with the special tokens `[PAD]`, `[BOS]`, `[EOS]` and `[UNK]`, but for
-        `"text8"`, which has none.
+        [`~transformers.PreTrainedTokenizerFast`] with the special tokens `[PAD]`, `[BOS]`, `[EOS]` and `[UNK]`, except for
+        `"text8"`, which has no special tokens.
     """
     if isinstance(texts, str) or hasattr(texts, "column_names"):
         raise ValueError(
-            f"`texts` must be texts, one after the other, got `{type(texts).__name__}`: pass a list, or a column of a dataset, "
-            'such as `dataset["text"]`.'
+            f"`texts` must be an iterable of strings, got `{type(texts).__name__}`: pass a list, or a column of a dataset, such as "
+            '`dataset["text"]`.'
         )
     if kind == "text8":
         vocab = {character: index for index, character in enumerate(" abcdefghijklmnopqrstuvwxyz")}

@@ -1,8 +1,7 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Several processes: everything that is particular to wrappers of a model, to FSDP2 and to the state that accelerate shares
-within a process.
+Training in several processes: wrappers of a model, FSDP2, and the state that accelerate shares within a process.
 """
 
 import copy
@@ -21,22 +20,22 @@ from transformers import PreTrainedModel
 from modeling_flm import FLMModel
 
 
-# State dictionaries of whole weights, also where processes have shards of them
+# Options for state dictionaries with whole weights, gathered if they are sharded
 _WHOLE = {"full_state_dict": True, "cpu_offload": True}
 
 
 def through_forward(wrapper: nn.Module, model: PreTrainedModel, function: Callable[[], Any]) -> Any:
     """
-    Calls a function, which uses any methods of the model, as if it were the model's `forward`: so DDP synchronizes gradients
-    for it, and FSDP gathers the weights.
+    Calls a function that uses any methods of the model as if it were the model's `forward`, so that DDP synchronizes gradients
+    and FSDP gathers the weights.
 
     Args:
-        wrapper (`nn.Module`): What the model is wrapped into, or the model itself.
+        wrapper (`nn.Module`): The wrapper of the model, or the model itself.
         model ([`~transformers.PreTrainedModel`]): The model.
         function (`Callable[[], Any]`): The function.
 
     Returns:
-        What the function returns.
+        The result of the function.
     """
     _gather_heads_for_losses(model)
     before = model.__dict__.get("forward")  # accelerate's autocast, if any
@@ -68,17 +67,17 @@ def _gather_heads_for_losses(model: nn.Module):
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards the weights: all processes must take part in whatever the model does."""
+    """Whether FSDP2 shards the weights, so that all processes must take part in every use of the model."""
     return isinstance(model, FSDPModule)
 
 
 def check_support(name: str, accelerator: Accelerator, is_deepspeed: bool, is_fsdp: bool):
-    """Raises a `ValueError` for ways of distributing a training that the trainer called `name` does not support."""
+    """Raises a `ValueError` for a kind of distributed training that the trainer called `name` does not support."""
     if is_deepspeed or (is_fsdp and not accelerator.is_fsdp2):
-        raise ValueError(f"`{name}` supports DDP and FSDP2 (`fsdp_version: 2`), and nothing else.")
+        raise ValueError(f"`{name}` supports only DDP and FSDP2 (`fsdp_version: 2`).")
     if is_fsdp and "FULL" not in str(accelerator.state.fsdp_plugin.state_dict_type):
         raise ValueError(
-            "Models are saved whole, for others to load: set `fsdp_state_dict_type: FULL_STATE_DICT` in the configuration of "
+            "Sharded checkpoints are not supported: set `fsdp_state_dict_type: FULL_STATE_DICT` in the configuration of "
             "accelerate."
         )
 
@@ -105,7 +104,7 @@ def without_mixed_precision(accelerator: Accelerator) -> Iterator[None]:
 
 
 def region_options(backend: str | None, mode: str | None) -> dict[str, Any] | None:
-    """The arguments of `torch.compile` that the training, or `accelerate launch`, asks for; `None` if neither does."""
+    """Arguments of `torch.compile` from the training arguments or `accelerate launch`; `None` for no compilation."""
     plugin = TorchDynamoPlugin(backend=backend, mode=mode)
     if plugin.backend == DynamoBackend.NO:
         return None
@@ -115,7 +114,7 @@ def region_options(backend: str | None, mode: str | None) -> dict[str, Any] | No
 
 
 def trained_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights that are trained, on the CPU; all processes must ask for them where they are sharded."""
+    """Returns all trained weights on the CPU. If they are sharded, all processes must call this."""
     if is_sharded(model):
         return get_model_state_dict(model, options=StateDictOptions(**_WHOLE, ignore_frozen_params=True))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -123,21 +122,21 @@ def trained_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_whole_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]):
-    """Loads whole weights into a model that may be sharded. Those that `state_dict` does not have stay as they are."""
+    """Loads whole weights into a model that may be sharded. Weights missing in `state_dict` stay unchanged."""
     if is_sharded(model):
         result = set_model_state_dict(model, state_dict, options=StateDictOptions(**_WHOLE, strict=False))
     else:
         result = model.load_state_dict(state_dict, strict=False)
     if result.unexpected_keys:
         raise ValueError(
-            f"The checkpoint has weights that the model does not have: {', '.join(result.unexpected_keys)}."
+            f"The checkpoint has weights that do not belong to the model: {', '.join(result.unexpected_keys)}."
         )
 
 
 def copy_of_weights(model: nn.Module) -> nn.Module:
     """
-    What an average of the weights starts from: the model, with weights that are not trained shared, or where it is sharded,
-    the shards of this process alone.
+    Returns a copy of the model to average weights in, which shares frozen weights with it. For a sharded model, returns only
+    the shards of this process.
     """
     if not is_sharded(model):
         return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
@@ -145,14 +144,14 @@ def copy_of_weights(model: nn.Module) -> nn.Module:
 
 
 def forget_gathered_weights(model: nn.Module):
-    """After a change of sharded weights: what FSDP has gathered would hide it."""
+    """Frees weights that FSDP has gathered. Call it after a change of sharded weights."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def restore_class_name(model: PreTrainedModel):
-    """FSDP derives a class for the model, whose code is not what is to be saved with it."""
+    """Restores the name of the model's class, which FSDP replaces by a derived one, so that the right code is saved."""
     if is_sharded(model):
         derived, original = type(model), type(model).__bases__[-1]
         derived.__module__, derived.__name__ = original.__module__, original.__name__

@@ -1,4 +1,4 @@
-"""Attention: its implementations, the cap of its logits, and its weights a chunk at a time."""
+"""Attention: implementations, softcap, and weights computed in chunks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Compiled training and sampling: the same numbers, no graph breaks, nothing compiled again after the first steps."""
+"""Compiled training and sampling: equal values, no graph breaks, no recompilation after the first steps."""
 
 import os
 
@@ -136,7 +136,7 @@ def test_regions_after_outputs_were_recorded(flm):
 
 
 def test_regions_and_copies(tmp_path):
-    """A copy of a compiled model runs its own weights, and a saved one knows nothing of it."""
+    """A copy of a compiled model uses its own weights, and compilation leaves no trace in a saved model."""
     import copy
 
     model = build_flm()

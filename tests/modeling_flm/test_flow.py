@@ -1,4 +1,4 @@
-"""The interpolant and the flow map: how they compose, precision, and every factor of the papers."""
+"""The interpolant and the flow map: composition, precision, and every factor of the papers."""
 
 import pytest
 import torch
@@ -54,17 +54,17 @@ def test_flow_of_a_low_precision_state_keeps_its_times():
         expected = function(noise.double(), clean.double(), *(time.double() for time in times))
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
-        # The state says what comes out, not the times.
+        # The dtype follows the state, not the times.
         assert function(noise.float(), clean.float(), *(time.double() for time in times)).dtype == torch.float32
         assert function(noise.double(), clean.double(), *times).dtype == torch.float64
 
 
 class TestFactors:
-    """Every factor in s and t: as written in the papers, and exact where a token is known."""
+    """Every factor in s and t: equal to the formulas of the papers, and exact for known tokens."""
 
     s, u, t = torch.rand(3, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).sort(dim=0).values
 
-    def test_factors_are_those_of_the_papers(self):
+    def test_factors_equal_the_formulas_of_the_papers(self):
         s, u, t = self.s, self.u, self.t
         q = s + t - 2 * s * t
         for value, expected in (
@@ -120,5 +120,5 @@ class TestFactors:
 
 
 def times_of_row(times: torch.Tensor, known: torch.BoolTensor, row: int) -> torch.Tensor:
-    """The time of the unknown tokens of a text, for all texts."""
+    """Time of the unknown tokens, one per sequence."""
     return times[row][~known[row]][:1].expand(len(times))

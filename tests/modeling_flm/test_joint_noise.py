@@ -1,4 +1,4 @@
-"""The joint noise against a reference in float64, an orthonormal basis of all columns from their QR, and against dense noise."""
+"""The joint noise against a float64 reference, an orthonormal basis from a QR decomposition, and against dense noise."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def small_blocks(monkeypatch):
 
 def embeddings_of(case: str) -> list[torch.Tensor]:
     def draw(size: int = SIZE) -> torch.Tensor:
-        # Columns have different scales and means, and tokens different norms, as those of trained models.
+        # Columns have different scales and means, and tokens different norms, as in trained models.
         columns = torch.logspace(-2, 0, size)
         return columns * (torch.randn(VOCAB_SIZE, size) + 0.5) / torch.arange(1, VOCAB_SIZE + 1)[:, None] ** 0.3
 
@@ -64,14 +64,14 @@ def test_covariances(case, frozen):
     embeddings = embeddings_of(case)
     frozen = frozen if len(embeddings) > 1 else ()
     noise = JointNoise(*embeddings, frozen=frozen)
-    # bfloat16 embeddings are taken as they are: what their states are rounded to is not the noise's.
+    # bfloat16 embeddings are exact here: rounding of their states is not part of the noise.
     factors = [noise.factor(index) for index in range(len(embeddings))]
     assert noise.size == sum(factor.shape[1] for factor in factors)
     check_covariances(factors, embeddings, 1e-5 if case in SINGULAR else 2e-6)
 
 
 @pytest.mark.parametrize("case", DISTANCES)
-def test_states_of_nearly_coinciding_embeddings_differ_by_what_they_should(case):
+def test_differences_between_states_of_nearly_equal_embeddings(case):
     first, second, third = embeddings_of(case)
     distance = float(case.split()[1])
     r1, r2, r3 = (factor.double() for factor in noise_factors(first, second, third))
@@ -79,8 +79,8 @@ def test_states_of_nearly_coinciding_embeddings_differ_by_what_they_should(case)
 
 
 @pytest.mark.parametrize("case", REGULAR)
-def test_factors_and_gradients_equal_those_of_an_orthonormal_basis(case):
-    # With A = QR, x_0 given all states is ε Qᵀ: the factors are Qᵀ E_i, and the gradient in E_i is Q times that in them.
+def test_factors_and_gradients_equal_an_orthonormal_basis(case):
+    # With A = QR, x_0 given all states is ε Qᵀ: the factors are Qᵀ E_i, and the gradient in E_i is Q times the gradient in them.
     embeddings = [embedding.requires_grad_() for embedding in embeddings_of(case)]
     basis, triangle = torch.linalg.qr(torch.cat([embedding.detach().double() for embedding in embeddings], dim=1))
     basis = basis * triangle.diagonal().sign()
@@ -109,7 +109,7 @@ def test_gradients_of_factors_and_tokens_add_up(case):
 
 
 @pytest.mark.parametrize("case", REGULAR + SINGULAR)
-def test_mean_gradient_is_that_of_dense_noise(case):
+def test_mean_gradient_equals_dense_noise(case):
     # The mean of any loss depends on the covariances alone: it is enough that their derivatives, E_jᵀ dE_i, are right.
     embeddings = [embedding.float().requires_grad_() for embedding in embeddings_of(case)]
     factors = noise_factors(*embeddings)
@@ -180,11 +180,11 @@ def test_embeddings_without_a_factorization_give_nan():
 
 
 class TestDenseNoise:
-    """Against the noise of V dimensions, written out here."""
+    """Against noise of V dimensions, computed by the test."""
 
     @pytest.fixture(autouse=True)
     def small_blocks(self):
-        """Blocks are as large as they are: these embeddings are small."""
+        """Overrides the fixture above: these embeddings are small."""
 
     @pytest.mark.parametrize(
         "vocab_size, sizes", [(300, [16]), (300, [16, 24]), (20, [16, 24]), (10, [16]), (40, [16, 24, 8])]
@@ -212,7 +212,7 @@ class TestDenseNoise:
         with pytest.raises(ValueError, match="share one vocabulary"):
             noise_factors(torch.randn(10, 4), torch.randn(11, 4))
 
-    def test_mean_gradient_is_that_of_dense_noise_and_less_noisy(self):
+    def test_mean_gradient_equals_dense_noise_and_is_less_noisy(self):
         # The loss of a fixed nonlinear network on the noised state, differentiated in the embedding.
         vocab_size, size, draws = 30, 4, 40_000
         embedding = torch.randn(vocab_size, size, requires_grad=True)

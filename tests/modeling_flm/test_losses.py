@@ -1,4 +1,4 @@
-"""Losses a chunk at a time, against all logits at once; what a step holds, and what it waits for."""
+"""Losses computed in chunks, against losses of all logits at once; memory and synchronization of a training step."""
 
 import math
 
@@ -25,7 +25,7 @@ VOCAB_SIZE = 200
 @pytest.mark.parametrize("num_positions", [1, 7, 20])
 @pytest.mark.parametrize("kind", ["labels", "cross_entropy", "kl", "squared_error"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_is_that_of_all_logits(softcap, kind, num_positions, monkeypatch):
+def test_linear_loss_equals_the_loss_of_all_logits(softcap, kind, num_positions, monkeypatch):
     set_chunk(monkeypatch, num_positions, 3, VOCAB_SIZE)
     head = torch.nn.Linear(16, VOCAB_SIZE)
     torch.nn.init.normal_(head.weight)
@@ -58,7 +58,7 @@ def test_is_that_of_all_logits(softcap, kind, num_positions, monkeypatch):
         torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5)
     with pytest.raises(RuntimeError, match="call `backward` once"):
         total.backward()
-    # What is frozen gets no gradient, and nothing does where none is recorded.
+    # Frozen weights get no gradient, and nothing gets one under `no_grad`.
     head.requires_grad_(False)
     (gradient,) = torch.autograd.grad(
         linear_loss(function, weights.detach(), hidden_states, head.weight, head.bias)[0], hidden_states
@@ -186,7 +186,7 @@ def test_two_networks_against_labels(monkeypatch):
     torch.testing.assert_close(model.correction.lm_head.weight.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_logits_are_there_unless_in_training(flm):
+def test_no_logits_with_labels_in_training(flm):
     batch = {"inputs_embeds": torch.randn(3, 12, 32), "timesteps": torch.rand(3)}
     labels = torch.randint(53, (3, 12))
     assert flm(**batch, labels=labels).logits is not None
@@ -211,7 +211,7 @@ def test_offloaded_weights(flm, tmp_path):
 
 
 class Watch(TorchDispatchMode):
-    """Notes the size of the largest tensor, and operations for which the host waits for a device."""
+    """Records the size of the largest tensor, and operations for which the host waits for a device."""
 
     waiting = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
 
@@ -231,7 +231,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
-def test_a_step_holds_a_chunk_of_probabilities_and_waits_for_nothing(preset, tmp_path, monkeypatch):
+def test_training_step_holds_one_chunk_of_probabilities_and_does_not_synchronize(preset, tmp_path, monkeypatch):
     set_chunk(monkeypatch, 1, 8, VOCAB_SIZE)
     trainer = build_packed(tmp_path, preset, VOCAB_SIZE)
     batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
@@ -244,7 +244,7 @@ def test_a_step_holds_a_chunk_of_probabilities_and_waits_for_nothing(preset, tmp
     assert watch.waits == []
 
 
-def test_samples_hold_a_chunk_of_probabilities_and_no_step_waits(monkeypatch):
+def test_generate_holds_one_chunk_of_probabilities_and_steps_do_not_synchronize(monkeypatch):
     set_chunk(monkeypatch, 1, 8, VOCAB_SIZE)
     model = build_flm(vocab_size=VOCAB_SIZE, hidden_size=16, attn_logit_softcapping=None)
     model.generate(num_samples=8, num_steps=3)
@@ -254,7 +254,7 @@ def test_samples_hold_a_chunk_of_probabilities_and_no_step_waits(monkeypatch):
             model.generate(num_samples=8, num_steps=num_steps)
         assert watch.largest <= 8 * 12 * 64 < 8 * 12 * VOCAB_SIZE
         waits.append(watch.waits)
-    # Whether the noise is that of the embedding, and in the end whether all was finite: once, whatever the number of steps
+    # One check that the cached noise factor fits the embedding, and one that outputs are finite, for any number of steps
     assert waits[0] == waits[1] == ["equal", "_local_scalar_dense"]
 
 
@@ -272,7 +272,9 @@ def test_small_gradients_survive_float16():
     target = torch.randn(2, 4, 50_000).softmax(-1)
 
     def gradient():
-        function = lambda outputs, chunk, workspace: softmax_divergence("squared_error", outputs, target[:, chunk])  # noqa: E731
+        def function(outputs, chunk, workspace):
+            return softmax_divergence("squared_error", outputs, target[:, chunk])
+
         total, _ = linear_loss(function, torch.ones(2, 4), hidden_states, head.weight, head.bias)
         return torch.autograd.grad(total, head.bias)[0]
 
@@ -282,7 +284,7 @@ def test_small_gradients_survive_float16():
 
 
 @pytest.mark.parametrize("preset", [None, "single_stage"])
-def test_the_noise_is_made_once_for_each_optimizer_step(preset, tmp_path, monkeypatch):
+def test_joint_noise_is_made_once_per_optimizer_step(preset, tmp_path, monkeypatch):
     made = []
     init = JointNoise.__init__
     monkeypatch.setattr(
@@ -296,7 +298,7 @@ def test_the_noise_is_made_once_for_each_optimizer_step(preset, tmp_path, monkey
     assert len(made) == 4
 
 
-def test_the_noise_of_samples_follows_the_embedding():
+def test_cached_noise_factor_follows_the_embedding():
     model = build_flm(vocab_size=VOCAB_SIZE, hidden_size=16)
     model.generate()
     first = model._noise_factor[1]

@@ -299,7 +299,7 @@ class TestFlowMaps:
             loss = model.eval()(None, tau, torch.ones(3), inputs_embeds=state, labels=input_ids).loss
             torch.testing.assert_close(loss, expected)
 
-    def test_needs_the_time_to_go_to(self, flm):
+    def test_needs_target_timesteps(self, flm):
         with pytest.raises(ValueError, match="Pass `target_timesteps`"):
             FMLMModel.from_flm(flm)(torch.ones(1, 3).long(), torch.rand(1))
 
@@ -316,7 +316,7 @@ class TestFlowMaps:
 
 
 class TestFinalLogitSoftcapping:
-    """A cap of 0.5, where it counts, against outputs of the head that are capped here."""
+    """A softcap of 0.5, low enough to matter, against outputs of the head that the test caps."""
 
     times = torch.tensor([0.1, 0.5, 0.7]), torch.tensor([0.1, 0.9, 1.0])
 
@@ -384,7 +384,10 @@ class TestFinalLogitSoftcapping:
         torch.nn.init.normal_(model.target_time_embedding.linear_2.weight)
         state = torch.randn(3, 12, 32, dtype=torch.float64)
         start, end = (tau.double() for tau in self.times)
-        delta = lambda tau: model.predict(model.encode(state, start, tau), start, tau)  # noqa: E731
+
+        def delta(tau):
+            return model.predict(model.encode(state, start, tau), start, tau)
+
         with torch.no_grad():  # as targets are made
             _, change = torch.func.jvp(delta, (end,), (torch.ones_like(end),))
             # Times are in float32 within the network: a wide difference.
@@ -392,7 +395,7 @@ class TestFinalLogitSoftcapping:
         torch.testing.assert_close(change, difference, rtol=2e-2, atol=2e-2 * change.abs().max().item())
 
     @pytest.mark.parametrize("value", [0, -1.0])
-    def test_values_that_make_no_sense(self, value):
+    def test_invalid_softcaps(self, value):
         with pytest.raises(StrictDataclassError, match="`final_logit_softcapping` must be positive, or `None` for no"):
             FLMConfig(final_logit_softcapping=value)
 
@@ -534,7 +537,7 @@ class TestPrecisionAndSpeed:
         torch.testing.assert_close(model.layers[0].mlp.down_proj.weight.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_a_flow_map_of_the_configuration_of_an_flm_is_refused(flm):
+def test_model_with_the_configuration_of_another_is_refused(flm):
     with pytest.raises(TypeError, match="to start from a trained FLM use `FMLMModel.from_flm"):
         FMLMModel(flm.config)
     with pytest.raises(TypeError, match="got an `FMLMConfig`: build an `FMLMModel` with it"):

@@ -1,4 +1,4 @@
-"""Quantized models: each method works with its defaults, and the table of the documentation is of these methods."""
+"""Quantized models: each method works with its defaults, and the table in the documentation covers these methods."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ from modeling_flm.joint_noise import noise_size
 from modeling_flm.trainers import FLMTrainer
 
 
-# What of the tokens of a model with random weights stays, which is less sure of them than a trained one
+# Minimum share of equal tokens, for a model with random weights, which is less confident than a trained one
 LEAST = {"8": 0.97, "4": 0.8, "dynamic": 0.9}
 
 
@@ -47,7 +47,7 @@ def test_methods_work_with_their_defaults(kind, folders):
 
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True}])
 def test_times_and_head_are_not_quantized(options, folders):
-    """They are small, or what the tokens hang on, and both are in float32 in all dtypes."""
+    """Time embeddings are small and the head decides about tokens: both stay in float32."""
     for kind, path in folders.items():
         model = AutoModel.from_pretrained(path, quantization_config=BitsAndBytesConfig(**options))
         plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
@@ -80,7 +80,7 @@ def test_saved_again(config, folders, tmp_path):
 
 @pytest.mark.parametrize("how", ["torch", "torchao"])
 def test_loss_of_a_quantized_head(how, folders, batch):
-    """A head that is quantized after all is called, and not read."""
+    """A quantized head is called, because its weight cannot be read."""
     model = FLMModel.from_pretrained(folders["flm"])
     if how == "torch":
         model.lm_head = torch.ao.quantization.quantize_dynamic(nn.Sequential(model.lm_head), {nn.Linear})[0]
@@ -112,14 +112,14 @@ def test_adapters_on_quantized_weights_are_trained(options, folders, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 100_000
 
 
-def test_from_flm_asks_for_weights_that_are_not_quantized(folders):
+def test_from_flm_refuses_quantized_weights(folders):
     model = AutoModel.from_pretrained(folders["flm"], quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     with pytest.raises(ValueError, match="load it without quantization"):
         FMLMModel.from_flm(model)
 
 
 def test_table_of_the_documentation():
-    """It has a row for each method, and says no worse of them than of random weights."""
+    """The table has a row for each method, and better values than random weights."""
     lines = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").splitlines()
     start = lines.index("| method | equal tokens | MB | ms a text |")
     rows = [

@@ -253,7 +253,7 @@ class TestTokenizers:
             2,
             3,
         )
-        with pytest.raises(ValueError, match="no tokens to begin and end texts"):
+        with pytest.raises(ValueError, match="set its `bos_token` and `eos_token`"):
             add_special_tokens(PreTrainedTokenizerFast(tokenizer_object=plain))
 
 
@@ -377,5 +377,5 @@ class TestCollator:
 
 @pytest.mark.parametrize("texts", ["one text", Dataset.from_dict({"text": ["a b", "c"]})])
 def test_tokenizers_are_trained_on_texts(texts):
-    with pytest.raises(ValueError, match="`texts` must be texts, one after the other"):
+    with pytest.raises(ValueError, match="`texts` must be an iterable of strings"):
         train_tokenizer(texts, "word", vocab_size=30)
