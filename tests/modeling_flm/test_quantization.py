@@ -121,7 +121,7 @@ def test_from_flm_refuses_quantized_weights(folders):
 def test_table_of_the_documentation():
     """The table has a row for each method, and better values than random weights."""
     lines = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8").splitlines()
-    start = lines.index("| method | equal tokens | MB | ms a text |")
+    start = lines.index("| method | equal tokens | MB | ms per sample |")
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 :] if line.startswith("|")
     ]
