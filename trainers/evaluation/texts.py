@@ -29,7 +29,7 @@ class Texts:
         tokens (`list[list[int]]`, *optional*):
             The tokens of each text without padding, for entropy and distinct n-grams. By default the scorer's.
         columns (`dict[str, Any]`, *optional*):
-            What the row of the table starts with, such as `num_steps` and `seconds_per_text`, or `source` for texts of a file.
+            First columns of the row, such as `num_steps` and `seconds_per_text`, or `source` for texts of a file.
         samples (`list[dict[str, Any]]`, *optional*):
             `text`, `seed`, `index`, `tokens` and `num_forward_passes` of each generated text.
     """
@@ -76,7 +76,7 @@ def generate_texts(
         source ([`FlowSource`] or [`CausalSource`]): The model.
         setting ([`Setting`], *optional*): Steps, sampler and temperature. By default the model's.
         num_samples (`int`, *optional*, defaults to 1024): Number of texts of each seed.
-        seeds (`list[int]`, *optional*, defaults to `(0,)`): Seeds. Their texts are pooled.
+        seeds (`Sequence[int]`, *optional*, defaults to `(0,)`): Seeds. Their texts are pooled.
         batch_size (`int`, *optional*, defaults to 64): Texts per batch. It does not change the texts.
         decode_kwargs: Arguments of [`decode`].
 
