@@ -21,7 +21,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "train_tiny",
-        "tests.modeling_flm.test_prompts",
+        "tests.modeling_flm.test_known_tokens",
         "tests.trainers.commands.test_generate_command",
         "tests.trainers.test_flm_trainer",
     ]

@@ -17,7 +17,7 @@ from modeling_flm import (
     StochasticFlowMapSamplerConfig,
 )
 from modeling_flm.flow import bridge_coefficients
-from modeling_flm.sampling_flm import load_sampler_config
+from modeling_flm.sampling_flm import BlockByBlock, PosteriorRefinement, load_sampler_config
 
 
 SAMPLERS = [FlowMapSampler(), StochasticFlowMapSampler(0.6), BridgeSampler()]
@@ -230,3 +230,32 @@ class TestConfigs:
         guided = model.generate(generator=seed(), guidance_model=weak, guidance_scale=2.0, **options)
         assert not torch.equal(plain, guided)
         assert isinstance(FMLMModel.from_flm(model).generate(**options), torch.Tensor)
+
+
+def positions(mask: torch.Tensor) -> list[list[int]]:
+    return [row.nonzero().flatten().tolist() for row in mask]
+
+
+class TestCommitRules:
+    probabilities = torch.tensor([[0.9, 0.2, 0.7, 0.7, 0.4, 0.1], [0.3, 0.3, 0.3, 0.8, 0.3, 0.3]])
+    is_open = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
+
+    def chosen(self, round: int, **rule) -> list[list[int]]:
+        return positions(PosteriorRefinement(**rule).commit(round, self.probabilities, self.is_open))
+
+    def test_uniform_commit_budget_leaves_equally_many_to_each_round(self):
+        assert self.chosen(0, num_rounds=4) == [[2, 3], [0, 3]]  # 5 and 6 tokens in 4 rounds: 2
+        assert self.chosen(2, num_rounds=4) == [[2, 3, 4], [0, 1, 3]]  # in the 2 that are left
+        assert self.chosen(3, num_rounds=4) == positions(self.is_open)
+
+    def test_commit_threshold_and_commit_budget_are_both_enough(self):
+        assert self.chosen(0, num_rounds=3, threshold=0.4, budget=0) == [[2, 3, 4], [3]]
+        assert self.chosen(0, num_rounds=3, threshold=0.4, budget=2) == [[2, 3, 4], [0, 3]]
+        assert self.chosen(0, num_rounds=3, threshold=0.99, budget=None) == [[], []]
+        assert self.chosen(0, num_rounds=3, budget=100) == positions(self.is_open)
+
+    def test_block_length(self):
+        rule = BlockByBlock(block_length=4, length=6)
+        assert rule.num_rounds == 2
+        assert positions(rule.commit(0, self.probabilities, self.is_open)) == [[1, 2, 3], [0, 1, 2, 3]]
+        assert positions(rule.due(1, self.is_open)) == [[4, 5], [4, 5]]

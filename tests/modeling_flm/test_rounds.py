@@ -1,102 +1,17 @@
-"""
-Posterior refinement and block by block: what becomes known, the published values token for token, and exact distributions.
-"""
+"""The loop of rounds: exact distributions, batches, forward passes, callbacks and streamers."""
 
 import itertools
 
 import pytest
 import torch
 from exact_flows import ExactFlow, ExactFlowMap, chi_square
-from released import FOLDER, SIZES, VALUES
 from small_models import build_model, sampling
 from tensors import seed
 from transformers import TextDiffusionStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_flm import BridgeSamplerConfig, FLMGenerationConfig
-from modeling_flm.hub.convert import convert
-from modeling_flm.sampling_flm import BlockByBlock, PosteriorRefinement
 from modeling_flm.tokenization_flm import train_tokenizer
-
-
-def positions(mask: torch.Tensor) -> list[list[int]]:
-    return [row.nonzero().flatten().tolist() for row in mask]
-
-
-class TestCommitment:
-    probabilities = torch.tensor([[0.9, 0.2, 0.7, 0.7, 0.4, 0.1], [0.3, 0.3, 0.3, 0.8, 0.3, 0.3]])
-    is_open = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
-
-    def chosen(self, round: int, **rule) -> list[list[int]]:
-        return positions(PosteriorRefinement(**rule).commit(round, self.probabilities, self.is_open))
-
-    def test_uniform_commit_budget_leaves_equally_many_to_each_round(self):
-        assert self.chosen(0, num_rounds=4) == [[2, 3], [0, 3]]  # 5 and 6 tokens in 4 rounds: 2
-        assert self.chosen(2, num_rounds=4) == [[2, 3, 4], [0, 1, 3]]  # in the 2 that are left
-        assert self.chosen(3, num_rounds=4) == positions(self.is_open)
-
-    def test_commit_threshold_and_commit_budget_are_both_enough(self):
-        assert self.chosen(0, num_rounds=3, threshold=0.4, budget=0) == [[2, 3, 4], [3]]
-        assert self.chosen(0, num_rounds=3, threshold=0.4, budget=2) == [[2, 3, 4], [0, 3]]
-        assert self.chosen(0, num_rounds=3, threshold=0.99, budget=None) == [[], []]
-        assert self.chosen(0, num_rounds=3, budget=100) == positions(self.is_open)
-
-    def test_block_length(self):
-        rule = BlockByBlock(block_length=4, length=6)
-        assert rule.num_rounds == 2
-        assert positions(rule.commit(0, self.probabilities, self.is_open)) == [[1, 2, 3], [0, 1, 2, 3]]
-        assert positions(rule.due(1, self.is_open)) == [[4, 5], [4, 5]]
-
-
-def known_of(name: str) -> dict:
-    mask = SIZES["known"][name]
-    return {} if mask is None else {"input_ids": VALUES["plus.known_ids"], "prompt_mask": VALUES[mask]}
-
-
-PATHS = ["whole", *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 7, "compiled"))]
-
-
-class TestPublishedValues:
-    @pytest.mark.parametrize("name", SIZES["known"])
-    def test_block_length(self, name, path):
-        model = convert(FOLDER / "fmlm_plus.ckpt")
-        prior_state = VALUES["prior_state"] @ model.state_embedding
-        for block_length, num_steps in SIZES["block_settings"]:
-            options = {"prior_state": prior_state, "block_length": block_length, "num_steps": num_steps}
-            tokens = model.generate(**known_of(name), **options, fresh_noise=False, **sampling(path))
-            assert torch.equal(tokens, VALUES[f"plus.block_{block_length}_{num_steps}_{name}_tokens"])
-
-    @pytest.mark.parametrize("path", PATHS, indirect=True)
-    @pytest.mark.parametrize("name", SIZES["known"])
-    def test_num_rounds(self, name, path):
-        model = convert(FOLDER / "fmlm_plus.ckpt")
-        prior_state = VALUES["prior_state"] @ model.state_embedding
-        settings = [(i, each) for i, each in enumerate(SIZES["refine_settings"]) if each["known"] == name]
-        assert len(settings) == {"none": 48, "prompt": 60, "infill": 60}[name]
-        if path == "compiled":  # which takes long for each number of texts
-            settings = [(i, each) for i, each in settings if not each["fresh_noise"]][::9]
-        for index, setting in settings:
-            noise = iter(VALUES["plus.refine_noise"] @ model.state_embedding)
-            budget = setting["top_k"]
-            output = model.generate(
-                **known_of(name),
-                prior_state=prior_state,
-                noise_source=lambda samples: next(noise)[samples],  # noqa: B023
-                num_rounds=setting["rounds"],
-                num_steps=setting["flow_steps"],
-                commit_threshold=setting["threshold"],
-                commit_budget="uniform" if budget == "uniform_budget" else budget,
-                fresh_noise=setting["fresh_noise"],
-                return_dict_in_generate=True,
-                **sampling(path),
-            )
-            assert torch.equal(output.sequences, VALUES["plus.refine_tokens"][index]), setting
-            committed = [(output.commit_rounds == round + 1).sum().item() / 3 for round in range(setting["rounds"])]
-            expected = setting["newly_committed_per_round"]
-            # After the last round everything is known, what the rule would have chosen and what not.
-            assert committed[:-1] == pytest.approx(expected[:-1], abs=1e-3)
-            finished_by = output.commit_rounds.amax(dim=1)
-            assert torch.equal(output.num_forward_passes, finished_by * setting["flow_steps"])
 
 
 class CertainFlowMap(ExactFlowMap):
