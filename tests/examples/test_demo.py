@@ -1,4 +1,4 @@
-"""The model that lies in the repository, its demo, and its way to a Hub and back."""
+"""The model that ships with the repository: its demo, and publishing and loading it."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from modeling_flm.hub.publish import publish
 
 LETTERS = re.compile(r"[a-z]+")
 
-# What a user types who has no more than torch and transformers.
+# Code of a user who has only torch and transformers installed
 LOAD = """
 import sys
 sys.modules["modeling_flm"] = None
@@ -47,11 +47,11 @@ def test_it_is_small(model):
     assert sum(path.stat().st_size for path in demo.MODEL.iterdir()) < 8e6
 
 
-def test_words_are_spelled_and_end(model, tokenizer):
+def test_words_look_like_english(model, tokenizer):
     words = demo.generate_words(model, tokenizer, num_samples=500, generator=torch.Generator().manual_seed(0))
     assert sum(LETTERS.fullmatch(word) is not None for word in words) >= 490
     assert len(set(words)) > 480
-    # Of English: vowels are between consonants, as in no text of random letters.
+    # Vowels and consonants alternate as in English, unlike in random letters.
     assert sum(re.search(r"[aeiouy]", word) is not None for word in words) > 490
     assert sum(re.search(r"[^aeiouy]{5}|[aeiouy]{5}", word) is not None for word in words) < 25
 

@@ -43,7 +43,7 @@ class TestGrammar:
             ("the red ball", "the red hat"),  # the thing is copied
             ("hugo thanks", "nora thanks"),  # the friend is copied
             ("thanks mia", "thanks anna"),
-            ("brave", "red"),  # of the wrong kind
+            ("brave", "red"),  # a word of another slot
             (" lives in", " in"),
             ("mia .", "mia . ."),
             ("mia .", "mia"),

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, in a kernel of its own, and writes what it says."""
+"""The notebook runs from top to bottom in its own kernel, and prints what its text announces."""
 
 import re
 
@@ -10,9 +10,9 @@ from places import EXAMPLES
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory) -> list[str]:
-    """What each cell of code printed, after the first one."""
+    """The output of each code cell after the first one."""
     folder = tmp_path_factory.mktemp("notebook")
-    for path in EXAMPLES.iterdir():  # as in a clone, but for what it writes
+    for path in EXAMPLES.iterdir():  # as in a clone, with its outputs elsewhere
         (folder / path.name).symlink_to(path)
     notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
@@ -33,7 +33,7 @@ def test_runs_from_top_to_bottom(cells):
     photo, ness, cent = (line.split()[1:] for line in gaps.splitlines())
     assert all(word.startswith("photo") for word in photo) and len(photo) == 8
     assert all(re.fullmatch("[a-z]{6}ness", word) for word in ness)
-    assert all(re.fullmatch("c[a-z]nt[a-z]{1,5}", word) for word in cent)  # what fills a gap may be an end
+    assert all(re.fullmatch("c[a-z]nt[a-z]{1,5}", word) for word in cent)  # a gap may contain the end of the word
     shares = [int(share) for share in re.findall(r"(\d+)% have a z", rewards)]
     assert len(shares) == 3 and shares[2] > 2 * shares[0]
     assert " thanks " in training
@@ -41,11 +41,11 @@ def test_runs_from_top_to_bottom(cells):
         [int(share) for share in re.findall(r"(\d+)% of the texts", text)] for text in (flm, fmlm)
     )
     assert len(flm_shares) == 4 and len(fmlm_shares) == 3
-    # So short trainings differ between machines: at one step either may be ahead.
+    # Short trainings differ between machines, so at one step either model may be better.
     assert fmlm_shares[1] > flm_shares[0] and 2 * fmlm_shares[2] > flm_shares[1]
 
 
-def test_has_buttons_and_names_what_is_there():
+def test_links_exist():
     text = (EXAMPLES / "notebook.ipynb").read_text(encoding="utf-8")
     assert "colab.research.google.com" in text and "kaggle.com" in text
     notebook = nbformat.reads(text, as_version=4)

@@ -1,4 +1,4 @@
-"""`examples/published.py` and `make published`, on a Hub of the loopback interface with the released layout at tiny size."""
+"""`examples/published.py` and `make published`, on a local Hub with tiny models in the released layout."""
 
 import json
 import subprocess

@@ -189,7 +189,7 @@ def test_values_of_a_file_are_checked_as_those_of_flags(run, tmp_path, monkeypat
     (tmp_path / "bad.yaml").write_text("teacher: x\npreset: two_networks\noutput_dir: y\n")
     with pytest.raises(SystemExit, match="--preset: invalid choice"):
         run("flm-distill", "bad")
-    (tmp_path / "scalar.yaml").write_text("num_steps: 0\n")  # one number, where several are possible
+    (tmp_path / "scalar.yaml").write_text("num_steps: 0\n")  # a number instead of a list
     with pytest.raises(SystemExit, match="must be at least 1"):
         run("flm-evaluate", "scalar", model="x", output_dir="y")
 
@@ -282,7 +282,7 @@ def test_single_stage_is_as_the_authors_now_train(data):
     assert (preset.diagonal_fraction, preset.boundary_probability) == (0.5, 1 / 32)
     assert (preset.intermediate_time, preset.time_sampling) == ("midpoint", "uniform_difference")
     assert not {"diagonal_fraction", "boundary_probability", "target"} & yaml.safe_load(path.read_text()).keys()
-    # The checkpoint that is kept is the best at one step.
+    # The best checkpoint at one step is kept.
     assert args.eval_steps == args.save_steps == args.eval_gen_ppl_steps
     assert args.metric_for_best_model == "eval_gen_ppl_1" and 1 in args.eval_gen_ppl_num_steps
     assert args.load_best_model_at_end and args.greater_is_better is False

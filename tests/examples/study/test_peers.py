@@ -1,4 +1,4 @@
-"""Other language models to compare with, against an exact distribution."""
+"""The peers of the study, tested against an exact distribution."""
 
 import math
 from types import SimpleNamespace
@@ -34,14 +34,14 @@ from modeling_flm.time_reparameterization import ReparameterizedTime
 from modeling_flm.trainers import EMACallback
 
 
-TEXTS = torch.tensor([[0, 0], [1, 1], [0, 3]])  # of four tokens, one of which there is not
+TEXTS = torch.tensor([[0, 0], [1, 1], [0, 3]])  # of four tokens; token 2 does not occur
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2])
 ENTROPY = -(WEIGHTS * WEIGHTS.log()).sum().item()
 JOINT = torch.zeros(4, 4).index_put(tuple(TEXTS.T), WEIGHTS)
 
 
 class ExactMaskedModel:
-    """What a masked diffusion model of a few texts over four tokens says if nothing is left to learn; the mask is the fifth."""
+    """The optimal masked diffusion model of a few texts over four tokens; the mask is the fifth token."""
 
     texts, weights = TEXTS, WEIGHTS
     config = SimpleNamespace(vocab_size=5, per_token_timesteps=False)
@@ -59,8 +59,8 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def test_places_of_masks():
-    """Where all tokens are masked, a network with relative positions alone says the same of all places."""
+def test_positions_of_masks():
+    """In a fully masked sequence, a network with only relative positions predicts the same at all positions."""
     config = FLMConfig(
         vocab_size=20, max_position_embeddings=6, attn_logit_softcapping=None, hidden_size=16, num_attention_heads=2
     )
@@ -75,7 +75,7 @@ def test_places_of_masks():
 
 class TestMaskedDiffusion:
     def test_bound_is_the_log_likelihood(self):
-        """That of each text: every order of two tokens gives the same product of conditionals."""
+        """Of each text, because every order of two tokens gives the same product of conditionals."""
         model = ExactMaskedModel()
         for text, weight in zip(model.texts, model.weights):
             bound = masked_log_likelihood(model, text.expand(4000, 2), num_times=32, generator=generator())
@@ -85,13 +85,13 @@ class TestMaskedDiffusion:
     def test_conditional_bound(self):
         text, known = torch.tensor([[0, 3]]).expand(100, 2), torch.tensor([[1, 0]]).expand(100, 2)
         bounds = masked_log_likelihood(ExactMaskedModel(), text, 32, generator(), prompt_mask=known)
-        # Whatever the share, as the only token that is not known has the known one beside it
+        # At any masked fraction, because the only unknown token is predicted from the known one
         expected = math.log(0.2 / 0.7)
         assert bounds.mean().item() == pytest.approx(expected, abs=4 * bounds.std().item() / 10)
 
     @pytest.mark.parametrize("num_steps", [1, 2, 8, 64])
     def test_ancestral_samples(self, num_steps):
-        """Tokens that are written in the same step are independent: for each pair with probability 1 / num_steps."""
+        """Two tokens are sampled independently if they are unmasked in the same step, with probability 1 / num_steps."""
         model = ExactMaskedModel()
         tokens = ancestral_samples(model, 20_000, 2, num_steps, generator=generator())
         first, second = torch.tensor([0.7, 0.3, 0, 0]), torch.tensor([0.5, 0.3, 0, 0.2])
@@ -106,13 +106,13 @@ class TestMaskedDiffusion:
 
 
 def check_shares(tokens: torch.Tensor, expected: torch.Tensor):
-    """That tokens are drawn with these probabilities, up to 4.5 standard errors."""
+    """Checks that the frequencies of tokens match probabilities within 4.5 standard errors."""
     shares = torch.bincount(tokens.flatten(), minlength=len(expected)) / tokens.numel()
     assert ((shares - expected).abs() <= 4.5 * (expected * (1 - expected) / tokens.numel()).sqrt() + 1e-7).all()
 
 
 class ExactUniformModel:
-    """What a uniform-state diffusion model says if nothing is left to learn: each token, given the other one's noised one."""
+    """The optimal uniform-state diffusion model: it predicts each token from the other noised token."""
 
     config = SimpleNamespace(vocab_size=4)
     device = torch.device("cpu")
@@ -129,13 +129,13 @@ class ExactUniformModel:
 class TestUniformDiffusion:
     @pytest.mark.parametrize("level", [0.02, 0.3, 0.9])
     def test_loss_is_the_limit_of_small_steps(self, level):
-        """The divergence of a step's two posteriors, as matrices, over its length."""
+        """The limit is the divergence between the two posteriors of a step, as matrices, divided by its length."""
         step, x, i = 1e-5, 2, torch.arange(5)
         level = torch.tensor(level, dtype=torch.float64)
         logits = torch.randn(5, dtype=torch.float64, generator=generator())
 
         def posterior(prediction):
-            """Of the token at `level + step`, given the token at `level`, the row."""
+            """Posterior of the token at `level + step`, with a row for each token at `level`."""
             kept = level / (level + step)
             after = kept * torch.eye(5) + (1 - kept) / 5
             joint = after * ((level + step) * prediction + (1 - level - step) / 5)
@@ -169,7 +169,7 @@ class TestUniformDiffusion:
         assert errors[4] < errors[1] / 2 and errors[16] < errors[4] / 2 and errors[64] < 0.03
 
     def test_a_single_token_is_right_at_any_number_of_steps(self):
-        """Then the network knows nothing but how often tokens are."""
+        """The network of a single token predicts the token frequencies."""
         chances = torch.tensor([0.6, 0.3, 0.1, 0.0])
 
         class Model(ExactUniformModel):
@@ -180,7 +180,7 @@ class TestUniformDiffusion:
             check_shares(uniform_samples(Model(), 20_000, 1, num_steps, generator=generator()), chances)
 
     def test_levels_are_the_times_of_gaussian_states(self):
-        """The largest entry of a state is the token with the probability of the level, or else any."""
+        """The argmax of a state is the clean token with the probability of the level, and is otherwise uniform."""
         levels = torch.full((20_000, 1), 0.4)
         t = ReparameterizedTime(5).tau_to_t(levels)[..., None]
         noise = torch.randn(20_000, 1, 5, generator=generator())
@@ -224,8 +224,8 @@ class TestAutoregressive:
         check_shares(tokens @ torch.tensor([16, 4, 1]), chances)
 
 
-@pytest.mark.parametrize("kind", ["autoregressive", "masked", "uniform"])
-def test_training_reaches_the_entropy(kind, tmp_path):
+@pytest.mark.parametrize("peer", ["autoregressive", "masked", "uniform"])
+def test_training_reaches_the_entropy(peer, tmp_path):
     config = FLMConfig(
         vocab_size=4,
         hidden_size=32,
@@ -238,7 +238,7 @@ def test_training_reaches_the_entropy(kind, tmp_path):
         "autoregressive": (new_gpt2, AutoregressiveTrainer, autoregressive_log_likelihood),
         "masked": (new_masked_model, MaskedDiffusionTrainer, masked_log_likelihood),
         "uniform": (FLMModel, UniformDiffusionTrainer, uniform_log_likelihood),
-    }[kind]
+    }[peer]
     torch.manual_seed(0)
     texts = TEXTS[torch.multinomial(WEIGHTS, 2000, replacement=True)]
     args = TrainingArguments(
@@ -253,14 +253,14 @@ def test_training_reaches_the_entropy(kind, tmp_path):
     trainer = trainer_class(new_model(config), args, train_dataset=dataset)
     trainer.train()
     model = trainer.model.eval()
-    options = {} if kind == "autoregressive" else {"num_times": 32, "generator": generator()}
+    options = {} if peer == "autoregressive" else {"num_times": 32, "generator": generator()}
     bounds = log_likelihood(model, texts, **options)
     error = bounds.std().item() / len(texts) ** 0.5
     assert ENTROPY - 4 * error < -bounds.mean().item() < 1.08 * ENTROPY + 4 * error
 
 
-@pytest.mark.parametrize("kind", ["autoregressive", "masked", "uniform"])
-def test_goes_on_as_if_it_had_not_been_interrupted(kind, tmp_path):
+@pytest.mark.parametrize("peer", ["autoregressive", "masked", "uniform"])
+def test_resuming_equals_an_uninterrupted_training(peer, tmp_path):
     config = FLMConfig(
         vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=2
     )
@@ -268,7 +268,7 @@ def test_goes_on_as_if_it_had_not_been_interrupted(kind, tmp_path):
         "autoregressive": (new_gpt2, AutoregressiveTrainer),
         "masked": (new_masked_model, MaskedDiffusionTrainer),
         "uniform": (FLMModel, UniformDiffusionTrainer),
-    }[kind]
+    }[peer]
 
     def new_trainer():
         torch.manual_seed(0)
@@ -286,7 +286,7 @@ def test_goes_on_as_if_it_had_not_been_interrupted(kind, tmp_path):
     resumed.save_model(tmp_path / "resumed")
     whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    # What is saved is the average, and not what the training has.
+    # The saved weights are the average.
     assert any(
         not torch.equal(whole[name], tensor) for name, tensor in trainer.model.state_dict().items() if name in whole
     )

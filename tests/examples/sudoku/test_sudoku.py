@@ -1,4 +1,4 @@
-"""Puzzles with one solution, checked by trying everything; and the masked diffusion model that flow maps stand beside."""
+"""Puzzles, checked by enumerating all grids; the masked diffusion model; and the example."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from modeling_flm.sampling_flm import PosteriorRefinement
 
 
 def is_filled(grid: str) -> bool:
-    """By rows, columns and boxes that are written out."""
+    """Checks rows, columns and boxes, independently of the example's code."""
     cells = [[grid[4 * row + column] for column in range(4)] for row in range(4)]
     groups = cells + [list(column) for column in zip(*cells)]
     groups += [[cells[r + i][c + j] for i in (0, 1) for j in (0, 1)] for r in (0, 2) for c in (0, 2)]
@@ -54,7 +54,7 @@ class TestPuzzles:
             assert fits == [solution] and sudoku.has_one_solution(puzzle)
             num_clues = 16 - puzzle.count("0")
             assert num_clues >= sudoku.CLUES[4][difficulty]
-            if difficulty == "minimal":  # no clue can be spared
+            if difficulty == "minimal":  # without any clue, the solution is not unique
                 spared = [puzzle[:i] + "0" + puzzle[i + 1 :] for i in range(16) if puzzle[i] != "0"]
                 assert not any(map(sudoku.has_one_solution, spared))
             elif difficulty != "hard":
@@ -65,13 +65,13 @@ class TestPuzzles:
         (solution,) = sudoku.solutions(puzzle)
         assert puzzle.count("0") == 36 and sudoku.is_solved(puzzle, solution)
 
-    def test_what_is_no_solution(self):
+    def test_wrong_answers(self):
         puzzle, solution = "0" * 15 + self.filled[0][15], self.filled[0]
         assert sudoku.is_solved(puzzle, solution)
         assert not sudoku.is_solved(puzzle, solution[:15] + "0")  # a blank is left
         assert not sudoku.is_solved(puzzle, solution[1] + solution[0] + solution[2:])  # against the rules
         other = next(grid for grid in self.filled if grid[15] != solution[15])
-        assert not sudoku.is_solved(puzzle, other)  # another puzzle's
+        assert not sudoku.is_solved(puzzle, other)  # solves another puzzle
         assert list(sudoku.solutions("11" + "0" * 14)) == [] and not sudoku.has_one_solution("0" * 16)
 
 
@@ -90,14 +90,14 @@ class TestMaskedDiffusion:
         tokens, known = torch.randint(5, (3, 12)), torch.rand(3, 12) < 0.5
         others = torch.where(known, tokens, (tokens + 1) % 5)
         assert torch.equal(masked_logits(model, tokens, known), masked_logits(model, others, known))
-        written, num_passes = unmask(model, tokens, known, PosteriorRefinement(num_rounds=3))
-        assert torch.equal(written[known], tokens[known]) and (num_passes <= 3).all() and (written < 5).all()
+        completed, num_passes = unmask(model, tokens, known, PosteriorRefinement(num_rounds=3))
+        assert torch.equal(completed[known], tokens[known]) and (num_passes <= 3).all() and (completed < 5).all()
         known[1] = True
         _, num_passes = unmask(model, tokens, known, PosteriorRefinement(num_rounds=3, threshold=1e-6))
         assert num_passes.tolist() == [1, 0, 1]
 
     def test_learns_a_distribution(self, tmp_path):
-        """Texts "0 0 0 0" and "1 1 1 1": from a known token follow the others, from none 70 and 30 %."""
+        """Of texts "0 0 0 0" (70 %) and "1 1 1 1" (30 %): one known token determines the others."""
         texts = torch.tensor([[0, 0, 0, 0]] * 7 + [[1, 1, 1, 1]] * 3)
         rows = [{"input_ids": text, "labels": text} for text in texts] * 40
         torch.manual_seed(0)
@@ -123,7 +123,7 @@ class TestMaskedDiffusion:
                 )
 
 
-def test_texts_are_grids_of_which_the_puzzle_is_known():
+def test_known_tokens_are_letters_and_clues():
     solution = "1234341221434321"
     puzzle = "1" + "0" * 14 + "1"
     tokens = sudoku_example.encode(solution)
