@@ -155,8 +155,8 @@ def test_export(capsys):
     assert ratios.keys() == {"PyTorch, eager", "ONNX Runtime, float32"} and ratios["PyTorch, eager"] == 1
 
 
-@pytest.mark.slow
-def test_distillation_presets(tmp_path, capsys):
+def test_distillation_presets(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "NUM_STORIES", 500)
     sizes = "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2".split()
     options = "--max_steps 2 --distillation_steps 2 --num_samples 2 --batch_size 8".split()
     args = quickstart.make_parser().parse_args(sizes)
