@@ -22,7 +22,7 @@ from modeling_flm.flow import times_with_known
 # Rounding to float32 must not reach 1: as a time, 1 has no noise left.
 _BELOW_ONE = 1 - 2**-24
 
-# Separates the random numbers of an example's prompt from those of its noise.
+# Part of a seed: an example's prompt and its noise have different random numbers.
 _PROMPTS = 1
 
 # Patterns of known tokens in an example
@@ -299,7 +299,7 @@ def stratified_uniforms(num_points: int, num_dimensions: int, *key: int) -> torc
 
 def low_discrepancy_uniforms(first: int, num_points: int, num_dimensions: int) -> torch.FloatTensor:
     """
-    Returns points `first` to `first + num_points - 1` of a fixed sequence of which every part fills [0, 1)^d evenly: the
+    Returns points `first` to `first + num_points - 1` of a fixed sequence whose parts all fill [0, 1)^d evenly: the
     Kronecker sequence of powers of the generalized golden ratio.
 
     Returns:
