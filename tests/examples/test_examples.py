@@ -11,7 +11,7 @@ import textwrap
 import grammar
 import pytest
 import quickstart
-from example_scripts import run_elsewhere, run_here
+from example_scripts import run_here
 from transformers import AutoModel
 
 
@@ -76,8 +76,11 @@ class TestQuickstart:
     options = ["--max_steps", 8, "--distillation_steps", 4, "--num_samples", 4, "--batch_size", 8]
     options += ["--hidden_size", 32, "--num_hidden_layers", 1, "--num_attention_heads", 2]
 
-    def test_stories(self, tmp_path):
-        output = run_elsewhere("quickstart", *self.options, cwd=tmp_path)
+    def test_stories(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(quickstart, "NUM_STORIES", 500)
+        monkeypatch.chdir(tmp_path)
+        run_here("quickstart", *self.options)
+        output = capsys.readouterr().out
         table = [line.split() for line in output.splitlines() if line.split()[:1] in (["FLM"], ["FMLM"])]
         assert [(row[0], int(row[1])) for row in table] == [
             *(("FLM", steps) for steps in (1, 2, 4, 8, 16, 64)),
