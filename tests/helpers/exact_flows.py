@@ -1,4 +1,4 @@
-"""Exact flows of a few texts, and whether samples have the distribution of these texts."""
+"""Exact flows of a few texts, and tests of the distribution of samples."""
 
 import torch
 
@@ -7,11 +7,11 @@ from modeling_flm import FMLMConfig, FMLMModel
 
 class ExactFlowMap(FMLMModel):
     """
-    The flow map of the texts "0 0" (70 %) and "1 1" (30 %) over two tokens, or of others, in closed form but for a fine
-    integration of its ordinary differential equation; the embedding is the identity, so that states are one-hot states.
+    The flow map of a distribution of a few texts over a few tokens, by default "0 0" (70 %) and "1 1" (30 %). The embedding is the
+    identity, so states are one-hot states. `num_steps` of Runge-Kutta: 100 differ from 1600 by at most 1e-6.
     """
 
-    def __init__(self, texts=((0, 0), (1, 1)), weights=(0.7, 0.3), num_steps=400):
+    def __init__(self, texts=((0, 0), (1, 1)), weights=(0.7, 0.3), num_steps=100):
         vocab_size = 1 + max(max(text) for text in texts)
         sizes = {"vocab_size": vocab_size, "hidden_size": vocab_size, "num_attention_heads": 1, "num_hidden_layers": 1}
         super().__init__(FMLMConfig(**sizes, max_position_embeddings=len(texts[0])))
@@ -58,21 +58,21 @@ class ExactFlowMap(FMLMModel):
 
 
 class ExactFlow(ExactFlowMap):
-    """The denoiser of these texts, as an FLM has it."""
+    """The denoiser of these texts, as an FLM."""
 
     def encode(self, state, tau_s, tau_t=None, attention_mask=None):
         return self.denoiser(state, self.time_map.tau_to_t(tau_s)).to(state.dtype)
 
 
 def assert_shares(tokens, weights):
-    """That of all texts a share `weights[text]` is `text`."""
+    """Asserts that each text has the share `weights[text]` among the samples."""
     for text, weight in weights.items():
         share = (tokens == torch.tensor(text)).all(dim=1).double().mean().item()
         assert abs(share - weight) < 4 * (weight * (1 - weight) / len(tokens)) ** 0.5 + 0.005
 
 
 def chi_square(tokens: torch.Tensor, texts, weights) -> float:
-    """Of the shares of the texts; infinite where there is a text that cannot be."""
+    """The chi-square statistic of the texts' counts. Infinite if there is a sample of another text."""
     counts = torch.tensor([(tokens == torch.tensor(text)).all(dim=1).sum() for text in texts]).double()
     expected = len(tokens) * torch.tensor(weights, dtype=torch.float64)
     return ((counts - expected) ** 2 / expected).sum().item() if counts.sum() == len(tokens) else float("inf")

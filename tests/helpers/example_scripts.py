@@ -1,6 +1,5 @@
 """
-Runs the commands of the package and the scripts of `examples/`: in this process, where importing torch and transformers again
-would take ten seconds, or as a user does.
+Runs commands of the package and scripts of `examples/`: in this process, which saves ten seconds of imports, or in another one.
 """
 
 import os
@@ -17,7 +16,7 @@ from modeling_flm.trainers.commands.command_line import ScriptParser
 
 
 def run_here(script: str | ModuleType, *arguments):
-    """Runs the command or the script with this name in this process, with arguments as on its command line."""
+    """Runs a command or script in this process, with the arguments of its command line."""
     arguments = list(map(str, arguments))
     if isinstance(script, str) and script.startswith("flm-"):
         (command,) = entry_points(group="console_scripts", name=script)
@@ -31,7 +30,7 @@ def run_here(script: str | ModuleType, *arguments):
 
 
 def run_elsewhere(script: str, *arguments, launcher=(), **options) -> str:
-    """Runs it in a process of its own, as a user does; returns what it prints."""
+    """Runs a command or script in its own process, and returns its output."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if not script.startswith("flm-"):
         command = [sys.executable, *launcher, str(EXAMPLES / f"{script}.py")]

@@ -1,6 +1,6 @@
 """
-Several processes with the environment of `accelerate launch`, forked from one that has imported everything: where every process
-imports torch and transformers by itself, and the launcher too, that takes most of the time of a test.
+Processes with the environment of `accelerate launch`, forked from one that has imported everything, since imports in every
+process and in the launcher would take most of the time of a test.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from places import EXAMPLES, ROOT
 RECIPES = EXAMPLES / "recipes"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The modules whose functions are called
+# Modules with functions that are called
 _CONTEXT.set_forkserver_preload(
     [
         "train_tiny",
@@ -29,7 +29,7 @@ _CONTEXT.set_forkserver_preload(
 
 
 def launcher_flags(num_processes: int = 2, fsdp: bool = False) -> list[str]:
-    """The flags of `accelerate launch` for so many processes on the CPU."""
+    """The flags of `accelerate launch` for this number of processes on the CPU."""
     # `--multi_gpu` is for several processes of any kind; with `--cpu` accelerate starts a single one.
     kind = ["--config_file", str(RECIPES / "fsdp.yaml")] if fsdp else ["--multi_gpu"]
     flags = ["--num_processes", str(num_processes), *kind, "--num_machines", "1"]
@@ -37,12 +37,12 @@ def launcher_flags(num_processes: int = 2, fsdp: bool = False) -> list[str]:
 
 
 def launcher(num_processes: int = 2, fsdp: bool = False) -> list[str]:
-    """The arguments of Python that start a script in so many processes."""
+    """The arguments of Python that start a script in this number of processes."""
     return ["-m", "accelerate.commands.launch", *launcher_flags(num_processes, fsdp)]
 
 
 def _environment(num_processes: int, fsdp: bool) -> dict[str, str]:
-    """What `accelerate launch` adds to the environment of all processes."""
+    """The variables that `accelerate launch` adds to the environment of all processes."""
     args = launch_command_parser().parse_args([*launcher_flags(num_processes, fsdp), "script.py"])
     args, *_ = _validate_launch_command(args)
     environment = prepare_multi_gpu_env(args)
@@ -59,10 +59,10 @@ def _call(module: str, name: str, arguments: tuple, environment: dict[str, str])
 
 
 def run_processes(function, *arguments, num_processes: int = 2, fsdp: bool = False):
-    """Calls a function of a module, with arguments that can be pickled, in so many processes; raises if one fails."""
+    """Calls a function of a module in several processes, with arguments that can be pickled. Fails if one of them fails."""
     environment = _environment(num_processes, fsdp) if num_processes > 1 else {}
     path = os.environ.get("PYTHONPATH")
-    # The first call starts the process that all are forked from.
+    # The first call starts the process that all others are forked from.
     here = os.pathsep.join([str(Path(__file__).parent), str(ROOT), str(EXAMPLES)])
     os.environ["PYTHONPATH"] = here if path is None else f"{here}{os.pathsep}{path}"
     try:

@@ -181,7 +181,7 @@ class TestPrompts:
         """Texts of three tokens with known probabilities, of which one or two are given."""
         texts = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
         weights = (0.25, 0.05, 0.1, 0.15, 0.02, 0.2, 0.13, 0.1)
-        model = ExactFlowMap(texts, weights, num_steps=100)
+        model = ExactFlowMap(texts, weights)
         for given in ({0: 1}, {2: 0}, {1: 1, 2: 0}):
             input_ids, prompt_mask = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.bool)
             for position, token in given.items():

@@ -117,7 +117,7 @@ class TestGamma:
     @pytest.mark.parametrize("gamma", [0.0, 1.0])  # between them, only where delta is the text
     def test_gamma_keeps_the_distribution_of_an_exact_flow_map(self, gamma):
         texts, weights = [(0, 0), (0, 1), (1, 1)], (0.5, 0.2, 0.3)
-        model = ExactFlowMap(texts, weights, num_steps=100)
+        model = ExactFlowMap(texts, weights)
         tokens = model.generate(num_samples=1500, batch_size=1500, generator=seed(), num_steps=4, gamma=gamma)
         assert_shares(tokens, dict(zip(texts, weights)))
 

@@ -1,4 +1,4 @@
-"""Models in a virtual environment that has torch and transformers, and nothing of this project."""
+"""Published models in a virtual environment with torch and transformers only."""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ def test_published_models_load_with_torch_and_transformers_alone(server, tmp_pat
         name = type(model).__name__
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-        if model is flm:  # as a user does
+        if model is flm:  # by the command
             command = Path(sys.executable).with_name("flm-publish")
             publish = [command, "--model", tmp_path / name, "--repo-id", f"tester/{name}"]
             subprocess.run(publish, check=True, cwd=tmp_path, env={**os.environ, **connection})

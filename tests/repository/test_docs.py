@@ -31,7 +31,7 @@ from modeling_flm.trainers import FLMTrainingArguments
 each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 pages_with_python = [page for page in PAGES if blocks(page, "python")]
 
-# Trainings are as printed but for their lengths.
+# Trainings are as printed except for their length.
 MAX_STEPS, BATCH_SIZE = 2, 4
 SHORT_TRAININGS = f"""
 from modeling_flm.trainers import FLMTrainingArguments
@@ -48,7 +48,7 @@ FLMTrainingArguments.__post_init__ = shorten
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory) -> Path:
-    """A folder with what the pages ask for: the models of `make quickstart` (little trained), and texts."""
+    """A folder with the files that the pages need: models of `make quickstart` (hardly trained), and texts."""
     folder = tmp_path_factory.mktemp("pages")
     sizes = ["--hidden_size", 32, "--num_hidden_layers", 1, "--num_attention_heads", 2]
     options = ["--max_steps", 2, "--distillation_steps", 2, "--num_samples", 2, "--batch_size", 8]
@@ -58,7 +58,7 @@ def quickstart(tmp_path_factory) -> Path:
     stories = [grammar.sample_story(rng) for _ in range(300)]
     (folder / "stories.txt").write_text("\n".join(stories) + "\n")
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
-    for process in range(2):  # as two processes of `flm-generate` would
+    for process in range(2):  # the files of two processes of `flm-generate`
         rows = {"index": [process, process + 2], "text": stories[process : process + 3 : 2]}
         Dataset.from_dict(rows).to_json(folder / f"samples-0000{process}.jsonl")
     return folder
@@ -66,7 +66,7 @@ def quickstart(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(quickstart, tmp_path, monkeypatch) -> Path:
-    """The working directory: a copy of it."""
+    """The working directory: a copy of that folder."""
     shutil.copytree(quickstart, tmp_path / "folder")
     monkeypatch.chdir(tmp_path / "folder")
     return tmp_path / "folder"
@@ -88,7 +88,7 @@ def test_python_blocks_run_in_order(page, folder, monkeypatch):
 @pytest.mark.slow
 def test_readme_runs_in_a_fresh_interpreter(folder):
     code = blocks(ROOT / "README.md", "python")
-    # Before it, models are loaded as remote code in a process that has not imported this package.
+    # Blocks before it load models as remote code, in a process that has not imported this package.
     first = next(index for index, block in enumerate(code) if "import FLMTrainer" in block)
     code.insert(first, SHORT_TRAININGS)
     script = folder / "readme.py"

@@ -1,4 +1,4 @@
-"""The same on a CUDA device."""
+"""Models, trainers and samplers on a CUDA device."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_a_cpu_generator_gives_the_same_noise():
     expected = model.generate(num_samples=8, num_steps=4, generator=torch.Generator().manual_seed(0))
     tokens = model.cuda().generate(num_samples=8, num_steps=4, generator=torch.Generator().manual_seed(0))
     assert tokens.is_cuda
-    assert (tokens.cpu() == expected).float().mean() > 0.99  # but for near ties
+    assert (tokens.cpu() == expected).float().mean() > 0.99  # except for near ties
 
 
 def test_prompt_mask_gamma_guidance_scale_and_reward_give_the_texts_of_the_cpu():

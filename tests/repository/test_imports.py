@@ -1,4 +1,4 @@
-"""The rooms of the house: imports go one way, examples → trainers → hub → modeling_flm, and all are in one namespace."""
+"""Imports go one way, examples → trainers → hub → modeling_flm, and remote code imports relatively."""
 
 import ast
 from configparser import ConfigParser
@@ -11,19 +11,19 @@ import modeling_flm.hub
 import modeling_flm.trainers
 
 
-# The folders, and what they are imported as
+# Folders and their import names
 ROOMS = {"modeling_flm": "modeling_flm", "hub": "modeling_flm.hub", "trainers": "modeling_flm.trainers"}
-# What transformers copies into a repository: the file of a model's class, and what is imported relatively, and so on.
+# Files that transformers copies into a repository, together with the files that they import relatively
 ENTRIES = {"modeling_flm.py", "configuration_flm.py", "pipeline_flm.py"}
 
 
 def imported(path: Path) -> set[tuple[int, str]]:
-    """What a file imports: the number of dots, and the name of the module."""
+    """The imports of a file: the number of leading dots and the name of the module."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             found.add((node.level, node.module or ""))
-            if node.module == "modeling_flm":  # whose subpackages are imported from it
+            if node.module == "modeling_flm":  # its subpackages may be imported from it
                 found |= {(node.level, f"modeling_flm.{alias.name}") for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {(0, alias.name) for alias in node.names}

@@ -1,4 +1,4 @@
-"""The wheel, in a virtual environment of its own, beside a project that has packages called `trainers` and `hub`."""
+"""The wheel in its own virtual environment, beside a project with packages called `trainers` and `hub`."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ for path in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, which has nothing that earlier builds left."""
+    """The wheel, built from a copy of the sources without leftovers of earlier builds."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for room in ROOMS:
         shutil.copytree(ROOT / room, source / room, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -64,11 +64,11 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bin_folder(wheel, tmp_path_factory) -> Path:
-    """Where the commands are in an environment that has the wheel, and what it needs from the environment of the tests."""
+    """The folder of commands in an environment with the wheel, and the dependencies of the environment of the tests."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    # Files like this one in that folder are not read, so that the editable installation there is not known.
+    # .pth files in the added folder are not read, so the editable installation there is not found.
     (packages / "dependencies.pth").write_text(str(Path(transformers.__file__).parents[1]))
     install = ["install", "--quiet", "--no-deps", "--ignore-installed", wheel]
     subprocess.run([sys.executable, "-m", "pip", "--python", folder / "bin" / "python", *install], check=True)
