@@ -1,4 +1,4 @@
-"""The sampler written out with one-hot states."""
+"""A reference sampler with one-hot states."""
 
 import torch
 from small_models import two_time_denoiser

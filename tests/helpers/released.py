@@ -1,4 +1,4 @@
-"""What the later published code wrote: files of small models, and values that it computes from them."""
+"""Checkpoints of small models from the later published code, and the values that it computes from them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Small models with random weights, and what they say."""
+"""Small models with random weights, and their predictions."""
 
 import torch
 from transformers import CompileConfig
@@ -39,7 +39,7 @@ def build_model(kind: str, **options):
 
 
 def two_time_denoiser(output) -> torch.Tensor:
-    """The probabilities that `forward` returned, or what it returned the logarithms of."""
+    """Probabilities from the output of `forward`, which has these or logits."""
     return output.logits.softmax(-1) if output.probabilities is None else output.probabilities
 
 

@@ -46,7 +46,7 @@ class TestAutoguidance:
         )
 
     def test_both_see_the_same_noise(self):
-        """By the covariance of the drawn states, against that of one noise in one-hot space."""
+        """The covariance of the drawn states equals the covariance of a single projected one-hot noise."""
         model, weak = build_model("flm", vocab_size=200), build_model("flm", vocab_size=200, hidden_size=16)
         states = []
         for network in (model, weak):
@@ -92,7 +92,7 @@ class TestReward:
 
     @pytest.mark.parametrize("scale", [-0.7, 0.7])
     def test_tilts_a_distribution_that_is_known(self, scale):
-        """Two texts with 70 and 30 %, and the exact denoiser: the reward of the second is 1, that of the first 0."""
+        """Two texts with 70 and 30 %, and the exact denoiser: the second has the reward 1, the first 0."""
         model = ExactFlow()
         tokens = model.generate(
             num_samples=4000, batch_size=4000, generator=seed(), num_steps=100,
@@ -104,7 +104,7 @@ class TestReward:
         assert abs(tokens[:, 0].double().mean().item() - expected) < 4 * (0.25 / 4000) ** 0.5 + 0.02
 
     def test_tilts_an_exact_flow_map(self):
-        """Which is a step function of the noise: its gradient says nothing, that of its denoiser does."""
+        """The exact flow map is a step function of the noise, without gradient: the gradient comes from its denoiser."""
         model = ExactFlowMap(num_steps=50)
         tokens = model.generate(
             num_samples=1500, batch_size=1500, generator=seed(), num_steps=16,

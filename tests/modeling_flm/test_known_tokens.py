@@ -42,7 +42,7 @@ class TestPrompts:
     @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
     @pytest.mark.parametrize("per_token_timesteps", [False, True])
     def test_prompt_mask_equals_the_dense_sampler_with_known_positions_clean(self, kind, per_token_timesteps):
-        """Known tokens are clamped here after every step; a network without times per token is told the time of the others."""
+        """The reference clamps known tokens after every step. Networks without per-token times get the time of the others."""
         model = build_model(kind, per_token_timesteps=per_token_timesteps)
         prior, input_ids = torch.randn(5, 12, 53), torch.randint(53, (5, 12))
         prompt_mask = torch.rand(5, 12) < 0.5
@@ -62,21 +62,21 @@ class TestPrompts:
             )
             assert torch.equal(tokens, expected)
 
-    def test_network_is_told_per_token_timesteps_or_the_earliest(self):
+    def test_network_is_conditioned_on_per_token_timesteps_or_the_earliest(self):
         x = torch.randn(5, 12, 53)
         times = torch.rand(5, 12), torch.ones(5, 12)
         for kind in ("flm", "fmlm", "two_network"):
-            plain, told = build_model(kind), build_model(kind, per_token_timesteps=True)
-            told.load_state_dict(plain.state_dict())
+            plain, per_token = build_model(kind), build_model(kind, per_token_timesteps=True)
+            per_token.load_state_dict(plain.state_dict())
             earliest = times[0].amin(dim=1)
             with torch.no_grad():
                 first, second = dense_delta(plain, x, *times), dense_delta(plain, x, earliest, torch.ones(5))
                 if kind != "two_network":  # whose correction has a factor for each token
                     assert torch.equal(first, second)
-                assert not torch.equal(dense_delta(told, x, *times), first)
+                assert not torch.equal(dense_delta(per_token, x, *times), first)
                 same = torch.full((5, 12), 0.3), torch.full((5, 12), 0.7)
-                of_texts = dense_delta(told, x, same[0][:, 0], same[1][:, 0])
-                torch.testing.assert_close(dense_delta(told, x, *same), of_texts)
+                of_texts = dense_delta(per_token, x, same[0][:, 0], same[1][:, 0])
+                torch.testing.assert_close(dense_delta(per_token, x, *same), of_texts)
 
     @pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
     def test_tokens_of_a_prompt_mask_come_back_unchanged_whatever_else(self, kind):
@@ -178,7 +178,7 @@ class TestPrompts:
 
     @pytest.mark.parametrize("num_steps", [1, 3])
     def test_samples_given_a_prompt_mask_have_the_conditional_distribution(self, num_steps):
-        """Texts of three tokens with known probabilities, of which one or two are given."""
+        """Sequences of three tokens with known probabilities, given one or two of them."""
         texts = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
         weights = (0.25, 0.05, 0.1, 0.15, 0.02, 0.2, 0.13, 0.1)
         model = ExactFlowMap(texts, weights)

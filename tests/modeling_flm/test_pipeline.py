@@ -35,7 +35,7 @@ def test_texts_are_those_of_generate(flm, tokenizer, folder):
     rows = pipe(num_samples=5, generator=generator(), return_tensors=True)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     assert rows == [{"generated_text": a, "generated_token_ids": b} for a, b in zip(texts, tokens.tolist())]
-    # What a call says goes over what the pipeline was made with.
+    # Arguments of a call override the arguments of the constructor
     tokens = flm.generate(num_samples=2, num_steps=1, length=4, generator=generator())
     rows = pipe(num_samples=2, num_steps=1, length=4, generator=generator(), skip_special_tokens=False)
     assert [row["generated_text"] for row in rows] == tokenizer.batch_decode(tokens)

@@ -24,7 +24,7 @@ class CertainFlowMap(ExactFlowMap):
         return torch.where(arrives, delta.round(), delta)
 
 
-TEXTS = [(0, 0, 0), (0, 1, 1), (1, 1, 0), (1, 0, 1)]  # which no two tokens say without the third ...
+TEXTS = [(0, 0, 0), (0, 1, 1), (1, 1, 0), (1, 0, 1)]  # any two tokens leave the third open
 WEIGHTS = (0.4, 0.3, 0.2, 0.1)
 
 
@@ -71,7 +71,7 @@ class TestDistribution:
         assert not ((kept[:, 0] == 1) & (kept[:, 1] == 0)).any()  # still nothing that cannot be
 
     def test_num_rounds_of_a_denoiser_come_nearer_with_their_steps(self):
-        """An FLM has no jump from noise to text: with too few steps a round its texts are not those of the data."""
+        """An FLM has no jump from noise to text: with too few steps per round, its samples do not follow the data."""
         model, deviations = ExactFlow(TEXTS, WEIGHTS), []
         for num_steps in (1, 8, 64):
             options = {**self.options, "num_samples": 4000, "batch_size": 4000, "num_steps": num_steps}
@@ -120,7 +120,7 @@ class TestGenerate:
         assert torch.equal(output.drafts[:, -1], output.sequences)
         rounds = -(-12 // loop["block_length"]) if "block_length" in loop else 3
         assert output.drafts.shape == (7, rounds, 12)
-        # A text costs what is written of it: nothing where all is known, and no block of the prompt.
+        # Known sequences take no forward pass, and neither do blocks of the prompt
         assert output.num_forward_passes[2] == 0
         if "block_length" in loop:
             blocks = [len({int(p) // 5 for p in (~row).nonzero()}) for row in prompt_mask]
@@ -189,17 +189,17 @@ class TestGenerate:
         assert output.sequences[:, 1:].eq(1).all() and output.num_forward_passes.eq(1).all()
         assert model.generate(block_length=2, **{**options, "pad_after_eos": False}).num_forward_passes.eq(6).all()
 
-    def test_callback_with_block_length_is_told_of_every_round(self):
-        model, told = build_model("fmlm"), []
+    def test_callback_with_block_length_is_called_for_every_round(self):
+        model, calls = build_model("fmlm"), []
         input_ids = torch.randint(53, (1, 4))
-        model.generate(input_ids, block_length=2, num_steps=2, callback=lambda *args: told.append(args[:2]))
-        assert told == [(n, 6) for n in range(1, 7)]
+        model.generate(input_ids, block_length=2, num_steps=2, callback=lambda *args: calls.append(args[:2]))
+        assert calls == [(n, 6) for n in range(1, 7)]
 
-    def test_callback_with_num_rounds_is_told_of_every_round(self):
-        model, told = build_model("fmlm"), []
-        tokens = model.generate(num_samples=2, num_rounds=3, num_steps=2, callback=lambda *args: told.append(args))
-        assert [args[:2] for args in told] == [(1, 3), (2, 3), (3, 3)]
-        assert torch.equal(told[-1][2], tokens)
+    def test_callback_with_num_rounds_is_called_for_every_round(self):
+        model, calls = build_model("fmlm"), []
+        tokens = model.generate(num_samples=2, num_rounds=3, num_steps=2, callback=lambda *args: calls.append(args))
+        assert [args[:2] for args in calls] == [(1, 3), (2, 3), (3, 3)]
+        assert torch.equal(calls[-1][2], tokens)
 
     @pytest.mark.parametrize("loop", [{"num_rounds": 6}, {"block_length": 2}], ids=str)
     def test_streamers_see_known_tokens_grow(self, loop):

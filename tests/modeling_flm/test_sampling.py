@@ -1,4 +1,4 @@
-"""Samplers: a step without a network, states of one-hot space, and the distribution of what they write against exact ones."""
+"""Samplers and commit rules: single steps without a network, one-hot states, and distributions against exact ones."""
 
 import pytest
 import torch
