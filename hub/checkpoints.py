@@ -226,7 +226,7 @@ class LightningCheckpoint(Checkpoint):
         content = _load_inert(self.path, keep_storage)
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise CheckpointError(f"{self.path} has no `state_dict`: it is not a checkpoint of PyTorch Lightning.")
-        # Storages are parts of one mapping of the file: in the order of their addresses they are its members in their order.
+        # All storages lie in one memory-mapped file: sorted by address, they match the zip members sorted by offset.
         folder = pickles[0].removesuffix(".pkl") + "/"
         stored = [member for member in members if member.filename.startswith(folder) and member.file_size > 0]
         stored.sort(key=lambda member: member.header_offset)

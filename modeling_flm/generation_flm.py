@@ -103,7 +103,7 @@ class _StepOutput(NamedTuple):
 
 
 class _Samples(NamedTuple):
-    """Result of the loop of steps. The probabilities are those of `tokens` only if the rule reads them."""
+    """Result of the loop of steps. `probabilities` belong to `tokens` if the commit rule reads them; else they only show whether all is finite."""
 
     tokens: torch.LongTensor
     probabilities: torch.Tensor
@@ -111,7 +111,7 @@ class _Samples(NamedTuple):
 
 
 class FLMGenerationMixin:
-    """Gives a model with `state_embedding`, `state_sizes`, `posterior` and `time_map` its `generate()`."""
+    """Adds `generate()` to a model that defines `state_embedding`, `state_sizes`, `posterior` and `time_map`."""
 
     output_modalities = ("text",)
 

@@ -18,7 +18,7 @@ def noise_size(*embeddings: torch.Tensor) -> int:
         embeddings (`torch.Tensor` of shape `(vocab_size, embedding_size)`): One or several token embeddings.
 
     Returns:
-        `int`: the joint width of the embeddings or the vocabulary size, whichever is smaller.
+        `int`: the total width of the embeddings, or the vocabulary size if smaller.
     """
     return min(embeddings[0].shape[0], sum(embedding.shape[1] for embedding in embeddings))
 
@@ -31,7 +31,7 @@ _COLUMNS = 384
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Context in which products of float32 matrices are in float32, even if autocast, TF32 or bfloat16 is allowed."""
+    """Context for full-precision float32 matrix products, with autocast, TF32 and bfloat16 disabled."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     allowed = [backend.fp32_precision for backend in backends]
     try:
@@ -59,7 +59,7 @@ def _find_similar(embeddings: Sequence[torch.Tensor]) -> SimilarColumns:
         if other is None:
             similar.append(None)
             continue
-        # Without a branch, which would wait for the device.
+        # No branch here: it would synchronize with the device.
         is_similar = (sample - samples[other]).norm(dim=0) < sample.norm(dim=0) / 4
         similar.append((other, is_similar.to(sample)))
     return similar
@@ -74,7 +74,7 @@ def _basis(embeddings: Sequence[torch.Tensor], similar: SimilarColumns) -> Itera
 
 
 def _undo_differences(columns: torch.Tensor, widths: list[int], similar: SimilarColumns) -> list[torch.Tensor]:
-    """Turns values for the columns of A' into values for the columns of each embedding."""
+    """Adds subtracted columns back: values per column of A' (see [`JointNoise`]) become values per column of each embedding."""
     sums = []
     for part, each in zip(columns.split(widths, dim=-1), similar):
         sums.append(part if each is None else part + each[1].to(part.device) * sums[each[0]])
@@ -127,7 +127,7 @@ class JointNoise:
     Let \\(A = [E_1 | E_2 | \dots]\\), held constant, with an orthonormal basis \\(Q = A' C^{-\top}\\) of its columns. Then
     \\(R_i = Q^\top E_i\\), differentiable in \\(E_i\\), with a gradient that is the conditional expectation of the
     V-dimensional one given the noisy states, hence unbiased and less noisy. Where the vocabulary is not larger than the
-    joint width, \\(R_i = E_i\\) and the noise has V dimensions.
+    total width, \\(R_i = E_i\\) and the noise has V dimensions.
 
     Here \\(A'\\) is A with similar columns of \\(E_i\\) and \\(E_{i-1}\\) replaced by their difference, and
     \\(C C^\top = A'^\top A'\\): for one embedding \\(R = C^\top\\). The constructor does the expensive work, so use one instance
@@ -170,7 +170,7 @@ class JointNoise:
                 eps**3 * torch.cat(_undo_differences(diagonal, widths, self._similar))
                 + torch.finfo(torch.float32).tiny
             )
-            # Without a check, which would wait for the device: if both factorizations fail, the result is NaN.
+            # No check here: it would synchronize with the device. If both factorizations fail, the result is NaN.
             self.cholesky = torch.full_like(gram, torch.nan)
             for relative in (32 * eps, 4 * eps):
                 cholesky, failed = torch.linalg.cholesky_ex(gram + torch.diag(relative * diagonal + tiny))

@@ -20,9 +20,9 @@ class KnownTokens:
 
     Args:
         tokens (`torch.LongTensor` of shape `(batch_size, length)`): The known tokens, and padding elsewhere.
-        mask (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*): Where tokens are known. `None` for nowhere.
+        mask (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*): Mask of the known tokens. `None` if no token is known.
         attention_mask (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*):
-            Where a sequence has positions. `None` for everywhere.
+            Mask of the real positions. `None` if nothing is padded.
     """
 
     tokens: torch.LongTensor

@@ -129,7 +129,7 @@ LossFunction = Callable[[torch.Tensor, slice, torch.Tensor | None], tuple[torch.
 
 
 class _WeightedSum(torch.autograd.Function):
-    """`sum(token_weights * losses)`, with gradients that were computed together with the losses."""
+    """`sum(token_weights * losses)`. `backward` only scales precomputed gradients."""
 
     @staticmethod
     def forward(
@@ -177,7 +177,7 @@ def linear_loss(
     """
     Weighted sum of losses of the outputs of a linear head. Losses and gradients are computed together, one chunk of positions at
     a time: memory grows with a chunk and not with the tokens, and no matrix product is computed twice. Products are in bfloat16
-    under such autocast or with such a weight, losses in float32. There are first derivatives only.
+    under bfloat16 autocast or with a bfloat16 head, losses in float32. Second derivatives are not supported.
 
     Args:
         function (`Callable[[torch.Tensor, slice, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]`):

@@ -359,7 +359,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         tau_s: torch.Tensor,
         tau_t: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums the losses that `function` returns for a chunk of the two-time denoiser, with their gradients in it."""
+        """Sums a loss of the two-time denoiser over chunks. `function` returns losses and their gradients."""
         flow_states, correction_states = hidden_states.chunk(2, dim=-1)
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.flow.parameters()):
             raise ValueError("The flow of a two-network model is frozen, and its `requires_grad` must stay `False`.")
@@ -399,7 +399,7 @@ def load_network(model: FMLMModel, weights: dict[str, torch.Tensor], config_over
 
 
 def check_is_flm(teacher: PreTrainedModel, argument: str = "teacher"):
-    """Raises a `TypeError` if a flow map cannot start from a model. Compares names: classes of remote code are others."""
+    """Raises a `TypeError` if a flow map cannot start from a model. Compares class names, because remote code defines its own classes."""
     name = type(teacher).__name__
     if name != "FLMModel":
         hints = {

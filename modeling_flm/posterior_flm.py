@@ -188,7 +188,7 @@ class Posterior:
         return Posterior(combined_probabilities, self.chunks, self.device)
 
     def within(self, context: Callable[[], AbstractContextManager]) -> Posterior:
-        """Returns this posterior, computed within a context, such as the autocast of its creation."""
+        """Returns this posterior with every chunk computed inside a context, such as autocast."""
 
         def probabilities_in_context(chunk: slice) -> torch.Tensor:
             with context():

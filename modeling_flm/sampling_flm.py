@@ -162,7 +162,7 @@ class FlowMapSampler(Sampler):
 
 class StochasticFlowMapSampler(Sampler):
     r"""
-    Draws a part of the noise anew at every step: jumps to a later time \\(u\\), then adds new noise to return to \\(t\\), see
+    Redraws part of the noise at every step: jumps to a later time \\(u\\), then adds new noise to return to \\(t\\), see
     [`~flow.gamma_coefficients`]. Meant for flow maps: an FLM cannot jump, and needs a small `gamma`.
 
     Args:

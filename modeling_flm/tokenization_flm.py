@@ -41,13 +41,13 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], tokenizer_type: str, vocab_size: int) -> PreTrainedTokenizerFast:
     """
     Trains a small tokenizer, for experiments without a downloaded one.
 
     Args:
         texts (`Iterable[str]`): The texts to learn the vocabulary from.
-        kind (`str`):
+        tokenizer_type (`str`):
             `"char"` for characters; `"word"` for words and punctuation marks, decoded with single spaces between them;
             `"bpe"` for byte-level byte-pair encoding, which is lossless; `"text8"` for the letters from a to z and the space,
             for any texts.
@@ -62,7 +62,7 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrai
             f"`texts` must be an iterable of strings, got `{type(texts).__name__}`: pass a list, or a column of a dataset, such as "
             '`dataset["text"]`.'
         )
-    if kind == "text8":
+    if tokenizer_type == "text8":
         vocab = {character: index for index, character in enumerate(" abcdefghijklmnopqrstuvwxyz")}
         tokenizer = Tokenizer(models.WordLevel(vocab))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -71,7 +71,7 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrai
     special_tokens = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"]
     if vocab_size <= len(special_tokens):
         raise ValueError(f"`vocab_size` must be above {len(special_tokens)}, got {vocab_size}.")
-    if kind == "bpe":
+    if tokenizer_type == "bpe":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -83,16 +83,16 @@ def train_tokenizer(texts: Iterable[str], kind: str, vocab_size: int) -> PreTrai
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
         )
-    elif kind in ("char", "word"):
+    elif tokenizer_type in ("char", "word"):
         tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-        if kind == "char":
+        if tokenizer_type == "char":
             tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
             tokenizer.decoder = decoders.Fuse()
         else:
             tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
     else:
-        raise ValueError(f"`kind` must be 'bpe', 'char', 'word' or 'text8', got {kind!r}.")
+        raise ValueError(f"`tokenizer_type` must be 'bpe', 'char', 'word' or 'text8', got {tokenizer_type!r}.")
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

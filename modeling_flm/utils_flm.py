@@ -27,7 +27,7 @@ def chunks(batch_size: int, length: int, vocab_size: int, device: torch.device) 
         device (`torch.device`): The device of the probabilities.
 
     Returns:
-        `list[slice]`: Consecutive chunks of all positions.
+        `list[slice]`: Consecutive slices of the position axis; each applies to the whole batch.
     """
     budget = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["default"])
     size = max(1, budget // (batch_size * vocab_size))

@@ -7,6 +7,7 @@ import transformers.utils.hub
 from hub_server import LoopbackHub
 from oracle import SCORER
 from small_models import build_flm
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from modeling_flm import FLMModel, utils_flm
 from modeling_flm.trainers import load_gen_ppl
@@ -21,6 +22,15 @@ def seeded():
 def connection_of_its_own(monkeypatch):
     """What transformers keeps of a connection to the Hub knows the Hub of the test in which it was first made."""
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def output_of_transformers():
+    """Commands that a test runs in this process set how much transformers prints."""
+    verbosity, shows_progress = transformers.utils.logging.get_verbosity(), is_progress_bar_enabled()
+    yield
+    transformers.utils.logging.set_verbosity(verbosity)
+    (enable_progress_bar if shows_progress else disable_progress_bar)()
 
 
 @pytest.fixture

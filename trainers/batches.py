@@ -216,7 +216,7 @@ def make_flow_batch(
         positions (`Sequence[int]`):
             Positions of the examples in the global batch.
         key (`Sequence[int]`):
-            Numbers that name the batch, such as the seed and the step. With a position they seed an example.
+            Integers that identify the batch, such as (seed, step). Combined with a position, they seed an example.
         time_sampler ([`UniformTimes`] or [`TimePairs`], *optional*):
             Turns `uniforms` into times. By default [`UniformTimes`].
         max_length (`int`, *optional*):

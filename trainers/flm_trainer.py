@@ -273,7 +273,7 @@ class FLMTrainer(AveragedTrainer, PublishingTrainer):
     # The objective
 
     def _networks(self) -> list[PreTrainedModel]:
-        """Returns the networks that read a batch, the model first."""
+        """Returns the networks that take a batch as input, the trained model first."""
         return [self.network]
 
     def _get_joint_noise(self) -> JointNoise:

@@ -111,7 +111,10 @@ class FMLMTrainingArguments(FLMTrainingArguments):
         default=1 / 32, metadata={"help": "Probability that an off-diagonal pair (s, t) is (0, 1)."}
     )
     masked_probability: float = field(
-        default=0.0, metadata={"help": "Probability that an example is at time 0 and learned from the masked teacher."}
+        default=0.0,
+        metadata={
+            "help": "Probability that an example starts at time 0 and is trained on the masked teacher's predictions."
+        },
     )
     time_sampling: str = field(
         default="uniform_difference",

@@ -120,7 +120,7 @@ class FMLMTrainer(FLMTrainer):
                 f"`teacher` has {teacher.config.vocab_size} tokens, but the model has {model.config.vocab_size}."
             )
         is_taught = teacher is not None or masked_teacher is not None or args.self_distillation
-        if not is_taught and not isinstance(network, FMLMTwoNetworkModel):  # which has a flow of its own
+        if not is_taught and not isinstance(network, FMLMTwoNetworkModel):  # a two-network model contains its own flow
             raise ValueError(
                 "`teacher` is missing: pass the trained model to distill. To learn from the data instead, use "
                 "`FMLMTrainingArguments.from_preset('self_distillation', ...)` or `self_distillation=True`."
@@ -222,7 +222,7 @@ class FMLMTrainer(FLMTrainer):
 
     @staticmethod
     def _groups(batch: FlowBatch) -> list[tuple[str, torch.Tensor]]:
-        """Returns the rows of masked, diagonal and off-diagonal examples, with boundary examples among the last."""
+        """Returns the row indices of masked, diagonal and off-diagonal examples. Boundary examples count as off-diagonal."""
         groups = {"masked": [], "diagonal": [], "off_diagonal": []}
         for group, rows in batch.groups.items():
             groups[group if group in groups else "off_diagonal"] += rows
@@ -230,7 +230,7 @@ class FMLMTrainer(FLMTrainer):
         return [(group, torch.tensor(rows).to(device, non_blocking=True)) for group, rows in groups.items() if rows]
 
     def training_record(self):
-        """As [`FLMTrainer.training_record`], with the teacher, which has a name for others if it is from the Hub."""
+        """As [`FLMTrainer.training_record`], plus the teacher's class and, for a Hub model, its name."""
         record = {**super().training_record(), "teacher": None}
         if self.teacher is not None:
             name = self.teacher.name_or_path

@@ -48,7 +48,7 @@ def score(texts: list[str], data: Data, args: StudyArguments) -> dict:
 
 
 def spread(values: list[float | None], digits: int) -> str:
-    """Formats the mean over seeds, and the largest deviation above it."""
+    """Formats the mean over seeds and, after ±, the maximum minus the mean."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return "-"

@@ -154,9 +154,9 @@ class TestFlowMaps:
         input_ids = torch.randint(53, (3, 12))
         delta = two_time_denoiser(model(input_ids, tau_s, tau_t))
         assert torch.equal(delta, flm(input_ids, tau_s).logits.softmax(-1))
-        prior = torch.randn(3, 12, 32)
-        expected = flm.generate(prior_state=prior, num_steps=3)
-        assert torch.equal(model.generate(prior_state=prior, num_steps=3), expected)
+        noise = torch.randn(3, 12, 53)
+        expected = flm.generate(prior_state=noise @ flm.state_embedding, num_steps=3)
+        assert torch.equal(model.generate(prior_state=noise @ model.state_embedding, num_steps=3), expected)
 
     def test_copies_what_the_teacher_is(self, flm):
         flm.config.eos_token_id = 2

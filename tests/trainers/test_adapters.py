@@ -330,16 +330,14 @@ class TestSavedAdapters:
         assert all(torch.equal(value, published[name]) for name, value in expected.state_dict().items())
         card = (tmp_path / "repository" / "README.md").read_text()
         assert "library_name: transformers" in card and "Trained with `FLMTrainer`" in " ".join(card.split())
-        assert "What was trained is an adapter (LORA of rank 3), which is merged into the weights." in " ".join(
-            card.split()
-        )
+        assert "The trained part is an adapter (LORA of rank 3), which is merged into" in " ".join(card.split())
 
     def test_publishing_needs_the_base_model(self, folder, tmp_path):
         copied = tmp_path / "adapter"
         shutil.copytree(folder, copied)
         config = json.loads((copied / "adapter_config.json").read_text())
         (copied / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
-        with pytest.raises(PublishError, match="does not name its model.*merge_and_unload"):
+        with pytest.raises(PublishError, match="does not name its base model.*merge_and_unload"):
             assemble(copied, tmp_path / "repository", "me/tiny")
         assert not (tmp_path / "repository").exists()
 

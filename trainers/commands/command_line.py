@@ -141,7 +141,7 @@ class ScriptParser(HfArgumentParser):
 
 
 def with_flags(message: str, dataclass_types: Iterable[type] = (), names: Iterable[str] = ()) -> str:
-    """A message in one line, in which arguments of these dataclasses and names are flags instead of in backticks."""
+    """One-line message with argument names in backticks replaced by flags."""
     names = "|".join([*names, *(each.name for one in dataclass_types for each in fields(one))])
     return re.sub(rf"`({names})(=[^`(]*)?`", r"--\1\2", " ".join(message.split()))
 
@@ -168,7 +168,7 @@ def friendly_errors(*dataclass_types: type, flags: Iterable[str] = ()) -> Iterat
 @contextmanager
 def errors_about(name: str, *error_types: type[Exception]) -> Iterator[None]:
     """
-    Makes errors of other libraries about the value of an argument a `ValueError` that names the argument.
+    Converts other libraries' errors about an argument's value to a `ValueError` that names the argument.
 
     Args:
         name (`str`): The argument, such as `"model"`.

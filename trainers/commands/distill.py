@@ -5,7 +5,7 @@ Distill a trained flow-based language model into a flow map, which generates a w
 
     flm-distill --teacher outputs/flm --preset single_stage --output_dir outputs/fmlm
 
-The data are the teacher's training data, if its folder has a record of them, unless flags name others. The presets are the
+Trains on the teacher's training data, if its folder records them; flags override them. The presets are the
 paper's recipes: single_stage; two_network, then second_stage with its result as the teacher; self_distillation, which takes
 only the architecture and the tokenizer from --teacher; and any_order, an FMLM+ with the teacher as its denoiser (flm-train
 --model_type fmlm needs no teacher). Every flag can also be set in a YAML file, passed as the first argument. Flags take

@@ -179,7 +179,7 @@ class EvaluationArguments:
         "model's, and the scorer's for --samples_file.",
     )
     mauve_model: str | None = HfArg(
-        default=None, help="Causal language model whose embeddings MAUVE against --reference_file is measured with."
+        default=None, help="Causal language model whose embeddings are used for MAUVE against --reference_file."
     )
     bootstrap: int = HfArg(default=1000, help="Resamples for the 95 %% confidence intervals.")
     update_card: bool = HfArg(default=False, help="Store the results in the model's card.")
@@ -291,7 +291,8 @@ def describe(args: EvaluationArguments, source: FlowSource | CausalSource | None
 
 def check_scorer(args: EvaluationArguments):
     """Raises a `ValueError` for a flow-based scorer, and for one with a context shorter than the published protocol's."""
-    config = AutoConfig.from_pretrained(args.scorer)
+    with errors_about("scorer", OSError):
+        config = AutoConfig.from_pretrained(args.scorer)
     if config.model_type in FLOW_MODEL_TYPES:
         raise ValueError("`scorer` must be a causal language model, such as gpt2-large, and not a flow-based one.")
     context = getattr(config, "max_position_embeddings", None)
@@ -315,28 +316,33 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
         if (output / "results.json").exists():
             raise ValueError(f"`output_dir`: {output} has results already; name another directory.")
         check_arguments(args)
-        if args.model is not None and not is_flow_based(args.model, args.revision):
-            check_causal_arguments(args)
+        if args.model is not None:
+            with errors_about("model", OSError):
+                is_flow = is_flow_based(args.model, args.revision)
+            if not is_flow:
+                check_causal_arguments(args)
         args = complete_arguments(args)
         if args.model is not None:
             if args.protocol == "published":
                 config = AutoConfig.from_pretrained(args.model, revision=args.revision)
                 length = getattr(config, "max_position_embeddings", None) or 1024
                 args = replace(args, length=length, max_length=length)
-            source = load_source(
-                args.model,
-                revision=args.revision,
-                guidance_model=args.guidance_model,
-                guidance_revision=args.guidance_revision,
-                dtype=args.dtype,
-                attn_implementation=args.attn_implementation,
-                device=state.device,
-                **generate_kwargs(args),
-            )
+            with errors_about("model" if args.guidance_model is None else "guidance_model", OSError):
+                source = load_source(
+                    args.model,
+                    revision=args.revision,
+                    guidance_model=args.guidance_model,
+                    guidance_revision=args.guidance_revision,
+                    dtype=args.dtype,
+                    attn_implementation=args.attn_implementation,
+                    device=state.device,
+                    **generate_kwargs(args),
+                )
             settings = make_settings(args, source)
             source.warm_up(settings[0])
         if args.tokenizer is not None:
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+            with errors_about("tokenizer", OSError):
+                tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
         decoding = {
             "keep_special_tokens": args.keep_special_tokens,
             "clean_up_bert": args.protocol == "published",
@@ -354,13 +360,15 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
             check_scorer(args)
             score(["a text"], **scoring)
             from_files = read_files(args, source, tokenizer, decoding)
-            with errors_about("train_file", ValueError):
+            with errors_about("train_file", OSError, ValueError):
                 training_texts = None if args.train_file is None else load_lines(args.train_file, args.text_column)
             words = training_texts
             if args.words_file is not None:
-                words = Path(args.words_file).read_text(encoding="utf-8").splitlines()
+                with errors_about("words_file", OSError, ValueError):
+                    words = Path(args.words_file).read_text(encoding="utf-8").splitlines()
             if args.mauve_model is not None:
-                AutoConfig.from_pretrained(args.mauve_model)
+                with errors_about("mauve_model", OSError):
+                    AutoConfig.from_pretrained(args.mauve_model)
                 check_mauve()
 
     output.mkdir(parents=True, exist_ok=True)
@@ -412,11 +420,11 @@ def read_files(
     }
     texts = []
     if args.samples_file is not None:
-        with errors_about("samples_file", ValueError):
+        with errors_about("samples_file", OSError, ValueError):
             texts.append(read_texts(args.samples_file, "samples", **options))
     if args.reference_file is not None:
         wrapped = args.reference_packing == "wrapped"
-        with errors_about("reference_file", ValueError):
+        with errors_about("reference_file", OSError, ValueError):
             texts.append(read_texts(args.reference_file, "reference", wrapped=wrapped, **options))
     return texts
 
@@ -436,10 +444,7 @@ def measure_settings(
 
 
 def main(arguments: list[str] | None = None):
-    try:
-        evaluate(*make_parser().parse_args_and_config(arguments))
-    except OSError as error:  # of names that do not exist
-        raise SystemExit(f"error: {error}") from error
+    evaluate(*make_parser().parse_args_and_config(arguments))
 
 
 if __name__ == "__main__":

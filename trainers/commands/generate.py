@@ -249,7 +249,7 @@ def get_settings(args: argparse.Namespace, model: PreTrainedModel, prompts: list
 
 
 def start_processes(args: argparse.Namespace) -> PartialState:
-    """The state of this process among those of `accelerate launch`."""
+    """Distributed state of this process under `accelerate launch`."""
     check_device("device", args.device)
     on_cpu = torch.device(args.device or "cuda").type == "cpu" or not torch.accelerator.is_available()
     # Processes finish at different times, so they must wait for each other without a timeout.

@@ -175,7 +175,7 @@ def get_model(
         return new_model(arguments, tokenizer, block_size, required_settings)
     hints = {
         "flm": " Flow maps are trained with --model_type fmlm, or by flm-distill.",
-        "fmlm": " flm-distill makes a flow map of an FLM.",
+        "fmlm": " To turn an FLM into a flow map, use flm-distill.",
     }
     return load_model(
         "model_name_or_path",

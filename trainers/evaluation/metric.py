@@ -101,6 +101,6 @@ def total_losses(result: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def total_entropies(result: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the entropy of each text, and 1; or 0 and 0 for an empty text."""
+    """Returns the entropy of each text and its weight in the mean: 1, or 0 for an empty text."""
     has_tokens = np.array([value is not None for value in result["entropies"]], dtype=float)
     return np.array([0 if value is None else value for value in result["entropies"]], dtype=float), has_tokens

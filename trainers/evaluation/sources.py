@@ -59,7 +59,7 @@ class Setting:
     temperature: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the settings that are set."""
+        """Returns the settings that are not `None`."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
@@ -131,7 +131,7 @@ class FlowSource:
         return sum(len(network.embeddings) for network in networks)
 
     def describe(self, sampler: str | None = None) -> dict[str, Any]:
-        """Returns the parameters in effect that differ from the defaults, and always gamma: 0 is a choice as well."""
+        """Returns the parameters in effect that differ from the defaults, plus `gamma`, which is always included, even if 0."""
         values = {name: self._get_parameter(name) for name in GENERATION_PARAMETERS}
         values["timestep_grid"] = self.generate_kwargs.get("timestep_grid")
         is_bridge, is_guided = self._uses_bridge(sampler), self._is_guided()
@@ -147,7 +147,7 @@ class FlowSource:
         return setting.num_steps != 1 or self._uses_bridge(setting.sampler) or self._is_guided() or has_rounds
 
     def columns(self, setting: Setting) -> dict[str, Any]:
-        """Returns the first columns of the row of a setting."""
+        """Returns the leading columns of a setting's row: steps, sampler, temperature."""
         times = self.generate_kwargs.get("timestep_grid")
         num_steps = default_num_steps(self.model) if times is None else len(times) - 1
         return {"num_steps": num_steps, **setting.to_dict()}

@@ -230,7 +230,7 @@ class TestTokenizers:
         )
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="`kind` must be"):
+        with pytest.raises(ValueError, match="`tokenizer_type` must be"):
             train_tokenizer(TEXTS, "sentencepiece", 100)
         with pytest.raises(ValueError, match="`vocab_size` must be above 4"):
             train_tokenizer(TEXTS, "word", 4)
