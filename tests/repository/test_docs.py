@@ -86,6 +86,9 @@ def test_python_blocks_run_in_order(page, folder, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    (ROOT / "setup.cfg").exists(), reason="test_wheel.py runs it with the wheel, in a copy of this folder"
+)
 def test_readme_runs_in_a_fresh_interpreter(folder):
     code = blocks(ROOT / "README.md", "python")
     # Blocks before it load models as remote code, in a process that has not imported this package.
