@@ -24,7 +24,7 @@ NUM_STEPS = 400
 
 
 def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The exact denoiser: the mean of the texts, by how likely they are given a noised one. Times are those of tokens."""
+    """Exact denoiser: the posterior mean of the texts given a noised one, with one time per token."""
     evidence = (t / (1 - t).clamp(min=1e-6) ** 2)[:, None] * torch.einsum("blv,klv->bkl", x, TEXTS)
     return torch.einsum("bk,klv->blv", (SHARES.log() + evidence.sum(-1)).softmax(-1), TEXTS)
 

@@ -106,7 +106,7 @@ class FLMGenerationConfig(GenerationConfig):
             (With guidance, which leaves the simplex, a "probability" may exceed 1.)
         commit_budget (`int` or `str`, *optional*, defaults to `"uniform"`):
             Number of tokens of each sample that are committed after each round whatever their probability, the most likely
-            first. `"uniform"` commits the same number in every round.
+            first. `"uniform"` divides the tokens left by the rounds left, rounded up.
         block_length (`int`, *optional*):
             Generates left to right in blocks of this many tokens. Positions to the right of the block are generated as well,
             then discarded.

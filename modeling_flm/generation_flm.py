@@ -473,8 +473,8 @@ class FLMGenerationMixin:
             is_last (`bool`): Whether this is the last step, which returns tokens and probabilities, and no state.
             with_tokens (`bool`): Whether to return tokens before the last step as well.
             with_probabilities (`bool`):
-                Whether the last step returns the probabilities of the tokens. Otherwise it returns those of the token 0, for a
-                check that they are finite.
+                Whether the last step returns the probabilities of the tokens. Otherwise it returns the probability of token
+                0, for a finiteness check.
         """
         # 3. The posterior of the clean tokens
         posterior = model.posterior(state, times.tau_s, times.target_tau, attention_mask, logits_processor)

@@ -83,7 +83,7 @@ class ScriptParser(HfArgumentParser):
         Parses the command line.
 
         Args:
-            arguments (`list[str]`, *optional*): The command line. By default that of this process.
+            arguments (`list[str]`, *optional*): The command line. Defaults to `sys.argv`.
 
         Returns:
             `tuple`: an object of each dataclass.
