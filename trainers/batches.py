@@ -18,6 +18,8 @@ import torch
 
 from modeling_flm.flow import times_with_known
 
+from .data.checking import check_length
+
 
 # Rounding to float32 must not reach 1: as a time, 1 has no noise left.
 _BELOW_ONE = 1 - 2**-24
@@ -252,11 +254,7 @@ def make_flow_batch(
         )
     length = examples["input_ids"].shape[1]
     max_length = length if max_length is None else max_length
-    if length > max_length:
-        raise ValueError(
-            f"`examples` have {length} tokens, but the model was made for at most {max_length}: pack them with "
-            f"`block_size={max_length}`, or build the model with `max_position_embeddings={length}`."
-        )
+    check_length("`examples`", length, max_length)
     device = examples["input_ids"].device if device is None else device
     input_ids, labels = examples["input_ids"].to(device), examples["labels"].to(device)
     attention_mask = examples.get("attention_mask")

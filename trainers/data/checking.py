@@ -51,12 +51,7 @@ def check_dataset(name: str, dataset: Any, config: PreTrainedConfig):
         example = dataset[index]
         if isinstance(example, Mapping) and "input_ids" in example:
             input_ids = torch.as_tensor(example["input_ids"])
-            length, max_length = len(input_ids), config.max_position_embeddings
-            if length > max_length:
-                raise ValueError(
-                    f"Examples of `{name}` have {length} tokens, but the model was made for at most {max_length}: pack them with "
-                    f"`block_size={max_length}`, or build the model with `max_position_embeddings={length}`."
-                )
+            check_length(f"Examples of `{name}`", len(input_ids), config.max_position_embeddings)
             check_tokens(f"Examples of `{name}`", input_ids, config.vocab_size)
             if "labels" in example:
                 labels = torch.as_tensor(example["labels"])
@@ -71,6 +66,15 @@ def check_dataset(name: str, dataset: Any, config: PreTrainedConfig):
     if num_labels == 0:
         raise ValueError(
             f"`labels` of `{name}` are all -100 in the first examples: give tokens to learn their ids as labels."
+        )
+
+
+def check_length(name: str, length: int, max_length: int):
+    """Raises a `ValueError` if examples, called `name` in the message, are longer than the model's maximum length."""
+    if length > max_length:
+        raise ValueError(
+            f"{name} have {length} tokens, but the model was made for at most {max_length}: pack them with "
+            f"`block_size={max_length}`, or build the model with `max_position_embeddings={length}`."
         )
 
 
