@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
-from modeling_flm.known_tokens_flm import is_after_eos
+from modeling_flm.known_tokens_flm import lengths_up_to_eos
 from modeling_flm.pipeline_flm import encode_prompts
 from modeling_flm.trainers.evaluation import find_bos_token, find_eos_tokens, generate_causal_samples, pad_tokens
 
@@ -95,7 +95,8 @@ class FlowGenerator:
         lengths = [first.length] * len(samples)
         if self.eos_token_ids:
             is_new = torch.arange(first.length) >= torch.tensor([[len(prompt)] for prompt in prompts])
-            lengths = (~is_after_eos(tokens, is_new, self.model.generation_config)).sum(dim=1).tolist()
+            own = self.model.generation_config
+            lengths = lengths_up_to_eos(tokens, own.eos_token_id, own.bos_token_id, is_new).tolist()
         return [row[len(prompt) : length] for row, prompt, length in zip(tokens.tolist(), prompts, lengths)]
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import wordnet
 from datasets import Dataset, DatasetInfo, load_from_disk
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from modeling_flm.known_tokens_flm import lengths_up_to_eos
 from modeling_flm.tokenization_flm import has_characters_only
 from modeling_flm.trainers import find_text_column, load_texts, pack_dataset, train_tokenizer
-from modeling_flm.trainers.evaluation.samples import count_tokens
 
 
 # All models, as tables and plots call them. `study_models.py` defines them.
@@ -170,8 +170,7 @@ def make_data(args: StudyArguments):
 
 def decode(sequences: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Decodes sequences of equal length up to their end-of-text token, each to one line."""
-    config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    lengths = count_tokens(torch.tensor(sequences), config)
+    lengths = lengths_up_to_eos(torch.tensor(sequences), tokenizer.eos_token_id, tokenizer.bos_token_id).tolist()
     sequences = [tokens[:length] for tokens, length in zip(sequences, lengths)]
     return [" ".join(text.split()) for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from modeling_flm import FLMGenerationOutput
-from modeling_flm.known_tokens_flm import is_after_eos
+from modeling_flm.known_tokens_flm import lengths_up_to_eos
 
 from ..batches import example_seed
 
@@ -86,14 +86,6 @@ def find_eos_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     eos = model.generation_config.eos_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
     return eos if isinstance(eos, list) else [] if eos is None else [eos]
-
-
-def count_tokens(sequences: torch.LongTensor, generation_config: GenerationConfig) -> list[int]:
-    """Returns the number of tokens of each sequence up to and including its first EOS token; all tokens without one."""
-    if generation_config.eos_token_id in (None, []):
-        return [sequences.shape[1]] * len(sequences)
-    may_end = torch.ones_like(sequences, dtype=torch.bool)
-    return (~is_after_eos(sequences, may_end, generation_config)).sum(dim=1).tolist()
 
 
 class _DrawTokens(LogitsProcessor):
@@ -181,5 +173,5 @@ def generate_causal_samples(
     finally:
         model.generation_config = own_config
     tokens = tokens[:, input_ids.shape[1] :]
-    lengths = count_tokens(tokens, GenerationConfig(eos_token_id=ends))
+    lengths = lengths_up_to_eos(tokens, ends).tolist()
     return [row[:length] for row, length in zip(tokens.tolist(), lengths)]

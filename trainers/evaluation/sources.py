@@ -18,9 +18,9 @@ from transformers import (
 
 from modeling_flm import BridgeSamplerConfig, FLMConfig
 from modeling_flm.hub.card import default_num_steps
+from modeling_flm.known_tokens_flm import lengths_up_to_eos
 
 from .samples import (
-    count_tokens,
     find_bos_token,
     find_eos_tokens,
     generate_causal_samples,
@@ -171,7 +171,8 @@ class FlowSource:
         output = generate_samples(self.model, indices, seed, **kwargs)
         lengths = [self.num_tokens] * len(indices)
         if self._get_parameter("pad_after_eos"):
-            lengths = count_tokens(output.sequences, self.model.generation_config)
+            own = self.model.generation_config
+            lengths = lengths_up_to_eos(output.sequences, own.eos_token_id, own.bos_token_id).tolist()
         return list(map(Sample, output.sequences.tolist(), lengths, output.num_forward_passes.tolist()))
 
     def cpu(self):
