@@ -59,6 +59,8 @@ def through_forward(wrapper: nn.Module, model: PreTrainedModel, function: Callab
 
 def _gather_heads_for_losses(model: nn.Module):
     """Makes FSDP gather the weights of a sharded head for `head_loss` of its model, as it does for the head's `forward`."""
+    if not is_sharded(model):  # the root is sharded whenever a head is: no walk over the modules at every other step
+        return
     for network in model.modules():
         if isinstance(network, FLMModel) and is_sharded(network.lm_head) and "loss" not in vars(network.lm_head):
             network.lm_head.loss = network.head_loss
