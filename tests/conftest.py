@@ -1,5 +1,7 @@
+import random
 import sys
 
+import grammar
 import huggingface_hub.constants
 import pytest
 import torch
@@ -31,6 +33,15 @@ def output_of_transformers():
     yield
     transformers.utils.logging.set_verbosity(verbosity)
     (enable_progress_bar if shows_progress else disable_progress_bar)()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A file of 300 stories of the quickstart."""
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n".join(grammar.sample_story(rng) for _ in range(300)))
+    return path
 
 
 @pytest.fixture

@@ -15,14 +15,6 @@ from example_scripts import run_here
 from transformers import AutoModel
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text("\n".join(grammar.sample_story(rng) for _ in range(300)))
-    return path
-
-
 class TestGrammar:
     def test_samples_are_valid_stories_of_25_to_35_words(self):
         rng = random.Random(0)

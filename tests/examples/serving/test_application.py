@@ -12,7 +12,6 @@ import torch
 from batching import Cancelled
 from completions import CompletionRequest
 from small_models import build_model
-from transformers.utils import logging as transformers_logging
 
 from modeling_flm.trainers.batches import example_seed
 from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM
@@ -34,7 +33,7 @@ LENGTH = 16
 @pytest.fixture
 def make_replica():
     """Makes replicas in this process, and restores loggers and threads after the test."""
-    verbosity, num_threads = transformers_logging.get_verbosity(), torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     library = logging.getLogger("modeling_flm.pipeline_flm")
     level = library.level
 
@@ -43,8 +42,6 @@ def make_replica():
         return application.Model.func_or_class(str(folder), num_threads, args)
 
     yield make
-    transformers_logging.set_verbosity(verbosity)
-    transformers_logging.enable_progress_bar()
     torch.set_num_threads(num_threads)
     library.setLevel(level)
 

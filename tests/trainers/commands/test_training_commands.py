@@ -1,11 +1,9 @@
 """`flm-train` and `flm-distill` on little data, their help and their errors."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 
-import grammar
 import pytest
 import yaml
 from example_scripts import run_elsewhere, run_here
@@ -17,14 +15,6 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 from modeling_flm import FMLMModel
 from modeling_flm.trainers import FLMTrainer, train_tokenizer
 from modeling_flm.trainers.commands import train, training
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text("\n".join(grammar.sample_story(rng) for _ in range(300)))
-    return path
 
 
 TINY = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,conditioning_size=16,dropout=0.0"
