@@ -39,27 +39,27 @@ class FLMOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             Input of the head, after the final modulated normalization. For [`FMLMTwoNetworkModel`] the inputs of both heads,
             concatenated.
+        token_losses (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*, returned when `labels` is provided):
+            Cross-entropy at each token, without gradient; 0 for labels of -100.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True`):
             Inputs of the blocks and the output of the last one, each of shape `(batch_size, sequence_length, hidden_size)`.
         attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
             Attention weights of each block, of shape `(batch_size, num_heads, sequence_length, sequence_length)`.
-        token_losses (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*, returned when `labels` is provided):
-            Cross-entropy at each token, without gradient; 0 for labels of -100.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     probabilities: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
+    token_losses: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-    token_losses: torch.FloatTensor | None = None
 
 
 class FLMPreTrainedModel(PreTrainedModel):
     """
     Base class of flow-based language models: weight initialization, features of the backbone, states, `forward` and
-    `posterior`. A subclass defines `embeddings`, `encode`, `predict`, `add_predictions`, `cross_entropy_loss` and
+    `posterior`. A subclass defines `embeddings`, `encode`, `predict`, `predictions`, `cross_entropy_loss` and
     `divergence_loss`.
 
     The sampler and guidance use only `state_embedding`, `state_sizes`, `posterior`, `time_map` and `config`.
@@ -362,10 +362,10 @@ class FLMPreTrainedModel(PreTrainedModel):
         """Returns chunks of positions whose probabilities fit into memory, see [`~utils_flm.chunks`]."""
         return chunks(*state.shape[:2], self.config.vocab_size, state.device)
 
-    def add_predictions(
-        self, output: FLMOutput, hidden_states: torch.Tensor, tau_s: torch.Tensor, tau_t: torch.Tensor | None
-    ):
-        """Sets the field of `output` that describes the two-time denoiser: `logits`, or for two networks `probabilities`."""
+    def predictions(
+        self, hidden_states: torch.Tensor, tau_s: torch.Tensor, tau_t: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Returns the field of [`FLMOutput`] for the two-time denoiser: `logits`, or for two networks `probabilities`."""
         raise NotImplementedError
 
     @capture_outputs
@@ -454,13 +454,14 @@ class FLMPreTrainedModel(PreTrainedModel):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         state = self.make_state(input_ids) if inputs_embeds is None else inputs_embeds
         hidden_states = self.encode(state, timesteps, target_timesteps, attention_mask, **kwargs)
-        output = FLMOutput(last_hidden_state=hidden_states)
+        losses = {}
         if labels is not None:
             mask = (labels != -100).to(hidden_states.device, torch.float32)
-            total, losses = self.cross_entropy_loss(labels, mask, hidden_states, timesteps, target_timesteps)
+            total, token_losses = self.cross_entropy_loss(labels, mask, hidden_states, timesteps, target_timesteps)
             count = mask.sum() if num_items_in_batch is None else num_items_in_batch
-            output.loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
-            output.token_losses = losses.to(mask.device) * mask
-        if labels is None or not self.training:
-            self.add_predictions(output, hidden_states, timesteps, target_timesteps)
-        return output
+            losses["loss"] = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+            losses["token_losses"] = token_losses.to(mask.device) * mask
+        with_predictions = labels is None or not self.training
+        predictions = self.predictions(hidden_states, timesteps, target_timesteps) if with_predictions else {}
+        # Built at once: fields that are set later would come last in tuples and exported programs.
+        return FLMOutput(**losses, **predictions, last_hidden_state=hidden_states)

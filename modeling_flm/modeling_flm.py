@@ -151,8 +151,8 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
     def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
         return self.logits(hidden_states, logits_processor).softmax(dim=-1)
 
-    def add_predictions(self, output, hidden_states, tau_s, tau_t):
-        output.logits = self.logits(hidden_states)
+    def predictions(self, hidden_states, tau_s, tau_t):
+        return {"logits": self.logits(hidden_states)}
 
 
 class FMLMModel(FLMModel):
@@ -323,8 +323,8 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t)
         return expand_times(correction_coefficient(s, t), outputs).to(outputs.device)
 
-    def add_predictions(self, output, hidden_states, tau_s, tau_t):
-        output.probabilities = self.predict(hidden_states, tau_s, tau_t)
+    def predictions(self, hidden_states, tau_s, tau_t):
+        return {"probabilities": self.predict(hidden_states, tau_s, tau_t)}
 
     def cross_entropy_loss(self, labels, token_weights, hidden_states, tau_s, tau_t=None):
         def losses_and_gradients(delta, chunk):

@@ -352,10 +352,9 @@ class FLMTrainer(AveragedTrainer, PublishingTrainer):
                 total = total + (mask * _per_token(log_weight)).sum()
             # 6. The mean over the tokens of the global batch
             count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=total.device)
-            output = FLMOutput(loss=total / count.clamp(min=1), token_losses=losses.to(mask.device) * token_weights)
-            if with_logits:
-                model.add_predictions(output, hidden_states, batch.tau_s, batch.tau_t)
-        return output
+            loss, token_losses = total / count.clamp(min=1), losses.to(mask.device) * token_weights
+            predictions = model.predictions(hidden_states, batch.tau_s, batch.tau_t) if with_logits else {}
+        return FLMOutput(loss=loss, **predictions, token_losses=token_losses)
 
     def compute_loss(
         self, model, inputs: FlowBatch, return_outputs=False, num_items_in_batch=None, with_logits: bool = False
