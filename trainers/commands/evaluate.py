@@ -169,7 +169,10 @@ class EvaluationArguments:
         default=None, help="A txt, jsonl, csv or parquet file of training texts, to find copies of them."
     )
     text_column: str | None = HfArg(default=None, help="Column with the texts in these files.")
-    ngram_sizes: list[int] = HfArg(default_factory=lambda: [*NGRAM_SIZES], help="N-gram sizes of copies, in words.")
+    ngram_sizes: list[int] = HfArg(
+        default_factory=lambda: [*NGRAM_SIZES],
+        help="N-gram sizes of copies, in words; in characters for scripts without spaces.",
+    )
     words_file: str | None = HfArg(
         default=None, help="A list of real words, one per line. By default the words of --train_file."
     )

@@ -1,9 +1,11 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Repetition: self-BLEU, copies of training data, and the share of dictionary words."""
+"""
+Repetition: self-BLEU, copies of training data, and the share of dictionary words. Words are those of [`split_words`]: in scripts
+without spaces, such as Chinese or Thai, they are characters.
+"""
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
@@ -11,24 +13,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .bootstrap import bootstrap_ratio
+from .words import split_words
 
-
-_WORD = r"[^\W_]+(?:['’][^\W_]+)*"
-_WORDS = re.compile(_WORD)
-_WORDS_AND_MARKS = re.compile(rf"{_WORD}|\S")
 
 NGRAM_SIZES = (4, 8)
-
-
-def split_words(text: str, with_punctuation: bool = False) -> list[str]:
-    """
-    Returns the words of a text in lower case.
-
-    Args:
-        text (`str`): The text.
-        with_punctuation (`bool`, *optional*, defaults to `False`): Whether punctuation marks count as words.
-    """
-    return (_WORDS_AND_MARKS if with_punctuation else _WORDS).findall(text.lower())
 
 
 def _ngrams(words: Sequence[str], size: int) -> list[tuple[str, ...]]:

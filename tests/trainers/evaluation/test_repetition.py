@@ -2,6 +2,7 @@
 
 import math
 import random
+import unicodedata
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from modeling_flm.trainers.evaluation import (
     repetition_figures,
     self_bleu,
 )
-from modeling_flm.trainers.evaluation.repetition import split_words, vocabulary_of
+from modeling_flm.trainers.evaluation.repetition import vocabulary_of
+from modeling_flm.trainers.evaluation.words import count_words, split_words
 
 
 def random_texts(number: int, num_words: int, longest: int, seed: int) -> list[str]:
@@ -27,6 +29,57 @@ def test_split_words():
     assert split_words(text) == ["it's", "3", "o’clock", "the", "well", "known", "cat", "sat", "down"]
     marks = ["it's", "3", "o’clock", ",", "the", "well", "-", "known", "'", "cat", "'", "sat", "_", "down", "!"]
     assert split_words(text, with_punctuation=True) == marks
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("我昨天在图书馆，读了。", [*"我昨天在图书馆", *"读了"]),
+        ("テレビを見る", ["テレビ", "を", "見", "る"]),
+        ("วันนี้", ["วั", "น", "นี้"]),
+        ("မြန်မာ", ["မြ", "န်", "မာ"]),
+        ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),
+        ("שָׁלוֹם לך", ["שָׁלוֹם", "לך"]),
+        ("مَرحبا می\u200cخواهم", ["مَرحبا", "می\u200cخواهم"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("Cafe\u0301 CAFÉ d’où", ["caf\xe9", "caf\xe9", "d’où"]),
+        ("İstanbul x² ❤️!", ["i\u0307stanbul", "x²"]),
+        ("abc我def", ["abc", "我", "def"]),
+    ],
+)
+def test_split_words_of_other_scripts(text, words):
+    assert split_words(text) == [unicodedata.normalize("NFC", word) for word in words]
+    assert split_words(unicodedata.normalize("NFD", text)) == split_words(text)
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [("It's well-known: 3 cats.", 4), ("我去了，图书馆。", 8), ("नमस्ते दुनिया", 2), (" ", 0), ("go 去 x", 3)],
+)
+def test_count_words(text, number):
+    assert count_words(text) == number
+
+
+@pytest.mark.parametrize(
+    "training, text, sizes, shares",
+    [
+        # The first 21 of 24 characters are copied: 18 of 21 n-grams of four
+        (
+            "今天天气很好我们一起去公园散步然后回家吃饭看电视",
+            "今天天气很好我们一起去公园散步然后回家吃饭睡觉了",
+            (4,),
+            [18 / 21, 0],
+        ),
+        ("วันนี้อากาศดีมากเราไปกันเถอะ", "วันนี้อากาศดีมาก", (4,), [1, 1]),
+        ("नमस्ते दुनिया यह अच्छा है", "नमस्ते दुनिया यह बुरा है", (3,), [1 / 3, 0]),
+        ("caf\xe9 r\xe9sum\xe9 ici là bas", "cafe\u0301 re\u0301sume\u0301 ici la\u0300 bas", (4,), [1, 1]),
+    ],
+    ids=["Chinese", "Thai", "Hindi", "NFD"],
+)
+def test_copies_in_other_scripts(training, text, sizes, shares):
+    (figures,) = repetition_figures([[text] * 2], [training], vocabulary_of([training]), sizes, num_resamples=10)
+    assert [figures[f"copied_{sizes[0]}"], figures["copied_texts"]] == pytest.approx(shares)
+    assert figures["self_bleu"] == pytest.approx(1) and figures["real_words"] > 0.75
 
 
 class TestSelfBLEU:
