@@ -15,13 +15,11 @@ from .configuration_flm import FLMConfig, FMLMConfig
 from .utils_flm import chunks
 
 
-class FLMLayerNorm(nn.Module):
+class FLMLayerNorm(nn.LayerNorm):
     """Layer normalization without bias, computed and returned in float32."""
 
     def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
+        super().__init__(hidden_size, eps, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(hidden_states.float(), self.weight.shape, self.weight.float(), None, self.eps)

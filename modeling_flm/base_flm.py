@@ -78,6 +78,7 @@ class FLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": FLMLayer, "attentions": FLMAttention}
+    _states_require_grad = False  # see `enable_input_require_grads`
     softmax_divergence = staticmethod(softmax_divergence)
     softmax_cross_entropy = staticmethod(softmax_cross_entropy)
 
@@ -242,6 +243,16 @@ class FLMPreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings[0]
 
+    def enable_input_require_grads(self):
+        """As [`~transformers.PreTrainedModel.enable_input_require_grads`], also for noised states."""
+        super().enable_input_require_grads()
+        # Its hooks see calls of the embedding, and noised states read its weight.
+        self._states_require_grad = True
+
+    def disable_input_require_grads(self):
+        super().disable_input_require_grads()
+        self._states_require_grad = False
+
     def resize_token_embeddings(self, *args, **kwargs):
         raise NotImplementedError(
             "Times and noise depend on the vocabulary size, so resizing would require retraining: build a model with another "
@@ -327,7 +338,8 @@ class FLMPreTrainedModel(PreTrainedModel):
             factor, clean = (torch.cat(each, dim=-1) for each in zip(*parts))
             noise = noise.to(torch.promote_types(noise.dtype, dtype))
             t = (self.time_map if time_map is None else time_map).tau_to_t(tau)
-            return interpolate(noise @ factor.to(noise), clean, t)
+            state = interpolate(noise @ factor.to(noise), clean, t)
+        return state.requires_grad_() if self._states_require_grad and torch.is_grad_enabled() else state
 
     def posterior(
         self,
@@ -424,7 +436,8 @@ class FLMPreTrainedModel(PreTrainedModel):
         shape = tuple((input_ids if inputs_embeds is None else inputs_embeds).shape[:2])
         if timesteps is None:
             raise ValueError(
-                "Pass `timesteps`, the reparameterized time tau in [0, 1] of each sequence, or of each token."
+                "Pass `timesteps`, the reparameterized time tau in [0, 1] of each sequence, or of each token. To train a model, "
+                "use `FLMTrainer` instead of `Trainer`."
             )
         for name, times in (("timesteps", timesteps), ("target_timesteps", target_timesteps)):
             if times is None:

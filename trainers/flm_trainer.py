@@ -405,7 +405,7 @@ class FLMTrainer(AveragedTrainer, PublishingTrainer):
         positions = self._positions(inputs, self._eval_step, self.args.eval_batch_size)
         self._eval_step += 1
         labels = inputs["labels"].clone()
-        dataset = self.callback_handler.eval_dataloader.dataset
+        dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)  # or a plain iterable of batches
         if has_length(dataset):
             # The last batches repeat examples, so that all processes have equal batches: do not count them twice.
             repeated = max(0, positions.stop - max(positions.start, len(dataset)))

@@ -113,7 +113,7 @@ class TestForward:
         [
             ({"timesteps": torch.rand(3)}, "either `input_ids`"),
             ({"input_ids": torch.ones(3, 4).long(), "inputs_embeds": torch.randn(3, 4, 32)}, "either `input_ids`"),
-            ({"input_ids": torch.ones(3, 4).long()}, "Pass `timesteps`"),
+            ({"input_ids": torch.ones(3, 4).long()}, "Pass `timesteps`.*use `FLMTrainer`"),
             (
                 {"input_ids": torch.ones(3, 4).long(), "timesteps": torch.rand(3, 5)},
                 r"`timesteps` must be a tensor of shape \(3,\), one time per sequence, or \(3, 4\), one per token, got \(3, 5\)",

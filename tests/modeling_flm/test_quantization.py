@@ -97,12 +97,13 @@ def test_loss_of_a_quantized_head(how, folders, batch):
     assert output.loss.requires_grad == (how == "torchao")  # torch has no gradients of its own
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["qkv_proj"], ["qkv_proj", "o_proj", "lm_head"]])
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True}])
-def test_adapters_on_quantized_weights_are_trained(options, folders, tmp_path):
-    """QLoRA: weights of 4 or 8 bit, and adapters in float32."""
+def test_adapters_on_quantized_weights_are_trained(options, targets, folders, tmp_path):
+    """QLoRA: weights of 4 or 8 bit, adapters in float32, and blocks that are checkpointed with reentrant autograd."""
     plain = build(tmp_path, max_steps=4, eval_strategy="no", learning_rate=0.02)
     base = AutoModel.from_pretrained(folders["flm"], quantization_config=BitsAndBytesConfig(**options))
-    model = get_peft_model(prepare_model_for_kbit_training(base), LoraConfig(target_modules="all-linear", r=4))
+    model = get_peft_model(prepare_model_for_kbit_training(base), LoraConfig(target_modules=targets, r=4))
     before = {name: value.clone() for name, value in model.named_parameters()}
     trainer = FLMTrainer(model, plain.args, train_dataset=plain.train_dataset)
     trainer.train()

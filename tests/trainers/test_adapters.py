@@ -279,6 +279,22 @@ class TestTraining:
             losses.append(logged(trainer, "loss"))
         assert losses[0] == pytest.approx(losses[1])
 
+    @pytest.mark.parametrize("distill", [False, True])
+    @pytest.mark.parametrize("how", ["peft", "add_adapter"])
+    @pytest.mark.parametrize("targets", ["qkv_proj", ["qkv_proj", "o_proj", "lm_head"]])
+    def test_reentrant_checkpointing_trains_all_adapters(self, targets, how, distill, tmp_path):
+        """Its blocks have a gradient only if their inputs do: `enable_input_require_grads` applies to noised states."""
+        gradients = []
+        for kept in (False, True):
+            options = {"gradient_checkpointing": kept, "eval_strategy": "no", "save_strategy": "no", "max_steps": 2}
+            options["gradient_checkpointing_kwargs"] = {"use_reentrant": True} if kept else None
+            trainer = build_adapted(tmp_path / str(kept), how, targets, distill, **options)
+            trainer.train()
+            gradients.append(adapter_weights(trainer.model))
+        torch.testing.assert_close(*gradients)
+        for name, value in gradients[1].items():
+            assert "lora_A" in name or value.any(), name  # B starts at zero
+
     def test_samples_use_the_averaged_adapter(self, tmp_path):
         options = {"eval_strategy": "no", "learning_rate": 0.02, "ema_decay": 0.5}
         trainer = build_adapted(tmp_path, "peft", **options)

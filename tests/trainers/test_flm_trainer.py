@@ -262,6 +262,13 @@ class TestEvaluation:
             losses.append(trainer.evaluate()["eval_loss"])
         np.testing.assert_allclose(losses, first, rtol=1e-5)
 
+    def test_evaluation_of_a_plain_iterable_of_batches(self, tmp_path):
+        trainer = build(tmp_path, eval_strategy="no")
+        expected = trainer.evaluate()["eval_loss"]
+        batches = list(trainer.get_eval_dataloader())
+        trainer.get_eval_dataloader = lambda dataset=None: batches
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected)
+
     def test_predict_returns_logits(self, tmp_path):
         trainer = build(tmp_path, max_steps=1)
         trainer.compute_metrics = lambda prediction: {"shape": prediction.predictions.shape[-1]}
@@ -314,6 +321,12 @@ class TestArguments:
         args = FLMTrainingArguments(tmp_path)
         assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay) == (3e-4, 0.9, 0.999, 0.0)
         assert (args.ema_decay, args.max_grad_norm, args.lr_scheduler_type) == (0.9999, 1.0, "constant_with_warmup")
+
+    def test_weights_decay_but_no_norms_and_biases(self, tmp_path):
+        trainer = build(tmp_path)
+        model = trainer.model
+        names = {name for name, value in model.named_parameters() if value.dim() == 2}
+        assert set(trainer.get_decay_parameter_names(model)) == names
 
     @pytest.mark.parametrize(
         "options, message",
