@@ -12,6 +12,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
+# Words and punctuation marks as split by `pre_tokenizers.Whitespace`, which in JavaScript knows only ASCII words.
+_WORD_CHARACTERS = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}"
+_WORDS = rf"[{_WORD_CHARACTERS}]+|[^{_WORD_CHARACTERS}\p{{White_Space}}]+"
+
+
 def has_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether all tokens are single characters, without special tokens, as for text8."""
     return not tokenizer.all_special_tokens and all(len(token) == 1 for token in tokenizer.get_vocab())
@@ -89,7 +94,7 @@ def train_tokenizer(texts: Iterable[str], tokenizer_type: str, vocab_size: int) 
             tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
             tokenizer.decoder = decoders.Fuse()
         else:
-            tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
         trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
     else:
         raise ValueError(f"`tokenizer_type` must be 'bpe', 'char', 'word' or 'text8', got {tokenizer_type!r}.")
