@@ -2,16 +2,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests and errors of the HTTP API, in the format of OpenAI's completions."""
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 
-class CompletionRequest(BaseModel):
-    """Body of a request to `/v1/completions`."""
+def _default_only(*defaults: Any) -> Any:
+    """Returns the type of a field that must be null or one of the default values that clients send."""
+
+    def check(value: Any) -> None:
+        # In Python 0 equals False.
+        if any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in defaults):
+            return None
+        supported = " or ".join(map(json.dumps, [None, *defaults]))
+        raise PydanticCustomError("unsupported_value", f"this server supports only {supported}. Remove the field")
+
+    return Annotated[None, BeforeValidator(check)]
+
+
+class OpenAIDefaults(BaseModel):
+    """Fields of OpenAI's completions that the server does not support, with the default values that it accepts."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    best_of: _default_only(1) = None
+    frequency_penalty: _default_only(0) = None
+    logit_bias: _default_only({}) = None
+    logprobs: _default_only(False) = None
+    presence_penalty: _default_only(0) = None
+    stop: _default_only([]) = None
+    stream: _default_only(False) = None
+    stream_options: _default_only() = None
+    suffix: _default_only("") = None
+    top_p: _default_only(1) = None
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """Leaves out fields that are null: their default values, as for OpenAI."""
+        if not isinstance(body, dict):
+            return body
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in body.items() if value is not None or name not in optional}
+
+
+class CompletionRequest(OpenAIDefaults):
+    """Body of a request to `/v1/completions`."""
 
     model: str
     prompt: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
@@ -57,7 +97,8 @@ class RequestError(Exception):
             return cls(400, "The body must be a JSON object.", code="invalid_json")
         param = str(first["loc"][0])[:100]
         if first["type"] == "extra_forbidden":
-            supported = ", ".join(f"`{name}`" for name in CompletionRequest.model_fields)
+            supported = ", ".join(f"`{name}`" for name in CompletionRequest.__annotations__)
             message = f"`{param}` is not supported: remove it. The supported fields are {supported}."
             return cls(400, message, param, "unknown_field")
-        return cls(400, f"`{param}`: {first['msg']}.", param, "invalid_value")
+        code = "unsupported_value" if first["type"] == "unsupported_value" else "invalid_value"
+        return cls(400, f"`{param}`: {first['msg']}.", param, code)

@@ -235,7 +235,7 @@ BAD_BODIES = {
     "infinite temperature": (b'{"model": "fmlm", "temperature": Infinity}', 400, None, ""),
     "negative timeout": ({"timeout": -1}, 400, "timeout", "greater than 0"),
     "unknown field": ({"num_step": 4}, 400, "num_step", "`num_steps`"),
-    "an unsupported field of OpenAI": ({"stream": True}, 400, "stream", "remove it"),
+    "an unsupported field of OpenAI": ({"stream": True}, 400, "stream", "Remove the field"),
     "a chat": ({"messages": []}, 400, "messages", "`prompt`"),
 }
 
