@@ -7,7 +7,8 @@ Measure the likelihood of a text file under a model: a bound in nats per token, 
     python examples/evaluate_likelihood.py --model me/fmlm --text_file heldout.jsonl --packing wrapped --output_file bound.json
 
 The result is an upper bound of the negative log-likelihood: see `model.log_likelihood_bound`. For a flow map, it is the bound of its
-diagonal, where both times are equal.
+diagonal, where both times are equal. Words and bytes are counted in the texts of the file; characters count as words in scripts without
+spaces.
 """
 
 import argparse
@@ -18,9 +19,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import modeling_flm  # noqa: F401  registers the models, which then load without remote code
-from modeling_flm.trainers import find_text_column, load_texts, pack_dataset
 from modeling_flm.trainers.commands.command_line import check_model_type
-from modeling_flm.trainers.evaluation import evaluate_likelihood
+from modeling_flm.trainers.evaluation import evaluate_likelihood, load_lines
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["texts", "wrapped"],
         help="evaluate each text by itself, in parts if it is too long; or blocks of the model's length, as in training",
     )
-    parser.add_argument("--max_texts", type=int, help="maximum number of texts or blocks")
+    parser.add_argument("--max_texts", type=int, help="maximum number of texts")
     parser.add_argument("--num_times", type=int, default=32, help="noise levels per text")
     parser.add_argument("--batch_size", type=int, default=64, help="maximum number of noised texts per forward pass")
     parser.add_argument("--seed", type=int, default=0)
@@ -56,16 +56,10 @@ def main(args: argparse.Namespace):
     model = AutoModel.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).to(device)
     check_model_type("model", model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    dataset = load_texts(train_file=args.text_file, validation_percentage=0, sample_by=args.sample_by)["train"]
-    column = find_text_column(dataset, args.text_column)
-    length = model.config.max_position_embeddings
-    if args.packing == "wrapped":
-        token_lists = pack_dataset(dataset, tokenizer, length, text_column=column)["input_ids"]
-    else:
-        tokens = tokenizer(list(dataset[column]), verbose=False)["input_ids"]
-        token_lists = [row[start : start + length] for row in tokens for start in range(0, len(row), length)]
-    token_lists = list(token_lists)[: args.max_texts]
-    figures = evaluate_likelihood(model, tokenizer, token_lists, args.num_times, args.batch_size, args.seed)
+    texts = load_lines(args.text_file, args.text_column, args.sample_by)[: args.max_texts]
+    figures = evaluate_likelihood(
+        model, tokenizer, texts, args.num_times, args.batch_size, args.seed, wrapped=args.packing == "wrapped"
+    )
     for name, value in figures.items():
         print(f"{name.replace('_', ' '):>16}  {value:,.4f}" if isinstance(value, float) else f"{name:>16}  {value:,}")
     if args.output_file is not None:

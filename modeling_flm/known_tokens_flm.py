@@ -225,6 +225,20 @@ def pad_token(config: FLMGenerationConfig) -> int:
     return next(token for token in (config.pad_token_id, eos, 0) if token is not None)
 
 
+def begin_tokens(config: FLMGenerationConfig) -> list[int]:
+    """Returns the tokens that texts begin with: the BOS token, if the texts of the training did, or none."""
+    return [] if config.bos_token_id is None else [config.bos_token_id]
+
+
+def is_begin(
+    sequences: torch.LongTensor, attention_mask: torch.BoolTensor | None, config: FLMGenerationConfig
+) -> torch.BoolTensor:
+    """Marks the tokens of [`begin_tokens`] in sequences of shape `(num_sequences, length)`, which are known and not predicted."""
+    attended = torch.ones_like(sequences, dtype=torch.bool) if attention_mask is None else attention_mask
+    is_first = attended & (attended.cumsum(dim=1) == 1)
+    return is_first & torch.isin(sequences, sequences.new_tensor(begin_tokens(config)))
+
+
 def lengths_up_to_eos(
     sequences: torch.LongTensor,
     eos_token_id: int | list[int] | None,

@@ -9,6 +9,7 @@ from transformers.utils import ModelOutput
 
 from .flow import interpolate, times_with_known
 from .joint_noise import JointNoise
+from .known_tokens_flm import is_begin
 from .posterior_flm import Reader
 from .time_reparameterization import ReparameterizedTime, TimeMap
 from .utils_flm import in_evaluation_mode
@@ -171,7 +172,8 @@ class FLMLikelihoodMixin:
             input_ids (`torch.LongTensor` of shape `(num_texts, sequence_length)`): The sequences.
             attention_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*): 1 for tokens, 0 for padding.
             prompt_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*):
-                1 for known tokens: the bound is on the conditional likelihood of the others.
+                1 for known tokens: the bound is on the conditional likelihood of the others. A BOS token at the start is always
+                known if the model's texts begin with one (`generation_config.bos_token_id`), as in prompts of [`FLMPipeline`].
             num_times (`int`, *optional*, defaults to 32):
                 Number of noise levels per sequence, at least 2. Each takes a forward pass, and so do two more at the end.
             batch_size (`int`, *optional*, defaults to 64):
@@ -198,6 +200,9 @@ class FLMLikelihoodMixin:
         device, (num_texts, length) = embedding.device, input_ids.shape
         input_ids = input_ids.to(device)
         attention_mask, known = (None if m is None else m.to(device).bool() for m in (attention_mask, prompt_mask))
+        begin = is_begin(input_ids, attention_mask, self.generation_config)
+        if begin.any():
+            known = begin if known is None else known | begin
         counted = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
             counted &= attention_mask

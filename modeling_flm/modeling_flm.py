@@ -377,6 +377,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
 
     def log_likelihood_bound(self, *args, **kwargs) -> FLMLikelihoodOutput:
         """Returns the bound of the flow, which the model equals for equal times, see [`FLMModel.log_likelihood_bound`]."""
+        self.flow.generation_config = self.generation_config  # whose BOS token is known
         return self.flow.log_likelihood_bound(*args, **kwargs)
 
 

@@ -22,6 +22,17 @@ def has_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
     return not tokenizer.all_special_tokens and all(len(token) == 1 for token in tokenizer.get_vocab())
 
 
+def count_unknown_tokens(tokenizer: PreTrainedTokenizerBase, token_lists: Iterable[list[int]]) -> int:
+    """
+    Counts tokens such as `[UNK]`, which stand for characters or words that a tokenizer does not know. There are none if its unknown
+    token has another purpose as well, as GPT-2's, which ends texts.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return 0
+    return sum(tokens.count(unknown) for tokens in token_lists)
+
+
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
     Adds missing BOS, EOS and PAD tokens to a tokenizer, as in the paper: BERT's `[CLS]` and `[SEP]` become BOS and EOS, and
@@ -109,4 +120,4 @@ def train_tokenizer(texts: Iterable[str], tokenizer_type: str, vocab_size: int) 
     )
 
 
-__all__ = ["add_special_tokens", "has_characters_only", "train_tokenizer"]
+__all__ = ["add_special_tokens", "count_unknown_tokens", "has_characters_only", "train_tokenizer"]

@@ -3,14 +3,13 @@
 import itertools
 import json
 import math
-import random
 
 import numpy as np
 import pytest
 import torch
 from exact_flows import ExactFlowMap
 from example_scripts import run_here
-from small_models import build_flm
+from small_models import build_flm, build_model
 from tensors import set_chunk
 from train_tiny import build, logged
 
@@ -235,36 +234,115 @@ class TestTrainer:
             build(tmp_path, eval_likelihood_times=1)
 
 
-def test_script(tmp_path):
-    words = [f"w{number}" for number in range(40)]
-    tokenizer = train_tokenizer([" ".join(words)], "word", vocab_size=53)
-    model = build_flm(vocab_size=len(tokenizer))
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(words, k=length)) for length in (5, 12, 30)]
-    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
-    arguments = ["--model", tmp_path / "model", "--text_file", tmp_path / "texts.txt", "--num_times", 64]
-    run_here("evaluate_likelihood", *arguments, "--output_file", tmp_path / "figures.json")
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert (figures["texts"], figures["words"]) == (5, 47)  # the last in three parts
-    assert figures["bytes"] == sum(len(text.encode()) for text in texts) - 2  # without the spaces between its parts
-    tokens = tokenizer(texts)["input_ids"]
-    assert figures["tokens"] == sum(map(len, tokens))
-    parts = [row[start : start + 12] for row in tokens for start in range(0, len(row), 12)]
-    nats = -sum(
-        model.log_likelihood_bound(torch.tensor([row] * 20), num_times=64, generator=generator())
-        .log_likelihood.mean()
-        .item()
-        for row in parts
+def tokenizer_and_model(tokenizer_type: str, texts: list[str], with_bos: bool, length: int = 12):
+    """A tokenizer of 40 tokens, and a model whose texts may begin with its BOS token."""
+    tokenizer = train_tokenizer(texts, tokenizer_type, 300 if tokenizer_type == "bpe" else 40)
+    model = build_flm(vocab_size=len(tokenizer), max_position_embeddings=length)
+    model.generation_config.bos_token_id = tokenizer.bos_token_id if with_bos else None
+    return tokenizer, model
+
+
+def nats_of(model, parts: list[list[int]], num_known: int) -> float:
+    """The mean of the bound over many noises, for sequences whose first tokens are known."""
+    model.generation_config.bos_token_id = None
+    total = 0.0
+    for part in parts:
+        tokens = torch.tensor([part] * 6)
+        known = (torch.arange(len(part)) < num_known).long().expand(6, -1)
+        total -= (
+            model.log_likelihood_bound(tokens, prompt_mask=known, num_times=64, generator=generator())
+            .log_likelihood.mean()
+            .item()
+        )
+    return total
+
+
+LATIN = ["a b c d e", "a b c d e f g h i j k l", " ".join("abcdefghijklm" * 2) + " a b c d", ""]  # 5, 12 and 30 words
+
+
+class TestEvaluateLikelihood:
+    @pytest.mark.parametrize("with_bos", [False, True])
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_texts_begin_with_known_bos_tokens(self, with_bos, wrapped):
+        tokenizer, model = tokenizer_and_model("word", LATIN, with_bos)
+        figures = evaluate_likelihood(model, tokenizer, LATIN, num_times=64, wrapped=wrapped)
+        begin, end = [tokenizer.bos_token_id] * with_bos, [tokenizer.eos_token_id] * wrapped
+        inner = 12 - len(begin) - len(end)
+        rows = [row + end for row in tokenizer(LATIN[:3])["input_ids"]]
+        rows = [sum(rows, [])] if wrapped else rows
+        parts = [row[start : start + inner] for row in rows for start in range(0, len(row), inner)]
+        parts = [begin + part + (end if len(part) == inner else []) for part in parts]
+        expected = nats_of(model, parts, num_known=len(begin))
+        assert figures["nats_per_text"] * 3 == pytest.approx(expected, rel=5 * figures["relative_error"] + 0.02)
+        assert figures["tokens"] == sum(map(len, parts)) - len(begin) * len(parts)
+        assert figures["nats_per_token"] * figures["tokens"] == pytest.approx(figures["nats_per_text"] * 3)
+        assert figures["bits_per_byte"] * math.log(2) * figures["bytes"] == pytest.approx(figures["nats_per_text"] * 3)
+        assert math.log(figures["perplexity"]) == pytest.approx(figures["nats_per_token"])
+
+    @pytest.mark.parametrize(
+        ("tokenizer_type", "texts", "wrapped", "expected"),
+        [  # texts, those of several parts, unknown tokens, words, bytes
+            ("word", LATIN, False, (3, 1, 0, 47, sum(map(len, LATIN)))),
+            ("word", ["a  b, c", "a"], False, (2, 0, 0, 4, 8)),
+            ("word", ["a b", "x\u0300yz b"], False, (2, 0, 1, 4, 10)),
+            ("char", ["ab" * 8, "ab", "ab"], False, (3, 1, 0, 3, 20)),
+            ("char", ["ab" * 4, "ab", "ab"], True, (3, 1, 0, 3, 12)),  # blocks of 10 tokens
+            ("char", ["ab\U0001f600"], False, (1, 0, 1, 1, 6)),
+            ("bpe", ["我昨天在图书馆", "读书。"], False, (2, 1, 0, 10, 30)),
+            ("bpe", ["我昨天在图书馆", "读书。"], True, (2, 2, 0, 10, 30)),
+        ],
     )
-    assert figures["nats_per_text"] * 5 == pytest.approx(nats, rel=5 * figures["relative_error"] + 0.02)
-    assert figures["nats_per_token"] == pytest.approx(figures["nats_per_text"] * 5 / figures["tokens"])
-    assert figures["bits_per_byte"] * math.log(2) * figures["bytes"] == pytest.approx(figures["nats_per_text"] * 5)
-    with pytest.raises(ValueError, match="`token_lists` has a text of 13 tokens"):
-        evaluate_likelihood(model, tokenizer, [[1] * 13])
-    with pytest.raises(ValueError, match="`token_lists` has no tokens"):
-        evaluate_likelihood(model, tokenizer, [])
+    def test_words_and_bytes_are_those_of_the_texts(self, tokenizer_type, texts, wrapped, expected, caplog):
+        """Pieces of cut texts are no texts, and their bytes may be no characters."""
+        tokenizer, model = tokenizer_and_model(tokenizer_type, [*LATIN, ",b", "\x08"], wrapped)
+        figures = evaluate_likelihood(model, tokenizer, texts, num_times=2, wrapped=wrapped)
+        names = ("texts", "cut_texts", "unknown_tokens", "words", "bytes")
+        assert tuple(figures[name] for name in names) == expected
+        assert (f"{expected[2]} of {figures['tokens']} tokens are [UNK]" in caplog.text) == (expected[2] > 0)
+
+    @pytest.mark.parametrize("texts", [[], [""], ["", " "]])
+    def test_texts_without_tokens(self, texts):
+        tokenizer, model = tokenizer_and_model("word", LATIN, True)
+        with pytest.raises(ValueError, match="`texts` have no tokens"):
+            evaluate_likelihood(model, tokenizer, texts)
+
+    @pytest.mark.parametrize("packing", ["texts", "wrapped"])
+    def test_script(self, packing, tmp_path):
+        tokenizer, model = tokenizer_and_model("word", LATIN, True)
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        (tmp_path / "texts.txt").write_text("\n".join(LATIN) + "\n")
+        arguments = ["--model", tmp_path / "model", "--text_file", tmp_path / "texts.txt", "--num_times", 4]
+        arguments += ["--packing", packing, "--max_texts", 2, "--output_file", tmp_path / "figures.json"]
+        run_here("evaluate_likelihood", *arguments)
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        assert figures == pytest.approx(
+            evaluate_likelihood(model, tokenizer, LATIN[:2], num_times=4, wrapped=packing == "wrapped")
+        )
+        assert (figures["texts"], figures["cut_texts"]) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", ["flm", "fmlm", "two_network"])
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_bos_tokens_at_the_start_are_known(kind, padding):
+    model = build_model(kind)
+    texts, mask = texts_of(model), torch.ones(5, 12, dtype=torch.long)
+    start = 0
+    if padding == "right":
+        mask[:, 7:] = 0
+    elif padding == "left":
+        mask[:, :4], start = 0, 4
+    texts[:, start], texts[3, start], texts[:, start + 2] = 7, 8, 7
+    mask = None if padding == "none" else mask
+    known = torch.zeros_like(texts)
+    known[:, start] = torch.tensor([1, 1, 1, 0, 1])
+    plain = model.log_likelihood_bound(texts, mask, generator=generator())
+    expected = model.log_likelihood_bound(texts, mask, known, generator=generator())
+    model.generation_config.bos_token_id = 7
+    for prompt_mask in (None, torch.zeros_like(texts), known):
+        output = model.log_likelihood_bound(texts, mask, prompt_mask, generator=generator())
+        assert torch.equal(output.log_likelihood, expected.log_likelihood)
+        assert torch.equal(output.num_tokens, plain.num_tokens - known.sum(dim=1))
 
 
 def test_texts_that_are_longer_than_those_of_the_model_are_refused(flm):

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 import modeling_flm  # noqa: F401  registers the models of this library
+from modeling_flm.known_tokens_flm import begin_tokens
 
 from ..batches import example_seed
 from .likelihood import LIKELIHOOD_STREAM
@@ -25,7 +26,8 @@ from .samples import pad_tokens
 class FLMHarnessModel(TemplateLM):
     """
     A model for the lm-evaluation-harness. Likelihoods are variational bounds. All requests with the same context have the same
-    noise, so that batches do not change the likelihoods, and the answers to one question are compared under equal noise.
+    noise, so that batches do not change the likelihoods, and the answers to one question are compared under equal noise. Texts begin
+    with a known BOS token if the texts of the training did (`generation_config.bos_token_id`), as in the pipeline.
 
     Args:
         pretrained (`str`): Name or folder of an FLM or a flow map with its tokenizer.
@@ -84,17 +86,27 @@ class FLMHarnessModel(TemplateLM):
         return self.tokenizer.eos_token_id
 
     @property
+    def begin(self) -> list[int]:
+        """The known tokens that all texts begin with: the BOS token, or none."""
+        return begin_tokens(self.model.generation_config)
+
+    @property
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         return self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]
 
+    def _encode(self, text: str) -> list[int]:
+        """Returns the tokens of a text without those that it begins with."""
+        tokens, number = self.tok_encode(text), len(self.begin)
+        return tokens[number:] if tokens[:number] == self.begin else tokens
+
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = []
         for context, continuation in (request.args for request in requests):
-            # A text needs no context, not even a BOS token
-            known, rest = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
+            known, rest = self._encode_pair(context, continuation) if context else ([], self._encode(continuation))
+            known = known if known[: len(self.begin)] == self.begin else self.begin + known
             if self.append_eos:
                 end = [self.tokenizer.eos_token_id]
                 pad = end if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id]
@@ -103,17 +115,21 @@ class FLMHarnessModel(TemplateLM):
         return self._loglikelihood_tokens(pairs, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        results, first_with = {}, {}
+        lengths = [len(known) + len(rest) for _, known, rest in requests]
+        if max(lengths, default=0) > self.max_length:
+            raise ValueError(f"A request has {max(lengths)} tokens, but the model's texts have {self.max_length}.")
+        # Nothing to predict has the probability 1
+        results = {index: (0.0, True) for index, (_, _, rest) in enumerate(requests) if not rest}
+        num_begin, first_with = len(self.begin), {}
         noise_of = [
-            first_with.setdefault(tuple(known) or index, index) for index, (_, known, _) in enumerate(requests)
+            first_with.setdefault(tuple(known[num_begin:]) or index, index)
+            for index, (_, known, _) in enumerate(requests)
         ]
-        order = sorted(range(len(requests)), key=lambda index: len(requests[index][1]) + len(requests[index][2]))
+        order = sorted(set(range(len(requests))) - results.keys(), key=lambda index: (lengths[index], index))
         rows_at_a_time = max(1, self.batch_size // 8)
         for start in tqdm(range(0, len(order), rows_at_a_time), desc="Likelihood", disable=disable_tqdm):
             indices = order[start : start + rows_at_a_time]
             texts = [requests[index][1] + requests[index][2] for index in indices]
-            if longest := [len(text) for text in texts if len(text) > self.max_length]:
-                raise ValueError(f"A request has {max(longest)} tokens, but the model's texts have {self.max_length}.")
             input_ids, attention_mask = pad_tokens(texts)
             num_known = torch.tensor([len(requests[index][1]) for index in indices])
             known = (torch.arange(input_ids.shape[1]) < num_known[:, None]).long()
@@ -130,10 +146,11 @@ class FLMHarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         # Independent windows of the model's length
         windows, owners = [], []
+        size = self.max_length - len(self.begin)
         for owner, (string,) in enumerate(request.args for request in requests):
-            tokens = self.tok_encode(string)
-            for start in range(0, len(tokens), self.max_length):
-                windows.append(((string, ""), [], tokens[start : start + self.max_length]))
+            tokens = self._encode(string)
+            for start in range(0, len(tokens), size):
+                windows.append(((string, ""), self.begin, tokens[start : start + size]))
                 owners.append(owner)
         totals = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
@@ -146,7 +163,7 @@ class FLMHarnessModel(TemplateLM):
             context, settings = request.args
             until = settings.get("until") or []
             until = [until] if isinstance(until, str) else until
-            tokens = self.tok_encode(context)[-(self.max_length - 1) :]
+            tokens = self.begin + self._encode(context)[-(self.max_length - 1 - len(self.begin)) :]
             length = min(self.max_length, len(tokens) + settings.get("max_gen_toks", self.max_length))
             input_ids = torch.tensor([tokens], dtype=torch.long) if tokens else None
             generated = self._generate(input_ids, length=length, generator=self._generators([index]))

@@ -3,14 +3,23 @@
 """The likelihood of texts under a model: per token, per word and per byte."""
 
 import math
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from modeling_flm.known_tokens_flm import begin_tokens
+from modeling_flm.tokenization_flm import count_unknown_tokens
 
 from ..batches import example_seed
 from .samples import pad_tokens
+from .words import count_words
 
+
+logger = logging.get_logger(__name__)
 
 # Random stream of likelihoods. The trainers and samples use other numbers.
 LIKELIHOOD_STREAM = 3
@@ -19,46 +28,53 @@ LIKELIHOOD_STREAM = 3
 def evaluate_likelihood(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    token_lists: list[list[int]],
+    texts: Sequence[str],
     num_times: int = 32,
     batch_size: int = 64,
     seed: int = 0,
+    wrapped: bool = False,
 ) -> dict[str, float]:
     """
     Measures the bound on the negative log-likelihood of texts, see [`~FLMLikelihoodMixin.log_likelihood_bound`]. Shows its progress.
 
+    Texts that are longer than the model's are evaluated in parts. Each text or part begins with the BOS token if the texts of the
+    training did (`generation_config.bos_token_id`). It is known, as in the pipeline.
+
     Args:
         model ([`~transformers.PreTrainedModel`]): FLM or flow map.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, to count words and bytes.
-        token_lists (`list[list[int]]`): The tokens of each text, at most as many as the model's length.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        texts (`Sequence[str]`): The texts. Texts without tokens do not count.
         num_times (`int`, *optional*, defaults to 32): Number of noise levels for each text.
         batch_size (`int`, *optional*, defaults to 64): Largest number of noised texts in a forward pass.
-        seed (`int`, *optional*, defaults to 0): Seed of noise levels and noise. Each text has its own random numbers.
+        seed (`int`, *optional*, defaults to 0): Seed of noise levels and noise. Each text or part has its own random numbers.
+        wrapped (`bool`, *optional*, defaults to `False`):
+            Whether to concatenate the texts and cut them into blocks of the model's length, as in training, with the tokenizer's
+            EOS token, if any, after each text and block. The last block may be shorter.
 
     Returns:
         `dict[str, float]`: the bound as `nats_per_text`, `nats_per_token`, `nats_per_word`, `bits_per_byte` and `perplexity` (of
-        tokens); `relative_error`, its relative standard error from noise levels and noise; and the numbers of `texts`, `tokens`,
-        `words` and `bytes`. Special tokens count as tokens.
+        tokens); `relative_error`, its relative standard error from noise levels and noise; and the numbers of `texts`, `cut_texts`
+        in several parts, `tokens`, `unknown_tokens` such as `[UNK]`, `words` and `bytes`. Words and bytes are counted in the
+        original texts. EOS tokens count as tokens.
 
     Raises:
-        `ValueError`: if there are no tokens, or a text is longer than the model's length.
+        `ValueError`: if there are no tokens.
     """
-    longest = max(map(len, token_lists), default=0)
-    if longest == 0:
-        raise ValueError("`token_lists` has no tokens.")
-    if longest > model.config.max_position_embeddings:
-        raise ValueError(
-            f"`token_lists` has a text of {longest} tokens, but the model's length is "
-            f"{model.config.max_position_embeddings}: split the text."
-        )
-    order = sorted(range(len(token_lists)), key=lambda index: len(token_lists[index]))  # for little padding
+    token_lists = (
+        tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if len(texts) > 0 else []
+    )
+    texts = [text for text, tokens in zip(texts, token_lists) if tokens]
+    token_lists = [tokens for tokens in token_lists if tokens]
+    if not texts:
+        raise ValueError("`texts` have no tokens.")
+    parts, num_cut = _split(model, tokenizer, token_lists, wrapped)
+    order = sorted(range(len(parts)), key=lambda index: len(parts[index]))  # for little padding
     total = variance = 0.0
+    num_tokens = 0
     rows_at_a_time = max(1, batch_size // 8)
     for start in tqdm(range(0, len(order), rows_at_a_time), desc="Likelihood", unit="batch"):
-        indices = [index for index in order[start : start + rows_at_a_time] if token_lists[index]]
-        if not indices:
-            continue
-        input_ids, attention_mask = pad_tokens([token_lists[index] for index in indices])
+        indices = order[start : start + rows_at_a_time]
+        input_ids, attention_mask = pad_tokens([parts[index] for index in indices])
         generators = [torch.Generator().manual_seed(example_seed(seed, LIKELIHOOD_STREAM, index)) for index in indices]
         output = model.log_likelihood_bound(
             input_ids,
@@ -69,19 +85,42 @@ def evaluate_likelihood(
         )
         total -= output.log_likelihood.sum().item()
         variance += output.standard_error.square().sum().item()
-    texts = tokenizer.batch_decode(token_lists, skip_special_tokens=True)
+        num_tokens += output.num_tokens.sum().item()
     counts = {
         "texts": len(texts),
-        "tokens": sum(map(len, token_lists)),
-        "words": sum(len(text.split()) for text in texts),
+        "cut_texts": num_cut,
+        "tokens": num_tokens,
+        "unknown_tokens": count_unknown_tokens(tokenizer, token_lists),
+        "words": sum(map(count_words, texts)),
         "bytes": sum(len(text.encode()) for text in texts),
     }
+    if counts["unknown_tokens"] > 0:
+        logger.warning(
+            f"The tokenizer does not know some characters or words of the texts: {counts['unknown_tokens']} of {num_tokens} tokens are "
+            f"{tokenizer.unk_token}. The figures leave out which ones these are, and so are too low."
+        )
     return {
         "nats_per_text": total / counts["texts"],
-        "nats_per_token": total / counts["tokens"],
+        "nats_per_token": total / num_tokens,
         "nats_per_word": total / max(1, counts["words"]),
-        "bits_per_byte": total / math.log(2) / max(1, counts["bytes"]),
-        "perplexity": math.exp(min(700.0, total / counts["tokens"])),
+        "bits_per_byte": total / math.log(2) / counts["bytes"],
+        "perplexity": math.exp(min(700.0, total / num_tokens)),
         "relative_error": math.sqrt(variance) / total,
         **counts,
     }
+
+
+def _split(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_lists: list[list[int]], wrapped: bool
+) -> tuple[list[list[int]], int]:
+    """Returns the sequences to evaluate, no longer than the model's, and the number of texts that are in several of them."""
+    begin = begin_tokens(model.generation_config)
+    end = [tokenizer.eos_token_id] if wrapped and tokenizer.eos_token_id is not None else []
+    inner = model.config.max_position_embeddings - len(begin) - len(end)
+    num_cut = start = 0
+    for tokens in token_lists:
+        num_cut += start // inner != (start + len(tokens) - 1) // inner
+        start = start + len(tokens) + len(end) if wrapped else 0
+    streams = [[*chain.from_iterable([*tokens, *end] for tokens in token_lists)]] if wrapped else token_lists
+    parts = [stream[start : start + inner] for stream in streams for start in range(0, len(stream), inner)]
+    return [[*begin, *part, *(end if len(part) == inner else [])] for part in parts], num_cut

@@ -129,10 +129,10 @@ def generate_texts(
     return Texts(texts, tokens, columns, [{"text": text, **sample} for text, sample in zip(texts, samples)])
 
 
-def load_lines(path: str, text_column: str | None = None) -> list[str]:
-    """Loads the texts of a txt, json, jsonl, csv or parquet file, from a column if it has several."""
+def load_lines(path: str, text_column: str | None = None, sample_by: str = "line") -> list[str]:
+    """Loads the texts of a txt, json, jsonl, csv or parquet file, from a column if it has several, see [`load_texts`]."""
     try:
-        dataset = load_texts(train_file=path, validation_percentage=0)["train"]
+        dataset = load_texts(train_file=path, validation_percentage=0, sample_by=sample_by)["train"]
     except (OSError, ValueError) as error:  # which calls the file `train_file`
         raise ValueError(
             str(error).removeprefix("`train_file`: ").replace("`train_file` must be", "A file of texts must be")

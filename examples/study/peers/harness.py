@@ -11,6 +11,7 @@ Answers are scored by the exact likelihood of GPT-2, and by the bound of the mas
 
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from lm_eval.api.registry import register_model
@@ -33,6 +34,8 @@ class PeerHarnessModel(FLMHarnessModel):
     Args:
         kwargs: Arguments of [`~modeling_flm.trainers.evaluation.harness.FLMHarnessModel`].
     """
+
+    begin: ClassVar[list[int]] = []  # texts of the study begin with no special token
 
     def _bound(self, input_ids, attention_mask, prompt_mask, generator):
         if attention_mask is None:

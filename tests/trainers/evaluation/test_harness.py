@@ -44,28 +44,60 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def model(folder):
-    return harness.FLMHarnessModel(str(folder), num_times=4, num_steps=2)
+@pytest.fixture(scope="module", params=["no BOS", "BOS"])
+def model(folder, request):
+    """Texts may begin with a BOS token."""
+    model = harness.FLMHarnessModel(str(folder), num_times=4, num_steps=2)
+    if request.param == "BOS":
+        model.model.generation_config.bos_token_id = model.tokenizer.bos_token_id
+    return model
+
+
+def bound(model, tokens: list[int], num_known: int, number: int) -> float:
+    """The bound with the noise of a request. BOS tokens are known only if they are counted here."""
+    own, model.model.generation_config.bos_token_id = model.model.generation_config.bos_token_id, None
+    known = (torch.arange(len(tokens)) < num_known).long()[None]
+    generators = [torch.Generator().manual_seed(example_seed(0, harness.LIKELIHOOD_STREAM, number))]
+    tokens = torch.tensor([tokens])
+    output = model.model.log_likelihood_bound(tokens, prompt_mask=known, num_times=4, generator=generators)
+    model.model.generation_config.bos_token_id = own
+    return output.log_likelihood.item()
+
+
+def begin(model) -> list[int]:
+    token = model.model.generation_config.bos_token_id
+    return [] if token is None else [token]
 
 
 def test_loglikelihood_is_the_conditional_bound(model):
-    context = STORY.removesuffix(" village .")
-    requests = [Request(context, " " + choice) for choice in CHOICES] + [Request("", STORY)]
+    context, bos = STORY.removesuffix(" village ."), begin(model)
+    requests = [Request(context, " " + choice) for choice in CHOICES] + [Request("", STORY), Request("", CHOICES[0])]
+    requests += [Request("[BOS]" + context, " " + CHOICES[0]), Request("", "[BOS]" + STORY)] if bos else []
     results = model.loglikelihood(requests, disable_tqdm=True)
     for index, (request, (value, is_greedy)) in enumerate(zip(requests, results)):
-        tokens = torch.tensor([model.tok_encode("".join(request.args))])
-        known = torch.zeros_like(tokens)
-        known[:, : len(model.tok_encode(request.args[0]))] = 1
-        assert known.sum() == (7 if request.args[0] else 0)
+        tokens = bos + model.tok_encode("".join(request.args).removeprefix("[BOS]"))
+        num_known = len(bos) + (7 if request.args[0] else 0)
         number = 0 if request.args[0] else index  # the noise belongs to the context
-        generator = torch.Generator().manual_seed(example_seed(0, harness.LIKELIHOOD_STREAM, number))
-        output = model.model.log_likelihood_bound(tokens, prompt_mask=known, num_times=4, generator=[generator])
-        assert value == pytest.approx(output.log_likelihood.item(), rel=1e-4)
+        assert value == pytest.approx(bound(model, tokens, num_known, number), rel=1e-4)
         assert is_greedy in (True, False)
 
 
-def test_append_eos_ends_texts_after_the_continuation(folder, model):
+def test_loglikelihood_of_nothing(model):
+    requests = [Request("", ""), Request("max the", ""), Request("", "max the")]
+    (empty, without_continuation, (value, _)) = model.loglikelihood(requests, disable_tqdm=True)
+    assert empty == without_continuation == (0.0, True) and value < 0
+    assert model.loglikelihood_rolling([Request("")], disable_tqdm=True) == [0.0]
+
+
+def test_long_requests_are_refused_before_short_ones_are_scored(model, monkeypatch):
+    monkeypatch.setattr(model, "_bound", None)
+    requests = [Request("", STORY)] * 3 + [Request(STORY, " max the clever bear")]
+    with pytest.raises(ValueError, match=f"A request has {13 + len(begin(model))} tokens, but .* have 12"):
+        model.loglikelihood(requests, disable_tqdm=True)
+
+
+def test_append_eos_ends_texts_after_the_continuation(folder):
+    model = harness.FLMHarnessModel(str(folder), num_times=4, num_steps=2)
     whole = harness.FLMHarnessModel(str(folder), num_times=4, num_steps=2, append_eos=True)
     context = "max the clever bear lives"
     ((value, _),) = whole.loglikelihood([Request(context, " in a castle")], disable_tqdm=True)
@@ -84,9 +116,21 @@ def test_append_eos_ends_texts_after_the_continuation(folder, model):
 def test_loglikelihood_rolling_adds_windows(model):
     long = f"{STORY} {STORY} {STORY}"  # 27 words, for texts of 12
     values = model.loglikelihood_rolling([Request(STORY), Request(long)], disable_tqdm=True)
-    assert values[1] < values[0] < 0
-    with pytest.raises(ValueError, match="A request has 27 tokens, but the model's texts have 12"):
-        model.loglikelihood([Request("", long)], disable_tqdm=True)
+    bos, tokens = begin(model), model.tok_encode(long)
+    size = 12 - len(bos)
+    windows = [tokens[:9], *(tokens[start : start + size] for start in range(0, 27, size))]
+    expected = [bound(model, bos + window, len(bos), number) for number, window in enumerate(windows)]
+    assert values == pytest.approx([expected[0], sum(expected[1:])], rel=1e-4)
+
+
+def test_generate_until_begins_with_bos_tokens(model, monkeypatch):
+    prompts, generate = [], model.model.generate
+    monkeypatch.setattr(model.model, "generate", lambda ids, **kwargs: prompts.append(ids) or generate(ids, **kwargs))
+    contexts = ["", "max the", f"{STORY} {STORY}"]
+    model.generate_until([Request(context, {}) for context in contexts], disable_tqdm=True)
+    bos, tokens = begin(model), model.tok_encode(contexts[2])
+    expected = [bos or None, bos + tokens[:2], bos + tokens[len(tokens) - 11 + len(bos) :]]
+    assert [None if ids is None else ids[0].tolist() for ids in prompts] == expected
 
 
 def test_generate_until_continues_and_stops(model):
