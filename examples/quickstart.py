@@ -6,6 +6,7 @@ laptop's CPU.
 
     python examples/quickstart.py                          # stories of a small grammar, which can be checked word for word
     python examples/quickstart.py --train_file corpus.txt  # your own text file
+    python examples/quickstart.py --train_file names.txt --packing lines   # each line of it on its own
     python examples/quickstart.py --dataset roneneldan/TinyStories
 
 The script trains, evaluates samples at several numbers of steps, shows a sample forming, draws a plot and saves the models.
@@ -32,7 +33,9 @@ from modeling_flm.trainers import (
     FMLMTrainingArguments,
     find_text_column,
     load_texts,
+    longest_text,
     pack_dataset,
+    pad_dataset,
     train_tokenizer,
 )
 from modeling_flm.trainers.commands.command_line import friendly_errors
@@ -53,7 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", help="name or folder of a Hub dataset to train on")
     parser.add_argument("--train_file", help="txt, json, jsonl, csv or parquet file to train on")
     parser.add_argument("--vocab_size", type=int, default=2048, help="vocabulary size for your own texts")
-    parser.add_argument("--length", type=int, default=64, help="sequence length for your own texts")
+    parser.add_argument("--length", type=int, default=64, help="maximum sequence length for your own texts")
+    parser.add_argument("--packing", default="wrapped", choices=["wrapped", "lines"], help="as for flm-train")
     add_training_arguments(parser)
     return parser
 
@@ -84,11 +88,14 @@ def load_stories(seed: int) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
 
 
 def load_own_texts(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
-    """Returns the same for the user's texts, with a tokenizer trained on them and wrapped packing."""
+    """Returns the same for the user's texts, with a tokenizer trained on them."""
     texts = load_texts(dataset_name=args.dataset, train_file=args.train_file, validation_percentage=0)["train"]
     column = find_text_column(texts)
     tokenizer = train_tokenizer((row[column] for row in texts), "bpe", args.vocab_size)
-    return tokenizer, pack_dataset(texts, tokenizer, args.length), args.length
+    if args.packing == "lines":
+        length = min(args.length, longest_text(texts, tokenizer, column))
+        return tokenizer, pad_dataset(texts, tokenizer, length, column), length
+    return tokenizer, pack_dataset(texts, tokenizer, args.length, column), args.length
 
 
 def new_flm(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length: int, **options) -> FLMModel:

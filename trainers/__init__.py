@@ -13,8 +13,10 @@ from .data import (
     detokenize_lm1b,
     find_text_column,
     load_texts,
+    longest_text,
     pack_dataset,
     pack_tokens,
+    pad_dataset,
 )
 from .evaluation import generate_samples, load_gen_ppl
 from .flm_config import FLMTrainingArguments
@@ -42,8 +44,10 @@ __all__ = [
     "generate_samples",
     "load_gen_ppl",
     "load_texts",
+    "longest_text",
     "make_flow_batch",
     "pack_dataset",
     "pack_tokens",
+    "pad_dataset",
     "train_tokenizer",
 ]

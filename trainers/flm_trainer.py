@@ -42,7 +42,7 @@ from .batches import (
 )
 from .callbacks import GenPPLCallback, SampleCallback
 from .checking import check_arguments, check_model
-from .data import DataCollatorForFLM, begins_with_bos_token, check_datasets
+from .data import DataCollatorForFLM, check_datasets, find_text_boundaries
 from .distributed import check_support, is_sharded, region_options, through_forward, without_mixed_precision
 from .flm_config import FLMTrainingArguments
 from .metrics import TokenMeans
@@ -201,25 +201,28 @@ class FLMTrainer(AveragedTrainer, PublishingTrainer):
     def _prepare_for_training(self, *args, **kwargs):
         if self.ema is not None:
             self.ema.decay = self.args.ema_decay  # a hyperparameter search may have changed it
-        self._decide_bos_token()
+        self._decide_text_boundaries()
         with without_mixed_precision(self.accelerator):
             return super()._prepare_for_training(*args, **kwargs)
 
-    def _decide_bos_token(self):
+    def _decide_text_boundaries(self):
         """
-        Removes the BOS token from the generation configuration if training examples do not begin with it, so that the
-        pipeline does not put it before prompts. After `Trainer.train` has copied the tokenizer's special tokens to the model.
+        Adapts the generation configuration to the training examples: removes the BOS token if they do not begin with it, so
+        that the pipeline does not put it before prompts, and ends texts at EOS if theirs do, unless `pad_after_eos` is set.
+        After `Trainer.train` has copied the tokenizer's special tokens to the model.
         """
         config = self.network.generation_config
-        if config.bos_token_id is None:
-            return
-        is_used = None
+        boundaries = None
         if self.is_world_process_zero():  # which decides for all
             collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-            is_used = begins_with_bos_token(self.train_dataset, collate, config.bos_token_id)
-        (is_used,) = broadcast_object_list([is_used])
-        if not is_used:
+            boundaries = find_text_boundaries(self.train_dataset, collate, config)
+        (boundaries,) = broadcast_object_list([boundaries])
+        if boundaries is None:
+            return
+        if not boundaries.begin_with_bos:
             config.bos_token_id = None
+        if boundaries.end_with_padding and config.pad_after_eos is None:
+            config.pad_after_eos = True
 
     # Batches
 

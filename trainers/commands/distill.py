@@ -26,6 +26,7 @@ from .training import (
     DataArguments,
     check_chosen,
     check_output_dir,
+    check_prompts,
     load_datasets,
     load_model,
     load_pretrained,
@@ -57,10 +58,10 @@ class DistillationArguments:
 
 
 def get_student(
-    arguments: DistillationArguments, teacher: PreTrainedModel, options: dict[str, Any], prompt_fraction: float
+    arguments: DistillationArguments, teacher: PreTrainedModel, options: dict[str, Any], has_prompts: bool
 ) -> PreTrainedModel:
     """The flow map for the preset: loaded, new, or with the weights of the teacher."""
-    required_settings = {"per_token_timesteps": True} if prompt_fraction > 0 else {}
+    required_settings = {"per_token_timesteps": True} if has_prompts else {}
     if arguments.preset == "any_order":
         required_settings |= {"time_reparameterization": None}
     if arguments.student is not None:
@@ -90,6 +91,7 @@ def make_parser() -> ScriptParser:
 def distill(arguments: DistillationArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):
     with friendly_errors(DistillationArguments, DataArguments, FMLMTrainingArguments):
         check_output_dir(training_args)
+        check_prompts(data_args, training_args)
         set_seed(training_args.seed)
         options = {
             "attn_implementation": arguments.attn_implementation,
@@ -98,7 +100,8 @@ def distill(arguments: DistillationArguments, data_args: DataArguments, training
         teacher = load_pretrained("teacher", AutoModel, arguments.teacher, **options)
         check_model_type("teacher", teacher)
         tokenizer = load_tokenizer("teacher", arguments.teacher)
-        student = get_student(arguments, teacher, options, training_args.prompt_fraction)
+        has_prompts = training_args.prompt_fraction > 0 or training_args.prompts_from_labels
+        student = get_student(arguments, teacher, options, has_prompts)
         packed = pack_datasets(
             load_datasets(data_args), data_args, tokenizer, teacher.config.max_position_embeddings, training_args
         )

@@ -4,6 +4,7 @@
 Train a flow-based language model (FLM), or a flow map (FMLM) without a teacher, on a dataset of the Hub or on text files.
 
     flm-train --train_file corpus.txt --train_tokenizer bpe --vocab_size 2048 --output_dir outputs/flm
+    flm-train --train_file molecules.txt --packing lines --train_tokenizer char --output_dir outputs/one_text_a_line
     flm-train --model_type fmlm --train_file corpus.txt --train_tokenizer bpe --output_dir outputs/fmlm_plus
 
 Flow maps have two recipes: --preset any_order trains an FMLM+, which generates in any order, and --preset self_distillation an
@@ -34,6 +35,7 @@ from .. import (
     FMLMTrainer,
     FMLMTrainingArguments,
     find_text_column,
+    longest_text,
     train_tokenizer,
 )
 from .command_line import ScriptParser, check_model_type, errors_about, friendly_errors
@@ -41,6 +43,7 @@ from .training import (
     DataArguments,
     check_chosen,
     check_output_dir,
+    check_prompts,
     load_datasets,
     load_model,
     load_pretrained,
@@ -49,6 +52,9 @@ from .training import (
     run,
 )
 
+
+# Length of a new model for texts of any length
+_MAX_LINE = 1024
 
 # The default of `preset` for flow maps
 _FLOW_MAP_PRESET = "any_order"
@@ -119,10 +125,18 @@ def load_data(
 ) -> tuple[dict, PreTrainedTokenizerBase]:
     """The texts that the arguments name, by split, and the tokenizer."""
     dataset = load_datasets(data_args)
-    column = find_text_column(dataset["train"], data_args.text_column)
+    columns = [find_text_column(dataset["train"], data_args.text_column)]
+    if data_args.prompt_column is not None:
+        columns.append(find_text_column(dataset["train"], data_args.prompt_column))
     # A stream may be endless: its start is enough for a tokenizer.
-    texts = (row[column] for row in dataset["train"].take(100_000))
-    return dataset, get_tokenizer(model_args, texts, training_args)
+    texts = (row[column] for row in dataset["train"].take(100_000) for column in columns)
+    tokenizer = get_tokenizer(model_args, texts, training_args)
+    is_new = model_args.model_name_or_path is None and model_args.masked_model is None
+    if data_args.packing == "lines" and data_args.block_size is None and is_new:
+        if data_args.streaming:
+            raise ValueError("`block_size` is missing: the longest text of a stream is unknown.")
+        data_args.block_size = min(longest_text(dataset["train"], tokenizer, *columns), _MAX_LINE)
+    return dataset, tokenizer
 
 
 def new_model(
@@ -225,12 +239,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: F
     with friendly_errors(ModelArguments, DataArguments, FMLMTrainingArguments):
         check_arguments(model_args, training_args)
         check_output_dir(training_args)
+        check_prompts(data_args, training_args)
         set_seed(training_args.seed)
         dataset, tokenizer = load_data(model_args, data_args, training_args)
         required_settings, masked_model = {}, None
         if model_args.model_type == "fmlm" and model_args.preset in (None, "any_order"):
             required_settings = {"time_reparameterization": None}
-        if required_settings or training_args.prompt_fraction > 0:
+        if required_settings or training_args.prompt_fraction > 0 or training_args.prompts_from_labels:
             required_settings["per_token_timesteps"] = True
         if model_args.masked_model is None:
             model = get_model(model_args, tokenizer, data_args.block_size, required_settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import cached_file, logging
@@ -17,7 +18,7 @@ from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
 from modeling_flm.hub.records import DATA_SETTINGS_NAME
 from modeling_flm.tokenization_flm import add_special_tokens, has_characters_only
 
-from ..data import PREPROCESSING, load_texts, pack_dataset
+from ..data import PREPROCESSING, load_texts, pack_dataset, pad_dataset
 from ..flm_config import FLMTrainingArguments
 from ..flm_trainer import FLMTrainer
 from .command_line import check_model, check_model_type, errors_about
@@ -56,6 +57,18 @@ class DataArguments:
     text_column: str | None = field(
         default=None, metadata={"help": "Column with the texts. By default text, or the only column of strings."}
     )
+    packing: str = field(
+        default="wrapped",
+        metadata={
+            "help": "wrapped joins texts and cuts them into blocks; lines makes one sequence of each text, which ends with EOS and "
+            "padding, so that the model learns where texts end.",
+            "choices": ["wrapped", "lines"],
+        },
+    )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with prompts that the texts answer; they are known tokens. Needs --packing lines."},
+    )
     preprocessing: str | None = field(
         default=None,
         metadata={
@@ -68,10 +81,14 @@ class DataArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "Stream the dataset instead of preparing it first."})
     block_size: int | None = field(
-        default=None, metadata={"help": "Length of the training sequences in tokens. By default the model's length."}
+        default=None,
+        metadata={
+            "help": "Length of the training sequences in tokens. By default the model's length; for a new model with --packing lines "
+            "the longest text's, at most 1,024."
+        },
     )
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Number of processes that tokenize and pack."}
+        default=None, metadata={"help": "Number of processes that tokenize."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Maximum number of training texts."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Maximum number of validation texts."})
@@ -229,27 +246,51 @@ def pack_datasets(
     max_length: int,
     training_args: FLMTrainingArguments,
 ) -> dict:
-    """Tokenizes and packs the training and validation texts into sequences of equal length."""
+    """Tokenizes the training and validation texts, and packs or pads them to sequences of equal length."""
     block_size = arguments.block_size or max_length
     if block_size > max_length:
         raise ValueError(f"`block_size` must be at most {max_length}, the model's length, got {block_size}.")
-    options = {
-        "block_size": block_size,
-        "text_column": arguments.text_column,
-        "num_proc": arguments.preprocessing_num_workers,
-        "preprocessing": arguments.preprocessing,
-        "boundaries": tokenizer.eos_token_id is not None,
-    }
+    options = {"text_column": arguments.text_column, "num_proc": arguments.preprocessing_num_workers}
+    if arguments.packing == "lines":
+        make, options = pad_dataset, {**options, "length": block_size, "prompt_column": arguments.prompt_column}
+    else:
+        make = pack_dataset
+        options |= {"block_size": block_size, "preprocessing": arguments.preprocessing}
+        options["boundaries"] = tokenizer.eos_token_id is not None
     packed = {}
     with training_args.main_process_first(desc="packing"):
-        packed["train"] = pack_dataset(dataset["train"], tokenizer, **options)
+        packed["train"] = make(dataset["train"], tokenizer, **options)
         if "validation" in dataset:
             try:
-                packed["validation"] = pack_dataset(dataset["validation"], tokenizer, **options)
+                packed["validation"] = make(dataset["validation"], tokenizer, **options)
             except ValueError as error:
                 remedy = "A larger `validation_split_percentage` keeps more of the training texts, and 0 none."
                 raise ValueError(f"Validation texts: {error} {remedy}") from error
+    if arguments.packing == "wrapped":
+        _warn_about_fragments(packed["train"], tokenizer)
     return packed
+
+
+def _warn_about_fragments(blocks: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase):
+    """Warns if blocks have several texts each, as samples of the model will."""
+    if tokenizer.eos_token_id is None:
+        return
+    first = [block["input_ids"] for block in blocks.take(100)]
+    num_ends = sum(block[:-1].count(tokenizer.eos_token_id) for block in first)  # a block ends with EOS, too
+    if num_ends > len(first):
+        logger.warning(
+            f"Texts are joined and cut into blocks: the first blocks have the ends of {num_ends / len(first):.1f} texts each, and "
+            "so will samples. For one text a sample pass --packing lines."
+        )
+
+
+def check_prompts(arguments: DataArguments, training_args: FLMTrainingArguments):
+    """Checks that `prompt_column` has a fitting `packing`, and makes prompts known tokens."""
+    if arguments.prompt_column is None:
+        return
+    if arguments.packing != "lines":
+        raise ValueError("`prompt_column` needs sequences of one text each: pass --packing lines.")
+    training_args.prompts_from_labels = True
 
 
 def read_data_settings(name: str, chosen: Namespace) -> dict[str, Any]:
@@ -258,12 +299,12 @@ def read_data_settings(name: str, chosen: Namespace) -> dict[str, Any]:
 
     Args:
         name (`str`): The name of the model on the Hub, or its folder.
-        chosen (`Namespace`): All arguments of the command. If they name other data, only the `block_size` is returned.
+        chosen (`Namespace`): All arguments of the command. If they name other data, only `block_size` and `packing` are returned.
     """
     path = cached_file(name, DATA_SETTINGS_NAME, _raise_exceptions_for_missing_entries=False)
     settings = {} if path is None else json.loads(Path(path).read_text())
     if chosen.dataset_name is not None or chosen.train_file is not None:
-        settings = {key: value for key, value in settings.items() if key == "block_size"}
+        settings = {key: value for key, value in settings.items() if key in ("block_size", "packing")}
     return settings
 
 

@@ -3,13 +3,16 @@
 """Checks of datasets before a training, and descriptions of datasets for its record."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
+
+from modeling_flm.known_tokens_flm import lengths_up_to_eos, pad_token
 
 from .collator import check_tokens
 
@@ -37,8 +40,8 @@ def check_dataset(name: str, dataset: Any, config: PreTrainedConfig):
         columns = dataset.column_names  # `None` for some streams
         if columns is not None and "input_ids" not in columns:
             raise ValueError(
-                f"`{name}` needs a column `input_ids`, but has {', '.join(columns)}: pack texts with `pack_dataset(dataset, "
-                f"tokenizer, block_size={config.max_position_embeddings})`."
+                f"`{name}` needs a column `input_ids`, but has {', '.join(columns)}: make them with `pack_dataset` "
+                f"or `pad_dataset(dataset, tokenizer, length={config.max_position_embeddings})`."
             )
     if not has_length(dataset):
         return
@@ -89,35 +92,81 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, config: PreTrainedConf
             check_dataset(name, dataset, config)
 
 
-def begins_with_bos_token(dataset: Any, collate: Callable[[list[Any]], dict[str, Any]], bos_token_id: int) -> bool:
+@dataclass
+class TextBoundaries:
     """
-    Returns whether any of the first training examples begins with the BOS token, and logs it. `True` if they cannot be read
-    before the training.
+    How training examples mark texts.
+
+    Args:
+        begin_with_bos (`bool`): Whether any example begins with the BOS token.
+        end_with_padding (`bool`):
+            Whether all examples end at their first EOS token, some of them followed by padding, as [`pad_dataset`] makes them.
+    """
+
+    begin_with_bos: bool
+    end_with_padding: bool
+
+
+def find_text_boundaries(
+    dataset: Any, collate: Callable[[list[Any]], dict[str, Any]], config: GenerationConfig
+) -> TextBoundaries | None:
+    """
+    Finds how the first training examples mark the beginnings and ends of texts, and logs what generation makes of it. Warns
+    about examples of different lengths, whose lengths a model does not learn.
 
     Args:
         dataset ([`~datasets.Dataset`], or any other dataset): Training examples.
         collate (`Callable`): Data collator, which makes a batch with `input_ids`.
-        bos_token_id (`int`): Id of the BOS token.
+        config ([`FLMGenerationConfig`]): The special tokens.
+
+    Returns:
+        [`TextBoundaries`], or `None` if examples cannot be read before the training.
     """
     examples = _first_examples(dataset)
     if not examples:
         logger.warning(
-            f"It is unknown whether training examples begin with the BOS token ({bos_token_id}), because the dataset may allow only "
-            "one pass: `generation_config.bos_token_id` stays, and the pipeline puts it before prompts."
+            "It is unknown where texts begin and end in the training examples, because the dataset may allow only one pass: "
+            "`generation_config` stays as it is."
         )
-        return True
-    count = int((collate(examples)["input_ids"][:, 0] == bos_token_id).sum())
-    if count == 0:
+        return None
+    batch = collate(examples)
+    sequences, bos_token_id = batch["input_ids"], config.bos_token_id
+    if "attention_mask" in batch and batch["attention_mask"].sum(dim=1).unique().numel() > 1:
         logger.warning(
-            f"None of the first {len(examples)} training examples begins with the BOS token ({bos_token_id}): "
-            "`generation_config.bos_token_id` is set to `None`, and the pipeline does not put it before prompts."
+            "Training examples have different lengths, which the model does not learn, because the loss and `attention_mask` leave "
+            "out padding: all generated texts will have full length. To learn where texts end, make examples with "
+            "`pad_dataset(dataset, tokenizer, length)`."
         )
-    else:
+    num_begin = 0 if bos_token_id is None else int((sequences[:, 0] == bos_token_id).sum())
+    boundaries = TextBoundaries(num_begin > 0, _end_with_padding(sequences, config))
+    if bos_token_id is not None:
+        count = f"{num_begin} of the first {len(examples)}" if num_begin else f"None of the first {len(examples)}"
+        effect = (
+            "stays, and the pipeline puts it" if num_begin else "is set to `None`, and the pipeline does not put it"
+        )
+        logger.log(
+            logging.INFO if num_begin or boundaries.end_with_padding else logging.WARNING,
+            f"{count} training examples begin with the BOS token ({bos_token_id}): `generation_config.bos_token_id` {effect} "
+            "before prompts.",
+        )
+    if boundaries.end_with_padding and not config.pad_after_eos:
         logger.info(
-            f"{count} of the first {len(examples)} training examples begin with the BOS token ({bos_token_id}): "
-            "`generation_config.bos_token_id` stays, and the pipeline puts it before prompts."
+            "Training examples are texts that end with EOS and padding: `generation_config.pad_after_eos` is set to `True`, and "
+            "generated texts end at their first EOS token."
         )
-    return count > 0
+    return boundaries
+
+
+def _end_with_padding(sequences: torch.LongTensor, config: GenerationConfig) -> bool:
+    """Returns whether all sequences end at their first EOS token, and some of them have padding after it."""
+    if config.eos_token_id is None:
+        return False
+    positions = torch.arange(sequences.shape[1])
+    lengths = lengths_up_to_eos(sequences, config.eos_token_id, config.bos_token_id)[:, None]
+    is_after = positions >= lengths
+    eos = torch.as_tensor(config.eos_token_id)
+    ends = torch.isin(sequences.gather(1, lengths - 1), eos).all()
+    return bool(is_after.any() and ends and (sequences[is_after] == pad_token(config)).all())
 
 
 def _first_examples(dataset: Any) -> list[Any] | None:

@@ -22,7 +22,8 @@ def check_tokens(name: str, input_ids: torch.LongTensor, vocab_size: int):
 class DataCollatorForFLM:
     """
     Data collator that makes batches of examples with `input_ids`. Shorter examples are padded on the right. The batch then has
-    an `attention_mask`, and `labels` are -100 at padding.
+    an `attention_mask`, and `labels` are -100 at padding, so that a model does not learn where texts end: [`pad_dataset`] makes
+    examples that it learns this from.
 
     Args:
         pad_token_id (`int`, *optional*): Padding token. Any token will do, because it is not attended to.
@@ -36,8 +37,8 @@ class DataCollatorForFLM:
         for example in examples:
             if "input_ids" not in example:
                 raise ValueError(
-                    f"Examples need `input_ids`, but have {sorted(example)}: pack texts with `pack_dataset(dataset, tokenizer, "
-                    "block_size=...)`."
+                    f"Examples need `input_ids`, but have {sorted(example)}: make them with `pack_dataset` or "
+                    "`pad_dataset`."
                 )
         length = max(len(example["input_ids"]) for example in examples)
         fills = {"input_ids": self.pad_token_id or 0, "attention_mask": 0, "labels": -100}

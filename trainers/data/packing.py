@@ -37,6 +37,16 @@ def pack_tokens(
     return [[*begin, *stream[start : start + inner], *end] for start in starts]
 
 
+def check_texts(texts: list, column: str):
+    """Raises a `ValueError` if a column has a value that is not a string."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"`text_column` {column!r} has {text!r}, which is not a string: remove such rows with "
+                f"`dataset.filter(lambda row: isinstance(row[{column!r}], str))`."
+            )
+
+
 # Patterns to join, in this order: addresses, tokens without a space before them, tokens without one after them, quotations.
 _JOINS = [
     (re.compile(r"(https?) : / / "), r"\1://"),
@@ -87,8 +97,9 @@ def pack_dataset(
     boundaries: bool = True,
 ) -> Dataset | IterableDataset:
     """
-    Tokenizes a dataset of texts and packs them into blocks of equal length, see [`pack_tokens`]. `datasets` caches the
-    result on disk.
+    Tokenizes a dataset of texts and packs them into blocks of equal length, see [`pack_tokens`]. Samples of a model that was
+    trained on blocks are blocks, too, with parts of several texts: for one text a sample use [`pad_dataset`]. `datasets`
+    caches the result on disk.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The texts.
@@ -126,12 +137,7 @@ def pack_dataset(
 
     def tokenize_and_pack(batch: dict[str, list]) -> dict[str, list]:
         texts = batch[text_column]
-        for text in texts:
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"`text_column` {text_column!r} has {text!r}, which is not a string: remove such rows with "
-                    f"`dataset.filter(lambda row: isinstance(row[{text_column!r}], str))`."
-                )
+        check_texts(texts, text_column)
         if preprocessing is not None:
             texts = list(PREPROCESSING[preprocessing](texts))
         # Not `verbose`: it would warn about texts longer than the model.

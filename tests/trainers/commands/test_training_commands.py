@@ -75,6 +75,40 @@ class TestTrainingScripts:
         assert "FLMModel: " in capsys.readouterr().out
         assert json.loads((tmp_path / "more" / "config.json").read_text())["max_position_embeddings"] == 16
 
+    def test_one_text_a_line(self, tmp_path, caplog):
+        """Lines of several lengths, distilled as well: samples are whole lines, and end where they end."""
+        lines = [f"go {' '.join(['on'] * (n % 4))}" for n in range(60)]
+        (tmp_path / "lines.txt").write_text("\n".join(lines))
+        options = self.arguments(
+            tmp_path / "lines.txt", tmp_path / "flm", packing="lines", block_size=None, max_steps=1
+        )
+        run_here("flm-train", *self.flags(options))
+        distilled = {"teacher": tmp_path / "flm", "output_dir": tmp_path / "fmlm", "max_steps": 1, "report_to": "none", "use_cpu": True}  # fmt: skip
+        run_here("flm-distill", *self.flags(distilled))
+        for folder in (tmp_path / "flm", tmp_path / "fmlm"):
+            assert json.loads((folder / "generation_config.json").read_text())["pad_after_eos"] is True
+            assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 5  # and EOS
+            assert json.loads((folder / "data_settings.json").read_text())["packing"] == "lines"
+        assert "joined and cut" not in caplog.text
+        packed = {**options, "packing": "wrapped", "output_dir": tmp_path / "packed", "block_size": 10}
+        run_here("flm-train", *self.flags(packed))
+        assert "Texts are joined and cut into blocks: the first blocks have the ends of" in caplog.text
+
+    def test_prompts_and_answers(self, tmp_path):
+        rows = [{"question": f"{n} and {n} is", "answer": f"{2 * n}"} for n in range(30)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        options = self.arguments(
+            tmp_path / "pairs.jsonl", tmp_path / "out", packing="lines", block_size=None, max_steps=1
+        )
+        options |= {"prompt_column": "question", "text_column": "answer"}
+        run_here("flm-train", *self.flags(options))
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["per_token_timesteps"] is True and config["max_position_embeddings"] == 6
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert {"and", "58"} <= set(tokenizer.get_vocab())
+        with pytest.raises(SystemExit, match="--prompt_column needs sequences of one text each: pass --packing lines"):
+            run_here("flm-train", *self.flags({**options, "packing": "wrapped", "output_dir": tmp_path / "other"}))
+
     def test_what_is_there_is_not_overwritten(self, corpus, tmp_path):
         for name in ("model.safetensors", "checkpoint-3"):
             (tmp_path / name).mkdir()

@@ -365,7 +365,7 @@ class TestCollator:
         for token in (5, -1):
             with pytest.raises(ValueError, match=f"`input_ids` have the token {token}, but the model's are 0 to 4"):
                 collate([{"input_ids": [1, 2]}, {"input_ids": [3, token]}])
-        with pytest.raises(ValueError, match=r"Examples need `input_ids`, but have \['text'\]: pack texts"):
+        with pytest.raises(ValueError, match=r"Examples need `input_ids`, but have \['text'\]: make them with `pack"):
             collate([{"text": "a cat"}])
 
     def test_keeps_masks_and_labels(self):
