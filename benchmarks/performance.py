@@ -29,7 +29,6 @@ import copy
 import gc
 import importlib.util
 import itertools
-import json
 import platform
 import sys
 import tempfile
@@ -48,6 +47,7 @@ from tqdm.auto import tqdm
 from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel, set_seed
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel
+from modeling_flm.hub.records import to_json
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.losses import linear_loss, softmax_cross_entropy
 from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
@@ -502,7 +502,7 @@ class Benchmark:
     def save(self):
         self.args.output.parent.mkdir(parents=True, exist_ok=True)
         result = {"command": " ".join(sys.argv), "machine": self.machine(), "ceilings": str(self.ceilings)}
-        self.args.output.write_text(json.dumps(result | {"records": self.records}, indent=2) + "\n")
+        self.args.output.write_text(to_json(result | {"records": self.records}, indent=2) + "\n")
 
 
 def main(args: argparse.Namespace):

@@ -12,13 +12,13 @@ spaces.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoTokenizer
 
 import modeling_flm  # noqa: F401  registers the models, which then load without remote code
+from modeling_flm.hub.records import to_json
 from modeling_flm.trainers.commands.command_line import check_model_type
 from modeling_flm.trainers.evaluation import evaluate_likelihood, load_lines
 
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace):
         print(f"{name.replace('_', ' '):>16}  {value:,.4f}" if isinstance(value, float) else f"{name:>16}  {value:,}")
     if args.output_file is not None:
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
-        args.output_file.write_text(json.dumps(figures, indent=2) + "\n")
+        args.output_file.write_text(to_json(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def compare(name: str, evaluation: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in evaluation["results"]:
-        if row["num_steps"] not in PUBLISHED[name]:
+        if row["num_steps"] not in PUBLISHED[name] or row["gen_ppl"] is None:  # empty texts have no perplexity
             continue
         perplexity, entropy = PUBLISHED[name][row["num_steps"]]
         low, high = row["gen_ppl_interval"]

@@ -11,7 +11,6 @@ FMLM distilled from the first, and an FLM and an FMLM trained with prompts. It t
 """
 
 import argparse
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from quickstart import add_training_arguments, distillation_settings, load_stori
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from modeling_flm import FLMModel, FMLMModel
+from modeling_flm.hub.records import to_json
 from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments
 from modeling_flm.trainers.evaluation.plots import share_errors
 
@@ -274,7 +274,7 @@ def train_models(
 def report(name: str, rows: list[dict], plot: Callable[[list[dict], Path], None], args: argparse.Namespace):
     """Writes the measurements as JSON, and their plot."""
     folder = Path(args.output_dir)
-    (folder / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (folder / f"{name}.json").write_text(to_json(rows, indent=2) + "\n")
     plot(rows, folder / f"{name}.png")
     print(f"\nPlot: {folder / f'{name}.png'}")
 

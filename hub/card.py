@@ -3,6 +3,7 @@
 """Model cards: a README with metadata for the Hub, made from the records in a model folder."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_update
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .records import (
     DATA_SETTINGS_NAME,
@@ -20,8 +22,11 @@ from .records import (
     clean_sampling,
     is_hub_name,
     public_name,
+    to_json,
 )
 
+
+logger = logging.get_logger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -202,9 +207,13 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
     ]
 
 
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def add_results(model: str, evaluation: dict[str, Any], revision: str = "main"):
     """
-    Adds the results of an evaluation to a model.
+    Adds the results of an evaluation to a model. Numbers of steps without a score, because all texts are empty, are left out.
 
     Args:
         model (`str`):
@@ -213,6 +222,14 @@ def add_results(model: str, evaluation: dict[str, Any], revision: str = "main"):
         evaluation (`dict[str, Any]`): Results as in [`eval_results`], with `seeds`.
         revision (`str`, *optional*, defaults to `"main"`): Branch of the repository.
     """
+    scored = [row for row in evaluation["results"] if all(_is_finite(row[name]) for name in ("gen_ppl", "entropy"))]
+    if len(scored) < len(evaluation["results"]):
+        logger.warning(
+            f"{len(evaluation['results']) - len(scored)} rows without a score are not stored with {model}: their texts are empty."
+        )
+    if not scored:
+        return
+    evaluation = {**evaluation, "results": scored}
     folder, results = Path(model), eval_results(evaluation)
     name = model.rstrip("/").split("/")[-1]
     if not folder.is_dir():
@@ -225,7 +242,7 @@ def add_results(model: str, evaluation: dict[str, Any], revision: str = "main"):
         if all(old.get(key) == evaluation[key] for key in ("scorer", "num_samples", "seeds", "sampling")):
             rows = {row["num_steps"]: row for row in [*old["results"], *evaluation["results"]]}
             evaluation = {**evaluation, "results": [rows[num_steps] for num_steps in sorted(rows)]}
-    path.write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    path.write_text(to_json(evaluation, indent=2) + "\n", encoding="utf-8")
     if (folder / "README.md").is_file():
         card = ModelCard.load(folder / "README.md")
         others = card.data.eval_results or []

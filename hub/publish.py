@@ -46,6 +46,7 @@ from .records import (
     TRAINING_NAME,
     is_hub_name,
     read_records,
+    to_json,
 )
 from .spaces import assemble_space
 
@@ -163,7 +164,7 @@ def assemble(
         loaded_tokenizer.save_pretrained(unfinished)
         shutil.copy(TEMPLATES / "LICENSE", unfinished / "LICENSE")
         for name, record in records.items():
-            (unfinished / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (unfinished / name).write_text(to_json(record, indent=2) + "\n", encoding="utf-8")
         if onnx:
             from .export import ExportError, export_onnx  # here, so that a trainer can be imported without it
 

@@ -22,6 +22,19 @@ ONNX_FOLDER = "onnx"
 ONNX_FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_int8.onnx"}
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Formats a value as JSON, which has no NaN and no infinity: numbers that are not finite become `null`."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def is_hub_name(name: Any) -> bool:
     """Whether `name` is a valid name of a Hub repository, and not a path on this machine."""
     try:

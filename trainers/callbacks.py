@@ -99,7 +99,9 @@ class GenPPLCallback(TrainerCallback):
         (self.figures,) = broadcast_object_list([figures])  # all processes select the best checkpoint
         self.step = state.global_step
         should_log = control.should_log
-        self.log(dict(self.figures))
+        self.log(
+            {name: value for name, value in self.figures.items() if math.isfinite(value)}
+        )  # all samples may be empty
         control.should_log = should_log  # logging resets it
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):

@@ -3,7 +3,6 @@
 """Recording and publishing of a training: its record beside the saved model, the model card, and pushes to the Hub."""
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from modeling_flm.hub.publish import PublishError, assemble, publish
-from modeling_flm.hub.records import TRAINING_NAME
+from modeling_flm.hub.records import TRAINING_NAME, to_json
 
 from .data import describe_dataset
 from .distributed import restore_class_name
@@ -75,7 +74,7 @@ class PublishingTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             path = Path(output_dir or self.args.output_dir, TRAINING_NAME)
-            path.write_text(json.dumps(self.training_record(), indent=2) + "\n", encoding="utf-8")
+            path.write_text(to_json(self.training_record(), indent=2) + "\n", encoding="utf-8")
 
     def _repo_id(self) -> str:
         return self.args.hub_model_id or Path(self.args.output_dir).resolve().name

@@ -39,7 +39,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_flm import FLMConfig, FMLMModel
-from modeling_flm.hub.records import TRAINING_NAME
+from modeling_flm.hub.records import TRAINING_NAME, to_json
 from modeling_flm.trainers import AveragedTrainer, DataCollatorForFLM, EMACallback
 from modeling_flm.trainers.commands.command_line import ScriptParser, friendly_errors
 
@@ -109,7 +109,7 @@ def run(trainer: Trainer, folder: Path, fractions: tuple[float, ...] = (1.0,)):
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir) if folder.is_dir() else None)
     print(f"{folder} took {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
-    (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
+    (folder / "log.json").write_text(to_json(trainer.state.log_history, indent=1) + "\n")
 
 
 def train_scorer(data: Data, args: StudyArguments):
@@ -185,7 +185,7 @@ def search(data: Data, args: StudyArguments):
             print(f"{name}: learning rate {learning_rate:g}, validation loss {losses[learning_rate]:.4f}", flush=True)
         found = read_learning_rates(args)  # again, because another process may have added to the file
         found[name] = {"learning_rate": min(losses, key=losses.get), "losses": losses}
-        Path(args.output_dir, "learning_rates.json").write_text(json.dumps(found, indent=2) + "\n")
+        Path(args.output_dir, "learning_rates.json").write_text(to_json(found, indent=2) + "\n")
 
 
 def selected(args: StudyArguments) -> list[str]:
@@ -248,7 +248,7 @@ def sampling_settings(study_model: StudyModel, fraction: float, args: StudyArgum
 def append_row(path: Path, row: dict):
     """Appends a line to a JSON lines file."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(to_json(row) + "\n")
 
 
 @torch.no_grad()

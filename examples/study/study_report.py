@@ -14,6 +14,7 @@ from study_data import FRACTIONS, LABELS, Data, StudyArguments, model_folder, sn
 from study_models import STUDY_MODELS
 from tqdm.auto import tqdm
 
+from modeling_flm.hub.records import to_json
 from modeling_flm.trainers import load_gen_ppl
 from modeling_flm.trainers.evaluation.frontier import perplexity_at_entropy
 from modeling_flm.trainers.evaluation.plots import plain_log_ticks
@@ -87,8 +88,8 @@ def report(data: Data, args: StudyArguments):
         key = " ".join(str(row.get(name)) for name in ("model", "seed", "fraction", "num_steps", "temperature"))
         if key not in known:
             known[key] = score(row["texts"], data, args)
-            path.write_text(json.dumps(known) + "\n")
-        row["scores"] = known[key]
+            path.write_text(to_json(known) + "\n")
+        row["scores"] = {name: math.nan if value is None else value for name, value in known[key].items()}
     figures = repetition_figures([row["texts"] for row in (reference, *rows)], data.texts["train"], vocabulary)
     for row, each in zip((reference, *rows), figures):
         row.update(each, long_real_words=long_real_words(row["texts"], vocabulary, args.tokenizer == "text8"))
@@ -115,7 +116,7 @@ def report(data: Data, args: StudyArguments):
     summary = [{name: value for name, value in row.items() if name not in ("texts", "scores")} for row in rows]
     for short, row in zip(summary, rows):
         short |= {name: row["scores"][name] for name in ("gen_ppl", "entropy")}
-    Path(args.output_dir, "report.json").write_text(json.dumps(summary, indent=1) + "\n")
+    Path(args.output_dir, "report.json").write_text(to_json(summary, indent=1) + "\n")
 
 
 def setting(row: dict) -> tuple:

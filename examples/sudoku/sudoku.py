@@ -18,7 +18,6 @@ are in no training puzzle. Open and empty puzzles have several solutions, and an
 """
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -33,6 +32,7 @@ from datasets import Dataset
 from transformers import AutoModel, TrainingArguments, set_seed
 
 from modeling_flm import FLMModel, FMLMConfig, FMLMModel
+from modeling_flm.hub.records import to_json
 from modeling_flm.sampling_flm import PosteriorRefinement
 from modeling_flm.trainers import EMACallback, FMLMTrainer, FMLMTrainingArguments
 
@@ -361,7 +361,7 @@ def main(args: argparse.Namespace):
     print(f"{'difficulty':>10}  {'method':>10}  {'limit':>6}  {'passes':>6}  {'solved':>7}  {'cells':>7}")
     methods = solvers(flow_map, masked, args)
     rows = [row for name, puzzles in tests.items() for row in measure(methods, puzzles, name)]
-    Path(args.output_dir, "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    Path(args.output_dir, "results.json").write_text(to_json(rows, indent=2) + "\n")
     picture = Path(args.output_dir, "sudoku.png")
     plot(rows, picture)
     print(f"\nPlot: {picture}. How a puzzle is solved; [given] cells, and cells that may still change (?):")

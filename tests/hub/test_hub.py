@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ from transformers.utils import logging
 from modeling_flm import FMLMModel, hub
 from modeling_flm.hub.card import MARKER
 from modeling_flm.hub.publish import PublishError, assemble, publish, publish_space
+from modeling_flm.hub.records import to_json
 from modeling_flm.trainers import (
     FLMTrainer,
     FLMTrainingArguments,
@@ -32,6 +34,26 @@ from modeling_flm.trainers import (
     pack_dataset,
     train_tokenizer,
 )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        math.nan,
+        math.inf,
+        -math.inf,
+        [1.5, math.nan],
+        {"a": (math.nan, "NaN")},
+        {"a": [{"b": math.inf}]},
+        1e308,
+        None,
+        "ü",
+    ],
+)
+def test_to_json_has_no_nan(value):
+    text = to_json(value, indent=2)
+    expected = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    assert json.loads(text, parse_constant=pytest.fail) == expected
 
 
 REPO_ID = "tester/tiny"

@@ -70,6 +70,15 @@ class TestGenPPL:
             assert logs[4][f"eval_entropy_{num_steps}"] == pytest.approx(expected["entropy"], rel=1e-6)
         assert logs[2] != logs[4]
 
+    def test_figures_of_empty_samples_are_not_logged(self, tmp_path, monkeypatch):
+        trainer = build(
+            tmp_path, max_steps=1, eval_gen_ppl_steps=1, eval_gen_ppl_num_steps=[1], eval_gen_ppl_model=SCORER
+        )
+        monkeypatch.setattr(trainer.processing_class, "batch_decode", lambda tokens, **options: [""] * len(tokens))
+        trainer.train()
+        log = [row for row in trainer.state.log_history if "eval_entropy_1" in row]
+        assert len(log) == 1 and "eval_gen_ppl_1" not in log[0]
+
     def test_a_missing_eval_gen_ppl_model_fails_at_the_start(self, tmp_path):
         tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(49))], "word", 100)
         options = {"eval_gen_ppl_steps": 2, "eval_gen_ppl_model": str(tmp_path / "nowhere"), "report_to": []}

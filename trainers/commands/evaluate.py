@@ -19,9 +19,9 @@ with the paper's: special tokens stay in the texts, texts are truncated at the m
 large scores 1024 texts in float32.
 
 The output directory gets the texts (`samples_N.jsonl` for N steps), the tables (`results.md` and `results.json`), and a plot of
-quality against time, or the frontier. --reference_file adds a row for the reference texts. --update_card stores the results with
-the model: in its folder, where `flm-publish` finds them, or in its card on the Hub. Flags can also be set in a YAML file, given as
-the first argument. Needs `pip install modeling-flm[evaluate]`.
+quality against time, or the frontier. If the command fails in the middle, `partial_results.json` has what was measured. --reference_file
+adds a row for the reference texts. --update_card stores the results with the model: in its folder, where `flm-publish` finds them, or
+in its card on the Hub. Flags can also be set in a YAML file, given as the first argument. Needs `pip install modeling-flm[evaluate]`.
 """
 
 from dataclasses import dataclass, replace
@@ -38,12 +38,14 @@ from transformers.hf_argparser import HfArg
 from modeling_flm import FLMGenerationConfig
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
 from modeling_flm.hub.card import add_results
+from modeling_flm.hub.records import to_json
 
 from ..evaluation import (
     CausalSource,
     FlowSource,
     Setting,
     Texts,
+    embed_texts,
     generate_texts,
     load_lines,
     load_source,
@@ -56,8 +58,11 @@ from ..evaluation import (
     vocabulary_of,
 )
 from ..evaluation.mauve import check_mauve
+from ..evaluation.plots import check_plots
 from ..evaluation.repetition import NGRAM_SIZES
+from ..evaluation.report import without_texts
 from ..evaluation.sources import GENERATION_PARAMETERS, LOOP_PARAMETERS, SAMPLERS, is_flow_based
+from ..evaluation.words import split_words
 from .command_line import ScriptParser, check_model, errors_about, friendly_errors
 
 
@@ -306,6 +311,20 @@ def check_scorer(args: EvaluationArguments):
         )
 
 
+def check_mauve_arguments(
+    args: EvaluationArguments, source: FlowSource | CausalSource | None, files: list[Texts], device
+):
+    """Raises an error if MAUVE cannot be computed: for too few texts, or a model that cannot embed them."""
+    check_mauve()
+    numbers = {} if source is None else {"num_samples": args.num_samples * len(args.seeds)}
+    numbers |= {f"{texts.columns['source']}_file": len(texts.texts) for texts in files}
+    for name, number in numbers.items():
+        if number < 2:
+            raise ValueError(f"`{name}`: `mauve_model` compares at least 2 texts of each kind, got {number}.")
+    with errors_about("mauve_model", OSError, ValueError):
+        embed_texts(["a text"], args.mauve_model, device=device)
+
+
 def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
     """
     Generates texts, scores them and reports the scores. Several processes share the generation; the main process does the rest
@@ -369,12 +388,14 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
             if args.words_file is not None:
                 with errors_about("words_file", OSError, ValueError):
                     words = Path(args.words_file).read_text(encoding="utf-8").splitlines()
+                if not any(map(split_words, words)):
+                    raise ValueError(f"`words_file`: {args.words_file} has no words.")
+            check_plots()
             if args.mauve_model is not None:
-                with errors_about("mauve_model", OSError):
-                    AutoConfig.from_pretrained(args.mauve_model)
-                check_mauve()
+                check_mauve_arguments(args, source, from_files, state.device)
+        with errors_about("output_dir", OSError):
+            output.mkdir(parents=True, exist_ok=True)
 
-    output.mkdir(parents=True, exist_ok=True)
     collections = []
     for setting in settings:
         collections.append(generate_texts(source, setting, args.num_samples, args.seeds, args.batch_size, **decoding))
@@ -389,11 +410,19 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
         source.cpu()
 
     collections += from_files
-    rows = [score(texts, **scoring) for texts in collections]
+    rows, partial = [], output / "partial_results.json"  # for the case that something fails below
+
+    def save_partial_results():
+        partial.write_text(to_json({"results": without_texts(rows), "throughput": throughput}, indent=2) + "\n")
+
+    for texts in collections:
+        rows.append(score(texts, **scoring))
+        save_partial_results()
     text_lists = [texts.texts for texts in collections]
     vocabulary = None if words is None else vocabulary_of(words)
     repetition = repetition_figures(text_lists, training_texts, vocabulary, args.ngram_sizes, args.bootstrap)
     rows = [row | figures for row, figures in zip(rows, repetition)]
+    save_partial_results()
     if args.mauve_model is not None:
         *text_lists, reference = text_lists
         options = {"batch_size": args.scorer_batch_size, "device": state.device}
@@ -402,6 +431,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
     results = report(
         rows, output, args.scorer, describe(args, source), args.seeds, throughput, vars(args), args.bootstrap
     )
+    partial.unlink()
     print(f"\n{(output / 'results.md').read_text(encoding='utf-8')}\nTexts, tables and plot: {output}")
     if args.update_card:
         generated = [row for row in results["results"] if row.get("source") != "reference"]

@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import cached_file, logging
 
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
-from modeling_flm.hub.records import DATA_SETTINGS_NAME
+from modeling_flm.hub.records import DATA_SETTINGS_NAME, to_json
 from modeling_flm.tokenization_flm import add_special_tokens, has_characters_only
 
 from ..data import PREPROCESSING, load_texts, pack_dataset, pad_dataset
@@ -317,7 +317,7 @@ def run(trainer: FLMTrainer, data_args: DataArguments):
             if name in settings and Path(settings[name]).exists():
                 settings[name] = str(Path(settings[name]).resolve())
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(args.output_dir, DATA_SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+        Path(args.output_dir, DATA_SETTINGS_NAME).write_text(to_json(settings, indent=2) + "\n")
     model = trainer.model
     if trainer.is_world_process_zero():
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens")

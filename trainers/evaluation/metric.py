@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_flm import hub
 
 from .bootstrap import bootstrap_ratio
-from .texts import Texts
+from .texts import Texts, unknown_share
 
 
 @lru_cache(maxsize=1)
@@ -84,7 +84,10 @@ def score(
         dtype=dtype,
         device=None if device is None else str(device),
     )
-    return {**texts.columns, **result, **confidence_intervals(result, num_resamples)}
+    columns = (
+        texts.columns if tokenizer is None else texts.columns | {"unknown_tokens": unknown_share(tokenizer, tokens)}
+    )
+    return {**columns, **result, **confidence_intervals(result, num_resamples)}
 
 
 def confidence_intervals(result: Mapping[str, Any], num_resamples: int) -> dict[str, list[float]]:

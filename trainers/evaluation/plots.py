@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 
+def check_plots():
+    """Raises an `ImportError` if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Plots need `pip install modeling-flm[evaluate]`.") from error
+
+
 def share_interval(share: float, num_samples: int, z: float = 1.96) -> tuple[float, float]:
     """
     Returns Wilson's confidence interval of a share of independent samples. It has a positive width at 0 and 1 as well.
@@ -58,6 +66,11 @@ def plain_log_ticks(axis: "Axis"):
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def is_finite(value: float | None) -> bool:
+    """Whether a figure of a row exists: some do not, such as the perplexity of empty texts."""
+    return value is not None and math.isfinite(value)
+
+
 def plot(rows: Sequence[Mapping[str, Any]], path: str | Path):
     """
     Plots generative perplexity and entropy against the time per text, if there are generated texts.
@@ -68,7 +81,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | Path):
     """
     from matplotlib.figure import Figure  # not pyplot, which may need a screen
 
-    measured = [row for row in rows if "seconds_per_text" in row and math.isfinite(row["gen_ppl"])]
+    measured = [row for row in rows if "seconds_per_text" in row and is_finite(row["gen_ppl"])]
     if not measured:
         return
     figure = Figure(figsize=(9, 3.6))
@@ -81,7 +94,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | Path):
         for row, x, y in zip(measured, times, values):
             axis.annotate(f" {row.get('num_steps', '')}", (x, y), textcoords="offset points", xytext=(4, 4))
         for row in rows:
-            if row.get("source") == "reference":
+            if row.get("source") == "reference" and is_finite(row[name]):
                 axis.axhline(row[name], linestyle="--", color="gray", label="reference")
                 axis.legend()
         axis.set(xscale="log", xlabel="seconds per text (numbers: steps)", ylabel=label)
@@ -109,7 +122,7 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: str | Path):
 
     curves: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row.get("source") != "reference" and math.isfinite(row["gen_ppl"]):
+        if row.get("source") != "reference" and is_finite(row["gen_ppl"]):
             curves.setdefault(row.get("label") or _curve_name(row), []).append(row)
     figure = Figure(figsize=(6, 4.2))
     axes = figure.subplots()
@@ -128,13 +141,14 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: str | Path):
                 text, (row["entropy"], row["gen_ppl"]), textcoords="offset points", xytext=(3, 4), fontsize=6
             )
     for row in rows:
-        if row.get("source") == "reference":
+        if row.get("source") == "reference" and is_finite(row["gen_ppl"]):
             axes.plot([row["entropy"]], [row["gen_ppl"]], "k*", markersize=11, label="reference")
             axes.axvline(row["entropy"], color="gray", linestyle="--", linewidth=0.7)
     axes.set(yscale="log", xlabel="entropy (nats; numbers: temperature)", ylabel="generative perplexity")
     plain_log_ticks(axes.yaxis)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    if curves:
+        axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import transformers
 
+from modeling_flm.hub.records import to_json
+
 from .frontier import find_frontiers
-from .plots import plot, plot_frontier
+from .plots import is_finite, plot, plot_frontier
 
 
 # The published evaluation: its scorer, its number of texts, and the settings that may be described beside its figures.
@@ -39,7 +41,7 @@ def report(
 ) -> dict[str, Any]:
     """
     Writes `results.json`, `results.md` with tables, and a plot: `results.png` of quality against time, or `frontier.png` if the
-    rows have temperatures.
+    rows have temperatures. Figures that do not exist, such as the perplexity of empty texts, are `null` and empty cells.
 
     Args:
         rows (`Sequence[Mapping[str, Any]]`):
@@ -69,7 +71,7 @@ def report(
     """
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    results = [{name: value for name, value in row.items() if name not in _PER_TEXT} for row in rows]
+    results = without_texts(rows)
     evaluation = {
         "scorer": scorer,
         "num_samples": rows[0]["num_texts"],
@@ -89,13 +91,18 @@ def report(
         everything["throughput"] = list(throughput)
         tables.append(throughput_table(throughput))
     markdown = "\n\n".join([*tables, describe_evaluation(evaluation)]) + "\n"
-    (output / "results.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    (output / "results.json").write_text(to_json(everything, indent=2) + "\n", encoding="utf-8")
     (output / "results.md").write_text(markdown, encoding="utf-8")
     if has_frontier:
         plot_frontier(results, output / "frontier.png")
     else:
         plot(results, output / "results.png")
-    return everything
+    return json.loads(to_json(everything))
+
+
+def without_texts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows without the figures of each text."""
+    return [{name: value for name, value in row.items() if name not in _PER_TEXT} for row in rows]
 
 
 def describe_evaluation(evaluation: Mapping[str, Any]) -> str:
@@ -121,7 +128,7 @@ def _markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 def _with_interval(row: Mapping[str, Any], name: str, digits: int, factor: float = 1.0, unit: str = "") -> str:
     """Formats a figure and its interval; empty if there is no figure."""
-    if row.get(name) is None:
+    if not is_finite(row.get(name)):
         return ""
     value, interval = factor * row[name], row.get(f"{name}_interval")
     ends = "" if interval is None else f" ({' - '.join(f'{factor * end:.{digits}f}' for end in interval)})"
@@ -151,6 +158,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         further[name] = (f"copied {name[7:]}-grams", 1, 100, " %")
     further |= {"copied_texts": ("copied texts", 1, 100, " %"), "real_words": ("real words", 1, 100, " %")}
     further = {name: style for name, style in further.items() if any(name in row for row in rows)}
+    if any(row.get("unknown_tokens") for row in rows):
+        further["unknown_tokens"] = ("unknown tokens", 1, 100, " %")
     columns = ["steps", *settings, "forward passes", "s / text", "gen. ppl (95 %)", "entropy (95 %)"]
     columns += ["distinct-1 / 2 / 3", *(style[0] for style in further.values()), "texts"]
     lines = []
@@ -159,9 +168,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         is_generated = "seconds_per_text" in row
         cells += [f"{row['num_forward_passes']:.4g}", f"{row['seconds_per_text']:.4f}"] if is_generated else ["", ""]
         cells += [_with_interval(row, "gen_ppl", 2), _with_interval(row, "entropy", 3)]
-        cells.append(" / ".join(f"{row[f'distinct_{n}']:.3f}" for n in (1, 2, 3)))
+        cells.append(" / ".join(_with_interval(row, f"distinct_{n}", 3) or "-" for n in (1, 2, 3)))
         cells += [_with_interval(row, name, *style[1:]) for name, style in further.items()]
-        cells.append(f"{row['num_texts']}" + (f" ({row['num_empty']} empty)" if row["num_empty"] else ""))
+        notes = {"empty": row["num_empty"], "cut for the scorer": row["num_truncated"]}
+        notes = ", ".join(f"{number} {what}" for what, number in notes.items() if number)
+        cells.append(f"{row['num_texts']}" + (f" ({notes})" if notes else ""))
         lines.append(cells)
     return _markdown(columns, lines)
 
@@ -175,7 +186,8 @@ def frontier_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = _setting_cells(row, settings)
         low, high = row["entropies"]
         if row["gen_ppl"] is None:
-            cells += [f"not reached: {row['entropy']:.3f} is outside of {low:.3f} - {high:.3f}", ""]
+            known = all(map(is_finite, (row["entropy"], low, high)))
+            cells += [f"not reached: {row['entropy']:.3f} is outside of {low:.3f} - {high:.3f}" if known else "", ""]
         else:
             figure = _with_interval(row, "gen_ppl", 2)
             if row["gen_ppl_interval"] is None:

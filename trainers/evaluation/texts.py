@@ -15,6 +15,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
+from modeling_flm.tokenization_flm import count_unknown_tokens
+
 from ..data import find_text_column, load_texts, pack_dataset
 from .sources import CausalSource, FlowSource, Setting
 
@@ -61,6 +63,11 @@ def decode(
     )
 
 
+def unknown_share(tokenizer: PreTrainedTokenizerBase, token_lists: list[list[int]]) -> float:
+    """Returns the share of tokens such as `[UNK]`, which are missing in the decoded texts, see [`count_unknown_tokens`]."""
+    return count_unknown_tokens(tokenizer, token_lists) / max(1, sum(map(len, token_lists)))
+
+
 def generate_texts(
     source: FlowSource | CausalSource,
     setting: Setting | None = None,
@@ -81,7 +88,8 @@ def generate_texts(
         decode_kwargs: Arguments of [`decode`].
 
     Returns:
-        [`Texts`]: with `num_forward_passes` (of all networks, on average) and `seconds_per_text` (of one device) among its columns.
+        [`Texts`]: with `num_forward_passes` (of all networks, on average), `seconds_per_text` (of one device) and
+        `unknown_tokens`, the share of tokens such as `[UNK]`, among its columns.
 
     Example:
 
@@ -126,6 +134,7 @@ def generate_texts(
         "seconds_per_text": seconds / len(samples),
     }
     tokens = [sample["tokens"][:length] for sample, length in zip(samples, lengths)]
+    columns["unknown_tokens"] = unknown_share(source.tokenizer, tokens)
     return Texts(texts, tokens, columns, [{"text": text, **sample} for text, sample in zip(texts, samples)])
 
 
@@ -178,4 +187,5 @@ def read_texts(
     else:
         options = {"add_special_tokens": False, "truncation": True, "max_length": length}
         tokens = tokenizer(texts[:max_texts], **options)["input_ids"]
+    columns["unknown_tokens"] = unknown_share(tokenizer, tokens)
     return Texts(decode(tokenizer, tokens, **decode_kwargs), tokens, columns)

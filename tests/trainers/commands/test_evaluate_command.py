@@ -190,6 +190,23 @@ class TestFigures:
         for text in ((copy / "README.md").read_text(), json.dumps(card_records["sampling"])):
             assert str(worse) not in text and "worse" in text
 
+    def test_rows_without_a_score_do_not_go_into_the_card(self, folder, tmp_path, caplog):
+        copy = tmp_path / "model"
+        AutoModel.from_pretrained(folder).save_pretrained(copy)
+        rows = [
+            {"num_steps": 1, "gen_ppl": math.nan, "entropy": 1.0},
+            {"num_steps": 2, "gen_ppl": 8.5, "entropy": 2.5},
+        ]
+        record = {"scorer": "gpt2", "num_samples": 3, "seeds": [0], "sampling": {}}
+        add_results(str(copy), {**record, "results": rows[:1]})
+        assert not (copy / "evaluation.json").exists() and "without a score are not stored" in caplog.text
+        add_results(
+            str(copy), {**record, "results": [{**rows[1], "self_bleu": math.nan}, {**rows[0], "gen_ppl": None}]}
+        )
+        stored = json.loads((copy / "evaluation.json").read_text(), parse_constant=pytest.fail)["results"]
+        assert stored == [{**rows[1], "self_bleu": None}]
+        assert read_records(copy)["evaluation.json"]["results"] == stored
+
     def test_results_go_into_the_card_on_the_hub(self, server, monkeypatch):
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)  # was made at import
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -569,6 +586,106 @@ class TestSamplesFile:
     def test_contradictions_are_refused(self, flags, message, tmp_path):
         with pytest.raises(SystemExit, match=message):
             evaluate(*flags, "--output_dir", tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        "texts, missing",
+        [
+            (["time back us was long"], {"self_bleu"}),
+            (["time", "back"], {"copied_4"}),
+            (["", " ", ""], {"gen_ppl", "gen_ppl_interval", "self_bleu", "distinct_3", "copied_4", "real_words"}),
+            ([",", "!", "12"], {"copied_4", "copied_8", "real_words", "distinct_3"}),
+        ],
+    )
+    def test_figures_that_do_not_exist_are_null(self, texts, missing, tmp_path):
+        (tmp_path / "samples.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (tmp_path / "train.txt").write_text("back us was long some")
+        flags = ["--samples_file", tmp_path / "samples.jsonl", "--train_file", tmp_path / "train.txt"]
+        flags += ["--reference_file", tmp_path / "samples.jsonl"]
+        evaluate(*flags, "--scorer", SCORER, "--output_dir", tmp_path / "out")
+        results = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+        for row in results["results"]:
+            assert {name for name, value in row.items() if value is None or value == [None] * 2} >= missing
+            assert row["num_texts"] == len(texts)
+        markdown = (tmp_path / "out" / "results.md").read_text().lower()
+        assert "nan" not in markdown and "none" not in markdown
+        assert len({line.count("|") for line in markdown.splitlines() if "|" in line}) == 1
+        assert not (tmp_path / "out" / "partial_results.json").exists()
+
+    def test_cut_texts_and_unknown_tokens_are_in_the_table(self, folder, tmp_path):
+        (tmp_path / "samples.txt").write_text("time back dragon\n\n" + "time " * 9 + "dragon\n")
+        flags = ["--samples_file", tmp_path / "samples.txt", "--scorer", SCORER, "--tokenizer", folder]
+        evaluate(*flags, "--max_length", 8, "--output_dir", tmp_path / "out")
+        (row,) = results_of(tmp_path / "out")["results"]
+        assert (row["num_truncated"], row["num_empty"], row["unknown_tokens"]) == (1, 1, pytest.approx(2 / 13))
+        header, _, line, *_ = (tmp_path / "out" / "results.md").read_text().splitlines()
+        assert line.endswith("| 15.4 % | 3 (1 empty, 1 cut for the scorer) |")
+        assert header.endswith("| unknown tokens | texts |")
+
+    @pytest.mark.parametrize(
+        "texts, references, flags, message",
+        [
+            (["a b"], ["a b", "c d"], ["--mauve_model", SCORER], "--samples_file: --mauve_model compares at least 2"),
+            (
+                ["a b", "c d"],
+                ["a b"],
+                ["--mauve_model", SCORER],
+                "--reference_file: --mauve_model compares at least 2",
+            ),
+            (["a b", "c d"], ["a", "b"], ["--mauve_model", "NOWHERE"], "--mauve_model: .*nowhere"),
+            (["a b", "c d"], ["a", "b"], ["--mauve_model", "FOLDER"], "--mauve_model: "),
+            (["a b", "c d"], ["a", "b"], ["--words_file", "MARKS"], "--words_file: .* has no words"),
+            (["a b", "c d"], ["a", "b"], ["--output_dir", "MARKS"], "--output_dir: .*marks.txt"),
+        ],
+    )
+    def test_what_would_fail_at_the_end_is_refused_at_the_start(
+        self, texts, references, flags, message, folder, tmp_path, monkeypatch
+    ):
+        files = {"MARKS": tmp_path / "marks.txt", "FOLDER": folder, "NOWHERE": tmp_path / "nowhere"}
+        for name, lines in (("samples", texts), ("reference", references), ("marks", ["...", "!"])):
+            (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+        scored = []
+        monkeypatch.setattr(command, "score", lambda texts, **options: scored.append(texts))
+        all_flags = ["--samples_file", tmp_path / "samples.txt", "--reference_file", tmp_path / "reference.txt"]
+        with pytest.raises(SystemExit, match=message):
+            evaluate(
+                *all_flags,
+                "--output_dir",
+                tmp_path / "out",
+                *(files.get(flag, flag) for flag in flags),
+                "--scorer",
+                SCORER,
+            )
+        assert scored == [["a text"]] and not (tmp_path / "out").exists()
+
+    def test_one_sample_has_no_mauve(self, folder, tmp_path):
+        (tmp_path / "reference.txt").write_text("a b\nc d")
+        flags = ["--reference_file", tmp_path / "reference.txt", "--mauve_model", SCORER, "--num_samples", 1]
+        with pytest.raises(
+            SystemExit, match="--num_samples: --mauve_model compares at least 2 texts of each kind, got 1"
+        ):
+            evaluate("--model", folder, *flags, "--scorer", SCORER, "--output_dir", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("stage", ["score", "repetition_figures", "mauve_figures"])
+    def test_what_was_measured_stays_if_a_later_stage_fails(self, stage, tmp_path, monkeypatch):
+        (tmp_path / "texts.txt").write_text("a b c\nc d e")
+        function, calls = getattr(command, stage), []
+
+        def fail_at_last(*args, **kwargs):
+            calls.append(args)
+            if stage == "score" and len(calls) < 3:  # the first is to try the scorer
+                return function(*args, **kwargs)
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(command, stage, fail_at_last)
+        flags = ["--samples_file", tmp_path / "texts.txt", "--reference_file", tmp_path / "texts.txt"]
+        with pytest.raises(torch.OutOfMemoryError):
+            evaluate(*flags, "--mauve_model", SCORER, "--scorer", SCORER, "--output_dir", tmp_path / "out")
+        rows = json.loads((tmp_path / "out" / "partial_results.json").read_text())["results"]
+        assert [row["source"] for row in rows] == ["samples", "reference"][: 1 if stage == "score" else 2]
+        assert all(row["gen_ppl"] > 0 for row in rows)
+        assert all(("self_bleu" in row) == (stage == "mauve_figures") for row in rows)
+        assert not (tmp_path / "out" / "results.json").exists()
 
 
 class TestCausalModel:

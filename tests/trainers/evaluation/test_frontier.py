@@ -1,5 +1,6 @@
 """The frontier of perplexity and entropy over temperatures, MAUVE, and throughput."""
 
+import json
 import math
 import time
 
@@ -10,12 +11,15 @@ from oracle import SCORER
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_flm.trainers.evaluation import (
+    Texts,
     compute_mauve,
     divergence_frontier,
     embed_texts,
     measure_throughput,
     perplexity_at_entropy,
     plot_frontier,
+    report,
+    score,
 )
 
 
@@ -102,6 +106,28 @@ class TestPerplexityAtEntropy:
             perplexity_at_entropy([1.0], [texts(4.0, 3.0)] * 2, 4.0)
         with pytest.raises(ValueError, match="`num_resamples` must be at least 1"):
             perplexity_at_entropy([1.0], [texts(4.0, 3.0)], 4.0, 0)
+
+
+@pytest.mark.parametrize("contents", [["", " "], ["a b", "c"]])
+@pytest.mark.parametrize("has_temperature", [False, True])
+def test_report_of_texts_without_figures(contents, has_temperature, tmp_path):
+    """Empty texts have no perplexity, and a reference may have no entropy to compare at."""
+    columns = (
+        [{"num_steps": 2, "temperature": 0.5}, {"num_steps": 2, "temperature": 1.0}]
+        if has_temperature
+        else [{"num_steps": 2}]
+    )
+    columns = [{**each, "num_forward_passes": 2, "seconds_per_text": 0.1} for each in columns]
+    collections = [Texts(contents, columns=each) for each in columns] + [
+        Texts([""] * 2, columns={"source": "reference"})
+    ]
+    rows = [score(each, SCORER, device="cpu", num_resamples=10) for each in collections]
+    results = report(rows, tmp_path, SCORER, num_resamples=10)
+    assert json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail) == results
+    assert [row["gen_ppl"] is None for row in results["results"]] == [not contents[1].strip()] * len(columns) + [True]
+    assert "nan" not in (tmp_path / "results.md").read_text()
+    if has_temperature:
+        assert results["at_reference_entropy"][0]["gen_ppl"] is None and (tmp_path / "frontier.png").exists()
 
 
 def test_plot_frontier_draws_a_curve_for_each_number_of_steps(tmp_path, monkeypatch):
