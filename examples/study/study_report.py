@@ -15,6 +15,7 @@ from study_models import STUDY_MODELS
 from tqdm.auto import tqdm
 
 from modeling_flm.hub.records import to_json
+from modeling_flm.tokenization_flm import has_characters_only
 from modeling_flm.trainers import load_gen_ppl
 from modeling_flm.trainers.evaluation.frontier import perplexity_at_entropy
 from modeling_flm.trainers.evaluation.plots import plain_log_ticks
@@ -191,7 +192,8 @@ def perplexity_near(curve: list[dict], reference: dict | float) -> float | None:
 def likelihood_table(likelihoods: list[dict], data: Data, args: StudyArguments) -> list[str]:
     """Tabulates the likelihoods of test texts under fully trained models."""
     sizes = [len(text.encode()) for text in data.texts["test"][: args.num_likelihood_texts]]
-    bytes_per_text = sum(sizes) / len(sizes)
+    # Blocks of single letters lose their outer spaces as texts
+    bytes_per_text = args.length if has_characters_only(data.tokenizer) else sum(sizes) / len(sizes)
     lines = ["| model | nats per text | standard error | bits per byte |", "|---|---|---|---|"]
     for name in args.models:
         same = over_seeds(likelihoods, model=name, fraction=1.0)
