@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_update
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, metadata_update
 from transformers import PreTrainedModel
 from transformers.utils import logging
+from yaml import YAMLError
 
 from .records import (
     DATA_SETTINGS_NAME,
@@ -209,6 +210,20 @@ def eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
 
 def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
+
+
+def check_results_can_be_added(model: str):
+    """Raises an `OSError` or `ValueError` if [`add_results`] needs a token of the Hub, or files that cannot be read."""
+    if not Path(model).is_dir():
+        HfApi().whoami()
+        return
+    for name, read in ((EVALUATION_NAME, json.loads), ("README.md", ModelCard)):
+        path = Path(model, name)
+        if path.is_file():
+            try:
+                read(path.read_text(encoding="utf-8"))
+            except (ValueError, YAMLError) as error:
+                raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def add_results(model: str, evaluation: dict[str, Any], revision: str = "main"):

@@ -37,7 +37,7 @@ from transformers.hf_argparser import HfArg
 
 from modeling_flm import FLMGenerationConfig
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
-from modeling_flm.hub.card import add_results
+from modeling_flm.hub.card import add_results, check_results_can_be_added
 from modeling_flm.hub.records import to_json
 
 from ..evaluation import (
@@ -391,6 +391,9 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
                 if not any(map(split_words, words)):
                     raise ValueError(f"`words_file`: {args.words_file} has no words.")
             check_plots()
+            if args.update_card:
+                with errors_about("update_card", OSError, ValueError):
+                    check_results_can_be_added(args.model)
             if args.mauve_model is not None:
                 check_mauve_arguments(args, source, from_files, state.device)
         with errors_about("output_dir", OSError):

@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTok
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from modeling_flm import BridgeSamplerConfig, FMLMModel, FMLMTwoNetworkModel, StochasticFlowMapSamplerConfig
+from modeling_flm.hub import card as hub_card
 from modeling_flm.hub.card import add_results
 from modeling_flm.hub.records import read_records
 from modeling_flm.trainers import (
@@ -189,6 +190,23 @@ class TestFigures:
         (card_records,) = read_records(copy).values()
         for text in ((copy / "README.md").read_text(), json.dumps(card_records["sampling"])):
             assert str(worse) not in text and "worse" in text
+
+    @pytest.mark.parametrize(
+        "name, content", [("evaluation.json", "{"), ("README.md", "---\na: [\n---\n"), (None, "token")]
+    )
+    def test_cards_that_cannot_be_updated_are_refused_at_the_start(self, name, content, folder, tmp_path, monkeypatch):
+        for path in folder.iterdir():
+            (tmp_path / path.name).symlink_to(path)
+        if name is None:  # the name of a repository, without a token
+            monkeypatch.setattr(hub_card, "Path", lambda *parts: Path("/nowhere"))
+            monkeypatch.delenv("HF_TOKEN", raising=False)
+            monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        else:
+            (tmp_path / name).write_text(content)
+        monkeypatch.setattr(command, "generate_texts", None)
+        with pytest.raises(SystemExit, match=f"error: --update_card: .*{name or content}"):
+            evaluate("--model", tmp_path, *OPTIONS, "--update_card", "--output_dir", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
     def test_rows_without_a_score_do_not_go_into_the_card(self, folder, tmp_path, caplog):
         copy = tmp_path / "model"
