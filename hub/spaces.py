@@ -10,7 +10,7 @@ from huggingface_hub import RepoCard
 
 
 PAGE = Path(__file__).parent / "space"
-_FILES = ("index.html", "style.css", "app.js", "flow.js", "README.md")
+_FILES = ("index.html", "style.css", "app.js", "flow.js", "tokenizer.js", "README.md")
 
 
 def assemble_space(output: str | Path, model: str, revision: str | None = None, about: str = ""):

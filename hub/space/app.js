@@ -1,6 +1,6 @@
 // The page: shows samples and reacts to keys and clicks. The model is in flow.js.
 
-import { FlowModel, drawNoise, isOnHub, locate } from "./flow.js";
+import { FlowModel, drawNoise, isOnHub, locate, quote } from "./flow.js";
 
 const STEPS = [1, 2, 4, 8, 16];
 const NUM_DRAFTS = 16;
@@ -42,7 +42,7 @@ const drawn = () => new Promise((resolve) => requestAnimationFrame(() => setTime
 const noiseOf = (numTexts) => noise.slice(0, numTexts * model.length * model.noiseSize);
 
 /** Shows a problem, or removes it if `message` is empty. */
-function report(what, message = "") {
+function report(what, message) {
   problems.set(what, message);
   element("problem").textContent = [...problems.values()].filter(Boolean).join(" ");
 }
@@ -226,8 +226,10 @@ function newSeed() {
 /** Takes the known tokens from the pattern, if it fits into a sample. */
 function readPattern() {
   try {
-    known = model.parse(element("pattern").value);
-    report("pattern");
+    const pattern = element("pattern").value;
+    known = model.parse(pattern);
+    const unknown = model.unknown(pattern);
+    report("pattern", unknown.length && `This model does not know ${quote(unknown)}, and reads ${model.tokenizer.model.unk_token} instead.`);
   } catch (error) {
     report("pattern", error.message);
     return false;
@@ -297,7 +299,7 @@ function toggle(token) {
     known.set(position, Number(token.dataset.token));
   }
   element("pattern").value = model.describe(known);
-  report("pattern");
+  readPattern();
   run(refresh);
 }
 

@@ -5,6 +5,7 @@
 
 import * as ort from "onnxruntime-web";
 import { Tokenizer } from "@huggingface/tokenizers";
+import { asInPython } from "./tokenizer.js";
 
 const FILES = { float32: "model.onnx", float16: "model_fp16.onnx", int8: "model_int8.onnx" };
 // Larger float32 weights (in bytes) are downloaded only on request.
@@ -90,12 +91,6 @@ async function fetchWeights(base, precision, onProgress) {
   return [precision, await fetchBytes(`${base}onnx/${FILES[precision]}`, onProgress)];
 }
 
-/** A tokenizer that decodes as in Python: cleans up spaces only if its configuration asks for it, and never for BPE. */
-function makeTokenizer(tokenizer, config) {
-  const cleansUp = tokenizer.model.type !== "BPE" && (config.clean_up_tokenization_spaces ?? false);
-  return new Tokenizer(tokenizer, { ...config, clean_up_tokenization_spaces: cleansUp });
-}
-
 /** Length of the common prefix of two texts. */
 function countCommon(text, other) {
   let count = 0;
@@ -103,6 +98,34 @@ function countCommon(text, other) {
     count += 1;
   }
   return count;
+}
+
+// In a pattern, `_` is a gap, `\_` an underscore, and `\{5}` token 5.
+const SYMBOLS = /((?<!\\)_|\\\{\d+\})/;
+const NUMBERED = /^\\\{(\d+)\}$/;
+const unescape = (text) => text.replaceAll("\\_", "_");
+
+/** The text of a pattern, whether it has gaps, and whether an ellipsis follows: "..." only after gaps, since prefixes may end with it. */
+function partsOf(pattern) {
+  const hasGaps = pattern.split(SYMBOLS).includes("_");
+  const ellipsis = hasGaps ? /(\.\.\.|…)\s*$/ : /…\s*$/;
+  return { text: pattern.replace(ellipsis, ""), hasGaps, hasEllipsis: ellipsis.test(pattern) };
+}
+
+const isSame = (row, other) => row.length === other.length && row.every((token, index) => token === other[index]);
+/** Quotes pieces of texts, each once. */
+export const quote = (pieces) => [...new Set(pieces)].map((piece) => `“${piece}”`).join(", ");
+
+/** Splits tokens into runs without gaps, and single gaps. */
+function runsOf(tokens) {
+  const runs = [];
+  for (const token of tokens) {
+    if (token === null || !runs.length || runs.at(-1)[0] === null) {
+      runs.push([]);
+    }
+    runs.at(-1).push(token);
+  }
+  return runs;
 }
 
 /** Uniform numbers in (0, 1) from a 32-bit seed (mulberry32). */
@@ -148,7 +171,7 @@ export class FlowModel {
       fetchWeights(base, precision, onProgress),
     ]);
     const session = await ort.InferenceSession.create(weights);
-    return new FlowModel(config, generationConfig, makeTokenizer(tokenizer, tokenizerConfig), session, chosen);
+    return new FlowModel(config, generationConfig, new Tokenizer(...asInPython(tokenizer, tokenizerConfig)), session, chosen);
   }
 
   constructor(config, generationConfig, tokenizer, session, precision) {
@@ -160,6 +183,8 @@ export class FlowModel {
     this.beginToken = generationConfig.bos_token_id ?? null;
     this.textStart = this.beginToken === null ? 0 : 1; // position of the first typed token
     this.noiseSize = session.inputMetadata[0].shape[2];
+    // Tokenizers of words ignore spaces.
+    this.separator = tokenizer.encode(" ", { add_special_tokens: false }).ids.length ? "" : " ";
     this.queue = Promise.resolve(); // a session runs one call at a time
   }
 
@@ -269,51 +294,83 @@ export class FlowModel {
     return text.slice(endOf(index), endOf(index + 1));
   }
 
-  /** The pattern of known tokens. */
-  describe(known) {
-    const isEnd = (token, position) => this.isEnd(token, position) || token === this.padToken;
-    const last = Math.max(-1, ...[...known].filter(([position, token]) => !isEnd(token, position)).map(([position]) => position));
-    const ends = [...known].filter(([position, token]) => isEnd(token, position)).map(([position]) => position);
-    const stop = ends.length ? Math.min(...ends) : last + 1;
-    const word = (position) => (known.has(position) ? this.decode([known.get(position)]) : "_");
-    const words = Array.from({ length: Math.max(0, stop - this.textStart) }, (_, index) => word(this.textStart + index));
-    // Whether tokens are words, separated by spaces
-    const some = Array.from({ length: Math.min(64, this.config.vocab_size) }, (_, token) => this.decode([token])).find(Boolean);
-    const hasSpaces = this.tokenizer.encode(`${some} ${some}`, { add_special_tokens: false }).ids.length === 2;
-    return words.join(hasSpaces ? " " : "") + (ends.length || !words.length ? "" : "…");
+  /** The tokens of a text. */
+  encode(text) {
+    const { ids, tokens } = this.tokenizer.encode(text, { add_special_tokens: false });
+    const missing = tokens.filter((_, index) => ids[index] === undefined);
+    if (missing.length) {
+      throw new RangeError(`This model does not know ${quote(missing)} and has no token for what it does not know: leave it out.`);
+    }
+    return ids;
+  }
+
+  /** The characters or words of a pattern that the tokenizer replaces by its unknown token. */
+  unknown(pattern) {
+    const { unk_token: name, unk_token_id: unknown } = this.tokenizer.model;
+    const unknownOf = (text) => {
+      const { ids, tokens } = this.tokenizer.encode(text, { add_special_tokens: false });
+      return tokens.filter((_, index) => ids[index] === unknown);
+    };
+    return partsOf(pattern)
+      .text.split(SYMBOLS)
+      .filter((part) => part !== "_" && !NUMBERED.test(part) && !part.includes(name)) // a typed name is no unknown word
+      .flatMap((part) => {
+        const pieces = unknownOf(unescape(part));
+        // Some tokenizers return the unknown token instead of the piece.
+        return pieces.includes(name) ? part.split(/\s+/).filter((word) => unknownOf(word).length) : pieces;
+      });
+  }
+
+  /** The tokens of a pattern; null for a gap. */
+  read(pattern) {
+    return pattern.split(SYMBOLS).flatMap((part) => {
+      const [, number] = part.match(NUMBERED) ?? [];
+      if (number !== undefined && Number(number) >= this.config.vocab_size) {
+        throw new RangeError(`${part} is not a token: this model has tokens 0 to ${this.config.vocab_size - 1}.`);
+      }
+      return part === "_" ? [null] : number !== undefined ? [Number(number)] : this.encode(unescape(part));
+    });
   }
 
   /**
-   * The known tokens of a pattern: a prefix, or a text in which each `_` is one token to fill in. A pattern with gaps is the whole
-   * text, unless it ends with "..." or "…".
+   * The known tokens of a pattern: a prefix, or a text in which each `_` is one token to fill in; `\_` is an underscore and `\{5}`
+   * is token 5. A pattern with gaps is the whole text, unless it ends with "..." or "…"; a pattern without is a prefix, unless it
+   * ends with the end token.
    */
   parse(pattern) {
-    const known = new Map();
-    const isOpen = /(\.\.\.|…)\s*$/.test(pattern) || !pattern.includes("_");
-    const inner = pattern.replace(/\s*(\.\.\.|…)\s*$/, "");
-    let position = 0;
-    if (inner.trim() && this.textStart) {
-      known.set(0, this.beginToken);
-      position = 1;
+    const { text, hasGaps, hasEllipsis } = partsOf(pattern);
+    const [end] = this.endTokens;
+    const tokens = [...(text && this.textStart ? [this.beginToken] : []), ...this.read(text)];
+    if (tokens.length > this.length) {
+      throw new RangeError(`The pattern has ${tokens.length} tokens, but a sample has ${this.length}.`);
     }
-    for (const part of inner.split(/\s*(_)\s*/)) {
-      if (part === "_") {
-        position += 1;
-        continue;
-      }
-      for (const token of part ? this.tokenizer.encode(part, { add_special_tokens: false }).ids : []) {
-        known.set(position, token);
-        position += 1;
-      }
+    const hasEnd = tokens.length > this.textStart && tokens.at(-1) === end;
+    if (!hasEllipsis && end !== undefined && (hasGaps || hasEnd)) {
+      const rest = [...(hasEnd ? [] : [end]), ...Array(this.length).fill(this.padToken)];
+      tokens.push(...rest.slice(0, this.length - tokens.length));
     }
-    if (position > this.length) {
-      throw new RangeError(`The pattern has ${position} tokens, but a sample has ${this.length}.`);
-    }
-    if (!isOpen && this.endTokens.length) {
-      for (let index = position; index < this.length; index += 1) {
-        known.set(index, index === position ? this.endTokens[0] : this.padToken);
-      }
-    }
-    return known;
+    return new Map([...tokens.entries()].filter(([, token]) => token !== null));
+  }
+
+  /** The pattern of known tokens, which `parse` reads back as the same tokens. */
+  describe(known) {
+    const tokens = Array.from({ length: this.length }, (_, position) => known.get(position) ?? null);
+    const lastOf = (isWanted) => tokens.findLastIndex(isWanted);
+    const [end] = this.endTokens;
+    // A text that ends has its end token, then padding.
+    const start = lastOf((token) => token !== this.padToken) + (end === this.padToken ? 1 : 0);
+    const isClosed = end !== undefined && start >= this.textStart && tokens[start] === end;
+    const stop = isClosed ? start : lastOf((token) => token !== null) + 1;
+    const shown = tokens.slice(this.textStart, stop);
+    const isPlain = shown.includes(null) && shown.at(-1) !== end;
+    const tail = isClosed ? (isPlain ? "" : `\\{${end}}`) : shown.length ? "…" : "";
+    const write = (asText) => runsOf(shown).map((run) => (run[0] === null ? "_" : asText(run))).join(this.separator) + tail;
+    const numbered = (run) => run.map((token) => `\\{${token}}`).join("");
+    const pattern = write((run) => {
+      const text = this.tokenizer.decode(run).replaceAll("_", "\\_");
+      return isSame(this.read(text), run) ? text : numbered(run);
+    });
+    const again = this.parse(pattern);
+    return shown.every((token, index) => token === (again.get(this.textStart + index) ?? null)) ? pattern : write(numbered);
   }
 }

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import RepoCard
 from places import ROOT
 from small_models import build_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_flm.hub.export import FlowStep
@@ -54,7 +54,7 @@ class TestFiles:
         card = RepoCard.load(tmp_path / "README.md")
         assert card.data.models == ["me/words"] and card.data.sdk == "static"
         names = {path.name for path in tmp_path.iterdir()}
-        assert names == {"index.html", "style.css", "app.js", "flow.js", "README.md"}
+        assert names == {"index.html", "style.css", "app.js", "flow.js", "tokenizer.js", "README.md"}
 
 
 class TestDemo:
@@ -316,6 +316,14 @@ class TestPage:
         wait_for_new_texts(page, kept.first.click)
         assert page.input_value("#pattern") == "" and kept.count() == 0
 
+    def test_unknown_characters_are_named(self, page, address):
+        open_page(page, address)
+        wait_for_new_texts(page, lambda: page.fill("#pattern", "naïve_你"))
+        message = "This model does not know “ï”, “你”, and reads [UNK] instead."
+        assert page.inner_text("#problem") == message
+        wait_for_new_texts(page, lambda: page.fill("#pattern", "naive_"))
+        assert page.inner_text("#problem") == ""
+
     def test_keeping_tokens_by_keys(self, page, address):
         open_page(page, f"{address}?seed=3")
         focused = page.locator(":focus")
@@ -426,15 +434,31 @@ class TestPage:
         context.close()
 
 
+CORPUS = ["the cat sat on the mat and the dog ran to the red house"] * 20
+
+
 def make_tokenizer(kind: str):
-    """A tokenizer of characters, pieces or words, or one of pieces of words as BERT's, which joins what an apostrophe separates."""
-    if kind != "wordpiece":
-        return train_tokenizer(["the cat sat on the mat and the dog ran to the red house"] * 20, kind, vocab_size=270)
-    words = ["[PAD]", "[UNK]", "[EOS]", "the", "don", "it", "'", "t", "s", "re", "##s", ".", ",", "cat", "dog"]
+    """
+    A tokenizer of characters, byte-level pieces or words; of pieces of words as BERT's, which joins what an apostrophe separates; or
+    of pieces that begin with their spaces, as T5's.
+    """
+    if kind == "char":
+        return train_tokenizer([*CORPUS, "\\ _ . … wait 5 {}"], kind, vocab_size=100)
+    if kind not in ("wordpiece", "unigram"):
+        return train_tokenizer(CORPUS, kind, vocab_size=270)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
+    if kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=[*names.values()], unk_token="[UNK]", show_progress=False
+        )
+        tokenizer.train_from_iterator(CORPUS, trainer)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
+    words = [*names.values(), "the", "don", "it", "'", "t", "s", "re", "##s", ".", ",", "cat", "dog"]
     tokenizer = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    options = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]", "clean_up_tokenization_spaces": True}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=True, **names)
 
 
 @contextmanager
@@ -447,6 +471,140 @@ def serve_model(kind: str, tokenizer, folder: Path, **options):
     browser_demo.make_page(folder / "model", folder / "page")
     with serve(folder / "page", PACKAGES) as address:
         yield address
+
+
+# Patterns as texts between gaps, for each kind of tokenizer
+PATTERNS = {
+    "char": [["the"], ["a ", " b"], ["e ", " ", " f"], [" "], ["", "c", ""], [" the  "], ["\\ ", "b"], ["wait..."]],
+    "text8": [["he ru"], ["e ", " f"], ["th", " ", "uick"], ["the  "]],
+    "bpe": [
+        ["the cat"],
+        ["the cat", " on the"],
+        ["the ", " sat"],
+        ["th", "e"],
+        ["é", "你"],
+        ["wait..."],
+        ["a\n", "\tb"],
+    ],
+    "word": [["the cat"], ["the ", " ", " sat"], ["the", "sat"], ["你好，世界。", "the"], ["naïve, no\u00a0break"]],
+    "wordpiece": [["don ' t the cat"], ["the ", " cats"], ["cat, ", " dog"]],
+    "unigram": [["the cat"], ["the", " sat on"], ["the ", "cat"]],
+}
+
+
+@pytest.fixture(scope="module")
+def modules(browser, tmp_path_factory):
+    """A page that loads the modules of the page, without a model."""
+    folder = tmp_path_factory.mktemp("modules")
+    assemble_space(folder, "./none")
+    script = """
+      import { FlowModel } from "./flow.js";
+      import { asInPython } from "./tokenizer.js";
+      import { Tokenizer } from "@huggingface/tokenizers";
+      window.makeModel = (tokenizer, settings, config, generationConfig) => {
+        const session = { inputMetadata: [{ shape: [0, 0, 4] }] };
+        window.model = new FlowModel(config, generationConfig, new Tokenizer(...asInPython(tokenizer, settings)), session, "float32");
+      };
+    """
+    index = folder / "index.html"
+    app = '<script type="module" src="app.js"></script>'
+    index.write_text(index.read_text().replace(app, f'<script type="module">{script}</script>'))
+    page = browser.new_page()
+    with serve(folder, PACKAGES) as address:
+        page.goto(address)
+        page.wait_for_function("Boolean(window.makeModel)")
+        yield page
+    page.close()
+
+
+def make_model_in(page, tokenizer, folder: Path, length: int, begin: int | None = None):
+    """Makes `model` in a page, a model without weights."""
+    tokenizer.save_pretrained(folder)
+    files = [json.loads((folder / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")]
+    config = {"max_position_embeddings": length, "vocab_size": len(tokenizer)}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": begin}
+    page.evaluate("(files) => makeModel(...files)", [*files, config, ends])
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("kind", PATTERNS)
+class TestPatterns:
+    length = 16
+
+    @pytest.fixture
+    def tokenizer(self, kind, bos, modules, tmp_path):
+        tokenizer = make_tokenizer(kind)
+        self.begin = [tokenizer.encode("the", add_special_tokens=False)[0]] if bos else []
+        make_model_in(modules, tokenizer, tmp_path, self.length, *self.begin)
+        return tokenizer
+
+    def test_texts_are_tokenized_as_in_python(self, kind, tokenizer, modules):
+        for texts in PATTERNS[kind]:
+            tokens = [*self.begin]
+            for index, text in enumerate(texts):
+                tokens += [None] * (index > 0) + tokenizer.encode(text, add_special_tokens=False)
+            if len(texts) > 1 and tokenizer.eos_token_id is not None:  # the whole text
+                tokens += [tokenizer.eos_token_id, *[tokenizer.pad_token_id] * self.length]
+            known = [[*each] for each in enumerate(tokens[: self.length]) if each[1] is not None]
+            assert modules.evaluate("(pattern) => [...model.parse(pattern)]", "_".join(texts)) == known, texts
+
+    def test_descriptions_are_read_back(self, kind, tokenizer, modules):
+        generator = torch.Generator().manual_seed(0)
+        for share in (0.1, 0.3, 0.6, 1.0) * 25:
+            is_known = torch.rand(self.length, generator=generator) < share
+            tokens = torch.randint(len(tokenizer), (self.length,), generator=generator)
+            if self.begin:
+                tokens[0], is_known[0] = self.begin[0], True
+            if share == 0.6 and tokenizer.eos_token_id is not None:  # the text ends
+                tokens[9:], is_known[9:] = tokenizer.pad_token_id, True
+                tokens[9] = tokenizer.eos_token_id
+            known = [[position, int(tokens[position])] for position in range(self.length) if is_known[position]]
+            script = (
+                "(known) => { const text = model.describe(new Map(known)); return [text, [...model.parse(text)]]; }"
+            )
+            text, again = modules.evaluate(script, known)
+            assert again == known or len(known) == len(self.begin), text
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("kind", "pattern", "unknown"),
+    [
+        ("char", "the Cät_ c…", ["C", "ä"]),
+        ("char", "the cat…", []),
+        ("bpe", "你好 naïve", []),
+        ("word", "the 你好 cat _ Cat", ["你好", "Cat"]),
+        ("word", "the [UNK] cat", []),
+        ("wordpiece", "the bird, don't", ["bird,"]),
+        ("unigram", "the 你 cat", ["你"]),
+    ],
+)
+def test_unknown_words_of_patterns(kind, pattern, unknown, modules, tmp_path):
+    tokenizer = make_tokenizer(kind)
+    make_model_in(modules, tokenizer, tmp_path, 16)
+    assert modules.evaluate("(pattern) => model.unknown(pattern)", pattern) == unknown
+    known = modules.evaluate("(pattern) => [...model.parse(pattern).values()]", pattern)
+    assert (tokenizer.unk_token_id in known) == bool(unknown or "[UNK]" in pattern)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("kind", "pattern", "message"),
+    [
+        (
+            "text8",
+            "Hello World",
+            "This model does not know “H”, “W” and has no token for what it does not know: leave it out.",
+        ),
+        ("text8", "\\{27}", "\\{27} is not a token: this model has tokens 0 to 26."),
+        ("char", "a" * 17, "The pattern has 17 tokens, but a sample has 16."),
+    ],
+)
+def test_patterns_that_cannot_be_read(kind, pattern, message, modules, tmp_path):
+    make_model_in(modules, make_tokenizer(kind), tmp_path, 16)
+    script = "(pattern) => { try { model.parse(pattern); } catch (error) { return error.message; } }"
+    assert modules.evaluate(script, pattern) == message
 
 
 def normal(texts: list[str]) -> list[str]:
@@ -482,7 +640,19 @@ def test_other_models(kind, tokenizer, length, pattern, known_text, page, tmp_pa
         assert tokenizer.decode(list(known.values()), skip_special_tokens=True) == known_text
         expected = python_texts(page, num_steps, known, model=tmp_path / "model")
         assert normal(shown(page)) == normal(expected)
-        assert page.evaluate("flm.model.describe(flm.known)").rstrip("…") == pattern
+        assert page.evaluate("flm.model.describe(flm.known)").rstrip("…") == (
+            known_text if "_" not in pattern else pattern
+        )
+        wait_for_new_texts(page, lambda: page.fill("#pattern", ""))
+        kept = {}
+        for index in (1, -1):  # clicked tokens are the same when their pattern is read
+            sample = page.locator("#texts li").filter(has=page.locator("span:nth-child(2)")).first
+            token = sample.locator("[aria-pressed=false]").nth(index)
+            kept[int(token.get_attribute("data-position"))] = int(token.get_attribute("data-token"))
+            wait_for_new_texts(page, token.click, finished=False)
+        assert page.evaluate("[...flm.known]") == [[*each] for each in kept.items()]
+        wait_for_new_texts(page, lambda: (page.press("#pattern", "End"), page.type("#pattern", " ")), finished=False)
+        assert page.evaluate("[...flm.known]") == [[*each] for each in kept.items()]
 
 
 @pytest.mark.browser

@@ -452,7 +452,14 @@ class TestPublish:
         commit = publish_space("tester/tiny", token=TOKEN)
         assert commit.commit_url.endswith(server.repositories["spaces/tester/tiny"].branches["main"])
         files = server.files("spaces/tester/tiny")
-        assert set(files) - {".gitattributes"} == {"README.md", "index.html", "app.js", "flow.js", "style.css"}
+        assert set(files) - {".gitattributes"} == {
+            "README.md",
+            "index.html",
+            "app.js",
+            "flow.js",
+            "tokenizer.js",
+            "style.css",
+        }
         assert (
             b'content="tester/tiny"' in files["index.html"]
             and ModelCard(files["README.md"].decode()).data.sdk == "static"
