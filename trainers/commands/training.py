@@ -327,10 +327,10 @@ def run(trainer: FLMTrainer, data_args: DataArguments):
         trainer.save_model()
         trainer.save_state()
         trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
+        trainer.save_metrics("train", json.loads(to_json(result.metrics)))
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        trainer.save_metrics("eval", json.loads(to_json(metrics)))
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -1,6 +1,7 @@
 """`flm-train` and `flm-distill` on little data, their help and their errors."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from peers.masked_diffusion import new_masked_model
 from processes import launcher
 from small_models import build_flm
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
+from transformers.trainer_utils import TrainOutput
 
 from modeling_flm import FMLMModel
 from modeling_flm.trainers import FLMTrainer, train_tokenizer
@@ -50,6 +52,15 @@ class TestTrainingScripts:
     @classmethod
     def losses(cls, checkpoint):
         return [row["loss"] for row in cls.log(checkpoint) if "loss" in row]
+
+    def test_files_of_metrics_have_no_nan(self, corpus, tmp_path, monkeypatch):
+        metrics = {"train_loss": math.nan, "eval_loss": math.inf, "epoch": 1.0}
+        monkeypatch.setattr(FLMTrainer, "train", lambda trainer, **options: TrainOutput(1, math.nan, metrics))
+        monkeypatch.setattr(FLMTrainer, "evaluate", lambda trainer: metrics)
+        run_here("flm-train", *self.flags(self.arguments(corpus, tmp_path)))
+        for name in ("train", "eval", "all"):
+            stored = json.loads((tmp_path / f"{name}_results.json").read_text(), parse_constant=pytest.fail)
+            assert stored == {"train_loss": None, "eval_loss": None, "epoch": 1.0}
 
     def test_flags_then_resume_then_go_on_from_the_model(self, corpus, tmp_path, capsys):
         options = self.arguments(corpus, tmp_path / "out")
