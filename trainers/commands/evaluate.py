@@ -45,8 +45,10 @@ from ..evaluation import (
     FlowSource,
     Setting,
     Texts,
+    check_figures,
     embed_texts,
     generate_texts,
+    load_check,
     load_lines,
     load_source,
     mauve_figures,
@@ -180,6 +182,10 @@ class EvaluationArguments:
     )
     words_file: str | None = HfArg(
         default=None, help="A list of real words, one per line. By default the words of --train_file."
+    )
+    check: str | None = HfArg(
+        default=None,
+        help="A test of your own, such as checks.py:is_valid: a function that returns whether a text passes. The table has the share.",
     )
     tokenizer: str | None = HfArg(
         default=None,
@@ -390,6 +396,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
                     words = Path(args.words_file).read_text(encoding="utf-8").splitlines()
                 if not any(map(split_words, words)):
                     raise ValueError(f"`words_file`: {args.words_file} has no words.")
+            check = None if args.check is None else load_check(args.check)
             check_plots()
             if args.update_card:
                 with errors_about("update_card", OSError, ValueError):
@@ -422,6 +429,8 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
         rows.append(score(texts, **scoring))
         save_partial_results()
     text_lists = [texts.texts for texts in collections]
+    if check is not None:
+        rows = [row | figures for row, figures in zip(rows, check_figures(text_lists, check))]
     vocabulary = None if words is None else vocabulary_of(words)
     repetition = repetition_figures(text_lists, training_texts, vocabulary, args.ngram_sizes, args.bootstrap)
     rows = [row | figures for row, figures in zip(rows, repetition)]

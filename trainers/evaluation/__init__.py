@@ -3,6 +3,7 @@
 """Evaluation: generate texts, score them, report the scores; and single figures as functions of lists of texts."""
 
 from .bootstrap import bootstrap_ratio
+from .check import check_figures, load_check
 from .frontier import perplexity_at_entropy
 from .likelihood import evaluate_likelihood
 from .mauve import compute_mauve, divergence_frontier, embed_texts, mauve_figures
@@ -22,6 +23,7 @@ __all__ = [
     "Setting",
     "Texts",
     "bootstrap_ratio",
+    "check_figures",
     "compute_mauve",
     "confidence_intervals",
     "copied_from",
@@ -35,6 +37,7 @@ __all__ = [
     "generate_causal_samples",
     "generate_samples",
     "generate_texts",
+    "load_check",
     "load_gen_ppl",
     "load_lines",
     "load_source",

@@ -73,7 +73,8 @@ def is_finite(value: float | None) -> bool:
 
 def plot(rows: Sequence[Mapping[str, Any]], path: str | Path):
     """
-    Plots generative perplexity and entropy against the time per text, if there are generated texts.
+    Plots generative perplexity, entropy and, if there is one, the share of texts that pass a check against the time per text, if
+    there are generated texts.
 
     Args:
         rows (`Sequence[Mapping[str, Any]]`): Rows of [`score`]. The row with `source` "reference" becomes a line.
@@ -84,24 +85,27 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | Path):
     measured = [row for row in rows if "seconds_per_text" in row and is_finite(row["gen_ppl"])]
     if not measured:
         return
-    figure = Figure(figsize=(9, 3.6))
-    axes = figure.subplots(1, 2)
-    for axis, name, label in zip(axes, ("gen_ppl", "entropy"), ("generative perplexity", "entropy (nats)")):
-        times, values = ([row[key] for row in measured] for key in ("seconds_per_text", name))
-        intervals = np.array([row[f"{name}_interval"] for row in measured])
+    panels = [("gen_ppl", "generative perplexity", 1), ("entropy", "entropy (nats)", 1)]
+    if all("passed" in row for row in rows):
+        panels.append(("passed", "texts that pass the check (%)", 100))
+    figure = Figure(figsize=(4.5 * len(panels), 3.6))
+    axes = figure.subplots(1, len(panels))
+    for axis, (name, label, factor) in zip(axes, panels):
+        times, values = [row["seconds_per_text"] for row in measured], [factor * row[name] for row in measured]
+        intervals = factor * np.array([row[f"{name}_interval"] for row in measured])
         errors = np.abs(intervals.T - np.array(values))
         axis.errorbar(times, values, yerr=errors, marker="o", capsize=3)
         for row, x, y in zip(measured, times, values):
             axis.annotate(f" {row.get('num_steps', '')}", (x, y), textcoords="offset points", xytext=(4, 4))
         for row in rows:
             if row.get("source") == "reference" and is_finite(row[name]):
-                axis.axhline(row[name], linestyle="--", color="gray", label="reference")
+                axis.axhline(factor * row[name], linestyle="--", color="gray", label="reference")
                 axis.legend()
         axis.set(xscale="log", xlabel="seconds per text (numbers: steps)", ylabel=label)
         axis.margins(0.12)  # for the numbers of steps
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
-    for axis in (axes[0].xaxis, axes[0].yaxis, axes[1].xaxis):
+    for axis in (axes[0].yaxis, *(each.xaxis for each in axes)):
         plain_log_ticks(axis)
     figure.suptitle(f"{measured[0]['num_texts']} texts; bars: 95 % intervals", fontsize=10)
     figure.tight_layout()

@@ -152,7 +152,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns the table of the rows, in Markdown."""
     settings = _find_settings(rows, "sampler", "temperature")
     # Heading, digits, factor and unit of the columns that not every evaluation has
-    further = {"self_bleu": ("self-BLEU", 3, 1, ""), "mauve": ("MAUVE", 3, 1, "")}
+    further = {
+        "passed": ("passed (95 %)", 1, 100, " %"),
+        "self_bleu": ("self-BLEU", 3, 1, ""),
+        "mauve": ("MAUVE", 3, 1, ""),
+    }
     copied = {name for row in rows for name in row if re.fullmatch(r"copied_\d+", name)}
     for name in sorted(copied, key=lambda name: int(name[7:])):
         further[name] = (f"copied {name[7:]}-grams", 1, 100, " %")

@@ -590,6 +590,34 @@ class TestSamplesFile:
         (row,) = results_of(tmp_path / "out")["results"]
         assert row["real_words"] == pytest.approx(5 / 19)
 
+    @pytest.mark.parametrize("name", ["has_back.py:has_back", "has_back:has_back"])
+    def test_check(self, name, samples_file, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("has_back.py").write_text("def has_back(text):\n    return text.find('back') + 1\n")
+        Path("reference.txt").write_text("a back\nback\n")
+        flags = ["--samples_file", samples_file, "--scorer", SCORER, "--text_column", "body", "--check", name]
+        evaluate(*flags, "--reference_file", "reference.txt", "--output_dir", tmp_path / "out")
+        samples, reference = results_of(tmp_path / "out")["results"]
+        assert samples["passed"] == 2 / 4 and reference["passed"] == 1
+        # Wilson's interval of 2 in 4, from its definition: |p - 1/2| = z sqrt(p (1 - p) / 4)
+        for end in samples["passed_interval"]:
+            assert abs(end - 0.5) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / 4))
+        assert "| 50.0 % (15.0 - 85.0) |" in (tmp_path / "out" / "results.md").read_text()
+
+    @pytest.mark.parametrize(
+        "name, message",
+        [
+            ("is_valid", "--check must be a module and a function, such as checks:is_valid"),
+            ("nothing_of_that_name:f", "--check: nothing_of_that_name cannot be imported"),
+            ("missing.py:f", "--check: missing.py cannot be imported"),
+            ("math:no_function", "--check: math has no function no_function"),
+            ("math:sqrt", "--check failed for the text 'a text': TypeError"),
+        ],
+    )
+    def test_checks_that_cannot_be_used_are_refused(self, name, message, samples_file, tmp_path):
+        with pytest.raises(SystemExit, match=message):
+            evaluate("--samples_file", samples_file, "--text_column", "body", "--scorer", SCORER, "--check", name, "--output_dir", tmp_path / "out")  # fmt: skip
+
     @pytest.mark.parametrize(
         "flags, message",
         [

@@ -105,3 +105,18 @@ def test_plot_keeps_labels_inside_the_frame(figures, tmp_path):
             assert frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
         assert all(map(float, labels(panel.xaxis)))
     assert "95 %" in figures[0].get_suptitle()
+
+
+@pytest.mark.parametrize("num_panels", [2, 3])
+def test_share_that_passes_has_a_panel(num_panels, figures, tmp_path):
+    intervals = {"gen_ppl_interval": [40, 60], "entropy_interval": [2, 4]}
+    row = {"seconds_per_text": 0.1, "num_steps": 1, "gen_ppl": 50, "entropy": 3, "num_texts": 9, **intervals}
+    if num_panels == 3:
+        row |= {"passed": 0.25, "passed_interval": [0.1, 0.5]}
+    plot([row, {**row, "seconds_per_text": 0.2, "num_steps": 2}], tmp_path / "results.png")
+    (figure,) = figures
+    assert len(figure.axes) == num_panels
+    if num_panels == 3:
+        line, _, (bars,) = figure.axes[2].containers[0]
+        assert list(line.get_ydata()) == [25, 25]
+        assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([10, 50])
