@@ -27,7 +27,6 @@ from modeling_flm.base_flm import FLMPreTrainedModel
 from modeling_flm.flow import flow_map, times_with_known
 from modeling_flm.generation_config_flm import FLMGenerationConfig
 from modeling_flm.joint_noise import JointNoise
-from modeling_flm.time_reparameterization import TimeMap
 
 from .records import ONNX_FILES, ONNX_FOLDER
 
@@ -237,11 +236,9 @@ def _write(step: FlowStep, path: Path):
         torch.zeros(batch_size, length, dtype=torch.long),
         torch.zeros(batch_size, length, dtype=torch.bool),
     )
-    _build_table(step.model.time_map)
     axes = [torch.export.Dim(name, min=1, max=2**16) for name in _AXES]
     shapes = tuple({axis: axes[axis] for axis in range(min(tensor.dim(), 2))} for tensor in example)
-    # With gradients, nothing is split into chunks, whose number would depend on the sizes.
-    with torch.enable_grad():
+    with torch.no_grad():
         program = torch.export.export(step.eval(), example, dynamic_shapes=shapes)
     exported = torch.onnx.export(
         program,
@@ -258,11 +255,6 @@ def _write(step: FlowStep, path: Path):
         for value in node.outputs:
             value.metadata_props.clear()
     exported.save(path)
-
-
-def _build_table(time_map: TimeMap):
-    """Builds the table of times now: built during an export, it would have no values."""
-    time_map.tau_to_t(torch.zeros(1))
 
 
 def _quantize(source: Path, path: Path):

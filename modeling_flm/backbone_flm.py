@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_flm import FLMConfig, FMLMConfig
-from .utils_flm import chunks
+from .utils_flm import chunks, may_overwrite
 
 
 class FLMLayerNorm(nn.LayerNorm):
@@ -51,6 +51,10 @@ class FLMTimeEmbedding(nn.Module):
 
 class FLMLossWeighting(nn.Module):
     """Learned logarithm of the loss weight, of the shape of the times."""
+
+    # Names that a model with such a module adds to its own
+    _keep_in_fp32_modules_strict = ["loss_weighting"]
+    _keep_in_fp32_modules = [".*loss_weighting"]
 
     def __init__(self, config: FMLMConfig):
         super().__init__()
@@ -179,10 +183,9 @@ class FLMMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inner = self.up_proj(hidden_states)
-        if torch.is_grad_enabled():
-            return self.down_proj(F.gelu(inner, approximate="tanh"))
-        # In place: this tensor takes the most memory in sampling.
-        return self.down_proj(torch.ops.aten.gelu_(inner, approximate="tanh"))
+        # In place if possible: this tensor takes the most memory in sampling.
+        gelu = torch.ops.aten.gelu_ if may_overwrite(self.up_proj) else F.gelu
+        return self.down_proj(gelu(inner, approximate="tanh"))
 
 
 class FLMLayer(GradientCheckpointingLayer):

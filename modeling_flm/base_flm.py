@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_flm import FLMAttention, FLMLayer, FLMLayerNorm
@@ -20,7 +21,20 @@ from .joint_noise import JointNoise
 from .losses import softmax_cross_entropy, softmax_divergence
 from .posterior_flm import Posterior, times_of
 from .time_reparameterization import TimeMap
-from .utils_flm import chunks, raise_recompile_limit
+from .utils_flm import CompiledFunction, chunks, has_values, raise_recompile_limit
+
+
+# Arguments of other models for packed, cached or causal sequences, which would be ignored, at least by some attention functions
+_OF_OTHER_BATCHES = (
+    "position_ids",
+    "past_key_values",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+    "is_causal",
+)
 
 
 @dataclass
@@ -42,9 +56,11 @@ class FLMOutput(ModelOutput):
         token_losses (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*, returned when `labels` is provided):
             Cross-entropy at each token, without gradient; 0 for labels of -100.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, returned when `output_hidden_states=True`):
-            Inputs of the blocks and the output of the last one, each of shape `(batch_size, sequence_length, hidden_size)`.
+            Inputs of the blocks, and last `last_hidden_state`, each of shape `(batch_size, sequence_length, hidden_size)`. For
+            [`FMLMTwoNetworkModel`] the hidden states of both networks, concatenated.
         attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
-            Attention weights of each block, of shape `(batch_size, num_heads, sequence_length, sequence_length)`.
+            Attention weights of each block, of shape `(batch_size, num_heads, sequence_length, sequence_length)`. For
+            [`FMLMTwoNetworkModel`] the heads of both networks.
     """
 
     loss: torch.FloatTensor | None = None
@@ -70,8 +86,8 @@ class FLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     _no_split_modules = ["FLMLayer"]
-    _keep_in_fp32_modules_strict = ["lm_head", "norm", "norm1", "norm2", "time_embedding", "loss_weighting"]
-    _keep_in_fp32_modules = [".*lm_head", ".*time_embedding", ".*loss_weighting"]  # not quantized
+    _keep_in_fp32_modules_strict = ["lm_head", "norm", "norm1", "norm2", "time_embedding"]
+    _keep_in_fp32_modules = [".*lm_head", ".*time_embedding"]  # not quantized
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -253,11 +269,18 @@ class FLMPreTrainedModel(PreTrainedModel):
         super().disable_input_require_grads()
         self._states_require_grad = False
 
-    def resize_token_embeddings(self, *args, **kwargs):
-        raise NotImplementedError(
-            "Times and noise depend on the vocabulary size, so resizing would require retraining: build a model with another "
-            "`vocab_size`."
-        )
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Returns the input embedding if it has the size already. Other sizes are refused."""
+        multiple, vocab_size = pad_to_multiple_of or 1, self.config.vocab_size
+        size = math.ceil((new_num_tokens or vocab_size) / multiple) * multiple
+        if size != vocab_size:
+            raise NotImplementedError(
+                f"The embedding has {vocab_size} tokens and cannot get {size}: times and noise depend on the vocabulary size, so "
+                "resizing would require retraining. Build a model with another `vocab_size`."
+            )
+        return self.get_input_embeddings()
 
     def save_pretrained(self, *args, **kwargs):
         """
@@ -281,13 +304,13 @@ class FLMPreTrainedModel(PreTrainedModel):
         """
         # All networks share this code: each needs a graph for training and evaluation, with and without padding.
         raise_recompile_limit()
-        compute = torch.compile(FLMLayer.compute, **options)
+        compute = CompiledFunction(FLMLayer.compute, options)
         for module in self.modules():
             if isinstance(module, FLMLayer):
                 module.compiled = compute
             elif isinstance(module, FLMPreTrainedModel):
-                module.softmax_divergence = torch.compile(softmax_divergence, **options)
-                module.softmax_cross_entropy = torch.compile(softmax_cross_entropy, **options)
+                module.softmax_divergence = CompiledFunction(softmax_divergence, options)
+                module.softmax_cross_entropy = CompiledFunction(softmax_cross_entropy, options)
 
     def make_state(
         self,
@@ -381,6 +404,21 @@ class FLMPreTrainedModel(PreTrainedModel):
         raise NotImplementedError
 
     @capture_outputs
+    def features(
+        self,
+        state: torch.Tensor,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> FLMOutput:
+        """
+        As `encode`, with the hidden states and attention weights of the blocks, on request by `output_hidden_states=True` and
+        `output_attentions=True`.
+        """
+        return FLMOutput(last_hidden_state=self.encode(state, tau_s, tau_t, attention_mask, **kwargs))
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -389,7 +427,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FLMOutput:
         r"""
         Denoises states, passed as `inputs_embeds`, or clean tokens.
@@ -433,6 +471,19 @@ class FLMPreTrainedModel(PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either `input_ids` (clean tokens) or `inputs_embeds` (states), not both.")
+        for name in _OF_OTHER_BATCHES:
+            value = kwargs.pop(name, None)
+            if value is not None and value is not False:
+                raise ValueError(
+                    f"`{name}` is not supported: each row of a batch is one whole sequence, with positions from 0 and attention in "
+                    "both directions. Pad sequences instead of packing them, and pass an `attention_mask`."
+                )
+        size = sum(self.state_sizes)
+        if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != size):
+            raise ValueError(
+                f"`inputs_embeds` must have shape (batch_size, sequence_length, {size}), got {tuple(inputs_embeds.shape)}: make "
+                "states with `model.make_state(input_ids)`."
+            )
         shape = tuple((input_ids if inputs_embeds is None else inputs_embeds).shape[:2])
         if timesteps is None:
             raise ValueError(
@@ -457,7 +508,7 @@ class FLMPreTrainedModel(PreTrainedModel):
                 "`labels` need noised states, because clean tokens leave nothing to learn: pass `inputs_embeds=model.make_state("
                 "input_ids, timesteps, noise)` instead of `input_ids`. To train a model, use `FLMTrainer`."
             )
-        if not torch.compiler.is_compiling():  # this check waits for the device
+        if has_values(timesteps):  # this check waits for the device
             end = timesteps if target_timesteps is None else target_timesteps
             if not ((timesteps >= 0) & (timesteps <= end) & (end <= 1)).all():
                 raise ValueError(
@@ -466,7 +517,8 @@ class FLMPreTrainedModel(PreTrainedModel):
                 )
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         state = self.make_state(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden_states = self.encode(state, timesteps, target_timesteps, attention_mask, **kwargs)
+        features = self.features(state, timesteps, target_timesteps, attention_mask, return_dict=True, **kwargs)
+        hidden_states = features.last_hidden_state
         losses = {}
         if labels is not None:
             mask = (labels != -100).to(hidden_states.device, torch.float32)
@@ -477,4 +529,4 @@ class FLMPreTrainedModel(PreTrainedModel):
         with_predictions = labels is None or not self.training
         predictions = self.predictions(hidden_states, timesteps, target_timesteps) if with_predictions else {}
         # Built at once: fields that are set later would come last in tuples and exported programs.
-        return FLMOutput(**losses, **predictions, last_hidden_state=hidden_states)
+        return FLMOutput(**losses, **predictions, **features)

@@ -158,11 +158,14 @@ class FLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`time_reparameterization` must be 'argmax', or `None` for none, got {self.time_reparameterization!r}."
             )
-        if self.rope_parameters["rope_type"] != "default":
-            raise ValueError(
-                f"`rope_parameters` must have the `rope_type` 'default', got {self.rope_parameters['rope_type']!r}; only "
-                "`rope_theta` can be set."
-            )
+        allowed = {
+            "rope_type": "default",
+            "rope_theta": self.rope_parameters["rope_theta"],
+            "partial_rotary_factor": 1.0,
+        }
+        for name, value in self.rope_parameters.items():
+            if value != allowed.get(name):
+                raise ValueError(f"`rope_parameters` has {name!r}: {value!r}, but only `rope_theta` can be set.")
         if self.tie_word_embeddings:
             raise ValueError("`tie_word_embeddings` must be `False`: the head is not the transposed embedding.")
 

@@ -53,7 +53,49 @@ _RENAMED_PARAMETERS = {
     "stopping_criteria": "pass `pad_after_eos=True` to end texts at their EOS token, or a `callback` to watch every step",
     "return_full_text": "leave it out: samples include their prompts",
     "num_inference_steps": "pass `num_steps`",
+    "inputs": "pass `input_ids`",
+    "inputs_embeds": "pass `input_ids`, or a `prior_state` to start from",
+    **dict.fromkeys(
+        ("use_cache", "cache_implementation", "cache_config", "past_key_values"),
+        "leave it out: tokens are generated in parallel, without a cache",
+    ),
+    **dict.fromkeys(
+        ("num_beam_groups", "length_penalty", "early_stopping", "assistant_model", "prompt_lookup_num_tokens"),
+        "leave it out: tokens are generated in parallel",
+    ),
+    **dict.fromkeys(
+        ("min_p", "typical_p", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias"),
+        "pass a `logits_processor`",
+    ),
+    **dict.fromkeys(
+        ("output_scores", "output_logits"),
+        "pass `output_drafts=True` for the tokens of every step, or call `model.posterior` for probabilities",
+    ),
+    **dict.fromkeys(("output_attentions", "output_hidden_states"), "pass it to `model(...)`"),
+    **dict.fromkeys(("max_time", "stop_strings"), "pass a `callback` to watch every step"),
 }
+
+# Values of other parameters that are accepted, because they ask for what happens anyway
+_NEUTRAL_VALUES = {
+    "use_cache": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "repetition_penalty": 1.0,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+
+
+def _without_neutral(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Returns the parameters without those that ask for what happens anyway."""
+    return {
+        name: value
+        for name, value in parameters.items()
+        if name not in _NEUTRAL_VALUES or value not in (None, _NEUTRAL_VALUES[name])
+    }
+
 
 # Parameters that `transformers.TextGenerationPipeline` always passes
 _OF_OTHER_PIPELINES = {"max_new_tokens", "do_sample"}
@@ -165,13 +207,15 @@ class FLMGenerationConfig(GenerationConfig):
         self._commit_hash: str | None = kwargs.pop("_commit_hash", None)
         self._from_model_config: bool | None = kwargs.pop("_from_model_config", None)
         self.transformers_version: str | None = kwargs.pop("transformers_version", None)
-        if kwargs:
-            raise ValueError(f"Unknown generation parameters {self._suggest(kwargs)}.")
+        if unknown := _without_neutral(kwargs):
+            raise ValueError(f"Unknown generation parameters {self._suggest(unknown)}.")
         self.validate()
 
     def __setattr__(self, name: str, value: Any):
         # After `__init__`, reject parameters that would be ignored.
         if "transformers_version" in vars(self) and not name.startswith("_") and name not in vars(self):
+            if not _without_neutral({name: value}):
+                return
             raise AttributeError(f"Unknown generation parameter {self._suggest([name])}.")
         super().__setattr__(name, value)
 
@@ -337,6 +381,7 @@ def resolve_generation_config(
         max_length (`int`): The maximum length of the model.
     """
     config = FLMGenerationConfig() if generation_config is None else as_flm_generation_config(generation_config)
+    kwargs = _without_neutral(kwargs)
     if unknown := [name for name in kwargs if name.startswith("_") or name not in vars(config)]:
         message = f"`generate()` got unknown arguments: {config._suggest(unknown)}."
         if _OF_OTHER_PIPELINES <= set(unknown):

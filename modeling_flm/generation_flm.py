@@ -532,6 +532,7 @@ class FLMGenerationMixin:
         """Called by `from_pretrained` to set `model.generation_config`."""
         if generation_config is not None:
             self.generation_config = as_flm_generation_config(generation_config)
+        if generation_config is not None or pretrained_model_name_or_path is None:
             return
         # Other arguments belong to the configuration of the model
         names = {*vars(self.generation_config), *_DOWNLOAD_ARGUMENTS}

@@ -13,22 +13,23 @@ from .utils_flm import chunks
 DIVERGENCES = ("cross_entropy", "kl", "squared_error")
 
 
-def softcap_logits(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+def softcap_logits(logits: torch.Tensor, softcap: float | None, in_place: bool = False) -> torch.Tensor:
     r"""
-    \\(c \tanh(z / c)\\), in place if no gradients are recorded.
+    \\(c \tanh(z / c)\\).
 
     Args:
         logits (`torch.Tensor`): Outputs of a head, \\(z\\).
         softcap (`float`, *optional*): Bound \\(c\\) of the result. `None` for no bound.
+        in_place (`bool`, *optional*, defaults to `False`): Whether to overwrite the outputs.
 
     Returns:
         `torch.Tensor` of the shape of `logits`.
     """
     if softcap is None:
         return logits
-    if torch.is_grad_enabled():
-        return softcap * torch.tanh(logits / softcap)
-    return logits.div_(softcap).tanh_().mul_(softcap)
+    if in_place:
+        return logits.div_(softcap).tanh_().mul_(softcap)
+    return softcap * torch.tanh(logits / softcap)
 
 
 def _softcap_with_tanh(

@@ -20,7 +20,7 @@ from .backbone_flm import (
     modulations,
     rotary_embedding,
 )
-from .base_flm import FLMPreTrainedModel
+from .base_flm import FLMOutput, FLMPreTrainedModel
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .flow import correction_coefficient, expand_times
 from .generation_flm import FLMGenerationMixin
@@ -29,6 +29,7 @@ from .losses import LossFunction, layer_loss, linear_loss, softcap_logits
 from .pipeline_flm import FLMPipeline  # noqa: F401  # transformers copies what is imported here into a repository
 from .posterior_flm import times_of
 from .time_reparameterization import build_time_map
+from .utils_flm import may_overwrite
 
 
 class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
@@ -141,7 +142,8 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
 
     def logits(self, hidden_states: torch.Tensor, logits_processor: LogitsProcessorList | None = None) -> torch.Tensor:
         """Capped and processed logits for the outputs of `encode`, or for a chunk of their positions, in float32."""
-        logits = softcap_logits(self.head_outputs(hidden_states), self.config.final_logit_softcapping)
+        outputs, softcap = self.head_outputs(hidden_states), self.config.final_logit_softcapping
+        logits = softcap_logits(outputs, softcap, in_place=may_overwrite(self.lm_head))
         if logits_processor:
             scores = logits.flatten(0, 1)
             prefix = torch.empty((scores.shape[0], 0), dtype=torch.long, device=scores.device)
@@ -166,6 +168,7 @@ class FMLMModel(FLMModel):
     """
 
     config: FMLMConfig
+    _keep_in_fp32_modules_strict = [*FLMModel._keep_in_fp32_modules_strict, "target_time_embedding"]
 
     def __init__(self, config: FMLMConfig):
         if config.model_type == "flm":
@@ -261,7 +264,6 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     """
 
     config: FMLMTwoNetworkConfig
-    _can_record_outputs = {}  # layers of both networks would be mixed
 
     def __init__(self, config: FMLMTwoNetworkConfig):
         super().__init__(config)
@@ -303,11 +305,37 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     def embeddings(self) -> list[nn.Embedding]:
         return [self.flow.embed_tokens, self.correction.embed_tokens]
 
+    # Embedding and head of the network that is trained
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.correction.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.correction.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.correction.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.correction.set_output_embeddings(new_embeddings)
+
     def encode(self, state, tau_s, tau_t=None, attention_mask=None, **kwargs):
+        return self.features(state, tau_s, tau_t, attention_mask, **kwargs).last_hidden_state
+
+    def features(self, state, tau_s, tau_t=None, attention_mask=None, **kwargs):
+        kwargs["return_dict"] = True
         flow_state, correction_state = state.chunk(2, dim=-1)
-        flow = self.flow.encode(flow_state, tau_s, None, attention_mask, **kwargs)
-        correction = self.correction.encode(correction_state, tau_s, tau_t, attention_mask, **kwargs)
-        return torch.cat([flow, correction.to(flow.device)], dim=-1)
+        flow = self.flow.features(flow_state, tau_s, None, attention_mask, **kwargs)
+        correction = self.correction.features(correction_state, tau_s, tau_t, attention_mask, **kwargs)
+
+        def both(first: torch.Tensor | None, second: torch.Tensor | None, dim: int = -1) -> torch.Tensor | None:
+            return None if first is None else torch.cat([first, second.to(first.device)], dim=dim)
+
+        recorded = {
+            name: tuple(both(*pair, dim) for pair in zip(flow[name], correction[name]))
+            for name, dim in (("hidden_states", -1), ("attentions", 1))
+            if name in flow
+        }
+        return FLMOutput(last_hidden_state=both(flow.last_hidden_state, correction.last_hidden_state), **recorded)
 
     def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
         flow_states, correction_states = hidden_states.chunk(2, dim=-1)
@@ -330,12 +358,12 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         def losses_and_gradients(delta, chunk):
             chosen_tokens = labels[:, chunk].to(delta.device)
             chosen_tokens = chosen_tokens.masked_fill(chosen_tokens == -100, 0).unsqueeze(-1)
-            chosen = delta.gather(-1, chosen_tokens)
-            tiny = torch.finfo(chosen.dtype).tiny  # the correction may leave the simplex
-            gradient = torch.where(chosen > tiny, -1 / chosen, 0.0)
-            return -chosen.clamp(min=tiny).log().squeeze(-1), torch.zeros_like(delta).scatter(
-                -1, chosen_tokens, gradient
-            )
+            # The correction may leave the simplex: a distribution is the positive part, normalized.
+            tiny = torch.finfo(delta.dtype).tiny
+            positive = delta.clamp(min=tiny)
+            chosen, total = positive.gather(-1, chosen_tokens), positive.sum(dim=-1, keepdim=True)
+            gradient = (1 / total).expand_as(delta).scatter_add(-1, chosen_tokens, -1 / chosen)
+            return (total.log() - chosen.log()).squeeze(-1), gradient.masked_fill(delta <= tiny, 0.0)
 
         return self._correction_loss(losses_and_gradients, token_weights, hidden_states, tau_s, tau_t)
 

@@ -2,8 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reparameterized time `tau`: the rescaled probability of recognizing a noised token, as a function of interpolant time `t`."""
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from transformers import PreTrainedConfig
+
+from .utils_flm import is_traced
 
 
 # The table is uniform in a = t / (1 - t), the signal-to-noise ratio of the interpolant: in it the map is smooth, and the
@@ -51,12 +56,19 @@ def _check_floating_point(name: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-_TABLES: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+_TABLES: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
 
 
-def _build_table(vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@functools.lru_cache
+def _get_knots(vocab_size: int) -> list[list[float]]:
+    """Calls `_build_table` in another thread, because tensors have no values in some modes of torch, which belong to a thread."""
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(_build_table, vocab_size).result()
+
+
+def _build_table(vocab_size: int) -> list[list[float]]:
     """
-    Returns the knots `a`, `tau(a)` and `dtau/da` on `device`, in float64 (float32 on MPS, which has no float64).
+    Returns the knots `a`, `tau(a)` and `dtau/da`.
 
     With n = vocab_size - 1 competing tokens, 1 - P(a) = ∫ φ(z) (1 - Φ(z + a)^n) dz. The trapezoid rule converges
     exponentially for this integrand, and knots in `a` that share the grid of `z` make it a product with a Hankel matrix.
@@ -78,8 +90,7 @@ def _build_table(vocab_size: int, device: torch.device) -> tuple[torch.Tensor, t
     slope = scale * (density.unfold(0, z.numel(), 1) @ weights)
     # For large a, tau rounds to 1: keep the knots where it still increases.
     rising = int((tau.diff() > 0).long().cumprod(0).sum()) + 1
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return tuple(x[:rising].to(device, dtype) for x in (a, tau, slope))
+    return [x[:rising].tolist() for x in (a, tau, slope)]
 
 
 class ReparameterizedTime:
@@ -111,6 +122,7 @@ class ReparameterizedTime:
         if vocab_size < 2:
             raise ValueError(f"`vocab_size` must be at least 2, got {vocab_size}.")
         self.vocab_size = vocab_size
+        self._knots = _get_knots(vocab_size)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size})"
@@ -118,9 +130,14 @@ class ReparameterizedTime:
     def _prepare(self, name: str, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         value = _check_floating_point(name, value)
         key = (self.vocab_size, value.device)
-        if key not in _TABLES:
-            _TABLES[key] = _build_table(*key)
-        a, tau, slope = _TABLES[key]
+        is_plain = type(value) is torch.Tensor  # others are fake, or belong to a program that is exported
+        table = _TABLES.get(key) if is_plain else None
+        if table is None:
+            dtype = torch.float32 if value.device.type == "mps" else torch.float64
+            table = tuple(torch.tensor(knots, dtype=dtype, device=value.device) for knots in self._knots)
+            if is_plain and not is_traced():
+                _TABLES[key] = table
+        a, tau, slope = table
         return value.to(a.dtype).clamp(0, 1), a, tau, slope
 
     def tau_to_t(self, tau: torch.Tensor) -> torch.Tensor:

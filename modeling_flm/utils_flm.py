@@ -1,8 +1,10 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers that several files share: chunks of positions, evaluation mode, progress bars, and a limit of `torch.compile`."""
+"""Helpers that several files share: chunks, tracing, evaluation mode, progress bars, and a limit of `torch.compile`."""
 
 import functools
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -27,24 +29,64 @@ def chunks(batch_size: int, length: int, vocab_size: int, device: torch.device) 
         device (`torch.device`): The device of the probabilities.
 
     Returns:
-        `list[slice]`: Consecutive slices of the position axis; each applies to the whole batch.
+        `list[slice]`: Consecutive slices of the position axis; each applies to the whole batch. A single one while a program
+        is exported or traced, because their number would fix its sizes.
     """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return [slice(0, length)]
     budget = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["default"])
     size = max(1, budget // (batch_size * vocab_size))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+def is_traced() -> bool:
+    """Whether operations are recorded (compiled, exported or traced) instead of run."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether code may depend on the values of a tensor: not while tracing, on the meta device or in a `FakeTensorMode`."""
+    return not (is_traced() or tensor.is_meta or type(tensor) is not torch.Tensor)
+
+
+def may_overwrite(layer: nn.Module) -> bool:
+    """
+    Whether later code may change the output of a layer in place, to save memory: without gradients, and if no forward hook
+    keeps it.
+    """
+    if torch.is_grad_enabled() or is_traced():
+        return False
+    return not (torch.nn.modules.module._global_forward_hooks or any(each._forward_hooks for each in layer.modules()))
+
+
+# For modules in evaluation mode for now: the number of contexts, of all threads, and the mode to restore after the last one
+_EVALUATING: Counter[nn.Module] = Counter()
+_MODES: dict[nn.Module, bool] = {}
+_LOCK = threading.Lock()
+
+
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Puts networks into evaluation mode within this context, and restores the mode of every module afterwards."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    for network in networks:
-        network.eval()
+    """
+    Puts networks into evaluation mode within this context, and restores the mode of every module afterwards. Contexts may
+    overlap, in several threads as well.
+    """
+    modules = {module for network in networks for module in network.modules()}
+    with _LOCK:
+        _EVALUATING.update(modules)
+        for module in modules:
+            _MODES.setdefault(module, module.training)
+        for network in networks:
+            network.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _LOCK:
+            _EVALUATING.subtract(modules)
+            for module in modules:
+                if _EVALUATING[module] == 0:
+                    module.training = _MODES.pop(module)
+                    del _EVALUATING[module]
 
 
 def in_evaluation_mode(method: Callable) -> Callable:
@@ -56,6 +98,23 @@ def in_evaluation_mode(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
 
     return run
+
+
+class CompiledFunction:
+    """A compiled function, with options of `torch.compile`. It is pickled without what was compiled."""
+
+    def __init__(self, function: Callable, options: dict):
+        self.function, self.options = function, options
+        self.compiled = torch.compile(function, **options)
+
+    def __call__(self, *args, **kwargs):
+        return self.compiled(*args, **kwargs)
+
+    def __reduce__(self):
+        return type(self), (self.function, self.options)
+
+    def __deepcopy__(self, memo):
+        return self
 
 
 def raise_recompile_limit():
