@@ -229,7 +229,7 @@ function readPattern() {
     const pattern = element("pattern").value;
     known = model.parse(pattern);
     const unknown = model.unknown(pattern);
-    report("pattern", unknown.length && `This model does not know ${quote(unknown)}, and reads ${model.tokenizer.model.unk_token} instead.`);
+    report("pattern", unknown.length && `This model does not know ${quote(unknown)}, and reads ${model.encoder.model.unk_token} instead.`);
   } catch (error) {
     report("pattern", error.message);
     return false;

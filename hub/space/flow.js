@@ -116,11 +116,11 @@ const isSame = (row, other) => row.length === other.length && row.every((token, 
 /** Quotes pieces of texts, each once. */
 export const quote = (pieces) => [...new Set(pieces)].map((piece) => `“${piece}”`).join(", ");
 
-/** Splits tokens into runs without gaps, and single gaps. */
-function runsOf(tokens) {
+/** Splits tokens into runs of equal kinds, and single gaps. */
+function runsOf(tokens, kindOf) {
   const runs = [];
   for (const token of tokens) {
-    if (token === null || !runs.length || runs.at(-1)[0] === null) {
+    if (token === null || !runs.length || runs.at(-1)[0] === null || kindOf(runs.at(-1)[0]) !== kindOf(token)) {
       runs.push([]);
     }
     runs.at(-1).push(token);
@@ -171,11 +171,16 @@ export class FlowModel {
       fetchWeights(base, precision, onProgress),
     ]);
     const session = await ort.InferenceSession.create(weights);
-    return new FlowModel(config, generationConfig, new Tokenizer(...asInPython(tokenizer, tokenizerConfig)), session, chosen);
+    return new FlowModel(config, generationConfig, tokenizer, tokenizerConfig, session, chosen);
   }
 
-  constructor(config, generationConfig, tokenizer, session, precision) {
-    Object.assign(this, { config, tokenizer, session, precision });
+  constructor(config, generationConfig, tokenizer, tokenizerConfig, session, precision) {
+    Object.assign(this, { config, session, precision });
+    const [vocabulary, settings] = asInPython(tokenizer, tokenizerConfig);
+    this.tokenizer = new Tokenizer(vocabulary, settings);
+    // Reads names of special tokens, such as [EOS], as text.
+    const added = vocabulary.added_tokens.filter((token) => !token.special);
+    this.encoder = new Tokenizer({ ...vocabulary, added_tokens: added }, settings);
     this.length = config.max_position_embeddings;
     // From the generation config: `config` has the tokenizer's tokens, whether texts contain them or not.
     this.endTokens = [generationConfig.eos_token_id ?? []].flat();
@@ -184,7 +189,7 @@ export class FlowModel {
     this.textStart = this.beginToken === null ? 0 : 1; // position of the first typed token
     this.noiseSize = session.inputMetadata[0].shape[2];
     // Tokenizers of words ignore spaces.
-    this.separator = tokenizer.encode(" ", { add_special_tokens: false }).ids.length ? "" : " ";
+    this.separator = this.encoder.encode(" ", { add_special_tokens: false }).ids.length ? "" : " ";
     this.queue = Promise.resolve(); // a session runs one call at a time
   }
 
@@ -296,7 +301,7 @@ export class FlowModel {
 
   /** The tokens of a text. */
   encode(text) {
-    const { ids, tokens } = this.tokenizer.encode(text, { add_special_tokens: false });
+    const { ids, tokens } = this.encoder.encode(text, { add_special_tokens: false });
     const missing = tokens.filter((_, index) => ids[index] === undefined);
     if (missing.length) {
       throw new RangeError(`This model does not know ${quote(missing)} and has no token for what it does not know: leave it out.`);
@@ -306,14 +311,14 @@ export class FlowModel {
 
   /** The characters or words of a pattern that the tokenizer replaces by its unknown token. */
   unknown(pattern) {
-    const { unk_token: name, unk_token_id: unknown } = this.tokenizer.model;
+    const { unk_token: name, unk_token_id: unknown } = this.encoder.model;
     const unknownOf = (text) => {
-      const { ids, tokens } = this.tokenizer.encode(text, { add_special_tokens: false });
+      const { ids, tokens } = this.encoder.encode(text, { add_special_tokens: false });
       return tokens.filter((_, index) => ids[index] === unknown);
     };
     return partsOf(pattern)
       .text.split(SYMBOLS)
-      .filter((part) => part !== "_" && !NUMBERED.test(part) && !part.includes(name)) // a typed name is no unknown word
+      .filter((part) => part !== "_" && !NUMBERED.test(part))
       .flatMap((part) => {
         const pieces = unknownOf(unescape(part));
         // Some tokenizers return the unknown token instead of the piece.
@@ -364,10 +369,12 @@ export class FlowModel {
     const shown = tokens.slice(this.textStart, stop);
     const isPlain = shown.includes(null) && shown.at(-1) !== end;
     const tail = isClosed ? (isPlain ? "" : `\\{${end}}`) : shown.length ? "…" : "";
-    const write = (asText) => runsOf(shown).map((run) => (run[0] === null ? "_" : asText(run))).join(this.separator) + tail;
+    const special = new Set(this.tokenizer.all_special_ids);
+    const runs = runsOf(shown, (token) => special.has(token));
+    const write = (asText) => runs.map((run) => (run[0] === null ? "_" : asText(run))).join(this.separator) + tail;
     const numbered = (run) => run.map((token) => `\\{${token}}`).join("");
     const pattern = write((run) => {
-      const text = this.tokenizer.decode(run).replaceAll("_", "\\_");
+      const text = this.decode(run).replaceAll("_", "\\_");
       return isSame(this.read(text), run) ? text : numbered(run);
     });
     const again = this.parse(pattern);
