@@ -24,7 +24,7 @@ from batching import Batcher
 from completions import CompletionRequest, RequestError
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from generators import SampleRequest, load_generator
+from generators import SampleRequest, load_generator, split_sample
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -42,6 +42,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers.utils import logging as transformers_logging
 
+from modeling_flm.tokenization_flm import count_unknown_tokens
 from modeling_flm.trainers.commands.command_line import terminated_as_interrupted
 from modeling_flm.trainers.evaluation.samples import sample_generators
 
@@ -80,13 +81,16 @@ class Model:
         Generates the samples of a request with a seed. Errors are returned, because Ray wraps and logs exceptions.
 
         Returns:
-            `dict`: `choices` and `usage` of the response and `batch_sizes` (of each batch whose first sample belongs to this
-            request); or `error`, the arguments of a [`RequestError`].
+            `dict`: `choices`, `usage` and `warnings` of the response, and `batch_sizes` (of each batch whose first sample belongs
+            to this request); or `error`, the arguments of a [`RequestError`].
         """
         if request.num_steps is not None and not self.generator.has_steps:
             message = "`num_steps`: this model generates token by token; leave it out."
             return {"error": (400, message, "num_steps", "invalid_value")}
-        prompts = await asyncio.to_thread(lambda: [self.generator.encode(prompt) for prompt in request.prompt])
+        try:
+            prompts = await asyncio.to_thread(lambda: [self.generator.encode(prompt) for prompt in request.prompt])
+        except ValueError as error:  # such as characters without a token
+            return {"error": (400, str(error), "prompt", "invalid_value")}
         longest, max_length = max(map(len, prompts)), self.generator.max_length
         if longest >= max_length:
             message = (
@@ -105,24 +109,32 @@ class Model:
             return {"error": (500, "The model failed to generate. See the server log.", None, "model_failed")}
         num_prompt_tokens, num_new_tokens = sum(map(len, prompts)), sum(map(len, rows))
         return {
-            "choices": [self._choice(request, index, *pair) for index, pair in enumerate(zip(samples, rows))],
+            "choices": [self._choice(index, *pair, request.echo) for index, pair in enumerate(zip(samples, rows))],
             "usage": {
                 "prompt_tokens": num_prompt_tokens,
                 "completion_tokens": num_new_tokens,
                 "total_tokens": num_prompt_tokens + num_new_tokens,
             },
             "batch_sizes": [size for _, size in results if size is not None],
+            "warnings": self._warnings(prompts),
         }
 
-    def _choice(self, request: CompletionRequest, index: int, sample: SampleRequest, tokens: list[int]) -> dict:
-        decode, options = self.generator.tokenizer.decode, {"skip_special_tokens": True}
-        # Decoded with the prompt, because some tokenizers drop a space at the start
-        prompt, whole = decode(sample.prompt_ids, **options), decode(sample.prompt_ids + tokens, **options)
-        text = whole[len(prompt) :] if whole.startswith(prompt) else decode(tokens, **options)
+    def _warnings(self, prompts: list[list[int]]) -> list[str]:
+        """Returns and logs a warning for each prompt with unknown words. Logs do not contain prompts."""
+        tokenizer, warnings = self.generator.tokenizer, []
+        for index, tokens in enumerate(prompts):
+            if count := count_unknown_tokens(tokenizer, [tokens]):
+                unknown = f"{count} of {len(tokens)} tokens are {tokenizer.unk_token}, in place of unknown text"
+                warnings.append(f"`prompt`, number {index}: {unknown}.")
+                logger.warning("Prompt %d of a request: %s.", index, unknown)
+        return warnings
+
+    def _choice(self, index: int, sample: SampleRequest, tokens: list[int], echo: bool) -> dict:
+        prompt, text = split_sample(self.generator.tokenizer, sample.prompt_ids, tokens)
         is_finished = tokens[-1] in self.generator.eos_token_ids
         return {
             "index": index,
-            "text": (request.prompt[index // request.n] if request.echo else "") + text,
+            "text": prompt + text if echo else text,
             "logprobs": None,
             "finish_reason": "stop" if is_finished else "length",
         }
@@ -273,6 +285,7 @@ class Ingress:
             "model": model,
             "choices": choices,
             "usage": usage,
+            "warnings": result["warnings"],
         }
 
     async def _call_model(self, completion: CompletionRequest) -> dict:

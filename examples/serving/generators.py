@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
 from modeling_flm.known_tokens_flm import lengths_up_to_eos
 from modeling_flm.pipeline_flm import encode_prompts
+from modeling_flm.tokenization_flm import count_unknown_tokens
 from modeling_flm.trainers.evaluation import find_bos_token, find_eos_tokens, generate_causal_samples, pad_tokens
 
 
@@ -32,6 +33,28 @@ class SampleRequest:
     generator: torch.Generator
     num_steps: int | None = None
     temperature: float | None = None
+
+
+def split_sample(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int]) -> tuple[str, str]:
+    """
+    Decodes a sample.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the model.
+        prompt_ids (`list[int]`): Tokens of the prompt.
+        new_ids (`list[int]`): Generated tokens.
+
+    Returns:
+        `tuple[str, str]`: the prompt as the model read it, in which a token such as `[UNK]` stands for unknown words, and the
+        generated text.
+    """
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    hidden = special - {tokenizer.unk_token_id} if count_unknown_tokens(tokenizer, [prompt_ids]) else special
+    prompt_ids = [token for token in prompt_ids if token not in hidden]
+    new_ids = [token for token in new_ids if token not in special]
+    # Decoded with the prompt, because some tokenizers drop a space at the start
+    prompt, whole = tokenizer.decode(prompt_ids), tokenizer.decode(prompt_ids + new_ids)
+    return prompt, whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(new_ids)
 
 
 class FlowGenerator:

@@ -118,11 +118,14 @@ class TestReplica:
             self.complete(replica, {"prompt": "the cat", "n": 2})
         assert is_over.wait(60)
 
-    def test_prompts_are_not_logged(self, models, make_replica, caplog):
+    def test_unknown_words_are_reported_and_prompts_not_logged(self, models, make_replica, caplog):
         replica = make_replica(models["folder"] / "fmlm")
-        (answer,) = self.complete(replica, {"prompt": "a secret"})
-        assert len(answer["choices"]) == 1
-        assert "secret" not in caplog.text
+        prompts = ["the cat", "a secret", "sat"]
+        (answer,) = self.complete(replica, {"prompt": prompts, "echo": True})
+        texts = [choice["text"] for choice in answer["choices"]]
+        assert [text.startswith(start) for text, start in zip(texts, ["the cat", "a [UNK]", "sat"])] == [True] * 3
+        assert answer["warnings"] == ["`prompt`, number 1: 1 of 3 tokens are [UNK], in place of unknown text."]
+        assert "1 of 3 tokens" in caplog.text and "secret" not in caplog.text
 
 
 class FailingHandle:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from generators import CausalGenerator, FlowGenerator, SampleRequest
+from generators import CausalGenerator, FlowGenerator, SampleRequest, split_sample
 
 
 def requests(generator: FlowGenerator | CausalGenerator, count: int) -> list[SampleRequest]:
@@ -32,3 +32,21 @@ def test_generation_config_of_a_causal_model(models, monkeypatch):
     assert set(sum(generator.generate(requests(generator, 8), lambda: None), [])) & set(others)
     monkeypatch.setattr(model.generation_config, "suppress_tokens", others)
     assert set(sum(generator.generate(requests(generator, 8), lambda: None), [])) == set(allowed)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown", "text"),
+    [
+        ("the cat", "the cat", " sat"),
+        ("the zebra and Cat", "the [UNK] and [UNK]", " sat"),
+        (" the  cat ", "the cat", " sat"),  # with one space before the text
+        ("zebra", "[UNK]", " sat"),
+        ("", "", "sat"),
+    ],
+)
+@pytest.mark.parametrize("name", ["fmlm", "gpt2"])
+def test_prompts_are_shown_as_the_model_read_them(name, prompt, shown, text, models):
+    tokenizer = models["tokenizer"]
+    generator = (FlowGenerator if name == "fmlm" else CausalGenerator)(models[name], tokenizer)
+    new = tokenizer.convert_tokens_to_ids(["sat", tokenizer.unk_token, tokenizer.eos_token])
+    assert split_sample(tokenizer, generator.encode(prompt), new) == (shown, text)
