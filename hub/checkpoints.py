@@ -32,6 +32,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from modeling_flm.utils_flm import describe_damage
+
 from .records import is_hub_name
 
 
@@ -319,7 +321,7 @@ class HubCheckpoint(Checkpoint):
                 slices = {key: file.get_slice(key) for key in file.keys()}
                 self.entries = {key: _Entry(key, tuple(x.get_shape()), x.get_dtype()) for key, x in slices.items()}
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{name}: {SAFE_WEIGHTS_NAME} is truncated or damaged: {describe(error)}") from error
+            raise CheckpointError(f"{name}: {describe_damage(self.path) or describe(error)}") from error
 
     def _read_settings(self, path: Path) -> dict[str, Any]:
         try:

@@ -390,12 +390,12 @@ def main(arguments: list[str] | None = None):
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--output: {error}")
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        folder = Path(scratch, output.name)  # others may read it, unlike a temporary folder
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        Path(folder).chmod(0o755)
-        Path(folder).rename(output)
+        folder.rename(output)
     softcap = model.config.final_logit_softcapping
     cap = "without a cap" if softcap is None else f"capped at {softcap}"
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters, logits {cap}: {output}")

@@ -158,8 +158,8 @@ def assemble(
             card["base_model"] = model.name_or_path
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as unfinished:
-        unfinished = Path(unfinished)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        unfinished = Path(scratch, output.name)  # others may read it, unlike a temporary folder
         model.save_pretrained(unfinished)
         loaded_tokenizer.save_pretrained(unfinished)
         shutil.copy(TEMPLATES / "LICENSE", unfinished / "LICENSE")
@@ -182,7 +182,6 @@ def assemble(
         else:
             card = own_card
         card.save(unfinished / "README.md")
-        unfinished.chmod(0o755)
         unfinished.rename(output)
 
 

@@ -4,13 +4,15 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import CONFIG_NAME, ModelOutput, TransformersKwargs, cached_file, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_flm import FLMAttention, FLMLayer, FLMLayerNorm
@@ -21,7 +23,14 @@ from .joint_noise import JointNoise
 from .losses import softmax_cross_entropy, softmax_divergence
 from .posterior_flm import Posterior, times_of
 from .time_reparameterization import TimeMap
-from .utils_flm import CompiledFunction, chunks, has_values, raise_recompile_limit
+from .utils_flm import (
+    CompiledFunction,
+    chunks,
+    describe_damage,
+    has_values,
+    raise_recompile_limit,
+    use_default_mode,
+)
 
 
 # Arguments of other models for packed, cached or causal sequences, which would be ignored, at least by some attention functions
@@ -282,7 +291,7 @@ class FLMPreTrainedModel(PreTrainedModel):
             )
         return self.get_input_embeddings()
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """
         As [`~transformers.PreTrainedModel.save_pretrained`]. Besides `AutoModel`, `AutoModelForCausalLM` and
         `AutoModelForMaskedLM` load the saved model.
@@ -291,7 +300,24 @@ class FLMPreTrainedModel(PreTrainedModel):
         auto_classes = dict.fromkeys(("AutoModelForCausalLM", "AutoModelForMaskedLM"), name)
         # As transformers does for `AutoModel` and `AutoConfig`
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_classes}
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        use_default_mode(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As [`~transformers.PreTrainedModel.from_pretrained`]. Raises an `OSError` that names a damaged file of weights."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            options = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder") if name in kwargs}
+            options |= {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+            config = cached_file(pretrained_model_name_or_path, CONFIG_NAME, **options)
+            adapter = kwargs.get("adapter_kwargs", {}).get("_adapter_model_path")
+            folders = {pretrained_model_name_or_path, adapter, config and Path(config).parent} - {None}
+            files = [path for folder in folders for path in sorted(Path(folder).glob("*.safetensors"))]
+            if damages := [damage for path in files if (damage := describe_damage(path)) is not None]:
+                raise OSError(damages[0]) from error
+            raise
 
     def compile_regions(self, **options):
         """

@@ -1,14 +1,16 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers that several files share: chunks, tracing, evaluation mode, progress bars, and a limit of `torch.compile`."""
+"""Helpers that several files share: chunks, tracing, evaluation mode, progress bars, files, and a limit of `torch.compile`."""
 
 import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging
 
@@ -130,3 +132,30 @@ def progress(number: int, unit: str) -> Iterable[int]:
     """Iterates over the steps or rounds of a batch, with a progress bar if they take long."""
     options = {"desc": f"{unit.capitalize()}s", "unit": unit, "delay": PROGRESS_DELAY, "leave": None}
     return range(number) if number == 1 else logging.tqdm(range(number), **options)
+
+
+def describe_damage(path: str | Path) -> str | None:
+    """Returns what is wrong with a safetensors file, and what to do, or `None` if its size is right."""
+    path = Path(path)
+    start = path.open("rb").read(100)
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path} is a pointer of Git LFS, without the weights: run `git lfs pull` in its folder."
+    if not start or start.lstrip().startswith(b"<"):
+        return f"{path} is {'a web page' if start else 'empty'}: download or copy the file again."
+    try:
+        with safe_open(path, framework="pt"):
+            return None
+    except (OSError, SafetensorError):
+        return f"{path} is truncated or damaged: download or copy the file again."
+
+
+def use_default_mode(folder: str | Path):
+    """Gives the weights in a folder the mode of new files, as the umask decides. safetensors lets only their owner read them."""
+    probe = Path(folder, ".mode")
+    with suppress(OSError):  # some file systems have no modes
+        probe.touch()
+        mode = probe.stat().st_mode & 0o777
+        probe.unlink()
+        for path in Path(folder).glob("*.safetensors"):
+            if path.stat().st_mode & 0o777 == 0o600:
+                path.chmod(mode)

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from modeling_flm.utils_flm import use_default_mode
+
 from .adapters import has_added_adapters, load_added_adapters
 from .distributed import copy_of_weights, forget_gathered_weights, load_whole_state_dict, trained_state_dict
 
@@ -137,6 +139,7 @@ class AveragedTrainer(Trainer):
             state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
             metadata = {"format": "pt", "ema_updates": str(self.ema.num_updates)}
             save_file(state_dict, Path(output_dir) / TRAINING_WEIGHTS_NAME, metadata=metadata)
+            use_default_mode(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         if has_added_adapters(self.model):

@@ -15,6 +15,7 @@ from transformers.utils import PushInProgress, logging
 
 from modeling_flm.hub.publish import PublishError, assemble, publish
 from modeling_flm.hub.records import TRAINING_NAME, to_json
+from modeling_flm.utils_flm import use_default_mode
 
 from .data import describe_dataset
 from .distributed import restore_class_name
@@ -75,6 +76,7 @@ class PublishingTrainer(Trainer):
         if self.args.should_save:
             path = Path(output_dir or self.args.output_dir, TRAINING_NAME)
             path.write_text(to_json(self.training_record(), indent=2) + "\n", encoding="utf-8")
+            use_default_mode(path.parent)  # adapters, which peft saves
 
     def _repo_id(self) -> str:
         return self.args.hub_model_id or Path(self.args.output_dir).resolve().name

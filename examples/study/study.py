@@ -36,12 +36,12 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_flm import FLMConfig, FMLMModel
 from modeling_flm.hub.records import TRAINING_NAME, to_json
 from modeling_flm.trainers import AveragedTrainer, DataCollatorForFLM, EMACallback
 from modeling_flm.trainers.commands.command_line import ScriptParser, friendly_errors
+from modeling_flm.trainers.resuming import find_checkpoint
 
 
 # Training
@@ -107,7 +107,7 @@ def run(trainer: Trainer, folder: Path, fractions: tuple[float, ...] = (1.0,)):
     folders = {max(1, round(max_steps * part)): folder / snapshot_name(part) for part in fractions}
     trainer.add_callback(Snapshots(trainer, folders))
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=find_checkpoint(folder))
     print(f"{folder} took {(time.perf_counter() - start) / 60:.1f} minutes", flush=True)
     (folder / "log.json").write_text(to_json(trainer.state.log_history, indent=1) + "\n")
 

@@ -13,6 +13,19 @@ from modeling_flm.trainers import FMLMTrainer, flm_trainer
 
 METHODS = {
     "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "_run_epoch": [
+        "model",
+        "epoch",
+        "train_dataloader",
+        "steps_in_epoch",
+        "num_update_steps_per_epoch",
+        "trial",
+        "ignore_keys_for_eval",
+        "start_time",
+        "resume_from_checkpoint",
+        "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ],
     "_save_optimizer_and_scheduler": ["output_dir"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],
@@ -22,7 +35,7 @@ METHODS = {
     "_move_model_to_device": ["model", "device"],
     "_finish_current_push": [],
 }
-ATTRIBUTES = {"_signature_columns", "_train_batch_size"}
+ATTRIBUTES = {"_signature_columns", "_train_batch_size", "_initial_global_step"}
 
 
 @pytest.mark.parametrize("name", METHODS)

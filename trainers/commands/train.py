@@ -50,6 +50,7 @@ from .training import (
     load_tokenizer,
     pack_datasets,
     run,
+    should_train,
 )
 
 
@@ -106,12 +107,16 @@ class ModelArguments:
 def get_tokenizer(
     arguments: ModelArguments, texts: Iterable[str], training_args: FLMTrainingArguments
 ) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that the arguments name, or trains one on the texts."""
+    """Loads the tokenizer that the arguments name or that a resumed training has, or trains one on the texts."""
     if arguments.train_tokenizer is None:
         for argument in ("tokenizer_name", "model_name_or_path"):
             if (name := getattr(arguments, argument)) is not None:
                 return load_tokenizer(argument, name)
         raise ValueError("Pass `tokenizer_name`, `train_tokenizer` or `model_name_or_path`.")
+    if not should_train(training_args):
+        raise ValueError("`train_tokenizer` is for a new training: leave it out to evaluate a model.")
+    if training_args.resume_from_checkpoint is not None:  # its weights belong to its tokenizer
+        return load_pretrained("resume_from_checkpoint", AutoTokenizer, training_args.resume_from_checkpoint)
     # One process trains it, and the others load the files.
     with training_args.main_process_first(desc="training the tokenizer"):
         if training_args.should_save:

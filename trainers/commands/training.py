@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import cached_file, logging
 
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
@@ -21,7 +20,8 @@ from modeling_flm.tokenization_flm import add_special_tokens, has_characters_onl
 from ..data import PREPROCESSING, load_texts, pack_dataset, pad_dataset
 from ..flm_config import FLMTrainingArguments
 from ..flm_trainer import FLMTrainer
-from .command_line import check_model, check_model_type, errors_about
+from ..resuming import describe_problem, find_checkpoint
+from .command_line import check_model, check_model_type, errors_about, friendly_errors
 
 
 logger = logging.get_logger(__name__)
@@ -119,7 +119,7 @@ def should_train(args: TrainingArguments) -> bool:
 
 def check_output_dir(args: TrainingArguments):
     """
-    Checks that a training overwrites no other one.
+    Checks that a training overwrites no other one, and finds the checkpoint to resume from, if it is the last one.
 
     Args:
         args ([`~transformers.TrainingArguments`]): The arguments with the `output_dir`.
@@ -129,20 +129,19 @@ def check_output_dir(args: TrainingArguments):
     """
     if Path(args.output_dir).is_file():
         raise ValueError(f"`output_dir`: {args.output_dir} is a file; pass a folder.")
-    checkpoint = args.resume_from_checkpoint
     if not should_train(args):
+        args.resume_from_checkpoint = None
         return
-    if str(checkpoint).lower() == "true":
-        if not Path(args.output_dir).is_dir() or get_last_checkpoint(args.output_dir) is None:
+    if str(args.resume_from_checkpoint).lower() == "true":
+        args.resume_from_checkpoint = find_checkpoint(args.output_dir)
+        if args.resume_from_checkpoint is None:
             raise ValueError(
                 f"`resume_from_checkpoint`: there is no checkpoint in {args.output_dir}; leave it out to start."
             )
         return
-    if checkpoint is not None:
-        if not Path(checkpoint, "trainer_state.json").is_file():
-            raise ValueError(
-                f"`resume_from_checkpoint`: {checkpoint} is not a checkpoint; pass a folder checkpoint-N, or true."
-            )
+    if args.resume_from_checkpoint is not None:
+        if (problem := describe_problem(args.resume_from_checkpoint)) is not None:
+            raise ValueError(f"`resume_from_checkpoint`: {problem} Pass another folder checkpoint-N, or true.")
         return
     patterns = ("*model*.safetensors", "checkpoint-*")
     if found := [path.name for pattern in patterns for path in Path(args.output_dir).glob(pattern)]:
@@ -322,12 +321,13 @@ def run(trainer: FLMTrainer, data_args: DataArguments):
     if trainer.is_world_process_zero():
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens")
     if should_train(args):
-        checkpoint = args.resume_from_checkpoint
-        result = trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
+        with friendly_errors(flags=["resume_from_checkpoint", "dataloader_drop_last"]):
+            result = trainer.train(args.resume_from_checkpoint)
         trainer.save_model()
         trainer.save_state()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", json.loads(to_json(result.metrics)))
+        if trainer.state.global_step > trainer._initial_global_step:  # not finished before
+            trainer.log_metrics("train", result.metrics)
+            trainer.save_metrics("train", json.loads(to_json(result.metrics)))
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

@@ -1,0 +1,137 @@
+"""Resuming: finished trainings, incomplete and damaged checkpoints, other models and tokenizers; and modes of files."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from small_models import build_flm
+from train_tiny import build
+from transformers import AutoModel
+
+from modeling_flm.trainers import FLMTrainer, train_tokenizer
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+PAGE = b"\n<!DOCTYPE html><html><body>Not found</body></html>"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A training of four steps with two checkpoints."""
+    folder = tmp_path_factory.mktemp("training")
+    trainer = build(folder, max_steps=4, save_steps=2, eval_strategy="no")
+    trainer.train()
+    trainer.save_model()
+    return folder
+
+
+@pytest.fixture
+def training(finished, tmp_path) -> Path:
+    shutil.copytree(finished, tmp_path / "training")
+    return tmp_path / "training"
+
+
+def resume(folder: Path, checkpoint: str | bool = True, **options):
+    options = {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", **options}
+    trainer = build(folder, **options)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+class TestFinishedTraining:
+    @pytest.mark.parametrize("options", [{}, {"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 0.1}])
+    def test_is_left_as_it_is(self, options, training, caplog):
+        before = {path: path.read_bytes() for path in training.rglob("*") if path.is_file()}
+        for _ in range(2):
+            trainer = resume(training, **options)
+            assert trainer.state.global_step == 4
+            assert "The training is finished: it has taken 4 steps" in caplog.text
+            weights = AutoModel.from_pretrained(training).state_dict()
+            assert all(torch.equal(value, weights[name]) for name, value in trainer.ema.averaged.state_dict().items())
+        assert {path: path.read_bytes() for path in training.rglob("*") if path.is_file()} == before
+
+    def test_goes_on_with_more_steps(self, training):
+        assert resume(training, max_steps=5).state.global_step == 5
+
+
+def cut(path: Path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+class TestIncompleteCheckpoint:
+    @pytest.mark.parametrize(
+        "name",
+        ["model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"],
+    )
+    @pytest.mark.parametrize("damage", [Path.unlink, cut])
+    def test_the_last_complete_checkpoint_is_taken(self, damage, name, training, caplog):
+        damage(training / "checkpoint-4" / name)
+        state = json.loads((training / "checkpoint-2" / "trainer_state.json").read_text())
+        assert resume(training).state.log_history[: len(state["log_history"])] == state["log_history"]
+        assert "checkpoint-4" in caplog.text and f"resumes from {training / 'checkpoint-2'} instead" in caplog.text
+        assert name.split(".")[0].split("_s")[0] in caplog.text
+
+    @pytest.mark.parametrize("content", [b"", POINTER, PAGE, b"{}"])
+    def test_training_weights(self, content, training, caplog):
+        (training / "checkpoint-4" / "training_weights.safetensors").write_bytes(content)
+        assert resume(training, max_steps=5).state.global_step == 5
+        assert "checkpoint-4/training_weights.safetensors is" in caplog.text
+
+    def test_without_a_complete_one(self, training):
+        for step in (2, 4):
+            cut(training / f"checkpoint-{step}" / "model.safetensors")
+        with pytest.raises(ValueError, match="checkpoint-4/model.safetensors is truncated.*No earlier checkpoint"):
+            resume(training)
+        with pytest.raises(ValueError, match="checkpoint-2/model.safetensors is truncated.*Pass an earlier"):
+            resume(training, str(training / "checkpoint-2"))
+
+    def test_checkpoint_with_the_model_only(self, tmp_path):
+        resume(tmp_path, None, max_steps=2, save_only_model=True)
+        assert resume(tmp_path).state.global_step == 4
+
+
+class TestOtherModel:
+    def test_other_tokenizer_is_refused(self, training):
+        trainer = build(training, max_steps=5, eval_strategy="no")
+        trainer.processing_class = train_tokenizer([" ".join(f"v{n}" for n in range(36))], "word", vocab_size=40)
+        with pytest.raises(ValueError, match="the tokenizer of .*checkpoint-4 has other tokens"):
+            trainer.train(resume_from_checkpoint=True)
+
+    @pytest.mark.parametrize(
+        "sizes, name", [({"hidden_size": 16}, "embed_tokens"), ({"num_hidden_layers": 3}, "2.mlp")]
+    )
+    def test_other_size_is_refused(self, sizes, name, training):
+        trainer = build(training, max_steps=5, eval_strategy="no")
+        model = build_flm(**{"vocab_size": 40, "num_attention_heads": 2, "max_position_embeddings": 10, **sizes})
+        trainer = FLMTrainer(model, trainer.args, train_dataset=trainer.train_dataset)
+        with pytest.raises(ValueError, match=f"checkpoint-4 has a model of another size .*{name}"):
+            trainer.train(resume_from_checkpoint=True)
+
+
+def test_dropping_all_examples_is_refused(tmp_path):
+    trainer = build(tmp_path, max_steps=2, per_device_train_batch_size=200, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="Nothing was trained: .*`dataloader_drop_last`"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o007, 0o077])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_umask_decides_who_reads_files(adapter, mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        trainer = build(tmp_path / "out", max_steps=1, save_steps=1, eval_strategy="no")
+        if adapter:
+            model = get_peft_model(trainer.model, LoraConfig(target_modules=["qkv_proj"]))
+            trainer = FLMTrainer(model, trainer.args, train_dataset=trainer.train_dataset)
+        trainer.train()
+        trainer.save_model()
+        trainer.network.save_pretrained(tmp_path / "out" / "again", max_shard_size="10KB")
+    finally:
+        os.umask(before)
+    paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in paths} >= {"training_weights.safetensors", "trainer_state.json"}
+    assert {oct(path.stat().st_mode & 0o777) for path in paths} == {oct(0o666 & ~mask)}

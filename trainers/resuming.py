@@ -1,0 +1,105 @@
+# SPDX-FileCopyrightText: 2026 The modeling-flm authors
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints to resume a training from: whether they are complete, and have the model and tokenizer of the training."""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+from safetensors import safe_open
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from modeling_flm.utils_flm import describe_damage
+
+from .adapters import has_added_adapters
+
+
+logger = logging.get_logger(__name__)
+
+# Patterns of files and folders. `Trainer` saves all of the training state, or none of it with `save_only_model`.
+_WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*")
+_TRAINING_STATE = ("optimizer*", "scheduler.pt", "rng_state*.pth")
+_ZIP_FILES = ("*.pt", "*.pth", "optimizer.bin", "pytorch_model*.bin")
+
+
+def describe_problem(checkpoint: str | Path) -> str | None:
+    """Returns what a checkpoint lacks, or which of its files is damaged, or `None` if a training can resume from it."""
+    folder = Path(checkpoint)
+    missing = [name for name in (TRAINER_STATE_NAME,) if not (folder / name).is_file()]
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        missing.append(SAFE_WEIGHTS_NAME)
+    lacking = [pattern for pattern in _TRAINING_STATE if not any(folder.glob(pattern))]
+    missing += lacking if len(lacking) < len(_TRAINING_STATE) else []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return f"{path} is truncated or damaged."
+        if path.name == SAFE_WEIGHTS_INDEX_NAME:
+            missing += sorted(name for name in {*content["weight_map"].values()} if not (folder / name).is_file())
+    if missing:
+        return f"{folder} is no complete checkpoint, it lacks {', '.join(missing)}."
+    for path in sorted(folder.glob("*.safetensors")):
+        if (damage := describe_damage(path)) is not None:
+            return damage
+    damaged = [path for pattern in _ZIP_FILES for path in folder.glob(pattern) if not zipfile.is_zipfile(path)]
+    return f"{damaged[0]} is truncated or damaged." if damaged else None
+
+
+def find_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    Returns the last complete checkpoint of a training, or `None` if there is no checkpoint. Warns about later ones.
+
+    Args:
+        output_dir (`str` or `Path`): The folder of the training.
+
+    Raises:
+        `ValueError`: if no checkpoint is complete.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    problems = []
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        if (problem := describe_problem(folder)) is None:
+            for each in problems:
+                logger.warning(f"{each} The training resumes from {folder} instead.")
+            return str(folder)
+        problems.append(problem)
+    if problems:
+        raise ValueError(f"`resume_from_checkpoint`: {problems[0]} No earlier checkpoint is complete: start again.")
+    return None
+
+
+def check_resumable(checkpoint: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
+    """
+    Checks that a training can resume from a checkpoint.
+
+    Args:
+        checkpoint (`str` or `Path`): The folder of the checkpoint.
+        model ([`~transformers.PreTrainedModel`]): The model to train.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer.
+
+    Raises:
+        `ValueError`: if the checkpoint is incomplete or damaged, or has weights of other sizes or another tokenizer.
+    """
+    if (problem := describe_problem(checkpoint)) is not None:
+        raise ValueError(f"`resume_from_checkpoint`: {problem} Pass an earlier checkpoint.")
+    weights = Path(checkpoint, SAFE_WEIGHTS_NAME)
+    if weights.is_file() and isinstance(model, PreTrainedModel) and not has_added_adapters(model):
+        with safe_open(weights, framework="pt") as file:
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        if different := sorted(name for name in {*saved, *shapes} if saved.get(name) != shapes.get(name)):
+            name = different[0]
+            raise ValueError(
+                f"`resume_from_checkpoint`: {checkpoint} has a model of another size ({name} is {saved.get(name)}, and "
+                f"{shapes.get(name)} in the model to train). Pass the settings that it was trained with."
+            )
+    if tokenizer is not None and Path(checkpoint, "tokenizer_config.json").is_file():
+        if AutoTokenizer.from_pretrained(checkpoint).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"`resume_from_checkpoint`: the tokenizer of {checkpoint} has other tokens than the one that was passed, so the "
+                "weights would mean something else. Load the tokenizer from the checkpoint."
+            )
