@@ -162,7 +162,7 @@ def assemble(
         unfinished = Path(scratch, output.name)  # others may read it, unlike a temporary folder
         model.save_pretrained(unfinished)
         loaded_tokenizer.save_pretrained(unfinished)
-        shutil.copy(TEMPLATES / "LICENSE", unfinished / "LICENSE")
+        shutil.copyfile(TEMPLATES / "LICENSE", unfinished / "LICENSE")
         for name, record in records.items():
             (unfinished / name).write_text(to_json(record, indent=2) + "\n", encoding="utf-8")
         if onnx:

@@ -543,7 +543,9 @@ class FLMGenerationMixin:
                 _from_pipeline=from_pipeline,
                 **{name: value for name, value in kwargs.items() if name in names},
             )
-        except OSError:
+        except OSError as error:
+            if isinstance(error.__context__, ValueError):  # the file is damaged
+                raise
             logger.info("No generation_config.json was found: `generate()` uses its defaults.")
 
 

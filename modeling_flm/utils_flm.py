@@ -3,6 +3,7 @@
 """Helpers that several files share: chunks, tracing, evaluation mode, progress bars, files, and a limit of `torch.compile`."""
 
 import functools
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -135,18 +136,22 @@ def progress(number: int, unit: str) -> Iterable[int]:
 
 
 def describe_damage(path: str | Path) -> str | None:
-    """Returns what is wrong with a safetensors file, and what to do, or `None` if its size is right."""
+    """Returns what is wrong with a safetensors or JSON file, and what to do, or `None` if it can be read."""
     path = Path(path)
     start = path.open("rb").read(100)
     if start.startswith(b"version https://git-lfs"):
-        return f"{path} is a pointer of Git LFS, without the weights: run `git lfs pull` in its folder."
+        return f"{path} is a pointer of Git LFS, without the content: run `git lfs pull` in its folder."
     if not start or start.lstrip().startswith(b"<"):
         return f"{path} is {'a web page' if start else 'empty'}: download or copy the file again."
     try:
-        with safe_open(path, framework="pt"):
-            return None
-    except (OSError, SafetensorError):
+        if path.suffix == ".json":
+            json.loads(path.read_bytes())
+        else:
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
         return f"{path} is truncated or damaged: download or copy the file again."
+    return None
 
 
 def use_default_mode(folder: str | Path):

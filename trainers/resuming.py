@@ -28,21 +28,18 @@ _ZIP_FILES = ("*.pt", "*.pth", "optimizer.bin", "pytorch_model*.bin")
 def describe_problem(checkpoint: str | Path) -> str | None:
     """Returns what a checkpoint lacks, or which of its files is damaged, or `None` if a training can resume from it."""
     folder = Path(checkpoint)
-    missing = [name for name in (TRAINER_STATE_NAME,) if not (folder / name).is_file()]
+    missing = [] if (folder / TRAINER_STATE_NAME).is_file() else [TRAINER_STATE_NAME]
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         missing.append(SAFE_WEIGHTS_NAME)
     lacking = [pattern for pattern in _TRAINING_STATE if not any(folder.glob(pattern))]
     missing += lacking if len(lacking) < len(_TRAINING_STATE) else []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            return f"{path} is truncated or damaged."
-        if path.name == SAFE_WEIGHTS_INDEX_NAME:
-            missing += sorted(name for name in {*content["weight_map"].values()} if not (folder / name).is_file())
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file() and describe_damage(index) is None:
+        shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        missing += sorted(name for name in shards if not (folder / name).is_file())
     if missing:
-        return f"{folder} is no complete checkpoint, it lacks {', '.join(missing)}."
-    for path in sorted(folder.glob("*.safetensors")):
+        return f"{folder} is not a complete checkpoint: it lacks {', '.join(missing)}."
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         if (damage := describe_damage(path)) is not None:
             return damage
     damaged = [path for pattern in _ZIP_FILES for path in folder.glob(pattern) if not zipfile.is_zipfile(path)]

@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
@@ -178,6 +179,8 @@ def errors_about(name: str, *error_types: type[Exception]) -> Iterator[None]:
         yield
     except error_types as error:
         raise ValueError(f"`{name}`: {error}") from error
+    except SafetensorError as error:  # models of this library name the file
+        raise ValueError(f"`{name}`: its weights are truncated or damaged; download or copy them again.") from error
 
 
 @contextmanager

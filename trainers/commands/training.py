@@ -16,6 +16,7 @@ from transformers.utils import cached_file, logging
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
 from modeling_flm.hub.records import DATA_SETTINGS_NAME, to_json
 from modeling_flm.tokenization_flm import add_special_tokens, has_characters_only
+from modeling_flm.utils_flm import describe_damage
 
 from ..data import PREPROCESSING, load_texts, pack_dataset, pad_dataset
 from ..flm_config import FLMTrainingArguments
@@ -185,11 +186,16 @@ def load_pretrained(argument: str, auto_class: type, name: str, **options):
         options: Arguments of `from_pretrained`.
 
     Raises:
-        `ValueError`: if it cannot be found, or lacks a package that its attention needs.
+        `ValueError`: if it cannot be found or is damaged, or lacks a package that its attention needs.
     """
     check_model(argument, name)
     with errors_about(argument, OSError), errors_about("attn_implementation", ImportError):
-        return auto_class.from_pretrained(name, **options)
+        try:
+            return auto_class.from_pretrained(name, **options)
+        except json.JSONDecodeError as error:  # of a tokenizer
+            damages = [describe_damage(path) for path in sorted(Path(name).glob("*.json"))]
+            message = next(filter(None, damages), f"{name} has a JSON file that is truncated or damaged.")
+            raise ValueError(f"`{argument}`: {message}") from error
 
 
 def load_model(

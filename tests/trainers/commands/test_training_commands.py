@@ -128,6 +128,41 @@ class TestTrainingScripts:
                 run_here("flm-train", *self.flags(self.arguments(corpus, tmp_path)))
             (tmp_path / name).rmdir()
 
+    @pytest.mark.parametrize("kind", ["bpe", "char"])
+    def test_resuming_keeps_the_tokenizer(self, kind, corpus, tmp_path, capsys):
+        """Also if the texts have changed, from which another one would be trained."""
+        options = self.arguments(
+            corpus, tmp_path / "out", train_tokenizer=kind, vocab_size=280, max_steps=2, save_steps=1
+        )
+        run_here("flm-train", *self.flags(options))
+        before = (tmp_path / "out" / "tokenizer.json").read_text()
+        results = (tmp_path / "out" / "train_results.json").read_text()
+        grown = tmp_path / "grown.txt"
+        grown.write_text(corpus.read_text() + "\nsizzling jazz quiz: zigzag\n" * 50)
+        options |= {"train_file": grown, "resume_from_checkpoint": True}
+        run_here("flm-train", *self.flags(options))  # is finished
+        assert (tmp_path / "out" / "train_results.json").read_text() == results
+        run_here("flm-train", *self.flags({**options, "max_steps": 3}))
+        assert len(self.losses(tmp_path / "out" / "checkpoint-3")) == 3
+        assert (tmp_path / "out" / "tokenizer.json").read_text() == before
+        train_tokenizer(grown.read_text().splitlines(), kind, 280).save_pretrained(tmp_path / "other")
+        options |= {"train_tokenizer": None, "tokenizer_name": tmp_path / "other"}
+        options = {name: value for name, value in options.items() if value is not None}
+        message = "error: --resume_from_checkpoint: .*checkpoint-3 has (a model of another size|.* other tokens)"
+        with pytest.raises(SystemExit, match=message):
+            run_here("flm-train", *self.flags({**options, "max_steps": 4}))
+
+    def test_train_tokenizer_is_for_training(self, corpus, tmp_path):
+        options = self.arguments(corpus, tmp_path / "out", do_eval=True)
+        with pytest.raises(SystemExit, match="error: --train_tokenizer is for a new training"):
+            run_here("flm-train", *self.flags(options))
+
+    def test_dropping_all_blocks_is_refused(self, corpus, tmp_path):
+        options = self.arguments(corpus, tmp_path / "out", dataloader_drop_last=True, per_device_train_batch_size=4096)
+        with pytest.raises(SystemExit, match="error: Nothing was trained: .* --dataloader_drop_last drops"):
+            run_here("flm-train", *self.flags(options))
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+
     def test_one_long_document_is_split_by_position(self, corpus, tmp_path):
         document = tmp_path / "document.txt"
         document.write_text(" ".join(corpus.read_text().split()))
@@ -230,7 +265,10 @@ class TestHelp:
                 ["--config_overrides", "a=[", "--train_file", "text.txt", "--train_tokenizer", "char"],
                 "error: .*parsing",
             ),
-            (["--resume_from_checkpoint", "nope"], "error: --resume_from_checkpoint: nope is not a checkpoint"),
+            (
+                ["--resume_from_checkpoint", "nope"],
+                "error: --resume_from_checkpoint: nope is not a complete checkpoint",
+            ),
             (["--resume_from_checkpoint", "true"], "error: --resume_from_checkpoint: there is no checkpoint in"),
             (["--train_file", "text.txt", "--preset", "any_order"], "error: --preset .*--model_type fmlm"),
             (["--train_file", "text.txt", "--target", "teacher"], "error: --target .*--model_type fmlm"),

@@ -1,0 +1,125 @@
+"""Damaged files of weights: every way to load a model names the file, and says what to do."""
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from example_scripts import run_here
+from peft import LoraConfig, get_peft_model
+from small_models import build_flm
+from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
+
+from modeling_flm import FLMModel
+from modeling_flm.trainers import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tokenizer = train_tokenizer([" ".join(f"w{n}" for n in range(50))], "word", vocab_size=53)
+    tokenizer.save_pretrained(folder)
+    build_flm(vocab_size=len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    shutil.copytree(saved, tmp_path / "model")
+    return tmp_path / "model"
+
+
+DAMAGES = {
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "a pointer of Git LFS.*git lfs pull"),
+    "page": (b"\n<!DOCTYPE html><html>Not found</html>", "a web page: download or copy the file again"),
+    "empty": (b"", "empty: download or copy the file again"),
+    "text": (b"not found", "truncated or damaged: download or copy the file again"),
+    "truncated": (None, "truncated or damaged: download or copy the file again"),
+}  # fmt: skip
+
+
+def damage(path: Path, how: str) -> str:
+    """Damages a file, and returns the expected message."""
+    content, message = DAMAGES[how]
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    return f"{path} is {message}"
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_from_pretrained(how, folder):
+    message = damage(folder / "model.safetensors", how)
+    for load in (AutoModel.from_pretrained, FLMModel.from_pretrained):
+        with pytest.raises(OSError, match=message):
+            load(folder)
+
+
+def test_model_of_the_hub(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    damage(folder / "model.safetensors", "page")
+    cached = tmp_path / "models--me--tiny"
+    shutil.copytree(folder, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    with pytest.raises(OSError, match=f"{cached}/snapshots/abc/model.safetensors is a web page"):
+        AutoModel.from_pretrained("me/tiny", cache_dir=tmp_path)
+
+
+def test_sharded_weights(folder):
+    AutoModel.from_pretrained(folder).save_pretrained(folder / "sharded", max_shard_size="40KB")
+    shard = sorted((folder / "sharded").glob("*.safetensors"))[1]
+    message = damage(shard, "truncated")
+    with pytest.raises(OSError, match=message):
+        AutoModel.from_pretrained(folder, subfolder="sharded")
+
+
+def test_adapter(folder):
+    adapted = get_peft_model(AutoModel.from_pretrained(folder), LoraConfig(target_modules=["qkv_proj"]))
+    adapted.save_pretrained(folder / "adapter")
+    message = damage(folder / "adapter" / "adapter_model.safetensors", "pointer")
+    for load in (AutoModel.from_pretrained, FLMModel.from_pretrained):
+        with pytest.raises(OSError, match=message):
+            load(folder / "adapter")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["flm-generate", "MODEL"],
+        ["flm-generate", "GOOD", "--guidance_model", "MODEL", "--guidance_scale", "2"],
+        ["flm-train", "--model", "MODEL", "--train_file", "TEXTS", "--output_dir", "OUT", "--use_cpu"],
+        ["flm-distill", "--teacher", "MODEL", "--train_file", "TEXTS", "--output_dir", "OUT", "--use_cpu"],
+        ["flm-evaluate", "--model", "MODEL", "--output_dir", "OUT", "--num_samples", "2"],
+        ["flm-publish", "--model", "MODEL", "--repo_id", "me/tiny", "--dry_run", "OUT"],
+        ["flm-export", "--model", "MODEL", "--output", "OUT"],
+        ["flm-convert", "--checkpoint", "RELEASED", "--output", "OUT"],
+    ],
+)
+def test_commands(command, folder, saved, tmp_path):
+    (tmp_path / "texts.txt").write_text("w1 w2 w3\n" * 50)
+    message = damage(folder / "model.safetensors", "truncated")
+    shutil.copytree(folder, tmp_path / "released")
+    (tmp_path / "released" / "config.json").write_text('{"vocab_size": 53}')
+    places = {"MODEL": folder, "GOOD": saved, "TEXTS": tmp_path / "texts.txt", "OUT": tmp_path / "out"}
+    places["RELEASED"] = tmp_path / "released"
+    if command[0] == "flm-convert":
+        message = message.replace(str(folder), str(tmp_path / "released"))
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        run_here(*(places.get(part, part) for part in command))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["pointer", "empty", "text"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"])
+def test_json_files(name, how, folder):
+    message = damage(folder / name, how)
+    if not name.startswith("tokenizer"):
+        message = f".*{folder / name}.*is not a valid JSON file"
+    with pytest.raises(SystemExit, match=f"error: --model: {message}"):
+        run_here("flm-generate", folder)
+
+
+def test_models_of_other_libraries(saved, folder, tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=53)).save_pretrained(folder)
+    damage(folder / "model.safetensors", "truncated")
+    with pytest.raises(SystemExit, match="error: --model: its weights are truncated or damaged"):
+        run_here("flm-evaluate", "--model", folder, "--output_dir", tmp_path / "out", "--num_samples", "2")
