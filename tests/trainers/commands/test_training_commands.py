@@ -138,7 +138,7 @@ class TestTrainingScripts:
         before = (tmp_path / "out" / "tokenizer.json").read_text()
         results = (tmp_path / "out" / "train_results.json").read_text()
         grown = tmp_path / "grown.txt"
-        grown.write_text(corpus.read_text() + "\nsizzling jazz quiz: zigzag\n" * 50)
+        grown.write_text(corpus.read_text() + "\nsizzling jazz quiz: zigzag\n" * 3000)
         options |= {"train_file": grown, "resume_from_checkpoint": True}
         run_here("flm-train", *self.flags(options))  # is finished
         assert (tmp_path / "out" / "train_results.json").read_text() == results
@@ -148,7 +148,7 @@ class TestTrainingScripts:
         train_tokenizer(grown.read_text().splitlines(), kind, 280).save_pretrained(tmp_path / "other")
         options |= {"train_tokenizer": None, "tokenizer_name": tmp_path / "other"}
         options = {name: value for name, value in options.items() if value is not None}
-        message = "error: --resume_from_checkpoint: .*checkpoint-3 has (a model of another size|.* other tokens)"
+        message = "error: --resume_from_checkpoint: .*checkpoint-3 has (a model of another size|other tokens)"
         with pytest.raises(SystemExit, match=message):
             run_here("flm-train", *self.flags({**options, "max_steps": 4}))
 
