@@ -52,6 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace):
+    if args.output_file is not None:
+        args.output_file.parent.mkdir(parents=True, exist_ok=True)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = AutoModel.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).to(device)
     check_model_type("model", model)
@@ -63,7 +65,6 @@ def main(args: argparse.Namespace):
     for name, value in figures.items():
         print(f"{name.replace('_', ' '):>16}  {value:,.4f}" if isinstance(value, float) else f"{name:>16}  {value:,}")
     if args.output_file is not None:
-        args.output_file.parent.mkdir(parents=True, exist_ok=True)
         args.output_file.write_text(to_json(figures, indent=2) + "\n")
 
 

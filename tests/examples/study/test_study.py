@@ -1,7 +1,9 @@
 """The study: its texts, tables and stages, at small scale."""
 
 import json
+import math
 import random
+import re
 from pathlib import Path
 
 import grammar
@@ -164,6 +166,10 @@ def test_one_step_of_each_stage(tmp_path, capsys):
     assert report in capsys.readouterr().out
     assert all(f"| {label} | {steps} | " in report for label in ("FLM", "FMLM") for steps in (1, 2))
     assert "| GPT-2 | 24 | " in report
+    likelihoods = re.findall(r"\| (?:≤ )?(\d+\.\d\d) \| [\d.]+ \| (?:≤ )?([\d.]+) \|\n", report)
+    assert len(likelihoods) == 3
+    for nats, bits in likelihoods:  # blocks of 24 letters
+        assert float(bits) == pytest.approx(float(nats) / 24 / math.log(2), abs=1e-3)
 
 
 @pytest.mark.slow
