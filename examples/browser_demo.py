@@ -12,6 +12,7 @@ Serve a page on this machine that runs a model in the browser. The default model
 
 import argparse
 import json
+import os
 import shutil
 import webbrowser
 from pathlib import Path
@@ -40,6 +41,7 @@ def make_page(model: Path, output: Path):
     source = json.dumps({str(path.resolve()): path.stat().st_mtime for path in sorted(model.iterdir())})
     if not record.is_file() or record.read_text() != source:
         print("Exporting the model to ONNX (a few seconds)", flush=True)
+        os.environ.setdefault("NODE_PATH", str(PACKAGES))  # to compare the tokenizer in JavaScript
         export_onnx(model, folder)
         record.write_text(source)
 

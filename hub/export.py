@@ -21,13 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from modeling_flm.base_flm import FLMPreTrainedModel
 from modeling_flm.flow import flow_map, times_with_known
 from modeling_flm.generation_config_flm import FLMGenerationConfig
 from modeling_flm.joint_noise import JointNoise
 
+from .page_tokenizers import tokenizer_warning
 from .records import ONNX_FILES, ONNX_FOLDER
 
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
+
+logger = transformers_logging.get_logger(__name__)
 
 # Share of tokens that must be equal to PyTorch's. Rounding decides between equally likely tokens.
 MIN_AGREEMENT = {"float32": 0.999, "float16": 0.98, "int8": 0.98}
@@ -140,7 +144,8 @@ def export_onnx(
             Any of `"float32"`, `"float16"` and `"int8"`. `"int8"` means 8-bit weights except for time embeddings and the
             coordinates of tokens. Inputs and outputs are always in float32.
         check (`bool`, *optional*, defaults to `True`):
-            Whether to run the files in ONNX Runtime, and to compare their tokens with PyTorch's.
+            Whether to run the files in ONNX Runtime, and to compare their tokens with PyTorch's; and to warn if the tokenizer reads
+            texts differently in a browser, where Node.js and its package `@huggingface/tokenizers` can tell.
 
     Returns:
         `dict[str, float]`: for each precision the share of tokens that are equal to PyTorch's, the minimum over 1 and 4 steps
@@ -154,6 +159,7 @@ def export_onnx(
     _import_onnx()
     import onnxruntime
 
+    repository = output if isinstance(model, PreTrainedModel) else model
     if not isinstance(model, PreTrainedModel):
         model = load(model)
     if not isinstance(model, FLMPreTrainedModel):
@@ -191,7 +197,19 @@ def export_onnx(
             # Large weights are in a second file.
             for path in scratch.glob(f"{ONNX_FILES[precision]}*"):
                 path.replace(output / path.name)
+    if check:
+        _check_tokenizer(repository)
     return agreement
+
+
+def _check_tokenizer(repository: str | Path):
+    """Warns if a tokenizer works differently in a browser."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(repository)
+    except Exception:  # there is none
+        return
+    if tokenizer.is_fast and (warning := tokenizer_warning(tokenizer)):
+        logger.warning(warning)
 
 
 def _import_onnx():
