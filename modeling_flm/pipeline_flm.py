@@ -19,8 +19,67 @@ from .configuration_flm import CUSTOM_PIPELINES
 logger = logging.get_logger(__name__)
 
 
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    argument: str = "texts",
+    split_special_tokens: bool = True,
+    **kwargs,
+) -> list[list[int]]:
+    """
+    Tokenizes texts, without the special tokens that a tokenizer adds.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the model.
+        texts (`list[str]`): The texts.
+        argument (`str`, *optional*, defaults to `"texts"`): Name of the texts in error messages.
+        split_special_tokens (`bool`, *optional*, defaults to `True`):
+            Whether the names of special tokens in the texts, such as `[EOS]`, are tokenized as any other text.
+        kwargs: Further arguments of the tokenizer.
+
+    Returns:
+        `list[list[int]]`: the tokens of each text.
+
+    Raises:
+        `ValueError`: for a text that is no valid Unicode, or that a tokenizer without a token for unknown text does not know.
+    """
+    kwargs = {"add_special_tokens": False, "split_special_tokens": split_special_tokens, "verbose": False, **kwargs}
+    try:
+        return tokenizer(texts, **kwargs)["input_ids"]
+    except Exception as error:  # of `tokenizers`, which has no types of its own
+        for text in texts:
+            check_unicode(text, argument)
+        if "unk" not in str(error).lower():
+            raise
+        vocab = tokenizer.get_vocab()
+        unknown = "".join(character for text in texts for character in text if character not in vocab)
+        if max(map(len, vocab)) > 1 or not unknown:
+            raise ValueError(
+                f"`{argument}`: the tokenizer does not know some text, and has no `unk_token`: {error}"
+            ) from error
+        raise ValueError(
+            f"`{argument}`: the tokenizer does not know {unknown[0]!r}, and has no `unk_token`: use only its {len(vocab)} "
+            f"characters, {''.join(sorted(vocab))[:100]!r}."
+        ) from error
+
+
+def check_unicode(text: str, argument: str):
+    """Raises a `ValueError` for a text with a lone surrogate, which is what Python makes of bytes that are not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`{argument}`: {text[error.start]!r} at position {error.start} of {text[:40]!r} is no character: remove it, or decode "
+            "the text with its own encoding."
+        ) from error
+
+
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], bos_token_id: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    bos_token_id: int | None,
+    split_special_tokens: bool = True,
+    argument: str = "text_inputs",
 ) -> dict[str, torch.LongTensor]:
     """
     Tokenizes prompts, without the special tokens that a tokenizer adds, since these may include an EOS token.
@@ -29,12 +88,14 @@ def encode_prompts(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the model.
         prompts (`list[str]`): The prompts.
         bos_token_id (`int`, *optional*): A token to put before every prompt.
+        split_special_tokens (`bool`, *optional*, defaults to `True`): See [`encode_texts`].
+        argument (`str`, *optional*, defaults to `"text_inputs"`): Name of the prompts in error messages.
 
     Returns:
         `dict[str, torch.LongTensor]`: `input_ids` and `attention_mask`, of shape `(num_prompts, prompt_length)`.
     """
     prefix = [] if bos_token_id is None else [bos_token_id]
-    token_lists = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    token_lists = encode_texts(tokenizer, prompts, argument, split_special_tokens)
     _warn_of_unknown_words(tokenizer, prompts, token_lists)
     rows = [torch.tensor([*prefix, *tokens], dtype=torch.long) for tokens in token_lists]
     # Padded here, since the tokenizer may have no padding token
@@ -47,13 +108,12 @@ def encode_prompts(
 def _warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase, prompts: list[str], token_lists: list[list[int]]):
     """Warns about prompts with unknown words: the samples would not show these words."""
     token, token_id = tokenizer.unk_token, tokenizer.unk_token_id
-    if token_id is None:
-        return
-    with_unknown = [prompt for prompt, ids in zip(prompts, token_lists) if token_id in ids and token not in prompt]
+    with_unknown = [prompt for prompt, ids in zip(prompts, token_lists) if token_id in ids]
     if with_unknown:
+        share = sum(ids.count(token_id) for ids in token_lists) / sum(map(len, token_lists))
         logger.warning(
-            f"The tokenizer does not know some words of the prompts, and replaces them by {token}: {with_unknown[0]!r}"
-            + (f", and {len(with_unknown) - 1} more." if len(with_unknown) > 1 else ".")
+            f"The tokenizer does not know some words of the prompts, {share:.1%} of the tokens, and replaces them by {token}: "
+            f"{with_unknown[0]!r}" + (f", and {len(with_unknown) - 1} more." if len(with_unknown) > 1 else ".")
         )
 
 
@@ -112,6 +172,8 @@ class FLMPipeline(Pipeline):
             add_special_tokens (`bool`, *optional*, defaults to `True`):
                 Whether to put the `bos_token_id` of the model's generation configuration, if any, before every prompt. No
                 other special tokens are added.
+            split_special_tokens (`bool`, *optional*, defaults to `True`):
+                Whether the names of special tokens in prompts, such as `[EOS]`, are tokenized as any other text.
             skip_special_tokens (`bool`, *optional*, defaults to `True`): Whether to omit special tokens from the texts.
             return_tensors (`bool`, *optional*, defaults to `False`):
                 Whether to return the tokens as well, as `"generated_token_ids"`.
@@ -172,18 +234,25 @@ class FLMPipeline(Pipeline):
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _sanitize_parameters(
-        self, add_special_tokens=None, skip_special_tokens=None, return_tensors=None, **generate_kwargs
+        self,
+        add_special_tokens=None,
+        split_special_tokens=None,
+        skip_special_tokens=None,
+        return_tensors=None,
+        **generate_kwargs,
     ):
-        preprocess = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        preprocess = {"add_special_tokens": add_special_tokens, "split_special_tokens": split_special_tokens}
         decode = {"skip_special_tokens": skip_special_tokens, "return_tensors": return_tensors}
-        return preprocess, generate_kwargs, {name: value for name, value in decode.items() if value is not None}
+        preprocess, decode = (
+            {name: value for name, value in each.items() if value is not None} for each in (preprocess, decode)
+        )
+        return preprocess, generate_kwargs, decode
 
-    def preprocess(self, prompts, add_special_tokens=True):
+    def preprocess(self, prompts, add_special_tokens=True, split_special_tokens=True):
         if not prompts:
             return {}
-        return encode_prompts(
-            self.tokenizer, prompts, self.model.generation_config.bos_token_id if add_special_tokens else None
-        )
+        bos_token_id = self.model.generation_config.bos_token_id if add_special_tokens else None
+        return encode_prompts(self.tokenizer, prompts, bos_token_id, split_special_tokens)
 
     def _forward(self, model_inputs, **generate_kwargs):
         return self.model.generate(**{**generate_kwargs, **model_inputs, "return_dict_in_generate": True})

@@ -6,10 +6,18 @@ Special tokens for existing tokenizers, and training of small tokenizers.
 Not part of Hub repositories: no file that is copied there imports this module.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .pipeline_flm import check_unicode
+
+
+# Longest run without spaces, or of spaces, that byte-pair encoding is trained on: its time grows with the square.
+_MAX_RUN = 200
+_LONG_RUN = re.compile(rf"\S{{{_MAX_RUN}}}(?=\S)|\s{{{_MAX_RUN}}}(?=\s)")
 
 
 # Words and punctuation marks as split by `pre_tokenizers.Whitespace`, which in JavaScript knows only ASCII words.
@@ -55,6 +63,19 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     return tokenizer
+
+
+def _training_texts(texts: Iterable[str], cut: bool) -> Iterator[str]:
+    """Checks texts, and cuts their long runs."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"`texts` has {text!r}, which is not a string: leave it out.")
+        check_unicode(text, "texts")
+        start = 0
+        for run in _LONG_RUN.finditer(text) if cut else ():
+            yield text[start : run.end()]
+            start = run.end()
+        yield text[start:]
 
 
 def train_tokenizer(texts: Iterable[str], tokenizer_type: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -109,7 +130,7 @@ def train_tokenizer(texts: Iterable[str], tokenizer_type: str, vocab_size: int) 
         trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
     else:
         raise ValueError(f"`tokenizer_type` must be 'bpe', 'char', 'word' or 'text8', got {tokenizer_type!r}.")
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_training_texts(texts, cut=tokenizer_type == "bpe"), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",

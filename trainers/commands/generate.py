@@ -37,7 +37,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.utils import logging
 
 from modeling_flm import BridgeSamplerConfig
-from modeling_flm.pipeline_flm import encode_prompts
+from modeling_flm.pipeline_flm import encode_prompts, encode_texts
 
 from ..data import find_text_column, load_texts
 from ..evaluation import generate_samples
@@ -82,7 +82,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, help="sample only from the most likely tokens with this total probability (default: 1)")
     add("--gamma", type=float, help="share of fresh noise at every step, from 0 to 1")
     add("--prompt", help="start of every text")
-    add("--prompts_file", help="a txt file with one prompt per line, or a json, jsonl, csv or parquet file")
+    add(
+        "--prompts_file",
+        help="a txt file with one prompt per line, a json, jsonl, csv, tsv or parquet file, or a folder",
+    )
     add("--prompts_dataset", help="name of a dataset of prompts on the Hub, or a folder with one")
     add("--prompts_config", help="configuration of the dataset")
     add("--prompts_split", default="train", help="split of the dataset, or a part of it such as test[:100]")
@@ -159,7 +162,7 @@ def load_prompts(args: argparse.Namespace) -> list[str] | None:
         if args.prompts_dataset is not None:
             source = {"dataset_name": args.prompts_dataset, "dataset_config_name": args.prompts_config}
             source["train_split"] = args.prompts_split
-        dataset = load_texts(**source, validation_percentage=0)["train"]
+        dataset = load_texts(**source, validation_percentage=0, text_column=args.prompt_column)["train"]
         prompts = list(dataset[find_text_column(dataset, args.prompt_column)])
     except (OSError, ValueError) as error:
         message = str(error)
@@ -168,17 +171,22 @@ def load_prompts(args: argparse.Namespace) -> list[str] | None:
             message = message.replace(f"`{name}`", f"`{flag}`")
         raise ValueError(message) from error
     if not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("`prompt_column`: not all of its values are strings; pass another column.")
+        raise ValueError(
+            "`prompt_column`: not all of its values are strings; remove these rows, or pass another column."
+        )
     if not prompts:
         raise ValueError(f"`{'prompts_file' if args.prompts_dataset is None else 'prompts_dataset'}` has no prompts.")
     return prompts
 
 
-def check_lengths(prompts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int | None):
-    """Raises a `ValueError` for a prompt that is longer than the texts, before the first one is generated."""
-    longest = length or model.generation_config.length or model.config.max_position_embeddings
+def check_prompts(
+    args: argparse.Namespace, prompts: list[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+):
+    """Raises a `ValueError` for a prompt that cannot be used, or is longer than the texts, before the first is generated."""
+    argument = next(name for name in _PROMPT_SOURCES if getattr(args, name) is not None)
+    longest = args.length or model.generation_config.length or model.config.max_position_embeddings
     num_begin = 0 if model.generation_config.bos_token_id is None else 1
-    token_lists = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    token_lists = encode_texts(tokenizer, prompts, argument)
     for number, tokens in enumerate(token_lists, 1):
         if num_begin + len(tokens) > longest:
             raise ValueError(
@@ -287,7 +295,7 @@ def write_texts(args: argparse.Namespace):
     with state.local_main_process_first():  # it fills the caches of datasets
         prompts = load_prompts(args)
     if prompts is not None:
-        check_lengths(prompts, tokenizer, model, args.length)
+        check_prompts(args, prompts, tokenizer, model)
     num_texts = args.num_samples if prompts is None else args.num_return_sequences * len(prompts)
 
     settings = get_settings(args, model, prompts)

@@ -38,6 +38,7 @@ from .. import (
     longest_text,
     train_tokenizer,
 )
+from ..data.loading import check_text
 from .command_line import ScriptParser, check_model_type, errors_about, friendly_errors
 from .training import (
     DataArguments,
@@ -134,7 +135,7 @@ def load_data(
     if data_args.prompt_column is not None:
         columns.append(find_text_column(dataset["train"], data_args.prompt_column))
     # A stream may be endless: its start is enough for a tokenizer.
-    texts = (row[column] for row in dataset["train"].take(100_000) for column in columns)
+    texts = (check_text(row[column], column) for row in dataset["train"].take(100_000) for column in columns)
     tokenizer = get_tokenizer(model_args, texts, training_args)
     is_new = model_args.model_name_or_path is None and model_args.masked_model is None
     if data_args.packing == "lines" and data_args.block_size is None and is_new:

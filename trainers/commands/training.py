@@ -48,9 +48,11 @@ class DataArguments:
     )
     train_file: str | None = field(
         default=None,
-        metadata={"help": "A txt, json, jsonl, csv or parquet file to train on. Replaces the dataset of a YAML file."},
+        metadata={
+            "help": "A txt, json, jsonl, csv, tsv or parquet file to train on, also compressed, or a folder. Replaces the dataset of a YAML file."
+        },
     )
-    validation_file: str | None = field(default=None, metadata={"help": "A file of the same type to evaluate on."})
+    validation_file: str | None = field(default=None, metadata={"help": "A file or folder to evaluate on."})
     validation_split_percentage: int = field(
         default=5,
         metadata={"help": "Percentage of the training texts to evaluate on if there is no validation split or file."},

@@ -29,7 +29,7 @@ def check_dataset(name: str, dataset: Any, config: PreTrainedConfig):
 
     Args:
         name (`str`): Name of the argument, for messages.
-        dataset ([`~datasets.Dataset`], or any other dataset): Examples. A stream is not read.
+        dataset ([`~datasets.Dataset`], or any other dataset): Examples. Only the first one of a stream of `datasets` is read.
         config ([`~transformers.PreTrainedConfig`]): Configuration of the model.
     """
     if isinstance(dataset, dict):  # also a `DatasetDict`
@@ -43,6 +43,10 @@ def check_dataset(name: str, dataset: Any, config: PreTrainedConfig):
                 f"`{name}` needs a column `input_ids`, but has {', '.join(columns)}: make them with `pack_dataset` "
                 f"or `pad_dataset(dataset, tokenizer, length={config.max_position_embeddings})`."
             )
+    if isinstance(dataset, IterableDataset) and next(iter(dataset), None) is None:
+        raise ValueError(
+            f"`{name}` is a stream without examples: if its texts have fewer tokens than a block, pack them with a smaller `block_size`."
+        )
     if not has_length(dataset):
         return
     if len(dataset) == 0:

@@ -2,20 +2,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading of texts from the Hub and from files."""
 
+import csv
+import glob
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
+import datasets
+import fsspec
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
-# Builder of `datasets` for each file extension.
-_BUILDERS = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
+# Builder of `datasets` for each file extension
+_BUILDERS = {"txt": "text", "json": "json", "jsonl": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet"}
+
+_READERS = {"TextConfig": "text", "JsonConfig": "json", "CsvConfig": "csv"}
+
+# Extensions of compressed files, after the extension above
+_COMPRESSIONS = ("gz", "bz2", "xz", "zst")
+
+# Remedies for errors of the readers, by a pattern in their messages
+_REMEDIES = {
+    "can't decode": " Save it as UTF-8.",
+    "fields in line|Length of header": " Rows need as many fields as the header, and texts with a delimiter need quotes.",
+    "changed from object|document is empty": ' Write one object per line, such as {"text": "..."}.',
+    "[Zz]standard": " Run pip install zstandard.",
+}
 
 
 def load_texts(
@@ -35,10 +61,12 @@ def load_texts(
     Loads a dataset from the Hub or from files, with a `train` and a `validation` split.
 
     Args:
-        dataset_name (`str`, *optional*): Name or folder of a dataset.
+        dataset_name (`str`, *optional*): Name of a dataset on the Hub, or a folder, as for `train_file`.
         dataset_config_name (`str`, *optional*): Name of a configuration of the dataset.
-        train_file (`str`, *optional*): A txt, json, jsonl, csv or parquet file for training.
-        validation_file (`str`, *optional*): A file of the same type for evaluation.
+        train_file (`str`, *optional*):
+            A txt, json, jsonl, csv, tsv or parquet file for training, also compressed (`corpus.txt.gz`); or a folder of such files,
+            or of a dataset that was saved by `save_to_disk`.
+        validation_file (`str`, *optional*): A file or folder for evaluation.
         validation_percentage (`int`, *optional*, defaults to 5):
             Percentage of the training split that becomes the validation split if the dataset has none and none is named: a
             share of the texts, or the end of a single text. Not for streaming.
@@ -62,36 +90,14 @@ def load_texts(
         raise ValueError("No texts to load: pass `dataset_name` or `train_file`.")
     if dataset_name is not None and train_file is not None:
         raise ValueError("Pass either `dataset_name` or `train_file`, and not both.")
+    options = {"streaming": streaming, "text_column": text_column, "sample_by": sample_by}
     if dataset_name is not None:
-        try:
-            dataset = load_dataset(dataset_name, dataset_config_name, streaming=streaming, revision=dataset_revision)
-        except OSError as error:
-            raise FileNotFoundError(f"`dataset_name`: {error}") from error
+        dataset = _load("dataset_name", dataset_name, dataset_config_name, dataset_revision, **options)
     else:
-        files = {"train": train_file, "validation": validation_file}
-        files = {split: str(file) for split, file in files.items() if file is not None}
-        extensions = {Path(file).suffix.lstrip(".") for file in files.values()}
-        if len(extensions) != 1 or not extensions <= _BUILDERS.keys():
-            *first, last = _BUILDERS
-            names = (
-                "`train_file` and `validation_file` must have the same type,"
-                if len(files) > 1
-                else "`train_file` must be"
-            )
-            raise ValueError(f"{names} a {', '.join(first)} or {last} file, got {' and '.join(files.values())}.")
-        for split, file in files.items():
-            if not Path(file).exists() and not re.search(r"[*?\[]|://", file):
-                raise FileNotFoundError(f"`{split}_file`: there is no file {file}.")
-            if Path(file).is_file() and Path(file).stat().st_size == 0:
-                raise ValueError(f"`{split}_file`: {file} is empty.")
-        builder = _BUILDERS[extensions.pop()]
-        options = {"sample_by": sample_by} if builder == "text" else {}
-        try:
-            dataset = load_dataset(builder, data_files=files, streaming=streaming, **options)
-        except DatasetGenerationError as error:
-            cause = " ".join(str(error.__cause__ or error).split())
-            names = " or ".join(f"`{split}_file`" for split in files)
-            raise ValueError(f"{names}: {' or '.join(files.values())} cannot be read: {cause}") from error
+        dataset = _load("train_file", str(train_file), **options)
+        if validation_file is not None:
+            parts = _load("validation_file", str(validation_file), **options)
+            dataset["validation"] = parts["validation" if "validation" in parts else "train"]
     splits = {"train": train_split, "validation": validation_split}
     if validation_split is None and "validation" in dataset:
         splits["validation"] = "validation"
@@ -114,9 +120,129 @@ def load_texts(
     return type(dataset)(splits)
 
 
+def is_text_file(path: str) -> bool:
+    """Returns whether a path ends in txt, also compressed."""
+    return _builder_name(path) == "text"
+
+
+def _builder_name(path: str) -> str | None:
+    """Returns the builder of `datasets` for a path, or `None` for an unknown extension."""
+    *_, first, last = "", "", *path.lower().split(".")
+    return _BUILDERS.get(first if last in _COMPRESSIONS else last)
+
+
+def _load(
+    argument: str,
+    path: str,
+    config_name: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    text_column: str | None = None,
+    sample_by: str = "line",
+) -> DatasetDict | IterableDatasetDict:
+    """Loads all splits of a file, a folder or a dataset of the Hub, which `argument` names."""
+    is_folder, files = Path(path).is_dir(), _local_files(path)
+    for file in files:
+        with open(file, "rb") as opened:
+            if opened.read(40) == b"version https://git-lfs.github.com/spec/":
+                raise ValueError(f"`{argument}`: {file} is a pointer of Git LFS and not the data: run git lfs pull.")
+    if any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json")):
+        saved = load_from_disk(path)
+        saved = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+        if streaming:
+            return IterableDatasetDict({name: part.to_iterable_dataset() for name, part in saved.items()})
+        return saved
+    if is_folder and glob.has_magic(path):
+        raise ValueError(f"`{argument}`: rename the folder {path}: `datasets` reads *, ? and [ as a pattern.")
+    source = {"path": path, "name": config_name, "revision": revision}
+    if argument != "dataset_name" and not is_folder:
+        builder_name = _builder_name(path)
+        if builder_name is None:
+            *first, last = _BUILDERS
+            raise ValueError(
+                f"`{argument}` must be a {', '.join(first)} or {last} file, also compressed ({', '.join(_COMPRESSIONS)}), or a "
+                f"folder, got {path}."
+            )
+        if not files and not glob.has_magic(path) and "://" not in path:
+            raise FileNotFoundError(f"`{argument}`: there is no file {path}.")
+        if Path(path).is_file() and Path(path).stat().st_size == 0:
+            raise ValueError(f"`{argument}`: {path} is empty.")
+        source = {"path": builder_name, "data_files": {"train": glob.escape(path) if Path(path).is_file() else path}}
+    # `datasets` tells files apart by path and modification time only. The time of the last change cannot be set.
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns) for file in files]
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "local", Hasher.hash(states)) if files else None
+    source["cache_dir"] = None if cache is None else str(cache)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Length of header")  # the rest of a row would be lost
+            if "data_files" in source:
+                options = _reader_options(builder_name, files[:1], text_column, sample_by)
+            else:
+                config = load_dataset_builder(**source).config
+                first = [Path(str(next(iter(config.data_files.values()))[0]))] if files else []
+                options = _reader_options(_READERS.get(type(config).__name__), first, text_column, sample_by)
+            builder = load_dataset_builder(**source, **options)
+            if streaming:
+                dataset = IterableDatasetDict(builder.as_streaming_dataset())
+                if files:
+                    next(iter(next(iter(dataset.values()))), None)  # shows whether it can be read
+            else:
+                builder.download_and_prepare()
+                if builder.info.splits and not any(split.num_examples for split in builder.info.splits.values()):
+                    raise ValueError("it has no texts")
+                dataset = builder.as_dataset()
+    except Exception as error:  # of any reader
+        if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and not files):
+            raise FileNotFoundError(f"`{argument}`: {error}") from error
+        cause = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        remedy = next((remedy for pattern, remedy in _REMEDIES.items() if re.search(pattern, cause)), "")
+        raise ValueError(f"`{argument}`: {path} cannot be read: {cause}.{remedy}") from error
+    return dataset
+
+
+def _local_files(path: str) -> list[Path]:
+    """Returns the files that a local path, or a pattern of paths, stands for."""
+    if "://" in path:
+        return []
+    paths = [Path(path)] if Path(path).exists() else map(Path, glob.glob(path, recursive=True))
+    files = [file for each in paths for file in (sorted(each.rglob("*")) if each.is_dir() else [each])]
+    return [file for file in files if file.is_file()]
+
+
+def _reader_options(
+    builder_name: str | None, files: list[Path], text_column: str | None, sample_by: str
+) -> dict[str, Any]:
+    """Returns options of a reader, so that all texts are read as they stand in the file. `files` has the first one, if it is local."""
+    if builder_name == "text":
+        return {"sample_by": sample_by, "encoding": "utf-8-sig"}
+    if builder_name == "json":
+        return {"encoding": "utf-8-sig"}  # checked, unlike the default
+    if builder_name != "csv":
+        return {}
+    # Words such as NA are texts, and a row with too many fields does not shift the others.
+    options = {"keep_default_na": False, "na_values": [""], "index_col": False}
+    column = text_column or "text"
+    for file in files:
+        with fsspec.open(str(file), "rt", encoding="utf-8-sig", errors="replace", compression="infer") as lines:
+            header = lines.readline()
+        options["sep"] = next((each for each in ",;\t" if each in header), ",")
+        (names,) = list(csv.reader([header], delimiter=options["sep"])) or [[]]
+        if text_column is None and "text" not in names:
+            if any(re.search(r"\S\s+\S", name) for name in names):
+                raise ValueError(
+                    f"its first line, {header.strip()[:80]!r}, must have the names of the columns: add a line such as text, or pass "
+                    "`text_column` if it has."
+                )
+            if len(names) == 1:
+                (column,) = names
+                logger.warning(f"{file.name}: the first line, {column!r}, is read as the name of the column of texts.")
+        options["na_values"] = {name: [""] for name in names if name != column}  # an empty text is a text
+    return {**options, "converters": {column: str}}  # and so is a number
+
+
 def _split_text(dataset: Dataset, column: str, percentage: float) -> tuple[Dataset, Dataset]:
     """Splits the single text of a dataset into its start and its end, at a space."""
-    text = dataset[0][column]
+    text = check_text(dataset[0][column], column)
     place = round(len(text) * (1 - percentage / 100))
     space = re.compile(r"\s+(?=\S)").search(text, place)
     before, after = (place, place) if space is None else space.span()
@@ -188,10 +314,21 @@ def find_text_column(dataset: Dataset | IterableDataset, text_column: str | None
         raise ValueError(f"`text_column` is {text_column!r}, but the dataset has the columns {columns}.")
     if text_column not in texts:
         feature = dataset.features[text_column]
+        found = "values of several types" if type(feature).__name__ == "Json" else feature
         raise ValueError(
-            f"`text_column` is {text_column!r}, which has {feature} instead of strings. Columns of strings: {texts}."
+            f"`text_column` is {text_column!r}, which has {found} instead of strings. Columns of strings: {texts}."
         )
     return text_column
+
+
+def check_text(text: Any, column: str) -> str:
+    """Returns a text of a column. Raises a `ValueError` if it is no string."""
+    if not isinstance(text, str):
+        raise ValueError(
+            f"`text_column` {column!r} has {text!r}, which is not a string: remove such rows with "
+            f"`dataset.filter(lambda row: isinstance(row[{column!r}], str))`."
+        )
+    return text
 
 
 def _may_have_texts(dataset: Dataset | IterableDataset, column: str) -> bool:

@@ -6,12 +6,19 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
+import numpy as np
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from modeling_flm.tokenization_flm import has_characters_only
+from modeling_flm.pipeline_flm import encode_texts
+from modeling_flm.tokenization_flm import count_unknown_tokens, has_characters_only
 
-from .loading import column_names, find_text_column
+from .loading import check_text, column_names, find_text_column
+
+
+logger = logging.get_logger(__name__)
 
 
 def pack_tokens(
@@ -30,21 +37,23 @@ def pack_tokens(
     Returns:
         `list[list[int]]`: blocks of `block_size` tokens.
     """
-    begin, end = ([] if token is None else [token] for token in (bos_token_id, eos_token_id))
-    stream = list(chain.from_iterable([*tokens, *end] for tokens in token_lists))
-    inner = block_size - len(begin) - len(end)
-    starts = range(0, len(stream) - inner + 1, inner)
-    return [[*begin, *stream[start : start + inner], *end] for start in starts]
+    end = [] if eos_token_id is None else [eos_token_id]
+    stream = np.fromiter(chain.from_iterable([*tokens, *end] for tokens in token_lists), dtype=np.int64)
+    return _cut(stream, block_size, bos_token_id, eos_token_id)[0].tolist()
 
 
-def check_texts(texts: list, column: str):
-    """Raises a `ValueError` if a column has a value that is not a string."""
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(
-                f"`text_column` {column!r} has {text!r}, which is not a string: remove such rows with "
-                f"`dataset.filter(lambda row: isinstance(row[{column!r}], str))`."
-            )
+def _cut(
+    stream: np.ndarray, block_size: int, bos_token_id: int | None, eos_token_id: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts a stream of tokens into blocks. Returns these, of shape `(num_blocks, block_size)`, and the rest of the stream."""
+    size = block_size - sum(token is not None for token in (bos_token_id, eos_token_id))
+    num_blocks = len(stream) // size
+    columns = [stream[: num_blocks * size].reshape(num_blocks, size)]
+    if bos_token_id is not None:
+        columns.insert(0, np.full((num_blocks, 1), bos_token_id, dtype=stream.dtype))
+    if eos_token_id is not None:
+        columns.append(np.full((num_blocks, 1), eos_token_id, dtype=stream.dtype))
+    return np.concatenate(columns, axis=1), stream[num_blocks * size :]
 
 
 # Patterns to join, in this order: addresses, tokens without a space before them, tokens without one after them, quotations.
@@ -97,9 +106,9 @@ def pack_dataset(
     boundaries: bool = True,
 ) -> Dataset | IterableDataset:
     """
-    Tokenizes a dataset of texts and packs them into blocks of equal length, see [`pack_tokens`]. Samples of a model that was
-    trained on blocks are blocks, too, with parts of several texts: for one text a sample use [`pad_dataset`]. `datasets`
-    caches the result on disk.
+    Tokenizes a dataset of texts and packs them into blocks of equal length, see [`pack_tokens`]. `datasets` caches the
+    result on disk. Texts are read in order, and only the remainder at the end is dropped. Special tokens that stand in a text, such
+    as `[EOS]`, are text.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The texts.
@@ -107,9 +116,8 @@ def pack_dataset(
             A tokenizer with a BOS and an EOS token, or of single characters only, or any tokenizer without `boundaries`.
         block_size (`int`): Length of the blocks.
         text_column (`str`, *optional*): Column of the texts, see [`find_text_column`].
-        num_proc (`int`, *optional*): Number of processes. Not for streams.
-        batch_size (`int`, *optional*, defaults to 1000):
-            Number of texts to concatenate at a time. Each time, less than a block is lost.
+        num_proc (`int`, *optional*): Number of processes that tokenize. It does not change the blocks. Not for streams.
+        batch_size (`int`, *optional*, defaults to 1000): Number of texts to tokenize at a time. It does not change the blocks.
         preprocessing (`str`, *optional*):
             `"lm1b"` for texts of the One Billion Word benchmark, see [`detokenize_lm1b`]; `"characters"` for a few very long
             texts with a tokenizer of characters.
@@ -135,23 +143,65 @@ def pack_dataset(
     if block_size < 3:
         raise ValueError(f"`block_size` must be at least 3, got {block_size}.")
 
-    def tokenize_and_pack(batch: dict[str, list]) -> dict[str, list]:
-        texts = batch[text_column]
-        check_texts(texts, text_column)
+    end = [] if boundary_tokens[1] is None else [boundary_tokens[1]]
+    rests: dict[int, np.ndarray] = {}
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+        texts = [check_text(text, text_column) for text in batch[text_column]]
         if preprocessing is not None:
             texts = list(PREPROCESSING[preprocessing](texts))
-        # Not `verbose`: it would warn about texts longer than the model.
-        tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return {"input_ids": pack_tokens(tokens, block_size, *boundary_tokens)}
+        rows = encode_texts(tokenizer, texts, "text_column")
+        return {
+            "tokens": [np.array([*tokens, *end], dtype=np.int32) for tokens in rows],
+            # of the batch, in its first row
+            "num_unknown": [count_unknown_tokens(tokenizer, rows), *[0] * len(rows)][: len(rows)],
+        }
 
-    options = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc, "desc": "Tokenizing and packing"}
-    packed = dataset.map(
-        tokenize_and_pack, batched=True, batch_size=batch_size, remove_columns=column_names(dataset), **options
-    )
-    if not isinstance(packed, IterableDataset) and len(packed) == 0:
-        tokens = tokenizer(dataset[text_column][:], add_special_tokens=False, verbose=False)["input_ids"]
+    def pack(tokens: list[np.ndarray], indices: list[int]) -> dict[str, list]:
+        # The rest of the batch before. Every pass over a stream writes it anew before it is read.
+        rest = rests.get(indices[0], np.empty(0, dtype=np.int32))
+        blocks, rest = _cut(np.concatenate([rest, *tokens]), block_size, *boundary_tokens)
+        rests.pop(indices[-1] + 1, None)
+        rests[indices[-1] + 1] = rest.copy()
+        if len(rests) > 100:
+            del rests[next(iter(rests))]
+        return {"input_ids": blocks.tolist()}
+
+    def tokenize_and_pack(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        tokenized = tokenize(batch)
+        if indices[0] == 0:
+            num_tokens = sum(map(len, tokenized["tokens"]))
+            warn_of_unknown(tokenizer, sum(tokenized["num_unknown"]), num_tokens, f"the first {len(indices)} texts")
+        return pack(tokenized["tokens"], indices)
+
+    def pack_table(table: pa.Table, indices: list[int]) -> dict[str, list]:
+        return pack([table["tokens"].combine_chunks().flatten().to_numpy()], indices)
+
+    options = {"batched": True, "batch_size": batch_size}
+    columns = column_names(dataset)
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(tokenize_and_pack, with_indices=True, remove_columns=columns, **options)
+    tokenized = dataset.map(tokenize, remove_columns=columns, num_proc=num_proc, desc="Tokenizing", **options)
+    packed, num_tokens = tokenized, 0
+    if len(tokenized) > 0:
+        num_tokens = sum(len(chunk.flatten()) for chunk in tokenized.data.column("tokens").chunks)
+        num_unknown = int(tokenized.data.column("num_unknown").to_numpy().sum())
+        warn_of_unknown(tokenizer, num_unknown, num_tokens, f"{len(dataset):,} texts")
+        options |= {"with_indices": True, "remove_columns": tokenized.column_names, "desc": "Packing"}
+        packed = tokenized.with_format("arrow").map(pack_table, **options).with_format(None)
+    if len(packed) == 0:
+        longest = num_tokens + sum(token is not None for token in boundary_tokens)
         raise ValueError(
-            f"The dataset has too few tokens for a single block, {sum(map(len, tokens))} in {len(tokens)} texts: use a `block_size` "
-            f"below {block_size}."
+            f"The dataset has too few tokens for a single block, {num_tokens} in {len(dataset)} texts: use a `block_size` of at most "
+            f"{longest}."
         )
     return packed
+
+
+def warn_of_unknown(tokenizer: PreTrainedTokenizerBase, num_unknown: int, num_tokens: int, texts: str):
+    """Warns about tokens that stand for unknown text."""
+    if num_unknown > 0:
+        logger.warning(
+            f"{num_unknown / num_tokens:.2%} of the tokens of {texts} are {tokenizer.unk_token}: the tokenizer does not know their words or "
+            "characters. A larger vocabulary, or a tokenizer of bytes ('bpe'), loses less."
+        )

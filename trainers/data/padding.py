@@ -6,8 +6,11 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .loading import column_names, find_text_column
-from .packing import check_texts
+from modeling_flm.pipeline_flm import encode_texts
+from modeling_flm.tokenization_flm import count_unknown_tokens
+
+from .loading import check_text, column_names, find_text_column
+from .packing import warn_of_unknown
 
 
 logger = logging.get_logger(__name__)
@@ -75,8 +78,13 @@ def pad_dataset(
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     is_stream = isinstance(dataset, IterableDataset)
 
-    def tokenize_and_pad(batch: dict[str, list]) -> dict[str, list]:
+    def tokenize_and_pad(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         *prompts, texts = [_tokenize(batch[column], column, tokenizer) for column in columns]
+        if is_stream and indices[0] == 0:
+            num_tokens = sum(map(len, texts)) + len(texts)
+            warn_of_unknown(
+                tokenizer, count_unknown_tokens(tokenizer, texts), num_tokens, f"the first {len(texts)} texts"
+            )
         prompts = prompts[0] if prompts else [[]] * len(texts)
         rows = [(prompt, [*text, tokenizer.eos_token_id]) for prompt, text in zip(prompts, texts)]
         fitting = [(prompt, text) for prompt, text in rows if len(prompt) + len(text) <= length]
@@ -90,10 +98,18 @@ def pad_dataset(
             examples["labels"] = [[-100] * len(prompt) + text + pad for (prompt, text), pad in zip(fitting, padding)]
         return examples
 
-    options = {} if is_stream else {"num_proc": num_proc, "desc": "Tokenizing and padding"}
+    options = {"with_indices": True}
+    if not is_stream:
+        options |= {"num_proc": num_proc, "desc": "Tokenizing and padding"}
     padded = dataset.map(tokenize_and_pad, batched=True, remove_columns=column_names(dataset), **options)
     if is_stream:
         return padded
+    if len(padded) > 0 and count_unknown_tokens(tokenizer, [[tokenizer.unk_token_id]]) > 0:
+        tokens = [chunk.flatten().to_numpy() for chunk in padded.data.column("input_ids").chunks]
+        num_unknown, num_padding = (
+            sum((t == each).sum() for t in tokens) for each in (tokenizer.unk_token_id, pad_token_id)
+        )
+        warn_of_unknown(tokenizer, num_unknown, sum(map(len, tokens)) - num_padding, f"{len(padded):,} texts")
     num_long = len(dataset) - len(padded)
     remedy = f"pass a `length` of at least {longest_text(dataset, tokenizer, *columns)}" if num_long else ""
     if len(padded) == 0:
@@ -115,5 +131,4 @@ def longest_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *columns:
 
 
 def _tokenize(texts: list[str], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    check_texts(texts, column)
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # `verbose` warns about long texts
+    return encode_texts(tokenizer, [check_text(text, column) for text in texts], "text_column")

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import modeling_flm  # noqa: F401  registers the models of this library
 from modeling_flm.known_tokens_flm import begin_tokens
+from modeling_flm.pipeline_flm import encode_texts
 
 from ..batches import example_seed
 from .likelihood import LIKELIHOOD_STREAM
@@ -95,7 +96,9 @@ class FLMHarnessModel(TemplateLM):
         return self.tokenizer.name_or_path
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        return self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]
+        # Special tokens stay, since chat templates write them.
+        options = {"split_special_tokens": False, "add_special_tokens": bool(add_special_tokens)}
+        return encode_texts(self.tokenizer, [string], "requests", **options)[0]
 
     def _encode(self, text: str) -> list[int]:
         """Returns the tokens of a text without those that it begins with."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_flm.known_tokens_flm import begin_tokens
+from modeling_flm.pipeline_flm import encode_texts
 from modeling_flm.tokenization_flm import count_unknown_tokens
 
 from ..batches import example_seed
@@ -60,9 +61,7 @@ def evaluate_likelihood(
     Raises:
         `ValueError`: if there are no tokens.
     """
-    token_lists = (
-        tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if len(texts) > 0 else []
-    )
+    token_lists = encode_texts(tokenizer, list(texts)) if len(texts) > 0 else []
     texts = [text for text, tokens in zip(texts, token_lists) if tokens]
     token_lists = [tokens for tokens in token_lists if tokens]
     if not texts:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_flm import hub
+from modeling_flm.pipeline_flm import check_unicode
 
 from .bootstrap import bootstrap_ratio
 from .texts import Texts, unknown_share
@@ -72,6 +73,8 @@ def score(
     ```
     """
     texts = texts if isinstance(texts, Texts) else Texts(list(texts))
+    for text in texts.texts:
+        check_unicode(text, "texts")
     tokens = texts.tokens
     if tokenizer is not None:
         tokens = tokenizer(texts.texts, add_special_tokens=False, verbose=False)["input_ids"]

@@ -15,9 +15,12 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
+from modeling_flm.pipeline_flm import encode_texts
 from modeling_flm.tokenization_flm import count_unknown_tokens
 
 from ..data import find_text_column, load_texts, pack_dataset
+from ..data.loading import is_text_file
+from ..data.packing import warn_of_unknown
 from .sources import CausalSource, FlowSource, Setting
 
 
@@ -139,14 +142,15 @@ def generate_texts(
 
 
 def load_lines(path: str, text_column: str | None = None, sample_by: str = "line") -> list[str]:
-    """Loads the texts of a txt, json, jsonl, csv or parquet file, from a column if it has several, see [`load_texts`]."""
+    """Loads the texts of a file or folder, from a column if it has several, see [`load_texts`]."""
+    options = {"validation_percentage": 0, "sample_by": sample_by, "text_column": text_column}
     try:
-        dataset = load_texts(train_file=path, validation_percentage=0, sample_by=sample_by)["train"]
+        dataset = load_texts(train_file=path, **options)["train"]
     except (OSError, ValueError) as error:  # which calls the file `train_file`
         raise ValueError(
             str(error).removeprefix("`train_file`: ").replace("`train_file` must be", "A file of texts must be")
         ) from error
-    texts = list(dataset[find_text_column(dataset, None if path.endswith(".txt") else text_column)])
+    texts = list(dataset[find_text_column(dataset, None if is_text_file(path) else text_column)])
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"`text_column`: not all of its values in {path} are texts; name another column.")
     return texts
@@ -166,7 +170,7 @@ def read_texts(
     Reads texts from a file and truncates them to the length of a model's texts, since entropy grows with length.
 
     Args:
-        path (`str`): A txt, json, jsonl, csv or parquet file.
+        path (`str`): A file or folder, see [`load_texts`].
         source (`str`): Name of the row in the table, such as `"reference"`.
         text_column (`str`, *optional*): Column with the texts. Not for txt files.
         max_texts (`int`, *optional*): Largest number of texts. By default all.
@@ -185,7 +189,7 @@ def read_texts(
     if wrapped:
         tokens = pack_dataset(Dataset.from_dict({"text": texts}), tokenizer, length)[:max_texts]["input_ids"]
     else:
-        options = {"add_special_tokens": False, "truncation": True, "max_length": length}
-        tokens = tokenizer(texts[:max_texts], **options)["input_ids"]
+        tokens = encode_texts(tokenizer, texts[:max_texts], truncation=True, max_length=length)
+        warn_of_unknown(tokenizer, count_unknown_tokens(tokenizer, tokens), sum(map(len, tokens)), path)
     columns["unknown_tokens"] = unknown_share(tokenizer, tokens)
     return Texts(decode(tokenizer, tokens, **decode_kwargs), tokens, columns)

@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import oracle
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, DatasetInfo, IterableDataset
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, IterableDataset, Value
+from small_models import build_flm
 from tokenizers import Tokenizer, models
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
+from modeling_flm import FLMPipeline
+from modeling_flm.pipeline_flm import encode_prompts, encode_texts
 from modeling_flm.trainers import (
     DataCollatorForFLM,
     add_special_tokens,
@@ -19,9 +23,13 @@ from modeling_flm.trainers import (
     load_texts,
     pack_dataset,
     pack_tokens,
+    pad_dataset,
     train_tokenizer,
 )
-from modeling_flm.trainers.data import describe_dataset, find_text_column
+from modeling_flm.trainers.commands import generate
+from modeling_flm.trainers.data import check_datasets, describe_dataset, find_text_column
+from modeling_flm.trainers.evaluation import evaluate_likelihood, read_texts, score
+from modeling_flm.trainers.evaluation.harness import FLMHarnessModel
 
 
 TEXTS = ["the cat sat on the mat .", "a dog, a cat and a mat .", "the dog sat .", "Ünïcode costs 5 €!"]
@@ -77,6 +85,35 @@ print(sorted(file["filename"] for file in packed.cache_files))
             times.append({path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*.arrow")})
         assert outputs[0] == outputs[1] and ".arrow" in outputs[0]
         assert times[0] == times[1]
+
+    @pytest.mark.parametrize("num_proc", [None, 2, "stream"])
+    def test_only_the_end_of_all_texts_is_dropped(self, num_proc):
+        texts = [" ".join(f"w{(number * 7 + n) % 40}" for n in range(number % 9)) for number in range(2500)]
+        tokenizer = train_tokenizer(texts, "word", 100)
+        token_lists = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        expected = pack_tokens(token_lists, 300, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        assert len(expected) == (sum(map(len, token_lists)) + 2500) // 298 > 40
+        dataset = Dataset.from_dict({"text": texts})
+        if num_proc == "stream":
+            packed = pack_dataset(dataset.to_iterable_dataset(), tokenizer, 300)
+            assert [row["input_ids"] for row in packed.take(2)] == expected[:2]
+            assert next(iter(packed)) == {"input_ids": expected[0]}
+        else:
+            packed = pack_dataset(dataset, tokenizer, 300, num_proc=num_proc)
+        for _ in range(2):
+            assert [row["input_ids"] for row in packed] == expected
+
+    def test_processes_do_not_change_how_many_tokens_a_block_needs(self):
+        tokenizer = train_tokenizer(TEXTS, "word", 100)
+        dataset = Dataset.from_dict({"text": ["the cat sat"] * 4})  # 16 tokens with EOS
+        assert len(pack_dataset(dataset, tokenizer, 18, num_proc=2)) == 1
+        with pytest.raises(ValueError, match="too few tokens .* 16 in 4 texts: use a `block_size` of at most 18"):
+            pack_dataset(dataset, tokenizer, 19, num_proc=2)
+        for texts in ([], [""]):
+            with pytest.raises(ValueError, match=f"too few tokens .* {len(texts)} in {len(texts)} texts"):
+                pack_dataset(
+                    Dataset.from_dict({"text": texts}, features=Features({"text": Value("string")})), tokenizer, 8
+                )
 
     def test_boundaries(self):
         assert pack_tokens([], 5, 1, 2) == []
@@ -164,9 +201,115 @@ class TestBadTexts:
         with pytest.raises(ValueError, match="`text_column` 'text' has None"):
             list(pack_dataset(stream, self.tokenizer, block_size=8))
 
+    def test_streams_shorter_than_a_block(self):
+        stream = pack_dataset(Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(), self.tokenizer, block_size=512)
+        with pytest.raises(ValueError, match="`eval_dataset` is a stream without examples: .* smaller `block_size`"):
+            check_datasets(None, stream, build_flm().config)
+
     def test_the_only_column_with_texts_is_found(self):
         dataset = Dataset.from_dict({"id": [1, 2], "story": ["a", "b"], "length": [1.0, 2.0]})
         assert find_text_column(dataset) == "story"
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    """Calls with a text and a tokenizer, by the name of the argument in their errors."""
+    folder = tmp_path_factory.mktemp("model")
+    flm = build_flm(vocab_size=53, max_position_embeddings=32)
+
+    def harness(text, tokenizer):
+        flm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return FLMHarnessModel(str(folder), device="cpu").tok_encode(text)
+
+    def command(text, tokenizer):
+        flm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        generate.main([str(folder), "--num_steps", "1", "--prompt", text])
+
+    return {
+        "text_inputs": lambda text, tokenizer: FLMPipeline(model=flm, tokenizer=tokenizer)([text], num_steps=1),
+        "--prompt": command,
+        "requests": harness,
+        "texts": lambda text, tokenizer: evaluate_likelihood(flm, tokenizer, [text], num_times=2),
+        "text_column": lambda text, tokenizer: pack_dataset(Dataset.from_dict({"text": [text]}), tokenizer, 3),
+    }
+
+
+class TestOddTexts:
+    """Texts that a tokenizer knows in part only, or that are no texts."""
+
+    @pytest.mark.parametrize("name", ["text_inputs", "--prompt", "requests", "texts", "text_column"])
+    def test_tokenizers_without_unk_name_the_character(self, name, calls):
+        tokenizer = train_tokenizer([], "text8", 27)
+        calls[name]("hello there", tokenizer)
+        message = (
+            f"{name}.?: the tokenizer does not know 'W', .* only its 27 characters, ' abcdefghijklmnopqrstuvwxyz'"
+        )
+        with pytest.raises((ValueError, SystemExit), match=message):
+            calls[name]("hello World É", tokenizer)
+
+    @pytest.mark.parametrize("tokenizer_type", ["bpe", "text8"])
+    @pytest.mark.parametrize("name", ["text_inputs", "--prompt", "requests", "texts"])
+    def test_lone_surrogates_are_refused(self, name, tokenizer_type, calls):
+        tokenizer = train_tokenizer([], tokenizer_type, 300)
+        with pytest.raises(
+            (ValueError, SystemExit), match=rf"{name}.?: '.udcff' at position 2 of 'ab.udcff' is no char"
+        ):
+            calls[name]("ab\udcff", tokenizer)
+
+    def test_lone_surrogates_in_scores_and_training_texts(self):
+        with pytest.raises(ValueError, match=r"`texts`: '.ud83d' at position 1"):
+            score(["a cat", "a\ud83d"], scorer=oracle.SCORER)
+        with pytest.raises(ValueError, match=r"`texts`: '.ud83d' at position 1"):
+            train_tokenizer(["a cat", "a\ud83d"], "char", 30)
+
+    @pytest.mark.parametrize("tokenizer_type", ["bpe", "char", "word"])
+    def test_names_of_special_tokens_are_text(self, tokenizer_type, flm):
+        text = "a [PAD] cat [EOS] [UNK] [BOS]"
+        tokenizer = train_tokenizer([text], tokenizer_type, 300)
+        ids = encode_texts(tokenizer, [text])[0]
+        assert not set(ids) & set(tokenizer.all_special_ids)
+        prompt = encode_prompts(tokenizer, [text], bos_token_id=1)["input_ids"][0].tolist()
+        assert prompt == [1, *ids]
+        blocks = pack_dataset(Dataset.from_dict({"text": [text]}), tokenizer, len(ids) + 3)["input_ids"]
+        assert blocks[0] == [tokenizer.bos_token_id, *ids, *[tokenizer.eos_token_id] * 2]
+        if tokenizer_type != "word":
+            assert tokenizer.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True) == text
+        asked = encode_prompts(tokenizer, [text], bos_token_id=None, split_special_tokens=False)["input_ids"][0]
+        assert {0, 1, 2, 3} <= set(asked.tolist())
+
+    @pytest.mark.parametrize("source", ["table", "stream", "lines", "stream of lines", "prompts", "samples"])
+    def test_share_of_unknown_tokens(self, source, tmp_path, caplog):
+        texts = ["the cat", "the zebra", "a b"]  # 4 of 6 words unknown
+        tokenizer = train_tokenizer(["the cat"], "word", 100)
+        dataset = Dataset.from_dict({"text": texts})
+        if source == "prompts":
+            encode_prompts(tokenizer, texts, None)
+        elif source == "samples":
+            (tmp_path / "texts.txt").write_text("\n".join(texts))
+            read_texts(str(tmp_path / "texts.txt"), "samples", tokenizer=tokenizer, length=10)
+        else:
+            make = pad_dataset if "lines" in source else pack_dataset
+            list(make(dataset.to_iterable_dataset() if "stream" in source else dataset, tokenizer, 3))
+        share = {"prompts": "50.0%", "samples": "50.00%"}.get(source, "33.33%")  # of 6 tokens, of 9 with EOS
+        assert share in caplog.text and "[UNK]" in caplog.text
+        caplog.clear()
+        pack_dataset(Dataset.from_dict({"text": ["the cat"]}), tokenizer, 3)
+        assert caplog.text == ""
+
+    @pytest.mark.parametrize("tokenizer_type", ["bpe", "char", "word"])
+    @pytest.mark.parametrize("text", [None, 5])
+    def test_tokenizers_are_trained_on_strings(self, tokenizer_type, text):
+        with pytest.raises(ValueError, match=f"`texts` has {text}, which is not a string"):
+            train_tokenizer(["a cat", text], tokenizer_type, 300)
+
+    @pytest.mark.parametrize("run", ["ab" * 75_000, "." * 150_000, " " * 150_000])
+    def test_long_runs_do_not_slow_the_training_of_bpe(self, run):
+        start = time.process_time()
+        tokenizer = train_tokenizer([run], "bpe", 300)
+        assert time.process_time() - start < 5  # 2 s per million letters, not the square
+        assert tokenizer.decode(tokenizer(run)["input_ids"]) == run
 
 
 class TestDescription:
@@ -335,17 +478,57 @@ class TestLoading:
         loaded = load_texts(train_file=str(tmp_path / "text.txt"), sample_by="paragraph", validation_percentage=0)
         assert loaded["train"]["text"][:] == ["one\ntwo", "three", "four"]
 
+    @pytest.mark.parametrize("path", ["a.txt", "*.txt", "."])
+    @pytest.mark.parametrize("text", ["new", "of another length"])
+    def test_other_texts_with_the_same_name_and_time(self, path, text, tmp_path):
+        for content in ("old", text):  # as unpacked from archives
+            (tmp_path / "a.txt").write_text(content)
+            os.utime(tmp_path / "a.txt", (0, 0))
+            loaded = load_texts(train_file=str(tmp_path / path), validation_percentage=0)
+            assert loaded["train"]["text"][:] == [content]
+
+    def test_folders_with_splits_and_files_of_two_types(self, tmp_path):
+        splits = DatasetDict({name: Dataset.from_dict({"text": [name] * 3}) for name in ("train", "validation")})
+        splits.save_to_disk(tmp_path / "saved")
+        (tmp_path / "data").mkdir()
+        for name, split in splits.items():
+            split.to_parquet(tmp_path / "data" / f"{name}.parquet")
+        (tmp_path / "more.csv").write_text("text\nmore\n")
+        for folder in ("saved", "data"):
+            for argument in ("train_file", "dataset_name"):
+                loaded = load_texts(**{argument: str(tmp_path / folder)})
+                assert {name: set(split["text"]) for name, split in loaded.items()} == {
+                    name: {name} for name in splits
+                }
+            loaded = load_texts(train_file=str(tmp_path / folder), validation_file=str(tmp_path / "more.csv"))
+            assert loaded["validation"]["text"][:] == ["more"]
+        loaded = load_texts(train_file=str(tmp_path / "more.csv"), validation_file=str(tmp_path / "saved"))
+        assert set(loaded["validation"]["text"]) == {"validation"}
+
+    def test_columns_of_csv_files(self, tmp_path, caplog):
+        path = tmp_path / "a.csv"
+        path.write_text("id,story,rating\n1,NA,\n2,a b,5\n")
+        assert load_texts(train_file=str(path), validation_percentage=0)["train"]["story"][:] == ["NA", "a b"]
+        path.write_text("a story,text\n1,x\n")
+        loaded = load_texts(train_file=str(path), validation_percentage=0, text_column="a story")
+        assert loaded["train"]["a story"][:] == ["1"] and caplog.text == ""
+        path.write_text("question\nwhy\n")
+        load_texts(train_file=str(path), validation_percentage=0)
+        assert "a.csv: the first line, 'question', is read as the name of the column" in caplog.text
+        path.write_text("text\n")
+        with pytest.raises(ValueError, match="a.csv cannot be read: it has no texts"):
+            load_texts(train_file=str(path))
+
     def test_errors(self, tmp_path):
         with pytest.raises(ValueError, match="pass `dataset_name` or `train_file`"):
             load_texts()
         with pytest.raises(ValueError, match="either `dataset_name` or `train_file`"):
             load_texts(dataset_name="a", train_file="b.txt")
         with pytest.raises(
-            ValueError, match="`train_file` must be a txt, json, jsonl, csv or parquet file, got b.pdf"
+            ValueError,
+            match="`train_file` must be a txt, json, jsonl, csv, tsv or parquet file, .* a folder, got b.pdf",
         ):
             load_texts(train_file="b.pdf")
-        with pytest.raises(ValueError, match="must have the same type"):
-            load_texts(train_file="b.txt", validation_file="c.csv")
 
 
 class TestCollator:
