@@ -13,6 +13,7 @@ from transformers.utils.versions import require_version
 # Remote code runs this file first: check versions before an import fails.
 require_version("transformers>=5.20", "FLM models need a newer version: `pip install --upgrade transformers`.")
 
+import numpy as np
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -24,7 +25,19 @@ logger = logging.get_logger(__name__)
 CUSTOM_PIPELINES = {"text-generation": {"impl": "pipeline_flm.FLMPipeline", "pt": ["AutoModel"]}}
 
 
-@strict
+def strict_with_numpy(config_class: type) -> type:
+    """As `@strict`, for numbers of numpy as well."""
+    config_class = strict(config_class)
+    set_checked = config_class.__setattr__
+
+    def __setattr__(self, name, value):
+        set_checked(self, name, value.item() if isinstance(value, np.generic) else value)
+
+    config_class.__setattr__ = __setattr__
+    return config_class
+
+
+@strict_with_numpy
 class FLMConfig(PreTrainedConfig):
     r"""
     Configuration of an [`FLMModel`], a flow-based language model. The defaults give the architecture of the paper's
@@ -170,7 +183,7 @@ class FLMConfig(PreTrainedConfig):
             raise ValueError("`tie_word_embeddings` must be `False`: the head is not the transposed embedding.")
 
 
-@strict
+@strict_with_numpy
 class FMLMConfig(FLMConfig):
     r"""
     Configuration of an [`FMLMModel`], a flow map language model. It has one more field than [`FLMConfig`].
@@ -186,7 +199,7 @@ class FMLMConfig(FLMConfig):
     learned_loss_weighting: bool = False
 
 
-@strict
+@strict_with_numpy
 class FMLMTwoNetworkConfig(FMLMConfig):
     r"""
     Configuration of an [`FMLMTwoNetworkModel`]. Both networks have the sizes of this [`FMLMConfig`].

@@ -34,6 +34,7 @@ from .sampling_flm import (
     StochasticFlowMapSamplerConfig,
     load_sampler_config,
 )
+from .utils_flm import as_python
 
 
 logger = logging.get_logger(__name__)
@@ -217,7 +218,7 @@ class FLMGenerationConfig(GenerationConfig):
             if not _without_neutral({name: value}):
                 return
             raise AttributeError(f"Unknown generation parameter {self._suggest([name])}.")
-        super().__setattr__(name, value)
+        super().__setattr__(name, as_python(value))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -3,6 +3,7 @@
 """A lower bound on the log-likelihood, computed in the space of the network's states."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from transformers.utils import ModelOutput
@@ -297,9 +298,9 @@ class FLMLikelihoodMixin:
                 f"`input_ids` must be tokens in [0, {self.config.vocab_size}), got values in "
                 f"[{tokens.min()}, {tokens.max()}]. Does the tokenizer belong to a different model?"
             )
-        if not isinstance(num_times, int) or num_times < 2:
+        if not isinstance(num_times, Integral) or num_times < 2:
             raise ValueError(f"`num_times` must be an integer of at least 2, got {num_times!r}.")
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
 
 

@@ -14,6 +14,7 @@ from transformers import Pipeline, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .configuration_flm import CUSTOM_PIPELINES
+from .utils_flm import as_python
 
 
 logger = logging.get_logger(__name__)
@@ -218,7 +219,7 @@ class FLMPipeline(Pipeline):
                 )
         preprocess_kwargs, generate_kwargs, decode_kwargs = self._sanitize_parameters(**kwargs)
         generate_kwargs = {**self._forward_params, **generate_kwargs}
-        num_sequences = generate_kwargs.pop("num_return_sequences", None)
+        num_sequences = as_python(generate_kwargs.pop("num_return_sequences", None))
         if prompts and "num_samples" in generate_kwargs:
             raise ValueError(
                 "With prompts, pass `num_return_sequences`, the number of samples for each, instead of `num_samples`."

@@ -16,6 +16,7 @@ import torch
 from .flow import bridge_coefficients, expand_times, flow_map, gamma_coefficients
 from .posterior_flm import Posterior, Reader, drawn, mean_embedding, most_likely
 from .time_reparameterization import TimeMap
+from .utils_flm import as_python
 
 
 @dataclass
@@ -52,6 +53,7 @@ class StochasticFlowMapSamplerConfig(SamplerConfig):
     gamma: float = 1.0
 
     def __post_init__(self):
+        self.gamma = as_python(self.gamma)
         is_number = isinstance(self.gamma, (int, float)) and not isinstance(self.gamma, bool)
         if not is_number or not math.isfinite(self.gamma) or not 0 <= self.gamma <= 1:
             raise ValueError(f"`gamma` must be a number in [0, 1], got {self.gamma!r}.")

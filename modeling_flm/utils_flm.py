@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers that several files share: chunks, tracing, evaluation mode, progress bars, files, and a limit of `torch.compile`."""
+"""Helpers that several files share: chunks, tracing, evaluation mode, progress bars, files, numbers, and a limit of `torch.compile`."""
 
 import functools
 import json
@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -164,3 +166,12 @@ def use_default_mode(folder: str | Path):
         for path in Path(folder).glob("*.safetensors"):
             if path.stat().st_mode & 0o777 == 0o600:
                 path.chmod(mode)
+
+
+def as_python(value: Any) -> Any:
+    """Returns numbers and arrays of numpy as numbers and lists of Python, also within lists, tuples and dictionaries."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(map(as_python, value))
+    return {key: as_python(each) for key, each in value.items()} if type(value) is dict else value

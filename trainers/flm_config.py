@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
+from modeling_flm.utils_flm import as_python
+
 from .batches import PROMPT_KINDS
 
 
@@ -154,7 +156,8 @@ class FLMTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         for definition in fields(self):
-            value = getattr(self, definition.name)
+            value = as_python(getattr(self, definition.name))
+            setattr(self, definition.name, value)
             if type(definition.default) in (int, float) and isinstance(value, str):
                 raise ValueError(f"`{definition.name}` must be a number, got the string {value!r}.")
         if self.selects_by_gen_ppl:
