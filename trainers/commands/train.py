@@ -139,9 +139,12 @@ def load_data(
     tokenizer = get_tokenizer(model_args, texts, training_args)
     is_new = model_args.model_name_or_path is None and model_args.masked_model is None
     if data_args.packing == "lines" and data_args.block_size is None and is_new:
-        if data_args.streaming:
+        if (checkpoint := training_args.resume_from_checkpoint) is not None:
+            data_args.block_size = AutoConfig.from_pretrained(checkpoint).max_position_embeddings
+        elif data_args.streaming:
             raise ValueError("`block_size` is missing: the longest text of a stream is unknown.")
-        data_args.block_size = min(longest_text(dataset["train"], tokenizer, *columns), _MAX_LINE)
+        else:
+            data_args.block_size = min(longest_text(dataset["train"], tokenizer, *columns), _MAX_LINE)
     return dataset, tokenizer
 
 

@@ -101,6 +101,11 @@ class TestTrainingScripts:
             assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 5  # and EOS
             assert json.loads((folder / "data_settings.json").read_text())["packing"] == "lines"
         assert "joined and cut" not in caplog.text
+        # Resuming keeps the length, even if there are longer lines now
+        (tmp_path / "lines.txt").write_text("\n".join([*lines, "go on on on on on"]))
+        run_here("flm-train", *self.flags({**options, "resume_from_checkpoint": "true", "max_steps": 2}))
+        assert json.loads((tmp_path / "flm" / "config.json").read_text())["max_position_embeddings"] == 5
+        assert "1 of 5" in caplog.text and "do not fit in 5 tokens" in caplog.text
         packed = {**options, "packing": "wrapped", "output_dir": tmp_path / "packed", "block_size": 10}
         run_here("flm-train", *self.flags(packed))
         assert "Texts are joined and cut into blocks: the first blocks have the ends of" in caplog.text
