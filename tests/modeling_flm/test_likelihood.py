@@ -300,6 +300,18 @@ class TestEvaluateLikelihood:
         assert tuple(figures[name] for name in names) == expected
         assert (f"{expected[2]} of {figures['tokens']} tokens are [UNK]" in caplog.text) == (expected[2] > 0)
 
+    def test_wrapped_blocks_end_with_the_eos_token_of_the_model(self):
+        tokenizer, model = tokenizer_and_model("word", LATIN, True)
+        expected = evaluate_likelihood(model, tokenizer, LATIN, num_times=2, wrapped=True)
+        model.generation_config.eos_token_id, tokenizer.eos_token = [tokenizer.eos_token_id], None
+        assert evaluate_likelihood(model, tokenizer, LATIN, num_times=2, wrapped=True) == expected
+
+    @pytest.mark.parametrize("texts", ["a b", [[5, 6]], ["a", None]])
+    def test_texts_must_be_strings(self, texts):
+        tokenizer, model = tokenizer_and_model("word", LATIN, True)
+        with pytest.raises(ValueError, match="`texts` must be a list of strings"):
+            evaluate_likelihood(model, tokenizer, texts)
+
     @pytest.mark.parametrize("texts", [[], [""], ["", " "]])
     def test_texts_without_tokens(self, texts):
         tokenizer, model = tokenizer_and_model("word", LATIN, True)

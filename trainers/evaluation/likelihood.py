@@ -16,7 +16,7 @@ from modeling_flm.pipeline_flm import encode_texts
 from modeling_flm.tokenization_flm import count_unknown_tokens
 
 from ..batches import example_seed
-from .samples import pad_tokens
+from .samples import find_eos_tokens, pad_tokens
 from .words import count_words
 
 
@@ -49,8 +49,8 @@ def evaluate_likelihood(
         batch_size (`int`, *optional*, defaults to 64): Largest number of noised texts in a forward pass.
         seed (`int`, *optional*, defaults to 0): Seed of noise levels and noise. Each text or part has its own random numbers.
         wrapped (`bool`, *optional*, defaults to `False`):
-            Whether to concatenate the texts and cut them into blocks of the model's length, as in training, with the tokenizer's
-            EOS token, if any, after each text and block. The last block may be shorter.
+            Whether to concatenate the texts and cut them into blocks of the model's length, as in training, with the EOS token, if
+            any, after each text and block. The last block may be shorter.
 
     Returns:
         `dict[str, float]`: the bound as `nats_per_text`, `nats_per_token`, `nats_per_word`, `bits_per_byte` and `perplexity` (of
@@ -59,8 +59,10 @@ def evaluate_likelihood(
         original texts. EOS tokens count as tokens.
 
     Raises:
-        `ValueError`: if there are no tokens.
+        `ValueError`: if `texts` are no strings or have no tokens.
     """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("`texts` must be a list of strings.")
     token_lists = encode_texts(tokenizer, list(texts)) if len(texts) > 0 else []
     texts = [text for text, tokens in zip(texts, token_lists) if tokens]
     token_lists = [tokens for tokens in token_lists if tokens]
@@ -114,7 +116,7 @@ def _split(
 ) -> tuple[list[list[int]], int]:
     """Returns the sequences to evaluate, no longer than the model's, and the number of texts that are in several of them."""
     begin = begin_tokens(model.generation_config)
-    end = [tokenizer.eos_token_id] if wrapped and tokenizer.eos_token_id is not None else []
+    end = find_eos_tokens(model, tokenizer)[:1] if wrapped else []
     inner = model.config.max_position_embeddings - len(begin) - len(end)
     num_cut = start = 0
     for tokens in token_lists:

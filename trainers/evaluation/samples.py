@@ -82,7 +82,7 @@ def find_bos_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def find_eos_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the tokens that end texts of a causal model, from its generation config or else its tokenizer."""
+    """Returns the tokens that end texts of a model, from its generation config or else its tokenizer."""
     eos = model.generation_config.eos_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
     return eos if isinstance(eos, list) else [] if eos is None else [eos]
