@@ -39,6 +39,7 @@ from modeling_flm import FLMGenerationConfig
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
 from modeling_flm.hub.card import add_results, check_results_can_be_added
 from modeling_flm.hub.records import to_json
+from modeling_flm.pipeline_flm import encode_texts
 
 from ..evaluation import (
     CausalSource,
@@ -388,6 +389,9 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
             check_scorer(args)
             score(["a text"], **scoring)
             from_files = read_files(args, source, tokenizer, decoding)
+            with errors_about("tokenizer", ValueError):
+                for texts in from_files if tokenizer is not None else []:
+                    encode_texts(tokenizer, texts.texts, texts.columns["source"])
             with errors_about("train_file", OSError, ValueError):
                 training_texts = None if args.train_file is None else load_lines(args.train_file, args.text_column)
             words = training_texts

@@ -19,7 +19,7 @@ from modeling_flm.known_tokens_flm import begin_tokens
 from modeling_flm.pipeline_flm import encode_texts
 
 from ..batches import example_seed
-from .likelihood import LIKELIHOOD_STREAM
+from .likelihood import LIKELIHOOD_STREAM, warn_of_unknown_tokens
 from .samples import pad_tokens
 
 
@@ -121,6 +121,7 @@ class FLMHarnessModel(TemplateLM):
         lengths = [len(known) + len(rest) for _, known, rest in requests]
         if max(lengths, default=0) > self.max_length:
             raise ValueError(f"A request has {max(lengths)} tokens, but the model's texts have {self.max_length}.")
+        warn_of_unknown_tokens(self.tokenizer, [rest for _, _, rest in requests])
         # Nothing to predict has the probability 1
         results = {index: (0.0, True) for index, (_, _, rest) in enumerate(requests) if not rest}
         num_begin, first_with = len(self.begin), {}

@@ -91,15 +91,10 @@ def evaluate_likelihood(
         "texts": len(texts),
         "cut_texts": num_cut,
         "tokens": num_tokens,
-        "unknown_tokens": count_unknown_tokens(tokenizer, token_lists),
+        "unknown_tokens": warn_of_unknown_tokens(tokenizer, token_lists),
         "words": sum(map(count_words, texts)),
         "bytes": sum(len(text.encode()) for text in texts),
     }
-    if counts["unknown_tokens"] > 0:
-        logger.warning(
-            f"The tokenizer does not know some characters or words of the texts: {counts['unknown_tokens']} of {num_tokens} tokens are "
-            f"{tokenizer.unk_token}. The figures leave out which ones these are, and so are too low."
-        )
     return {
         "nats_per_text": total / counts["texts"],
         "nats_per_token": total / num_tokens,
@@ -109,6 +104,17 @@ def evaluate_likelihood(
         "relative_error": math.sqrt(variance) / total,
         **counts,
     }
+
+
+def warn_of_unknown_tokens(tokenizer: PreTrainedTokenizerBase, token_lists: list[list[int]]) -> int:
+    """Warns that likelihoods do not tell apart what a tokenizer does not know, and returns the number of such tokens."""
+    number = count_unknown_tokens(tokenizer, token_lists)
+    if number > 0:
+        logger.warning(
+            f"The tokenizer does not know some characters or words of the texts: {number} of {sum(map(len, token_lists))} tokens are "
+            f"{tokenizer.unk_token}. The likelihoods leave out which ones these are, and so are too high."
+        )
+    return number
 
 
 def _split(

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_flm import hub
-from modeling_flm.pipeline_flm import check_unicode
+from modeling_flm.pipeline_flm import check_unicode, encode_texts
 
 from .bootstrap import bootstrap_ratio
 from .texts import Texts, unknown_share
@@ -77,7 +77,7 @@ def score(
         check_unicode(text, "texts")
     tokens = texts.tokens
     if tokenizer is not None:
-        tokens = tokenizer(texts.texts, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = encode_texts(tokenizer, texts.texts, split_special_tokens=False)
     result = load_gen_ppl().compute(
         predictions=texts.texts,
         token_ids=tokens,

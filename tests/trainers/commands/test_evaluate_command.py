@@ -679,6 +679,12 @@ class TestSamplesFile:
             ),
             (["a b", "c d"], ["a", "b"], ["--mauve_model", "NOWHERE"], "--mauve_model: .*nowhere"),
             (["a b", "c d"], ["a", "b"], ["--mauve_model", "FOLDER"], "--mauve_model: "),
+            (
+                ["a b", "C d"],
+                ["a", "b"],
+                ["--tokenizer", "LETTERS"],
+                "--tokenizer: .samples.: the tokenizer does not know 'C'",
+            ),
             (["a b", "c d"], ["a", "b"], ["--words_file", "MARKS"], "--words_file: .* has no words"),
             (["a b", "c d"], ["a", "b"], ["--output_dir", "MARKS"], "--output_dir: .*marks.txt"),
         ],
@@ -687,6 +693,8 @@ class TestSamplesFile:
         self, texts, references, flags, message, folder, tmp_path, monkeypatch
     ):
         files = {"MARKS": tmp_path / "marks.txt", "FOLDER": folder, "NOWHERE": tmp_path / "nowhere"}
+        files["LETTERS"] = tmp_path / "letters"
+        train_tokenizer([], "text8", 27).save_pretrained(files["LETTERS"])
         for name, lines in (("samples", texts), ("reference", references), ("marks", ["...", "!"])):
             (tmp_path / f"{name}.txt").write_text("\n".join(lines))
         scored = []

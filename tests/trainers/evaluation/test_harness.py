@@ -82,6 +82,14 @@ def test_loglikelihood_is_the_conditional_bound(model):
         assert is_greedy in (True, False)
 
 
+def test_unknown_words_are_warned_of(model, caplog):
+    model.loglikelihood([Request(STORY[:7], " dragon lives in a"), Request("", "max")], disable_tqdm=True)
+    assert "1 of 5 tokens are [UNK]" in caplog.text
+    caplog.clear()
+    model.loglikelihood_rolling([Request("max the")], disable_tqdm=True)
+    assert caplog.text == ""
+
+
 def test_loglikelihood_of_nothing(model):
     requests = [Request("", ""), Request("max the", ""), Request("", "max the")]
     (empty, without_continuation, (value, _)) = model.loglikelihood(requests, disable_tqdm=True)
