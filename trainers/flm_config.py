@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of [`FLMTrainer`]."""
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 
@@ -10,6 +11,39 @@ from transformers import TrainingArguments
 from modeling_flm.utils_flm import as_python
 
 from .batches import PROMPT_KINDS
+
+
+_LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(
+        ("eval_accumulation_steps", "sample_num_samples", "sample_num_steps", "eval_gen_ppl_num_samples"), 1
+    ),
+    **dict.fromkeys(
+        ("seed", "data_seed", "dataloader_num_workers", "warmup_steps", "learning_rate", "weight_decay"), 0
+    ),
+    **dict.fromkeys(("max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "sample_steps"), 0),
+    **dict.fromkeys(("eval_gen_ppl_steps", "logging_steps", "eval_steps", "save_steps", "eval_delay"), 0),
+}
+_BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
+
+
+def check_numbers(arguments: object, least: dict[str, float], below: dict[str, float] | None = None):
+    """
+    Checks the ranges of numbers.
+
+    Args:
+        arguments (`object`): Has the numbers as attributes. `None` is none.
+        least (`dict[str, float]`): Smallest value of each attribute.
+        below (`dict[str, float]`, *optional*): What an attribute must be below.
+
+    Raises:
+        `ValueError`: if a number is out of its range.
+    """
+    for name, minimum in least.items():
+        value, end = getattr(arguments, name), (below or {}).get(name, math.inf)
+        if value is not None and not minimum <= value < end and value != math.inf:
+            limit = "" if end == math.inf else f" and below {end}"
+            raise ValueError(f"`{name}` must be at least {minimum}{limit}, got {value}.")
 
 
 @dataclass
@@ -167,11 +201,10 @@ class FLMTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and self.selects_by_likelihood:
             self.greater_is_better = False
         super().__post_init__()
-        if not self.learning_rate >= 0:
-            raise ValueError(f"`learning_rate` must be at least 0, got {self.learning_rate}.")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        check_numbers(self, _LEAST, _BELOW)
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            name = "max_steps" if self.max_steps == 0 else "num_train_epochs"
+            raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}: pass `do_eval` to evaluate only.")
         if self.eval_likelihood_times != 0 and self.eval_likelihood_times < 2:
             raise ValueError(f"`eval_likelihood_times` must be at least 2, or 0, got {self.eval_likelihood_times}.")
         if self.selects_by_likelihood and self.eval_likelihood_times == 0:
@@ -187,13 +220,7 @@ class FLMTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`prompt_kinds` must be a list of {', '.join(map(repr, PROMPT_KINDS))}, got {self.prompt_kinds!r}."
             )
-        for name in ("sample_steps", "eval_gen_ppl_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         if not self.eval_gen_ppl_num_steps or min(self.eval_gen_ppl_num_steps) < 1:
             raise ValueError(
                 f"`eval_gen_ppl_num_steps` must be numbers of at least 1, got {self.eval_gen_ppl_num_steps}."
             )
-        for name in ("sample_num_samples", "sample_num_steps", "eval_gen_ppl_num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

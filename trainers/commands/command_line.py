@@ -21,8 +21,15 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
+
+
+_NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
+
+# A setting of a YAML file without a value
+_EMPTY = "\0"
 
 
 def float_or_none(text: str) -> float | None:
@@ -33,6 +40,35 @@ def float_or_none(text: str) -> float | None:
         return float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be a number or none, got {text!r}") from error
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Loads YAML as `yaml.SafeLoader` does, but refuses keys that are there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines = {}
+        for key, _ in node.value:
+            if key.tag != _MERGE and key.value in lines:
+                where = f"lines {lines[key.value]} and {key.start_mark.line + 1}"
+                raise ValueError(f"{key.value} is there twice, in {where}.")
+            lines[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+class _TextLoader(UniqueKeyLoader):
+    """Loads scalars as they stand, for the flags to convert: YAML would read `no` as false, 010 as 8 and 1:30 as 90."""
+
+    yaml_implicit_resolvers = {
+        start: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _MERGE)]
+        for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_yaml_null(self, node: yaml.ScalarNode) -> str | None:
+        return _EMPTY if node.value == "" else None
+
+
+_TextLoader.add_constructor(_NULL, _TextLoader.construct_yaml_null)
+_TextLoader.add_implicit_resolver(_NULL, re.compile("None$"), "N")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -106,21 +142,31 @@ class ScriptParser(HfArgumentParser):
 
     def _read_yaml(self, path: str) -> dict[str, Any]:
         try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+            settings, typed = yaml.load(text, _TextLoader), yaml.load(text, UniqueKeyLoader)
+        except (OSError, ValueError, yaml.YAMLError) as error:
             self.error(f"{path} cannot be read: {error}")
         if not isinstance(settings, dict | None):
             self.error(f"{path} must have settings such as `max_steps: 1000`, got {settings!r:.80}")
-        return settings or {}
+        settings = settings or {}
+        for (name, value), content in zip(settings.items(), (typed or {}).values(), strict=True):
+            if value == _EMPTY:
+                self.error(f"{path}: {name} has no value; leave out the line, or write `{name}: null` for none.")
+            if isinstance(value, dict):
+                settings[name] = content
+        return settings
 
     def _to_flags(self, settings: dict[str, Any]) -> list[str]:
         """Settings as flags, so that both are checked alike. `None` is the default where a flag has no such value."""
-        takes_none = {action.dest for action in self._actions if action.type is float_or_none}
+        types = {action.dest: action.type for action in self._actions}
         flags = []
         for name, value in settings.items():
+            type_of_flag = types.get(name.replace("-", "_"))
+            if type_of_flag is string_to_bool and isinstance(value, str):
+                value = {"on": "true", "off": "false"}.get(value.lower(), value)
             if isinstance(value, list):
                 flags += [f"--{name}", *map(str, value)]
-            elif value is not None or name in takes_none:
+            elif value is not None or type_of_flag is float_or_none:
                 flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
         return flags
 

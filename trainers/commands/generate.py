@@ -145,6 +145,8 @@ def check_arguments(args: argparse.Namespace):
     for name in ("num_samples", "num_return_sequences", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if args.seed < 0:
+        parser.error("--seed must be at least 0")
     if args.sampler == "bridge" and args.gamma is not None:
         parser.error("--gamma is a setting of --sampler flow_map: leave it out")
     if args.live and (args.num_samples, args.num_return_sequences) != (1, 1):

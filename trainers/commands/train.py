@@ -39,7 +39,7 @@ from .. import (
     train_tokenizer,
 )
 from ..data.loading import check_text
-from .command_line import ScriptParser, check_model_type, errors_about, friendly_errors
+from .command_line import ScriptParser, UniqueKeyLoader, check_model_type, errors_about, friendly_errors
 from .training import (
     DataArguments,
     check_chosen,
@@ -157,7 +157,7 @@ def new_model(
     """Initializes a model for the tokenizer with the settings in `config_overrides`."""
     with errors_about("config_overrides", StrictDataclassError, ValueError, yaml.YAMLError):
         text = re.sub(r"=\s*[Nn]one\b", "=null", arguments.config_overrides or "")
-        overrides = yaml.safe_load("{" + text.replace("=", ": ") + "}")
+        overrides = yaml.load("{" + text.replace("=", ": ") + "}", UniqueKeyLoader)
         if unknown := sorted(name for name in overrides if not hasattr(FLMConfig(), name)):
             raise ValueError(f"FLMConfig has no {', '.join(unknown)}")
         settings = {

@@ -19,7 +19,7 @@ from modeling_flm.tokenization_flm import add_special_tokens, has_characters_onl
 from modeling_flm.utils_flm import describe_damage
 
 from ..data import PREPROCESSING, load_texts, pack_dataset, pad_dataset
-from ..flm_config import FLMTrainingArguments
+from ..flm_config import FLMTrainingArguments, check_numbers
 from ..flm_trainer import FLMTrainer
 from ..resuming import describe_problem, find_checkpoint
 from .command_line import check_model, check_model_type, errors_about, friendly_errors
@@ -95,6 +95,12 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Maximum number of training texts."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Maximum number of validation texts."})
+
+    def __post_init__(self):
+        names = ("block_size", "max_train_samples", "max_eval_samples")
+        check_numbers(
+            self, {**dict.fromkeys(names, 1), "preprocessing_num_workers": 0, "validation_split_percentage": 0}
+        )
 
 
 def check_chosen(chosen: Namespace, settings: dict[str, Any]) -> dict[str, Any]:
