@@ -89,7 +89,7 @@ class Model:
             return {"error": (400, message, "num_steps", "invalid_value")}
         try:
             prompts = await asyncio.to_thread(lambda: [self.generator.encode(prompt) for prompt in request.prompt])
-        except ValueError as error:  # such as characters without a token
+        except ValueError as error:  # text that the tokenizer does not know
             return {"error": (400, str(error), "prompt", "invalid_value")}
         longest, max_length = max(map(len, prompts)), self.generator.max_length
         if longest >= max_length:

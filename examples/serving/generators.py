@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
 from modeling_flm.known_tokens_flm import lengths_up_to_eos
-from modeling_flm.pipeline_flm import encode_prompts
+from modeling_flm.pipeline_flm import encode_prompts, encode_texts
 from modeling_flm.tokenization_flm import count_unknown_tokens
 from modeling_flm.trainers.evaluation import find_bos_token, find_eos_tokens, generate_causal_samples, pad_tokens
 
@@ -78,7 +78,7 @@ class FlowGenerator:
     def encode(self, prompt: str) -> list[int]:
         if prompt == "":
             return []
-        return encode_prompts(self.tokenizer, [prompt], self.bos_token_id)["input_ids"][0].tolist()
+        return encode_prompts(self.tokenizer, [prompt], self.bos_token_id, argument="prompt")["input_ids"][0].tolist()
 
     def batch_key(self, sample: SampleRequest) -> tuple:
         """Samples with equal keys can share a batch."""
@@ -135,7 +135,7 @@ class CausalGenerator:
         self.eos_token_ids = find_eos_tokens(model, tokenizer)
 
     def encode(self, prompt: str) -> list[int]:
-        return self.tokenizer(prompt)["input_ids"] or [self.bos_token_id]
+        return encode_texts(self.tokenizer, [prompt], "prompt", add_special_tokens=True)[0] or [self.bos_token_id]
 
     def batch_key(self, sample: SampleRequest) -> int:
         # With different numbers of new tokens, samples with long prompts would exceed the model's length.

@@ -13,6 +13,7 @@ from batching import Cancelled
 from completions import CompletionRequest
 from small_models import build_model
 
+from modeling_flm.trainers import train_tokenizer
 from modeling_flm.trainers.batches import example_seed
 from modeling_flm.trainers.evaluation.samples import SAMPLES_STREAM
 
@@ -99,6 +100,13 @@ class TestReplica:
         monkeypatch.setattr(replica.generator, "generate", fail)
         (answer,) = self.complete(replica, {"prompt": "the cat", "n": 2})
         assert answer["error"][0] == 500 and answer["error"][3] == "model_failed"
+
+    def test_prompts_without_tokens(self, models, make_replica, monkeypatch):
+        replica = make_replica(models["folder"] / "fmlm")
+        monkeypatch.setattr(replica.generator, "tokenizer", train_tokenizer([], "text8", 27))
+        (answer,) = self.complete(replica, {"prompt": ["the cat", "Hello"]})
+        status, message, *names = answer["error"]
+        assert (status, names) == (400, ["prompt", "invalid_value"]) and "does not know 'H'" in message
 
     def test_timeout_without_an_ingress(self, models, make_replica, monkeypatch):
         replica = make_replica(models["folder"] / "fmlm", "--timeout", "0.1")

@@ -4,6 +4,8 @@ import pytest
 import torch
 from generators import CausalGenerator, FlowGenerator, SampleRequest, split_sample
 
+from modeling_flm.trainers import train_tokenizer
+
 
 def requests(generator: FlowGenerator | CausalGenerator, count: int) -> list[SampleRequest]:
     prompt = generator.encode("the cat")
@@ -41,6 +43,7 @@ def test_generation_config_of_a_causal_model(models, monkeypatch):
         ("the zebra and Cat", "the [UNK] and [UNK]", " sat"),
         (" the  cat ", "the cat", " sat"),  # with one space before the text
         ("zebra", "[UNK]", " sat"),
+        ("cat [EOS]", "cat [UNK] [UNK] [UNK]", " sat"),  # names of special tokens are text
         ("", "", "sat"),
     ],
 )
@@ -50,3 +53,11 @@ def test_prompts_are_shown_as_the_model_read_them(name, prompt, shown, text, mod
     generator = (FlowGenerator if name == "fmlm" else CausalGenerator)(models[name], tokenizer)
     new = tokenizer.convert_tokens_to_ids(["sat", tokenizer.unk_token, tokenizer.eos_token])
     assert split_sample(tokenizer, generator.encode(prompt), new) == (shown, text)
+
+
+@pytest.mark.parametrize("name", ["fmlm", "gpt2"])
+def test_prompts_without_tokens_are_refused(name, models):
+    tokenizer = train_tokenizer([], "text8", 27)
+    generator = (FlowGenerator if name == "fmlm" else CausalGenerator)(models[name], tokenizer)
+    with pytest.raises(ValueError, match="`prompt`: the tokenizer does not know 'H'"):
+        generator.encode("Hello")
