@@ -429,6 +429,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
     def save_partial_results():
         partial.write_text(to_json({"results": without_texts(rows), "throughput": throughput}, indent=2) + "\n")
 
+    save_partial_results()
     for texts in collections:
         rows.append(score(texts, **scoring))
         save_partial_results()

@@ -14,7 +14,7 @@ from lm_eval.api.registry import register_model
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-import modeling_flm  # noqa: F401  registers the models of this library
+from modeling_flm import FLMGenerationConfig  # the import also registers the models of this library
 from modeling_flm.known_tokens_flm import begin_tokens
 from modeling_flm.pipeline_flm import encode_texts
 
@@ -64,6 +64,9 @@ class FLMHarnessModel(TemplateLM):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+        if not isinstance(num_times, int) or num_times < 2:
+            raise ValueError(f"`num_times` must be an integer of at least 2, got {num_times!r}.")
+        FLMGenerationConfig(num_steps=num_steps)  # raises an error for numbers that `generate` cannot use
         found = torch.accelerator.current_accelerator(check_available=True)
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = found or "cpu"  # the harness passes CUDA by default

@@ -82,6 +82,15 @@ def test_loglikelihood_is_the_conditional_bound(model):
         assert is_greedy in (True, False)
 
 
+@pytest.mark.parametrize(
+    "argument, value",
+    [("num_times", 1), ("num_times", "4"), ("num_steps", 0), ("batch_size", 0), ("batch_size", "auto")],
+)
+def test_bad_arguments_are_refused_before_the_model_is_loaded(argument, value):
+    with pytest.raises(ValueError, match=f"`{argument}` must be an integer of at least"):
+        harness.FLMHarnessModel("nowhere", **{argument: value})
+
+
 def test_unknown_words_are_warned_of(model, caplog):
     model.loglikelihood([Request(STORY[:7], " dragon lives in a"), Request("", "max")], disable_tqdm=True)
     assert "1 of 5 tokens are [UNK]" in caplog.text
