@@ -42,8 +42,8 @@ logger = logging.get_logger(__name__)
 
 # Parameters of transformers that do not exist here, and what to pass instead
 _RENAMED_PARAMETERS = {
-    "num_return_sequences": "pass `num_samples`, the number of samples in all; a pipeline accepts both",
-    "max_new_tokens": "pass `length`, the number of tokens of a sample with its prompt",
+    "num_return_sequences": "pass `num_samples`, the number of samples in all; calls accept both",
+    "max_new_tokens": "pass `length`, the number of tokens of a sample with its prompt; calls accept both",
     "max_length": "pass `length`",
     "min_length": "pass `length`; with `pad_after_eos`, texts end at their first EOS token",
     "min_new_tokens": "pass `length`; with `pad_after_eos`, texts end at their first EOS token",
@@ -53,7 +53,7 @@ _RENAMED_PARAMETERS = {
     "seed": "pass `generator=torch.Generator().manual_seed(seed)`",
     "stopping_criteria": "pass `pad_after_eos=True` to end texts at their EOS token, or a `callback` to watch every step",
     "return_full_text": "leave it out: samples include their prompts",
-    "num_inference_steps": "pass `num_steps`",
+    "num_inference_steps": "pass `num_steps`; calls accept both",
     "inputs": "pass `input_ids`",
     "inputs_embeds": "pass `input_ids`, or a `prior_state` to start from",
     **dict.fromkeys(
@@ -369,6 +369,8 @@ def resolve_generation_config(
     kwargs: dict[str, Any],
     sizes: dict[str, int],
     max_length: int,
+    num_prompts: int = 1,
+    prompt_length: int | None = 0,
 ) -> FLMGenerationConfig:
     """
     Returns the parameters of a call by precedence: `kwargs`, `generation_config`, `sizes`, `stored`, defaults. The result has
@@ -380,10 +382,16 @@ def resolve_generation_config(
         kwargs (`dict[str, Any]`): Single parameters of the call.
         sizes (`dict[str, int]`): `num_samples` and `length`, where tensors of the call imply them.
         max_length (`int`): The maximum length of the model.
+        num_prompts (`int`, *optional*, defaults to 1): Number of prompts.
+        prompt_length (`int`, *optional*, defaults to 0): Length of all prompts. `None` if they differ in length.
     """
     config = FLMGenerationConfig() if generation_config is None else as_flm_generation_config(generation_config)
     kwargs = _without_neutral(kwargs)
-    if unknown := [name for name in kwargs if name.startswith("_") or name not in vars(config)]:
+    unknown = [name for name in kwargs if name.startswith("_") or name not in vars(config)]
+    if not _OF_OTHER_PIPELINES <= set(unknown):
+        kwargs = _translate_names(kwargs, num_prompts, prompt_length)
+        unknown = [name for name in unknown if name in kwargs]
+    if unknown:
         message = f"`generate()` got unknown arguments: {config._suggest(unknown)}."
         if _OF_OTHER_PIPELINES <= set(unknown):
             message += (
@@ -407,6 +415,31 @@ def resolve_generation_config(
     if config.pad_after_eos and config.eos_token_id is None:
         raise ValueError("`pad_after_eos` needs an `eos_token_id`.")
     return config
+
+
+def _translate_names(kwargs: dict[str, Any], num_prompts: int, prompt_length: int | None) -> dict[str, Any]:
+    """Replaces parameters of transformers and diffusers by the parameters here that mean the same."""
+    kwargs = dict(kwargs)
+    names = {"num_inference_steps": "num_steps", "num_return_sequences": "num_samples", "max_new_tokens": "length"}
+    for name, own in names.items():
+        value = as_python(kwargs.pop(name, None))
+        if value is None:
+            continue
+        if kwargs.get(own) is not None:
+            raise ValueError(f"`{name}` and `{own}` were both passed: leave one of them out.")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if name == "num_return_sequences":
+            value *= num_prompts
+        elif name == "max_new_tokens":
+            if prompt_length is None:
+                raise ValueError(
+                    "`max_new_tokens` needs prompts of the same length: pass `length`, the number of tokens of a sample with its "
+                    "prompt."
+                )
+            value += prompt_length
+        kwargs[own] = value
+    return kwargs
 
 
 def _resolve_steps(config: FLMGenerationConfig):

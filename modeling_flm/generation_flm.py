@@ -218,7 +218,9 @@ class FLMGenerationMixin:
                 with the same batch size and length are faster. `torch.compile(model)` compiles `forward`, which `generate`
                 does not call: pass `compile_config=CompileConfig()` instead.
             kwargs:
-                Further parameters of [`FLMGenerationConfig`], such as `length`, `batch_size` or `temperature`.
+                Further parameters of [`FLMGenerationConfig`], such as `length`, `batch_size` or `temperature`. Also
+                `num_inference_steps` for `num_steps`, `num_return_sequences` for the number of samples of each prompt, and
+                `max_new_tokens` for the `length` without the prompt.
 
         Returns:
             `torch.LongTensor` of shape `(num_samples, length)`, or [`FLMGenerationOutput`] with
@@ -250,6 +252,8 @@ class FLMGenerationMixin:
             {**kwargs, "num_samples": num_samples, "num_steps": num_steps},
             sizes,
             self.config.max_position_embeddings,
+            num_prompts=1 if prompts.num_rows is None else prompts.num_rows,
+            prompt_length=prompts.common_length,
         )
         if streamer is not None and config.num_samples != 1:
             raise ValueError(f"`streamer` needs a single sample: pass `num_samples=1`, got {config.num_samples}.")

@@ -119,6 +119,18 @@ class Prompts:
         tensor = self.attention_mask if self.input_ids is None else self.input_ids
         return None if tensor is None else len(tensor)
 
+    @property
+    def common_length(self) -> int | None:
+        """Length of all prompts. `None` if they differ in length, or if a `prompt_mask` marks the known tokens."""
+        if self.input_ids is None:
+            return 0
+        if self.prompt_mask is not None:
+            return None
+        if self.attention_mask is None:
+            return self.input_ids.shape[1]
+        lengths = self.attention_mask.sum(dim=1).unique().tolist()
+        return lengths[0] if len(lengths) == 1 else None
+
     def sizes(self) -> dict[str, int]:
         """Returns the default `num_samples` and `length`, where the arguments imply them."""
         sizes = {"num_samples": self.num_rows, "length": self.full_length}

@@ -37,8 +37,7 @@ def test_precedence_of_parameters(flm):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("num_return_sequences", "pass `num_samples`"),
-        ("max_new_tokens", "pass `length`"),
+        ("max_length", "pass `length`"),
         ("do_sample", "samples differ by their noise, see `generator`"),
         ("seed", "manual_seed"),
         ("stopping_criteria", "`pad_after_eos=True`"),
@@ -50,6 +49,56 @@ def test_arguments_of_other_models_name_ours(flm, name, hint):
     for call in (flm.generate, FLMGenerationConfig):
         with pytest.raises(ValueError, match=rf"`{name}` \(.*{hint}"):
             call(**{name: 1})
+
+
+class TestNamesOfOtherLibraries:
+    """Names that mean the same in transformers or diffusers."""
+
+    @pytest.mark.parametrize(
+        "theirs, ours",
+        [
+            ({"num_inference_steps": 3}, {"num_steps": 3}),
+            ({"num_return_sequences": 2}, {"num_samples": 4}),
+            ({"max_new_tokens": 5}, {"length": 8}),
+            (
+                {"num_return_sequences": 3, "max_new_tokens": 1, "num_inference_steps": 2},
+                {"num_samples": 6, "length": 4, "num_steps": 2},
+            ),  # fmt: skip
+        ],
+    )
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_are_accepted(self, theirs, ours, padded, flm):
+        flm.generation_config.num_steps = 1
+        prompts = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+        if padded:  # on the left, as tokenizers of generators do
+            prompts = {"input_ids": torch.nn.functional.pad(prompts["input_ids"], (2, 0))}
+            prompts["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1]] * 2)
+        samples = [
+            flm.generate(**prompts, **names, generator=torch.Generator().manual_seed(0)) for names in (theirs, ours)
+        ]
+        assert samples[0].tolist() == samples[1].tolist()
+
+    def test_without_prompts(self, flm):
+        assert flm.generate(num_return_sequences=3, max_new_tokens=7, num_inference_steps=1).shape == (3, 7)
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"num_inference_steps": 2, "num_steps": 2}, "`num_inference_steps` and `num_steps` were both passed"),
+            ({"num_return_sequences": 0}, "`num_return_sequences` must be an integer of at least 1, got 0"),
+            ({"max_new_tokens": 2.5}, "`max_new_tokens` must be an integer of at least 1, got 2.5"),
+            ({"max_new_tokens": 99}, "but the model has at most"),
+        ],
+    )
+    def test_bad_values_are_refused(self, arguments, message, flm):
+        with pytest.raises(ValueError, match=message):
+            flm.generate(**arguments)
+
+    @pytest.mark.parametrize("mask", ["attention_mask", "prompt_mask"])
+    def test_max_new_tokens_needs_prompts_of_one_length(self, mask, flm):
+        ids, is_prompt = torch.tensor([[5, 6], [7, 7]]), torch.tensor([[1, 1], [1, 0]])
+        with pytest.raises(ValueError, match="`max_new_tokens` needs prompts of the same length: pass `length`"):
+            flm.generate(ids, max_new_tokens=3, **{mask: is_prompt})
 
 
 class TestGenerationConfig:
