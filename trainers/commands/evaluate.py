@@ -103,7 +103,8 @@ class EvaluationArguments:
         default=None, help="Name of a model on the Hub, or its folder: flow-based, or any causal language model."
     )
     samples_file: str | None = HfArg(
-        default=None, help="A txt, json, jsonl, csv or parquet file of texts to score instead of a model's."
+        default=None,
+        help="A txt, json, jsonl, csv, tsv or parquet file, or a folder, of texts to score instead of a model's.",
     )
     revision: str = HfArg(default="main", help="Branch, tag or commit of the model.")
     protocol: str | None = HfArg(
@@ -166,7 +167,8 @@ class EvaluationArguments:
         default=None, help="Tokens of each text that the scorer reads. By default 1024, or its context if shorter."
     )
     reference_file: str | None = HfArg(
-        default=None, help="A txt, jsonl, csv or parquet file of reference texts, truncated to the model's length."
+        default=None,
+        help="A txt, jsonl, csv, tsv or parquet file, or a folder, of reference texts, truncated to the model's length.",
     )
     reference_packing: str = HfArg(
         default="texts",
@@ -174,7 +176,8 @@ class EvaluationArguments:
         metadata={"choices": ["texts", "wrapped"]},
     )
     train_file: str | None = HfArg(
-        default=None, help="A txt, jsonl, csv or parquet file of training texts, to find copies of them."
+        default=None,
+        help="A txt, jsonl, csv, tsv or parquet file, or a folder, of training texts, to find copies of them.",
     )
     text_column: str | None = HfArg(default=None, help="Column with the texts in these files.")
     ngram_sizes: list[int] = HfArg(
@@ -397,7 +400,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
             words = training_texts
             if args.words_file is not None:
                 with errors_about("words_file", OSError, ValueError):
-                    words = Path(args.words_file).read_text(encoding="utf-8").splitlines()
+                    words = Path(args.words_file).read_text(encoding="utf-8-sig").splitlines()
                 if not any(map(split_words, words)):
                     raise ValueError(f"`words_file`: {args.words_file} has no words.")
             check = None if args.check is None else load_check(args.check)

@@ -40,7 +40,7 @@ _REMEDIES = {
     "can't decode": " Save it as UTF-8.",
     "fields in line|Length of header": " Rows need as many fields as the header, and texts with a delimiter need quotes.",
     "changed from object|document is empty": ' Write one object per line, such as {"text": "..."}.',
-    "[Zz]standard": " Run pip install zstandard.",
+    "zstd not supported": " Run pip install modeling-flm[zstd].",
 }
 
 
