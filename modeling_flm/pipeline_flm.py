@@ -81,6 +81,7 @@ def encode_prompts(
     bos_token_id: int | None,
     split_special_tokens: bool = True,
     argument: str = "text_inputs",
+    warn: bool = True,
 ) -> dict[str, torch.LongTensor]:
     """
     Tokenizes prompts, without the special tokens that a tokenizer adds, since these may include an EOS token.
@@ -91,13 +92,15 @@ def encode_prompts(
         bos_token_id (`int`, *optional*): A token to put before every prompt.
         split_special_tokens (`bool`, *optional*, defaults to `True`): See [`encode_texts`].
         argument (`str`, *optional*, defaults to `"text_inputs"`): Name of the prompts in error messages.
+        warn (`bool`, *optional*, defaults to `True`): Whether to warn about words that the tokenizer does not know.
 
     Returns:
         `dict[str, torch.LongTensor]`: `input_ids` and `attention_mask`, of shape `(num_prompts, prompt_length)`.
     """
     prefix = [] if bos_token_id is None else [bos_token_id]
     token_lists = encode_texts(tokenizer, prompts, argument, split_special_tokens)
-    _warn_of_unknown_words(tokenizer, prompts, token_lists)
+    if warn:
+        warn_of_unknown_words(tokenizer, prompts, token_lists)
     rows = [torch.tensor([*prefix, *tokens], dtype=torch.long) for tokens in token_lists]
     # Padded here, since the tokenizer may have no padding token
     return {
@@ -106,7 +109,7 @@ def encode_prompts(
     }
 
 
-def _warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase, prompts: list[str], token_lists: list[list[int]]):
+def warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase, prompts: list[str], token_lists: list[list[int]]):
     """Warns about prompts with unknown words: the samples would not show these words."""
     token, token_id = tokenizer.unk_token, tokenizer.unk_token_id
     with_unknown = [prompt for prompt, ids in zip(prompts, token_lists) if token_id in ids]

@@ -37,7 +37,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.utils import logging
 
 from modeling_flm import BridgeSamplerConfig
-from modeling_flm.pipeline_flm import encode_prompts, encode_texts
+from modeling_flm.pipeline_flm import encode_prompts, encode_texts, warn_of_unknown_words
 
 from ..data import find_text_column, load_texts
 from ..evaluation import generate_samples
@@ -189,6 +189,7 @@ def check_prompts(
     longest = args.length or model.generation_config.length or model.config.max_position_embeddings
     num_begin = 0 if model.generation_config.bos_token_id is None else 1
     token_lists = encode_texts(tokenizer, prompts, argument)
+    warn_of_unknown_words(tokenizer, prompts, token_lists)
     for number, tokens in enumerate(token_lists, 1):
         if num_begin + len(tokens) > longest:
             raise ValueError(
@@ -220,7 +221,7 @@ def generate(
             for row in rows:
                 row["prompt"] = prompts[row["index"] // args.num_return_sequences]
             begin = model.generation_config.bos_token_id
-            known = encode_prompts(tokenizer, [row["prompt"] for row in rows], begin)
+            known = encode_prompts(tokenizer, [row["prompt"] for row in rows], begin, warn=False)
         output = generate_samples(
             model,
             list(indices),

@@ -270,6 +270,16 @@ def test_evaluating(case, tmp_path, monkeypatch):
     check(expected, "--", action)
 
 
+def test_unknown_words_of_all_prompts_are_warned_of_once(tmp_path, monkeypatch, caplog):
+    (tmp_path / "a.txt").write_text("the cat\nthe dog\na cat\n")
+    network = build_flm(vocab_size=260, max_position_embeddings=8).eval()
+    monkeypatch.setattr(
+        generate, "load_models", lambda args, state: (network, train_tokenizer(["the"], "word", 9), None)
+    )
+    generate.main(["model", "--prompts_file", str(tmp_path / "a.txt"), "--num_steps", "1", "--batch_size", "1"])
+    assert caplog.text.count("[UNK]") == 1 and "66.7% of the tokens" in caplog.text
+
+
 @pytest.mark.parametrize("packing", ["wrapped", "lines"])
 def test_training_on_a_stream_without_a_block(packing, tmp_path):
     (tmp_path / "a.txt").write_text("a b c d\ne f g h\n")
