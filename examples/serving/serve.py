@@ -22,6 +22,7 @@ from application import run
 from transformers import AutoConfig, AutoTokenizer
 
 from modeling_flm.trainers.commands.command_line import check_device, check_model, errors_about, friendly_errors
+from modeling_flm.utils_flm import describe_damage
 
 
 def find_port(host: str, port: int) -> int:
@@ -50,6 +51,8 @@ def name_models(paths: list[str]) -> dict[str, str]:
         with errors_about("models", OSError, ValueError):
             AutoConfig.from_pretrained(path)
             AutoTokenizer.from_pretrained(path)
+        if damage := next(filter(None, map(describe_damage, Path(path).glob("*.safetensors"))), None):
+            raise ValueError(f"`models`: {damage}")
     return named
 
 

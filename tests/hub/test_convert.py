@@ -378,7 +378,7 @@ class TestHubFolders:
         path = released_folder(tmp_path) / "model.safetensors"
         content = path.read_bytes()
         path.write_bytes(content[: int(share * len(content))])
-        with pytest.raises(CheckpointError, match="model.safetensors is truncated or damaged"):
+        with pytest.raises(CheckpointError, match="model.safetensors is (truncated or damaged|empty)"):
             convert(path.parent)
 
     @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -359,6 +360,8 @@ class TestStart:
     def test_wrong_arguments(self, models, tmp_path):
         (tmp_path / "fmlm").symlink_to(models["folder"] / "gpt2")
         fmlm = str(models["folder"] / "fmlm")
+        shutil.copytree(fmlm, tmp_path / "damaged")
+        (tmp_path / "damaged" / "model.safetensors").write_bytes(b"")
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
@@ -367,6 +370,7 @@ class TestStart:
                 (["./nowhere"], "there is no folder ./nowhere"),
                 ([fmlm, fmlm], "both called fmlm"),
                 ([str(tmp_path)], str(tmp_path)),
+                ([str(tmp_path / "damaged")], "damaged/model.safetensors is empty: download or copy the file again"),
                 ([fmlm, "--port", port], "--port: cannot listen on"),
             ):
                 with pytest.raises(SystemExit) as error:
