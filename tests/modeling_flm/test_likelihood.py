@@ -301,6 +301,20 @@ class TestEvaluateLikelihood:
         num_tokens = sum(map(len, tokenizer(texts)["input_ids"]))
         assert (f"{expected[2]} of {num_tokens} tokens are [UNK]" in caplog.text) == (expected[2] > 0)
 
+    @pytest.mark.parametrize("with_bos", [False, True])
+    def test_texts_end_as_in_the_training(self, with_bos):
+        tokenizer, model = tokenizer_and_model("word", LATIN, with_bos)
+        model.generation_config.pad_after_eos = True
+        texts = ["a b c", "b"]
+        figures = evaluate_likelihood(model, tokenizer, texts, num_times=64)
+        begin = [tokenizer.bos_token_id] * with_bos
+        rows = [[*begin, *row, tokenizer.eos_token_id] for row in tokenizer(texts)["input_ids"]]
+        parts = [row + [tokenizer.pad_token_id] * (12 - len(row)) for row in rows]
+        expected = nats_of(model, parts, num_known=len(begin))
+        assert figures["nats_per_text"] * 2 == pytest.approx(expected, rel=5 * figures["relative_error"] + 0.02)
+        assert figures["tokens"] == 3 + 1 + 2  # with EOS, without padding
+        assert evaluate_likelihood(model, tokenizer, ["a b " * 8], num_times=2)["cut_texts"] == 1
+
     def test_wrapped_blocks_end_with_the_eos_token_of_the_model(self):
         tokenizer, model = tokenizer_and_model("word", LATIN, True)
         expected = evaluate_likelihood(model, tokenizer, LATIN, num_times=2, wrapped=True)

@@ -20,7 +20,7 @@ from modeling_flm.pipeline_flm import encode_texts
 
 from ..batches import example_seed
 from .likelihood import LIKELIHOOD_STREAM, warn_of_unknown_tokens
-from .samples import pad_tokens
+from .samples import end_tokens, ends_texts, pad_tokens
 
 
 @register_model("flm")
@@ -41,9 +41,9 @@ class FLMHarnessModel(TemplateLM):
         seed (`int`, *optional*, defaults to 0): Seed of all noise.
         revision (`str`, *optional*): Branch, tag or commit of the model.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code from the model's repository.
-        append_eos (`bool`, *optional*, defaults to `False`):
-            Whether to append an EOS token to each continuation, and padding up to the model's length. For models that were
-            trained on one text per example.
+        append_eos (`bool`, *optional*):
+            Whether to append an EOS token to each continuation, and padding up to the model's length. By default for models
+            that were trained on one text per sequence (`generation_config.pad_after_eos`).
     """
 
     model_class = AutoModel
@@ -59,7 +59,7 @@ class FLMHarnessModel(TemplateLM):
         seed: int = 0,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        append_eos: bool = False,
+        append_eos: bool | None = None,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -76,8 +76,8 @@ class FLMHarnessModel(TemplateLM):
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained, **options)
         self.num_times, self.num_steps, self.seed = num_times, num_steps, seed
         self.batch_size = max(64, int(batch_size))
-        self.append_eos = append_eos
-        if append_eos and self.tokenizer.eos_token_id is None:
+        self.append_eos = ends_texts(self.model) if append_eos is None else append_eos
+        if self.append_eos and self.tokenizer.eos_token_id is None:
             raise ValueError("`append_eos` needs a tokenizer with an end-of-sequence token.")
 
     @property
@@ -114,9 +114,7 @@ class FLMHarnessModel(TemplateLM):
             known, rest = self._encode_pair(context, continuation) if context else ([], self._encode(continuation))
             known = known if known[: len(self.begin)] == self.begin else self.begin + known
             if self.append_eos:
-                end = [self.tokenizer.eos_token_id]
-                pad = end if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id]
-                rest = rest + end + pad * (self.max_length - len(known) - len(rest) - 1)
+                rest = rest + end_tokens(self.model, self.tokenizer, len(known) + len(rest))
             pairs.append(((context, continuation), known, rest))
         return self._loglikelihood_tokens(pairs, disable_tqdm)
 

@@ -16,7 +16,7 @@ from modeling_flm.pipeline_flm import encode_texts
 from modeling_flm.tokenization_flm import count_unknown_tokens
 
 from ..batches import example_seed
-from .samples import find_eos_tokens, pad_tokens
+from .samples import end_tokens, ends_texts, find_eos_tokens, pad_tokens
 from .words import count_words
 
 
@@ -39,7 +39,8 @@ def evaluate_likelihood(
     Measures the bound on the negative log-likelihood of texts, see [`~FLMLikelihoodMixin.log_likelihood_bound`]. Shows its progress.
 
     Texts that are longer than the model's are evaluated in parts. Each text or part begins with the BOS token if the texts of the
-    training did (`generation_config.bos_token_id`). It is known, as in the pipeline.
+    training did (`generation_config.bos_token_id`). It is known, as in the pipeline. Texts end with EOS and padding, whose likelihood
+    counts, if the model was trained on one text per sequence (`generation_config.pad_after_eos`).
 
     Args:
         model ([`~transformers.PreTrainedModel`]): FLM or flow map.
@@ -56,7 +57,7 @@ def evaluate_likelihood(
         `dict[str, float]`: the bound as `nats_per_text`, `nats_per_token`, `nats_per_word`, `bits_per_byte` and `perplexity` (of
         tokens); `relative_error`, its relative standard error from noise levels and noise; and the numbers of `texts`, `cut_texts`
         in several parts, `tokens`, `unknown_tokens` such as `[UNK]`, `words` and `bytes`. Words and bytes are counted in the
-        original texts. EOS tokens count as tokens.
+        original texts. EOS tokens count as tokens, padding does not.
 
     Raises:
         `ValueError`: if `texts` are no strings or have no tokens.
@@ -68,7 +69,7 @@ def evaluate_likelihood(
     token_lists = [tokens for tokens in token_lists if tokens]
     if not texts:
         raise ValueError("`texts` have no tokens.")
-    parts, num_cut = _split(model, tokenizer, token_lists, wrapped)
+    parts, paddings, num_cut = _split(model, tokenizer, token_lists, wrapped)
     order = sorted(range(len(parts)), key=lambda index: len(parts[index]))  # for little padding
     total = variance = 0.0
     num_tokens = 0
@@ -86,7 +87,7 @@ def evaluate_likelihood(
         )
         total -= output.log_likelihood.sum().item()
         variance += output.standard_error.square().sum().item()
-        num_tokens += output.num_tokens.sum().item()
+        num_tokens += output.num_tokens.sum().item() - sum(paddings[index] for index in indices)
     counts = {
         "texts": len(texts),
         "cut_texts": num_cut,
@@ -119,15 +120,26 @@ def warn_of_unknown_tokens(tokenizer: PreTrainedTokenizerBase, token_lists: list
 
 def _split(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_lists: list[list[int]], wrapped: bool
-) -> tuple[list[list[int]], int]:
-    """Returns the sequences to evaluate, no longer than the model's, and the number of texts that are in several of them."""
+) -> tuple[list[list[int]], list[int], int]:
+    """
+    Returns the sequences to evaluate, no longer than the model's, how many of the tokens of each are padding, and the number of
+    texts that are in several of them.
+    """
     begin = begin_tokens(model.generation_config)
     end = find_eos_tokens(model, tokenizer)[:1] if wrapped else []
-    inner = model.config.max_position_embeddings - len(begin) - len(end)
+    are_whole = ends_texts(model) and not wrapped
+    inner = model.config.max_position_embeddings - len(begin) - len(end) - are_whole
     num_cut = start = 0
     for tokens in token_lists:
         num_cut += start // inner != (start + len(tokens) - 1) // inner
         start = start + len(tokens) + len(end) if wrapped else 0
     streams = [[*chain.from_iterable([*tokens, *end] for tokens in token_lists)]] if wrapped else token_lists
-    parts = [stream[start : start + inner] for stream in streams for start in range(0, len(stream), inner)]
-    return [[*begin, *part, *(end if len(part) == inner else [])] for part in parts], num_cut
+    parts, paddings = [], []
+    for stream in streams:
+        for start in range(0, len(stream), inner):
+            part = [*begin, *stream[start : start + inner], *(end if start + inner <= len(stream) else [])]
+            is_last = start + inner >= len(stream)
+            ending = end_tokens(model, tokenizer, len(part)) if are_whole and is_last else []
+            parts.append(part + ending)
+            paddings.append(max(0, len(ending) - 1))
+    return parts, paddings, num_cut

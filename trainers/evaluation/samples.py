@@ -88,6 +88,18 @@ def find_eos_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
+def ends_texts(model: PreTrainedModel) -> bool:
+    """Returns whether a model was trained on one text per sequence, each with an end, see [`pad_dataset`]."""
+    return bool(model.generation_config.to_dict().get("pad_after_eos"))  # other models have no such parameter
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[int]:
+    """Returns what follows the `num_tokens` tokens of a text up to the model's length: an EOS token and padding."""
+    eos = find_eos_tokens(model, tokenizer)[0]
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return [eos] + [pad] * (model.config.max_position_embeddings - num_tokens - 1)
+
+
 class _DrawTokens(LogitsProcessor):
     """Draws one token for each text, with one uniform variable from the text's generator, and masks all others."""
 

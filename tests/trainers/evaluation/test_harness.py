@@ -113,7 +113,7 @@ def test_long_requests_are_refused_before_short_ones_are_scored(model, monkeypat
         model.loglikelihood(requests, disable_tqdm=True)
 
 
-def test_append_eos_ends_texts_after_the_continuation(folder):
+def test_append_eos_ends_texts_after_the_continuation(folder, tmp_path):
     model = harness.FLMHarnessModel(str(folder), num_times=4, num_steps=2)
     whole = harness.FLMHarnessModel(str(folder), num_times=4, num_steps=2, append_eos=True)
     context = "max the clever bear lives"
@@ -126,6 +126,10 @@ def test_append_eos_ends_texts_after_the_continuation(folder):
         torch.tensor([tokens]), prompt_mask=known, num_times=4, generator=[generator]
     )
     assert value == pytest.approx(output.log_likelihood.item(), rel=1e-4)
+    model.model.generation_config.pad_after_eos = True  # as models trained on one text per sequence have
+    model.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert harness.FLMHarnessModel(str(tmp_path)).append_eos and not harness.FLMHarnessModel(str(folder)).append_eos
     with pytest.raises(ValueError, match="A request has 13 tokens, but the model's texts have 12"):
         whole.loglikelihood([Request(STORY, " max the clever")], disable_tqdm=True)
 
