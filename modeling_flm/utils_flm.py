@@ -61,7 +61,8 @@ def may_overwrite(layer: nn.Module) -> bool:
     """
     if torch.is_grad_enabled() or is_traced():
         return False
-    return not (torch.nn.modules.module._global_forward_hooks or any(each._forward_hooks for each in layer.modules()))
+    parts = layer.modules() if layer._modules else (layer,)  # walking is slow for a call in every block
+    return not (torch.nn.modules.module._global_forward_hooks or any(part._forward_hooks for part in parts))
 
 
 # For modules in evaluation mode for now: the number of contexts, of all threads, and the mode to restore after the last one
