@@ -84,9 +84,10 @@ class Model:
             `dict`: `choices`, `usage` and `warnings` of the response, and `batch_sizes` (of each batch whose first sample belongs
             to this request); or `error`, the arguments of a [`RequestError`].
         """
-        if request.num_steps is not None and not self.generator.has_steps:
-            message = "`num_steps`: this model generates token by token; leave it out."
-            return {"error": (400, message, "num_steps", "invalid_value")}
+        for name in ("num_steps", "gamma"):
+            if getattr(request, name) is not None and not self.generator.has_steps:
+                message = f"`{name}`: this model generates token by token; leave it out."
+                return {"error": (400, message, name, "invalid_value")}
         try:
             prompts = await asyncio.to_thread(lambda: [self.generator.encode(prompt) for prompt in request.prompt])
         except ValueError as error:  # text that the tokenizer does not know
@@ -101,7 +102,8 @@ class Model:
         for index, generator in enumerate(sample_generators(request.seed, range(len(prompts) * request.n))):
             prompt = prompts[index // request.n]
             length = max_length if request.max_tokens is None else min(len(prompt) + request.max_tokens, max_length)
-            samples.append(SampleRequest(prompt, length, generator, request.num_steps, request.temperature))
+            options = request.num_steps, request.temperature, request.gamma
+            samples.append(SampleRequest(prompt, length, generator, *options))
         # The ingress stops waiting earlier; this timeout cancels the samples if the ingress has died.
         results = await asyncio.wait_for(asyncio.gather(*map(self.batcher.generate, samples)), self.timeout)
         rows = [tokens for tokens, _ in results]

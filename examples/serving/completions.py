@@ -62,6 +62,7 @@ class CompletionRequest(OpenAIDefaults):
     num_steps: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0.01, le=2)
+    gamma: float | None = Field(None, ge=0, le=1)
     echo: bool = False
     timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
 

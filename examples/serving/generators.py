@@ -26,6 +26,7 @@ class SampleRequest:
         generator (`torch.Generator`): Random generator of this sample, on the CPU, so that it does not depend on its batch.
         num_steps (`int`, *optional*): Number of steps of a flow-based model.
         temperature (`float`, *optional*): Divides the logits.
+        gamma (`float`, *optional*): Share of fresh noise at every step of a flow-based model.
     """
 
     prompt_ids: list[int]
@@ -33,6 +34,7 @@ class SampleRequest:
     generator: torch.Generator
     num_steps: int | None = None
     temperature: float | None = None
+    gamma: float | None = None
 
 
 def split_sample(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int]) -> tuple[str, str]:
@@ -88,7 +90,10 @@ class FlowGenerator:
             defaults.num_steps if sample.num_steps is None and defaults.timestep_grid is None else sample.num_steps
         )
         temperature = defaults.temperature if sample.temperature is None else sample.temperature
-        return sample.length, num_steps, 1 if temperature is None else temperature
+        gamma = sample.gamma
+        if gamma is None and defaults.sampler_config is None:
+            gamma = defaults.gamma or 0.0
+        return sample.length, num_steps, 1 if temperature is None else temperature, gamma
 
     def generate(self, samples: list[SampleRequest], callback: Callable[[], None]) -> list[list[int]]:
         """
@@ -103,7 +108,7 @@ class FlowGenerator:
         """
         first = samples[0]
         prompts = [sample.prompt_ids for sample in samples]
-        options = {} if first.temperature is None else {"temperature": first.temperature}
+        options = {"temperature": first.temperature, "gamma": first.gamma}  # `None` for the model's
         if any(prompts):
             options["input_ids"], options["attention_mask"] = pad_tokens(prompts, device=self.model.device)
         tokens = self.model.generate(

@@ -83,6 +83,18 @@ class TestReplica:
         assert [answer["batch_sizes"] for answer in answers] == [[4], [], [], [], [1], [1]]
         assert len({answer["choices"][0]["text"] for answer in answers[:4]}) == 1
 
+    def test_gamma_is_the_model_s_or_the_request_s(self, models, make_replica, tmp_path):
+        model = build_model("fmlm", vocab_size=len(models["tokenizer"]), max_position_embeddings=LENGTH)
+        model.generation_config.num_steps, model.generation_config.gamma = 4, 0.5
+        model.save_pretrained(tmp_path)
+        models["tokenizer"].save_pretrained(tmp_path)
+        answers = self.complete(make_replica(tmp_path), {}, {"gamma": 0.5}, {"gamma": 1.0}, {"gamma": 0})
+        assert [answer["batch_sizes"] for answer in answers] == [[2], [], [1], [1]]
+        for answer, gamma in zip(answers, (0.5, 0.5, 1.0, 0.0)):
+            generator = torch.Generator().manual_seed(example_seed(0, SAMPLES_STREAM, 0))
+            tokens = model.generate(gamma=gamma, generator=generator, pad_after_eos=True)
+            assert answer["choices"][0]["text"] == models["tokenizer"].decode(tokens[0], skip_special_tokens=True)
+
     def test_timestep_grid_of_the_model_is_not_a_number_of_steps(self, models, make_replica, tmp_path):
         model = build_model("fmlm", vocab_size=len(models["tokenizer"]), max_position_embeddings=LENGTH)
         model.generation_config.timestep_grid = [0.0, 0.9, 1.0]

@@ -231,6 +231,8 @@ BAD_BODIES = {
     "huge seed": ({"seed": 2**70}, 400, "seed", ""),
     "too many steps": ({"num_steps": MANY_STEPS + 1}, 400, "num_steps", str(MANY_STEPS)),
     "steps for GPT-2": ({"model": "gpt2", "num_steps": 4}, 400, "num_steps", "leave it out"),
+    "gamma for GPT-2": ({"model": "gpt2", "gamma": 1}, 400, "gamma", "leave it out"),
+    "gamma above 1": ({"gamma": 1.5}, 400, "gamma", "less than or equal to 1"),
     "max_tokens of 0": ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
     "temperature 0": ({"temperature": 0}, 400, "temperature", "greater than or equal to"),
     "infinite temperature": (b'{"model": "fmlm", "temperature": Infinity}', 400, None, ""),
