@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from modeling_flm.utils_flm import as_python
+
 
 TRAINING_NAME = "training.json"  # written by the trainers
 EVALUATION_NAME = "evaluation.json"  # scorer, num_samples, results: [{num_steps, gen_ppl, entropy}, ...]
@@ -23,8 +25,11 @@ ONNX_FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "mo
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Formats a value as JSON, which has no NaN and no infinity: numbers that are not finite become `null`."""
-    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+    """
+    Formats a value as JSON, which has no NaN and no infinity: numbers that are not finite become `null`. Numbers and arrays of numpy
+    become numbers and lists.
+    """
+    return json.dumps(_without_nan(as_python(value)), indent=indent, allow_nan=False)
 
 
 def _without_nan(value: Any) -> Any:

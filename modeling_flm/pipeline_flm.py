@@ -14,7 +14,6 @@ from transformers import Pipeline, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .configuration_flm import CUSTOM_PIPELINES
-from .utils_flm import as_python
 
 
 logger = logging.get_logger(__name__)
@@ -222,15 +221,10 @@ class FLMPipeline(Pipeline):
                 )
         preprocess_kwargs, generate_kwargs, decode_kwargs = self._sanitize_parameters(**kwargs)
         generate_kwargs = {**self._forward_params, **generate_kwargs}
-        num_sequences = as_python(generate_kwargs.pop("num_return_sequences", None))
         if prompts and "num_samples" in generate_kwargs:
             raise ValueError(
                 "With prompts, pass `num_return_sequences`, the number of samples for each, instead of `num_samples`."
             )
-        if num_sequences is not None:
-            if not isinstance(num_sequences, int) or num_sequences < 1:
-                raise ValueError(f"`num_return_sequences` must be an integer of at least 1, got {num_sequences!r}.")
-            generate_kwargs["num_samples"] = num_sequences * max(len(prompts), 1)
         preprocess_kwargs = {**self._preprocess_params, **preprocess_kwargs}
         decode_kwargs = {**self._postprocess_params, **decode_kwargs}
         rows = self.run_single(prompts, preprocess_kwargs, generate_kwargs, decode_kwargs)

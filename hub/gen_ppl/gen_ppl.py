@@ -70,7 +70,21 @@ def load_scorer(
     """Loads a scorer and its tokenizer. The last one stays in memory."""
     device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype or "auto").to(device).eval()
+    check_causal(model, model_id)
     return model, AutoTokenizer.from_pretrained(model_id)
+
+
+@torch.inference_mode()
+def check_causal(model: PreTrainedModel, model_id: str):
+    """Raises a `ValueError` if predictions depend on later tokens, as in masked language models, or on more than tokens."""
+    message = f"`model_id`: {model_id} is no causal language model, which predicts each token from those before it: name another."
+    input_ids = torch.tensor([[0, 0], [0, 1]], device=model.device)
+    try:
+        first, second = model(input_ids, attention_mask=torch.ones_like(input_ids)).logits[:, 0].float()
+    except (TypeError, ValueError) as error:
+        raise ValueError(message) from error
+    if (first - second).abs().max() > 0.01 * first.std():
+        raise ValueError(message)
 
 
 @torch.inference_mode()
@@ -160,6 +174,12 @@ class GenPPL(evaluate.Metric):
         if tokenizer.eos_token_id is not None:
             ends = [[tokenizer.eos_token_id] if len(tokens) < longest else [] for tokens in sequences]
             sequences = [tokens + end for tokens, end in zip(sequences, ends)]
+        size = model.get_input_embeddings().weight.shape[0]
+        if max(map(max, filter(None, sequences)), default=0) >= size:
+            raise ValueError(
+                f"`model_id`: the tokenizer of {model_id} has more tokens than the {size} of its model: save the tokenizer that "
+                "belongs to it."
+            )
         results = negative_log_likelihoods(model, sequences, tokenizer.eos_token_id, batch_size)
 
         totals, counts = zip(*results)

@@ -18,7 +18,17 @@ from hub_server import File, LoopbackHub, Repository
 from huggingface_hub import ModelCard
 from oracle import SCORER
 from places import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from small_models import build_flm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from modeling_flm.trainers import load_gen_ppl
 
 
 def test_cites_the_paper_like_the_cards():
@@ -103,6 +113,27 @@ class TestMetric:
             gen_ppl(["a"], batch_size=0)
         with pytest.raises(ValueError, match="`predictions` is empty"):
             gen_ppl([])
+
+
+@pytest.mark.parametrize("kind", ["masked", "flow", "few tokens"])
+def test_scorers_that_are_no_causal_models_are_refused(kind, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(SCORER)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "masked":
+        model = BertForMaskedLM(
+            BertConfig(vocab_size=len(tokenizer), intermediate_size=16, initializer_range=0.5, **sizes)
+        )
+    elif kind == "flow":
+        model = build_flm(vocab_size=len(tokenizer))
+    else:
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=2, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        )
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    message = "more tokens than the 2 of its model" if kind == "few tokens" else "is no causal language model"
+    with pytest.raises(ValueError, match=f"`model_id`: .*{message}"):
+        load_gen_ppl().compute(predictions=["a text"], model_id=str(tmp_path), device="cpu")
 
 
 def test_metric_loads_from_a_space(gen_ppl, tmp_path):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetInfo
@@ -34,6 +35,16 @@ from modeling_flm.trainers import (
     pack_dataset,
     train_tokenizer,
 )
+
+
+def test_to_json_of_numpy():
+    value = {
+        "a": np.float32("nan"),
+        "b": [np.int64(3), np.float64(0.5)],
+        "c": np.array([1, 2]),
+        "d": (np.bool_(True),),
+    }
+    assert json.loads(to_json(value)) == {"a": None, "b": [3, 0.5], "c": [1, 2], "d": [True]}
 
 
 @pytest.mark.parametrize(

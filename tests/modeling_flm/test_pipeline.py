@@ -154,8 +154,11 @@ def test_mistakes_are_explained(flm, tokenizer, folder):
         pipe(num_step=2)
     with pytest.raises(ValueError, match="`num_samples` must be"):
         pipe(num_samples=0)
-    with pytest.raises(ValueError, match="`num_return_sequences` must be"):
-        pipe(num_return_sequences=0)
+    for wrong in (0, True, 1.5):
+        with pytest.raises(ValueError, match="`num_return_sequences` must be"):
+            pipe(num_return_sequences=wrong)
+    with pytest.raises(ValueError, match="`num_return_sequences` and `num_samples` were both passed"):
+        pipe(num_return_sequences=2, num_samples=3)
     with pytest.raises(ValueError, match="`tokenizer` is needed"):
         FLMPipeline(model=build_flm())
     with pytest.raises(ValueError, match="trust_remote_code=True"):

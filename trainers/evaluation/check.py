@@ -4,6 +4,7 @@
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,8 +41,8 @@ def load_check(name: str) -> Callable[[str], Any]:
                 module = importlib.import_module(module_name)
             finally:
                 sys.path.remove("")
-    except (ImportError, OSError) as error:
-        raise ValueError(f"`check`: {module_name} cannot be imported: {error}") from error
+    except Exception as error:  # the module may raise any
+        raise ValueError(f"`check`: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"`check`: {module_name} has no function {function_name}.")
@@ -56,7 +57,7 @@ def check_figures(text_lists: Sequence[Sequence[str]], check: Callable[[str], An
 
     Args:
         text_lists (`Sequence[Sequence[str]]`): The texts of each row.
-        check (`Callable[[str], Any]`): Returns a true value for a text that passes.
+        check (`Callable[[str], Any]`): Returns `True` for a text that passes, else `False`; or a number, or what `re` finds.
 
     Example:
 
@@ -76,8 +77,13 @@ def check_figures(text_lists: Sequence[Sequence[str]], check: Callable[[str], An
 
 def _apply(check: Callable[[str], Any], text: str) -> bool:
     try:
-        return bool(check(text))
+        result = check(text)
+        result = result.item() if hasattr(result, "item") else result  # of numpy and torch
     except Exception as error:
         raise ValueError(
             f"`check` failed for the text {text!r}: {type(error).__name__}: {error}. Return `False` for texts that do not pass."
         ) from error
+    # Other objects are true whatever they say, such as coroutines, instances of a class, and `(False, "reason")`.
+    if not isinstance(result, int | float | None | re.Match) or result != result:
+        raise ValueError(f"`check` returned {result!r} for the text {text!r}: return `True` or `False`.")
+    return bool(result)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_flm import FLMGenerationConfig  # the import also registers the models of this library
-from modeling_flm.known_tokens_flm import begin_tokens
+from modeling_flm.known_tokens_flm import begin_tokens, lengths_up_to_eos
 from modeling_flm.pipeline_flm import encode_texts
 
 from ..batches import example_seed
@@ -151,11 +151,14 @@ class FLMHarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         # Independent windows of the model's length
         windows, owners = [], []
-        size = self.max_length - len(self.begin)
+        size = self.max_length - len(self.begin) - self.append_eos
         for owner, (string,) in enumerate(request.args for request in requests):
             tokens = self._encode(string)
             for start in range(0, len(tokens), size):
-                windows.append(((string, ""), self.begin, tokens[start : start + size]))
+                window = tokens[start : start + size]
+                if self.append_eos and start + size >= len(tokens):
+                    window += end_tokens(self.model, self.tokenizer, len(self.begin) + len(window))
+                windows.append(((string, ""), self.begin, window))
                 owners.append(owner)
         totals = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
@@ -172,7 +175,10 @@ class FLMHarnessModel(TemplateLM):
             length = min(self.max_length, len(tokens) + settings.get("max_gen_toks", self.max_length))
             input_ids = torch.tensor([tokens], dtype=torch.long) if tokens else None
             generated = self._generate(input_ids, length=length, generator=self._generators([index]))
-            text = self.tokenizer.decode(generated[0, len(tokens) :], skip_special_tokens=True)
+            new = generated[:, len(tokens) :]
+            # What follows the end belongs to another text.
+            new = new[0, : lengths_up_to_eos(new, self.model.generation_config.eos_token_id)]
+            text = self.tokenizer.decode(new, skip_special_tokens=True)
             for end in filter(None, until):
                 text = text.split(end)[0]
             results.append(text)

@@ -17,6 +17,7 @@ from modeling_flm.tokenization_flm import count_unknown_tokens
 
 from ..batches import example_seed
 from .samples import end_tokens, ends_texts, find_eos_tokens, pad_tokens
+from .texts import as_texts
 from .words import count_words
 
 
@@ -54,7 +55,7 @@ def evaluate_likelihood(
             any, after each text and block. The last block may be shorter.
 
     Returns:
-        `dict[str, float]`: the bound as `nats_per_text`, `nats_per_token`, `nats_per_word`, `bits_per_byte` and `perplexity` (of
+        `dict[str, float]`: the bound as `nats_per_text`, `nats_per_token`, `nats_per_word` (NaN without words), `bits_per_byte` and `perplexity` (of
         tokens); `relative_error`, its relative standard error from noise levels and noise; and the numbers of `texts`, `cut_texts`
         in several parts, `tokens`, `unknown_tokens` such as `[UNK]`, `words` and `bytes`. Words and bytes are counted in the
         original texts. EOS tokens count as tokens, padding does not.
@@ -62,9 +63,8 @@ def evaluate_likelihood(
     Raises:
         `ValueError`: if `texts` are no strings or have no tokens.
     """
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("`texts` must be a list of strings.")
-    token_lists = encode_texts(tokenizer, list(texts)) if len(texts) > 0 else []
+    texts = as_texts(texts)
+    token_lists = encode_texts(tokenizer, texts) if texts else []
     texts = [text for text, tokens in zip(texts, token_lists) if tokens]
     token_lists = [tokens for tokens in token_lists if tokens]
     if not texts:
@@ -99,7 +99,7 @@ def evaluate_likelihood(
     return {
         "nats_per_text": total / counts["texts"],
         "nats_per_token": total / num_tokens,
-        "nats_per_word": total / max(1, counts["words"]),
+        "nats_per_word": total / counts["words"] if counts["words"] else math.nan,
         "bits_per_byte": total / math.log(2) / counts["bytes"],
         "perplexity": math.exp(min(700.0, total / num_tokens)),
         "relative_error": math.sqrt(variance) / total,

@@ -16,7 +16,7 @@ from modeling_flm import hub
 from modeling_flm.pipeline_flm import check_unicode, encode_texts
 
 from .bootstrap import bootstrap_ratio
-from .texts import Texts, unknown_share
+from .texts import Texts, as_texts, unknown_share
 
 
 @lru_cache(maxsize=1)
@@ -72,7 +72,7 @@ def score(
     (2, True)
     ```
     """
-    texts = texts if isinstance(texts, Texts) else Texts(list(texts))
+    texts = texts if isinstance(texts, Texts) else Texts(as_texts(texts))
     for text in texts.texts:
         check_unicode(text, "texts")
     tokens = texts.tokens

@@ -4,7 +4,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 from modeling_flm.pipeline_flm import encode_texts
 from modeling_flm.tokenization_flm import count_unknown_tokens
+from modeling_flm.utils_flm import as_python
 
 from ..data import find_text_column, load_texts, pack_dataset
 from ..data.loading import is_text_file
@@ -46,8 +47,16 @@ class Texts:
 
     def save(self, path: str | Path):
         """Writes the samples as JSON lines."""
-        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples]
+        lines = [json.dumps(as_python(sample), ensure_ascii=False) + "\n" for sample in self.samples]
         Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def as_texts(texts: Iterable[str]) -> list[str]:
+    """Returns texts as a list. Raises a `ValueError` for a single text and for anything else than texts."""
+    rows = [] if isinstance(texts, str) else list(texts)
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in rows):
+        raise ValueError("`texts` must be a list of strings.")
+    return rows
 
 
 def decode(

@@ -130,6 +130,12 @@ def test_append_eos_ends_texts_after_the_continuation(folder, tmp_path):
     model.model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert harness.FLMHarnessModel(str(tmp_path)).append_eos and not harness.FLMHarnessModel(str(folder)).append_eos
+    (rolling,) = whole.loglikelihood_rolling([Request(f"{context} in a castle")], disable_tqdm=True)
+    assert rolling == pytest.approx(bound(model, tokens, 0, 0), rel=1e-4)
+    full = " ".join(["max"] * 12)  # the EOS token begins a second window
+    first, second = ["max"] * 11, ["max", tokenizer.eos_token, *[tokenizer.pad_token] * 10]
+    expected = sum(bound(model, tokenizer.convert_tokens_to_ids(row), 0, i) for i, row in enumerate((first, second)))
+    assert whole.loglikelihood_rolling([Request(full)], disable_tqdm=True) == pytest.approx([expected], rel=1e-4)
     with pytest.raises(ValueError, match="A request has 13 tokens, but the model's texts have 12"):
         whole.loglikelihood([Request(STORY, " max the clever")], disable_tqdm=True)
 
@@ -152,6 +158,20 @@ def test_generate_until_begins_with_bos_tokens(model, monkeypatch):
     bos, tokens = begin(model), model.tok_encode(contexts[2])
     expected = [bos or None, bos + tokens[:2], bos + tokens[len(tokens) - 11 + len(bos) :]]
     assert [None if ids is None else ids[0].tolist() for ids in prompts] == expected
+
+
+def test_generate_until_ends_with_the_text(model, monkeypatch):
+    generate, eos = model.model.generate, model.tokenizer.eos_token_id
+    monkeypatch.setattr(model.model.generation_config, "eos_token_id", eos)
+
+    def generate_two_texts(*args, **kwargs):
+        tokens = generate(*args, **kwargs)
+        tokens[:, 6], tokens[:, 7] = eos, tokens[:, 0]
+        return tokens
+
+    monkeypatch.setattr(model.model, "generate", generate_two_texts)
+    (text,) = model.generate_until([Request("max the clever", {})], disable_tqdm=True)
+    assert len(text.split()) <= 3
 
 
 def test_generate_until_continues_and_stops(model):

@@ -5,6 +5,7 @@ import json
 import re
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from oracle import SCORER
@@ -76,6 +77,21 @@ def test_generate_score_and_report(flm, tokenizer, tmp_path):
     markdown = (tmp_path / "out" / "results.md").read_text()
     assert "10 texts, scored by tiny, gamma 0.0, top_k 5." in markdown and markdown.count("\n| ") == 3
     assert (tmp_path / "out" / "results.png").exists()
+
+
+@pytest.mark.parametrize("texts", ["abc", [None], [5], ["a", b"b"]])
+def test_scored_texts_are_texts(texts):
+    with pytest.raises(ValueError, match="`texts` must be a list of strings"):
+        score(texts, scorer=SCORER)
+
+
+def test_seeds_of_numpy_are_saved(flm, tokenizer, tmp_path):
+    seeds = np.arange(2)
+    texts = generate_texts(FlowSource(flm, tokenizer), Setting(1), num_samples=1, seeds=seeds)
+    texts.save(tmp_path / "samples.jsonl")
+    assert [json.loads(line)["seed"] for line in (tmp_path / "samples.jsonl").open()] == [0, 1]
+    report([score(texts, scorer=SCORER)], tmp_path, scorer=SCORER, seeds=seeds)
+    assert json.loads((tmp_path / "results.json").read_text())["seeds"] == [0, 1]
 
 
 def test_generate_texts_by_default_takes_the_steps_of_the_model(flm, tokenizer):
