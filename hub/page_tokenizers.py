@@ -22,7 +22,8 @@ ODD_TEXTS = (
     "a\tb\r\nc\n\n d  e   ",
     "ไทย हिन्दी עברית 한국어",
     "👍🏽 👩‍👩‍👧 𝔞𝔟",
-    "\ufeffx\x85y\x1cz",
+    "a\ufeffb",
+    "x\x85y",
     "¡«q»! — “r” … (s) [t] {u} #v @w $x%",
 )
 

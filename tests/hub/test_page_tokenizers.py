@@ -39,6 +39,7 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         return train_tokenizer(WORDS, kind, 400)
     tokenizer = train_tokenizer(WORDS, "word", 400)
     parts = {"Whitespace": pre_tokenizers.Whitespace(), "Punctuation": pre_tokenizers.Punctuation()}
+    parts["WhitespaceSplit"] = pre_tokenizers.WhitespaceSplit()
     parts["Digits"] = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.Whitespace()])
     tokenizer.backend_tokenizer.pre_tokenizer = parts[kind]
     return tokenizer
@@ -55,6 +56,7 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         ("Whitespace", False),
         ("Digits", True),
         ("Punctuation", True),
+        ("WhitespaceSplit", True),
     ],
 )
 def test_comparison_with_javascript(kind, differs, monkeypatch):

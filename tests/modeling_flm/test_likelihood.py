@@ -321,6 +321,11 @@ class TestEvaluateLikelihood:
         model.generation_config.eos_token_id, tokenizer.eos_token = [tokenizer.eos_token_id], None
         assert evaluate_likelihood(model, tokenizer, LATIN, num_times=2, wrapped=True) == expected
 
+    def test_texts_without_words_have_no_likelihood_per_word(self):
+        tokenizer, model = tokenizer_and_model("char", LATIN, True)
+        figures = evaluate_likelihood(model, tokenizer, (text for text in ["  "]), num_times=2)
+        assert figures["words"] == 0 and math.isnan(figures["nats_per_word"]) and figures["nats_per_text"] > 0
+
     @pytest.mark.parametrize("texts", ["a b", [[5, 6]], ["a", None]])
     def test_texts_must_be_strings(self, texts):
         tokenizer, model = tokenizer_and_model("word", LATIN, True)
