@@ -19,8 +19,10 @@ from transformers import AutoModel, AutoTokenizer
 
 import modeling_flm  # noqa: F401  registers the models, which then load without remote code
 from modeling_flm.hub.records import to_json
-from modeling_flm.trainers.commands.command_line import check_model_type
+from modeling_flm.trainers.commands.command_line import check_model_type, with_flags
+from modeling_flm.trainers.commands.training import load_pretrained
 from modeling_flm.trainers.evaluation import evaluate_likelihood, load_lines
+from modeling_flm.trainers.flm_config import check_numbers
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -55,9 +57,10 @@ def main(args: argparse.Namespace):
     if args.output_file is not None:
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).to(device)
+    check_numbers(args, {"max_texts": 1, "num_times": 2, "batch_size": 1, "seed": 0})
+    model = load_pretrained("model", AutoModel, args.model, trust_remote_code=args.trust_remote_code).to(device)
     check_model_type("model", model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_pretrained("model", AutoTokenizer, args.model)
     texts = load_lines(args.text_file, args.text_column, args.sample_by)[: args.max_texts]
     figures = evaluate_likelihood(
         model, tokenizer, texts, args.num_times, args.batch_size, args.seed, wrapped=args.packing == "wrapped"
@@ -70,6 +73,6 @@ def main(args: argparse.Namespace):
 
 if __name__ == "__main__":
     try:
-        main(make_parser().parse_args())
+        main(arguments := make_parser().parse_args())
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {with_flags(str(error), names=vars(arguments))}") from error

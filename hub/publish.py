@@ -38,6 +38,7 @@ import modeling_flm
 from modeling_flm.base_flm import FLMPreTrainedModel
 
 from .card import MARKER, TEMPLATES, build_card, missing_metadata
+from .loading import describe_mismatch
 from .records import (
     DATA_SETTINGS_NAME,
     EVALUATION_NAME,
@@ -227,12 +228,8 @@ def _load(folder: Path, tokenizer: str | Path) -> tuple[PreTrainedModel, PreTrai
         raise PublishError(f"{folder} cannot be loaded: {error}") from error
     if not isinstance(model, FLMPreTrainedModel):
         raise PublishError(f"{folder} has a `{type(model).__name__}`, not a flow-based language model.")
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, info.get(problem, []))):
-            listed = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
-            raise PublishError(
-                f"The weights in {folder} do not match its configuration, {problem.replace('_', ' ')}: {listed}"
-            )
+    if (problem := describe_mismatch(folder, info)) is not None:
+        raise PublishError(problem)
     if len(loaded_tokenizer) > model.config.vocab_size:
         raise PublishError(
             f"The tokenizer has {len(loaded_tokenizer)} tokens, but the model has {model.config.vocab_size}: pass the model's "

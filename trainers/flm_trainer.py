@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -220,6 +221,14 @@ class FLMTrainer(AveragedTrainer, PublishingTrainer):
                 "pass a smaller `per_device_train_batch_size` or more texts."
             )
         return result
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        """As [`~transformers.Trainer.get_eval_dataloader`], with all examples, whatever `dataloader_drop_last` is."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _run_epoch(self, *args, **kwargs):
         # `Trainer` would take one more step.

@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from modeling_flm.utils_flm import describe_damage
 
@@ -18,6 +18,10 @@ from .adapters import has_added_adapters
 
 
 logger = logging.get_logger(__name__)
+
+# Settings that change what weights of the same sizes mean
+_SETTINGS = ("num_attention_heads", "attn_logit_softcapping", "final_logit_softcapping", "layer_norm_eps")
+_SETTINGS += ("time_reparameterization", "rope_parameters")
 
 # Patterns of files and folders. `Trainer` saves all of the training state, or none of it with `save_only_model`.
 _WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*")
@@ -79,7 +83,7 @@ def check_resumable(checkpoint: str | Path, model: PreTrainedModel, tokenizer: P
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer.
 
     Raises:
-        `ValueError`: if the checkpoint is incomplete or damaged, or has weights of other sizes or another tokenizer.
+        `ValueError`: if the checkpoint is incomplete or damaged, or has weights of other sizes, other settings or another tokenizer.
     """
     if (problem := describe_problem(checkpoint)) is not None:
         raise ValueError(f"`resume_from_checkpoint`: {problem} Pass an earlier checkpoint.")
@@ -93,6 +97,15 @@ def check_resumable(checkpoint: str | Path, model: PreTrainedModel, tokenizer: P
             raise ValueError(
                 f"`resume_from_checkpoint`: {checkpoint} has a model of another size ({name} is {saved.get(name)}, and "
                 f"{shapes.get(name)} in the model to train). Pass the settings that it was trained with."
+            )
+    if Path(checkpoint, CONFIG_NAME).is_file() and isinstance(model, PreTrainedModel):
+        config = AutoConfig.from_pretrained(checkpoint)
+        saved, current = ({name: getattr(each, name, None) for name in _SETTINGS} for each in (config, model.config))
+        if different := [name for name in _SETTINGS if saved[name] != current[name]]:
+            name = different[0]
+            raise ValueError(
+                f"`resume_from_checkpoint`: the model of {checkpoint} has {name}={saved[name]}, and the model to train has "
+                f"{current[name]}. Pass the settings that it was trained with."
             )
     if tokenizer is not None and Path(checkpoint, "tokenizer_config.json").is_file():
         if AutoTokenizer.from_pretrained(checkpoint).get_vocab() != tokenizer.get_vocab():

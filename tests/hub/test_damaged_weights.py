@@ -1,11 +1,13 @@
 """Damaged files of weights: every way to load a model names the file, and says what to do."""
 
+import json
 import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from example_scripts import run_here
+from oracle import SCORER
 from peft import LoraConfig, get_peft_model
 from small_models import build_flm
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
@@ -116,6 +118,50 @@ def test_json_files(name, how, folder):
         message = f".*{folder / name}.*is not a valid JSON file"
     with pytest.raises(SystemExit, match=f"error: --model: {message}"):
         run_here("flm-generate", folder)
+
+
+def set_in_config(**settings):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **settings}))
+
+    return change
+
+
+def take_other_tokenizer(folder):
+    train_tokenizer([" ".join(f"w{n}" for n in range(90))], "word", vocab_size=90).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (set_in_config(num_hidden_layers=5), "do not match its configuration, missing keys: layers"),
+        (set_in_config(num_hidden_layers=1), "do not match its configuration, unexpected keys: layers"),
+        (set_in_config(vocab_size=60), "weights have other sizes than its config.json"),
+        (set_in_config(hidden_size="x"), "cannot be loaded: .*'hidden_size' expected int"),
+        (set_in_config(model_type=None), "cannot be loaded: "),
+        (lambda folder: (folder / "config.json").unlink(), "cannot be loaded: "),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded: it has no tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded: "),
+        (take_other_tokenizer, "has 90 tokens, but the model has 53: it belongs to another model"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["flm-generate", "--model", "MODEL"],
+        ["flm-distill", "--teacher", "MODEL", "--train_file", "TEXTS", "--output_dir", "OUT", "--use_cpu"],
+        ["flm-evaluate", "--model", "MODEL", "--output_dir", "OUT", "--num_samples", "2", "--scorer", SCORER],
+        ["evaluate_likelihood", "--model", "MODEL", "--text_file", "TEXTS"],
+    ],
+)
+def test_folders_whose_files_do_not_fit(command, change, message, folder, tmp_path):
+    (tmp_path / "texts.txt").write_text("w1 w2 w3\n" * 50)
+    change(folder)
+    places = {"MODEL": folder, "TEXTS": tmp_path / "texts.txt", "OUT": tmp_path / "out"}
+    # The script catches errors of `main`.
+    with pytest.raises((SystemExit, ValueError), match=f"(error: {command[1]}|`model`): .*{message}"):
+        run_here(*(places.get(part, part) for part in command))
 
 
 def test_models_of_other_libraries(saved, folder, tmp_path):

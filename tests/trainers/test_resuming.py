@@ -111,6 +111,30 @@ class TestOtherModel:
         with pytest.raises(ValueError, match=f"checkpoint-4 has a model of another size .*{name}"):
             trainer.train(resume_from_checkpoint=True)
 
+    @pytest.mark.parametrize(
+        "name, value",
+        [
+            ("num_attention_heads", 1),
+            ("final_logit_softcapping", None),
+            ("time_reparameterization", None),
+            ("rope_parameters", {"rope_type": "default", "rope_theta": 100.0}),
+        ],
+    )
+    def test_other_meaning_of_weights_is_refused(self, name, value, training):
+        trainer = build(training, max_steps=5, eval_strategy="no")
+        setattr(trainer.model.config, name, value)
+        with pytest.raises(ValueError, match=f"checkpoint-4 has {name}=.*the settings that it was trained with"):
+            trainer.train(resume_from_checkpoint=True)
+
+
+def test_evaluation_drops_no_examples(tmp_path):
+    losses = []
+    for drop_last in (False, True):
+        trainer = build(tmp_path, per_device_eval_batch_size=64, dataloader_drop_last=drop_last)
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert trainer.args.dataloader_drop_last is drop_last
+    assert losses[0] == losses[1]
+
 
 def test_dropping_all_examples_is_refused(tmp_path):
     trainer = build(tmp_path, max_steps=2, per_device_train_batch_size=200, dataloader_drop_last=True)

@@ -133,7 +133,7 @@ def load_data(
     dataset = load_datasets(data_args)
     columns = [find_text_column(dataset["train"], data_args.text_column)]
     if data_args.prompt_column is not None:
-        columns.append(find_text_column(dataset["train"], data_args.prompt_column))
+        columns.append(find_text_column(dataset["train"], data_args.prompt_column, "prompt_column"))
     # A stream may be endless: its start is enough for a tokenizer.
     texts = (check_text(row[column], column) for row in dataset["train"].take(100_000) for column in columns)
     tokenizer = get_tokenizer(model_args, texts, training_args)

@@ -4,6 +4,7 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.utils import cached_file, logging
 
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
+from modeling_flm.hub.loading import load_checked
 from modeling_flm.hub.records import DATA_SETTINGS_NAME, to_json
 from modeling_flm.tokenization_flm import add_special_tokens, has_characters_only
 from modeling_flm.utils_flm import describe_damage
@@ -98,9 +100,8 @@ class DataArguments:
 
     def __post_init__(self):
         names = ("block_size", "max_train_samples", "max_eval_samples")
-        check_numbers(
-            self, {**dict.fromkeys(names, 1), "preprocessing_num_workers": 0, "validation_split_percentage": 0}
-        )
+        least = {**dict.fromkeys(names, 1), "preprocessing_num_workers": 0, "validation_split_percentage": 0}
+        check_numbers(self, least, {"validation_split_percentage": 100})
 
 
 def check_chosen(chosen: Namespace, settings: dict[str, Any]) -> dict[str, Any]:
@@ -174,6 +175,7 @@ def load_datasets(arguments: DataArguments) -> dict:
         train_split=arguments.train_split,
         validation_split=arguments.validation_split,
         text_column=arguments.text_column,
+        prompt_column=arguments.prompt_column,
     )
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
         if limit is not None and split in dataset:
@@ -194,16 +196,11 @@ def load_pretrained(argument: str, auto_class: type, name: str, **options):
         options: Arguments of `from_pretrained`.
 
     Raises:
-        `ValueError`: if it cannot be found or is damaged, or lacks a package that its attention needs.
+        `ValueError`: if it cannot be found, is damaged or lacks weights, or lacks a package that its attention needs.
     """
     check_model(argument, name)
     with errors_about(argument, OSError), errors_about("attn_implementation", ImportError):
-        try:
-            return auto_class.from_pretrained(name, **options)
-        except json.JSONDecodeError as error:  # of a tokenizer
-            damages = [describe_damage(path) for path in sorted(Path(name).glob("*.json"))]
-            message = next(filter(None, damages), f"{name} has a JSON file that is truncated or damaged.")
-            raise ValueError(f"`{argument}`: {message}") from error
+        return load_checked(auto_class, name, **options)
 
 
 def load_model(
@@ -265,23 +262,37 @@ def pack_datasets(
         raise ValueError(f"`block_size` must be at most {max_length}, the model's length, got {block_size}.")
     options = {"text_column": arguments.text_column, "num_proc": arguments.preprocessing_num_workers}
     if arguments.packing == "lines":
+        if arguments.preprocessing is not None:
+            raise ValueError("`preprocessing` is for --packing wrapped: leave it out.")
         make, options = pad_dataset, {**options, "length": block_size, "prompt_column": arguments.prompt_column}
     else:
         make = pack_dataset
         options |= {"block_size": block_size, "preprocessing": arguments.preprocessing}
         options["boundaries"] = tokenizer.eos_token_id is not None
+    if arguments.streaming and training_args.max_steps <= 0 and should_train(training_args):
+        raise ValueError("`max_steps` is missing: the length of a stream is unknown.")
     packed = {}
     with training_args.main_process_first(desc="packing"):
-        packed["train"] = make(dataset["train"], tokenizer, **options)
+        packed["train"] = _make(make, dataset["train"], tokenizer, options)
         if "validation" in dataset:
             try:
-                packed["validation"] = make(dataset["validation"], tokenizer, **options)
+                packed["validation"] = _make(make, dataset["validation"], tokenizer, options)
             except ValueError as error:
                 remedy = "A larger `validation_split_percentage` keeps more of the training texts, and 0 none."
                 raise ValueError(f"Validation texts: {error} {remedy}") from error
     if arguments.packing == "wrapped":
         _warn_about_fragments(packed["train"], tokenizer)
     return packed
+
+
+def _make(
+    make: Callable, dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, options: dict
+) -> Any:
+    """Packs or pads texts. Errors about the `length` of [`pad_dataset`] name `block_size`."""
+    try:
+        return make(dataset, tokenizer, **options)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`length`", "`block_size`")) from error
 
 
 def _warn_about_fragments(blocks: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase):
@@ -315,6 +326,8 @@ def read_data_settings(name: str, chosen: Namespace) -> dict[str, Any]:
         chosen (`Namespace`): All arguments of the command. If they name other data, only `block_size` and `packing` are returned.
     """
     path = cached_file(name, DATA_SETTINGS_NAME, _raise_exceptions_for_missing_entries=False)
+    if path is not None and (damage := describe_damage(path)) is not None:
+        raise ValueError(f"`teacher`: {damage}")
     settings = {} if path is None else json.loads(Path(path).read_text())
     if chosen.dataset_name is not None or chosen.train_file is not None:
         settings = {key: value for key, value in settings.items() if key in ("block_size", "packing")}

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading of texts from the Hub and from files."""
 
+import codecs
 import csv
 import glob
 import re
@@ -40,6 +41,7 @@ _REMEDIES = {
     "can't decode": " Save it as UTF-8.",
     "fields in line|Length of header": " Rows need as many fields as the header, and texts with a delimiter need quotes.",
     "changed from object|document is empty": ' Write one object per line, such as {"text": "..."}.',
+    "at least one example|BatchSize must be": " It has no texts.",
     "zstd not supported": " Run pip install modeling-flm[zstd].",
 }
 
@@ -56,6 +58,7 @@ def load_texts(
     train_split: str = "train",
     validation_split: str | None = None,
     text_column: str | None = None,
+    prompt_column: str | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """
     Loads a dataset from the Hub or from files, with a `train` and a `validation` split.
@@ -77,6 +80,7 @@ def load_texts(
         train_split (`str`, *optional*, defaults to `"train"`): Split for training, or a part of it, `"train[:-1000]"`.
         validation_split (`str`, *optional*): Split for evaluation. By default `"validation"`, if there is one.
         text_column (`str`, *optional*): Column of the texts, see [`find_text_column`].
+        prompt_column (`str`, *optional*): Column of prompts, whose numbers are texts as well.
 
     Returns:
         [`~datasets.DatasetDict`] or [`~datasets.IterableDatasetDict`]
@@ -90,7 +94,12 @@ def load_texts(
         raise ValueError("No texts to load: pass `dataset_name` or `train_file`.")
     if dataset_name is not None and train_file is not None:
         raise ValueError("Pass either `dataset_name` or `train_file`, and not both.")
-    options = {"streaming": streaming, "text_column": text_column, "sample_by": sample_by}
+    options = {
+        "streaming": streaming,
+        "text_column": text_column,
+        "sample_by": sample_by,
+        "prompt_column": prompt_column,
+    }
     if dataset_name is not None:
         dataset = _load("dataset_name", dataset_name, dataset_config_name, dataset_revision, **options)
     else:
@@ -139,6 +148,7 @@ def _load(
     streaming: bool = False,
     text_column: str | None = None,
     sample_by: str = "line",
+    prompt_column: str | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """Loads all splits of a file, a folder or a dataset of the Hub, which `argument` names."""
     is_folder, files = Path(path).is_dir(), _local_files(path)
@@ -147,7 +157,13 @@ def _load(
             if opened.read(40) == b"version https://git-lfs.github.com/spec/":
                 raise ValueError(f"`{argument}`: {file} is a pointer of Git LFS and not the data: run git lfs pull.")
     if any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json")):
-        saved = load_from_disk(path)
+        try:
+            saved = load_from_disk(path)
+        except Exception as error:  # of any reader
+            cause = " ".join(str(error).split())
+            raise ValueError(
+                f"`{argument}`: {path} cannot be read: {cause}. Save it again by `save_to_disk`."
+            ) from error
         saved = saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
         if streaming:
             return IterableDatasetDict({name: part.to_iterable_dataset() for name, part in saved.items()})
@@ -176,28 +192,86 @@ def _load(
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Length of header")  # the rest of a row would be lost
             if "data_files" in source:
-                options = _reader_options(builder_name, files[:1], text_column, sample_by)
+                first = files[:1]
             else:
-                config = load_dataset_builder(**source).config
-                first = [Path(str(next(iter(config.data_files.values()))[0]))] if files else []
-                options = _reader_options(_READERS.get(type(config).__name__), first, text_column, sample_by)
+                config = None if is_folder and config_name is None else load_dataset_builder(**source).config
+                texts = _folder_texts(path, files, source) if config is None else []
+                if texts:
+                    builder_name, first = _builder_name(texts[0].name), texts[:1]
+                    source = {
+                        "path": builder_name,
+                        "data_files": {"train": [glob.escape(str(text)) for text in texts]},
+                    }
+                    source["cache_dir"] = str(cache)
+                else:
+                    config = config or load_dataset_builder(**source).config
+                    builder_name = _READERS.get(type(config).__name__)
+                    first = [Path(str(next(iter(config.data_files.values()))[0]))] if files else []
+            options = _reader_options(builder_name, first, text_column, sample_by, prompt_column)
             builder = load_dataset_builder(**source, **options)
             if streaming:
                 dataset = IterableDatasetDict(builder.as_streaming_dataset())
-                if files:
-                    next(iter(next(iter(dataset.values()))), None)  # shows whether it can be read
+                if (
+                    files and next(iter(next(iter(dataset.values()))), None) is None
+                ):  # also shows whether it can be read
+                    raise ValueError("it has no texts")
             else:
                 builder.download_and_prepare()
                 if builder.info.splits and not any(split.num_examples for split in builder.info.splits.values()):
                     raise ValueError("it has no texts")
                 dataset = builder.as_dataset()
     except Exception as error:  # of any reader
+        if isinstance(error, FileNotFoundError) and is_folder:
+            raise FileNotFoundError(f"`{argument}`: the folder {path} has no {', '.join(_BUILDERS)} files.") from error
         if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and not files):
             raise FileNotFoundError(f"`{argument}`: {error}") from error
         cause = " ".join(str(error.__cause__ or error).split()).rstrip(".")
         remedy = next((remedy for pattern, remedy in _REMEDIES.items() if re.search(pattern, cause)), "")
         raise ValueError(f"`{argument}`: {path} cannot be read: {cause}.{remedy}") from error
+    if builder_name == "text" and any(_begins_with_bom(file) for file in files if not _is_plain(file)):
+        # `datasets` has no encoding for compressed files.
+        dataset = type(dataset)({name: part.map(_without_bom) for name, part in dataset.items()})
     return dataset
+
+
+def _folder_texts(path: str, files: list[Path], source: dict[str, Any]) -> list[Path]:
+    """
+    Returns the files of texts in a folder if `datasets`, which goes by most endings and by words such as test in names, would read
+    others or only some of them. Raises a `ValueError` if they have several types or splits.
+    """
+    try:
+        found = load_dataset_builder(**source).config.data_files or {}
+    except FileNotFoundError:
+        found = {}
+    hidden = (".", "__", "dataset_info")
+    texts = [file for file in files if not any(part.startswith(hidden) for part in file.relative_to(path).parts)]
+    texts = [file for file in texts if _builder_name(file.name) is not None]
+    readme = Path(path, "README.md")
+    chosen = readme.is_file() and "data_files" in readme.read_text(encoding="utf-8", errors="replace")
+    read = {Path(str(file)).resolve() for part in found.values() for file in part}
+    left_out = [file for file in texts if file.resolve() not in read]
+    if not texts or chosen or len(read) == len(texts) and not left_out:
+        return []
+    if len({_builder_name(file.name) for file in texts}) == 1 and {*found} <= {"train"}:
+        return texts
+    names = ", ".join(file.name for file in left_out[:3])
+    raise ValueError(
+        f"{len(left_out)} of its {len(texts)} files would be left out ({names}): a folder needs files of one type, and a split (train, "
+        "validation or test) in the names of all files or of none. Or pass a pattern such as 'folder/*.txt'"
+    )
+
+
+def _is_plain(file: Path) -> bool:
+    return not file.name.lower().endswith(_COMPRESSIONS)
+
+
+def _begins_with_bom(file: Path) -> bool:
+    with fsspec.open(str(file), "rb", compression="infer") as opened:
+        return opened.read(3) == codecs.BOM_UTF8
+
+
+def _without_bom(row: dict[str, str]) -> dict[str, str]:
+    return {"text": row["text"].removeprefix("\ufeff")}
 
 
 def _local_files(path: str) -> list[Path]:
@@ -210,7 +284,11 @@ def _local_files(path: str) -> list[Path]:
 
 
 def _reader_options(
-    builder_name: str | None, files: list[Path], text_column: str | None, sample_by: str
+    builder_name: str | None,
+    files: list[Path],
+    text_column: str | None,
+    sample_by: str,
+    prompt_column: str | None = None,
 ) -> dict[str, Any]:
     """Returns options of a reader, so that all texts are read as they stand in the file. `files` has the first one, if it is local."""
     if builder_name == "text":
@@ -225,10 +303,10 @@ def _reader_options(
     for file in files:
         with fsspec.open(str(file), "rt", encoding="utf-8-sig", errors="replace", compression="infer") as lines:
             header = lines.readline()
-        options["sep"] = next((each for each in ",;\t" if each in header), ",")
+        options["sep"] = next((each for each in ",;\t|" if each in header), ",")
         (names,) = list(csv.reader([header], delimiter=options["sep"])) or [[]]
         if text_column is None and "text" not in names:
-            if any(re.search(r"\S\s+\S", name) for name in names):
+            if any(re.search(r"\S\s+\S|^[\d.]+$", name) for name in names):
                 raise ValueError(
                     f"its first line, {header.strip()[:80]!r}, must have the names of the columns: add a line such as text, or pass "
                     "`text_column` if it has."
@@ -236,8 +314,10 @@ def _reader_options(
             if len(names) == 1:
                 (column,) = names
                 logger.warning(f"{file.name}: the first line, {column!r}, is read as the name of the column of texts.")
-        options["na_values"] = {name: [""] for name in names if name != column}  # an empty text is a text
-    return {**options, "converters": {column: str}}  # and so is a number
+        options["na_values"] = {
+            name: [""] for name in names if name not in (column, prompt_column)
+        }  # an empty text is a text
+    return {**options, "converters": {column: str, prompt_column or column: str}}  # and so is a number
 
 
 def _split_text(dataset: Dataset, column: str, percentage: float) -> tuple[Dataset, Dataset]:
@@ -285,16 +365,19 @@ def _take_split(dataset: DatasetDict | IterableDatasetDict, split: str, argument
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     """Returns the columns of a dataset, reading the first row of a stream without column names."""
-    return dataset.column_names or list(next(iter(dataset)))
+    return dataset.column_names or list(next(iter(dataset), {}))
 
 
-def find_text_column(dataset: Dataset | IterableDataset, text_column: str | None = None) -> str:
+def find_text_column(
+    dataset: Dataset | IterableDataset, text_column: str | None = None, argument: str = "text_column"
+) -> str:
     """
     Finds the column of a dataset that has the texts.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The dataset.
         text_column (`str`, *optional*): Name of the column. By default `"text"`, or the only column of strings.
+        argument (`str`, *optional*, defaults to `"text_column"`): Name of the argument, for messages.
 
     Returns:
         `str`: the name of a column.
@@ -311,21 +394,21 @@ def find_text_column(dataset: Dataset | IterableDataset, text_column: str | None
             raise ValueError(f"Pass `text_column`, the column of the texts: the dataset has {columns}.")
         text_column = "text" if "text" in columns else texts[0]
     if text_column not in columns:
-        raise ValueError(f"`text_column` is {text_column!r}, but the dataset has the columns {columns}.")
+        raise ValueError(f"`{argument}` is {text_column!r}, but the dataset has the columns {columns}.")
     if text_column not in texts:
         feature = dataset.features[text_column]
         found = "values of several types" if type(feature).__name__ == "Json" else feature
         raise ValueError(
-            f"`text_column` is {text_column!r}, which has {found} instead of strings. Columns of strings: {texts}."
+            f"`{argument}` is {text_column!r}, which has {found} instead of strings. Columns of strings: {texts}."
         )
     return text_column
 
 
-def check_text(text: Any, column: str) -> str:
+def check_text(text: Any, column: str, argument: str = "text_column") -> str:
     """Returns a text of a column. Raises a `ValueError` if it is no string."""
     if not isinstance(text, str):
         raise ValueError(
-            f"`text_column` {column!r} has {text!r}, which is not a string: remove such rows with "
+            f"`{argument}` {column!r} has {text!r}, which is not a string: remove such rows with "
             f"`dataset.filter(lambda row: isinstance(row[{column!r}], str))`."
         )
     return text

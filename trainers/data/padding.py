@@ -67,7 +67,9 @@ def pad_dataset(
     ```
     """
     text_column = find_text_column(dataset, text_column)
-    columns = [text_column] if prompt_column is None else [find_text_column(dataset, prompt_column), text_column]
+    columns = [text_column]
+    if prompt_column is not None:
+        columns.insert(0, find_text_column(dataset, prompt_column, "prompt_column"))
     if prompt_column == text_column:
         raise ValueError(f"`prompt_column` and `text_column` are both {text_column!r}: pass two columns.")
     if tokenizer.eos_token_id is None:
@@ -81,7 +83,8 @@ def pad_dataset(
     is_stream = isinstance(dataset, IterableDataset)
 
     def tokenize_and_pad(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        *prompts, texts = [_tokenize(batch[column], column, tokenizer) for column in columns]
+        arguments = ("prompt_column", "text_column")[-len(columns) :]
+        *prompts, texts = [_tokenize(batch[name], name, tokenizer, each) for name, each in zip(columns, arguments)]
         if is_stream and indices[0] == 0:
             num_tokens = sum(map(len, texts)) + len(texts)
             warn_of_unknown(
@@ -132,5 +135,7 @@ def longest_text(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *columns:
     return longest + 1
 
 
-def _tokenize(texts: list[str], column: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return encode_texts(tokenizer, [check_text(text, column) for text in texts], "text_column")
+def _tokenize(
+    texts: list[str], column: str, tokenizer: PreTrainedTokenizerBase, argument: str = "text_column"
+) -> list[list[int]]:
+    return encode_texts(tokenizer, [check_text(text, column, argument) for text in texts], argument)

@@ -18,6 +18,7 @@ from transformers import (
 
 from modeling_flm import BridgeSamplerConfig, FLMConfig
 from modeling_flm.hub.card import default_num_steps
+from modeling_flm.hub.loading import load_checked
 from modeling_flm.known_tokens_flm import lengths_up_to_eos
 
 from .samples import (
@@ -268,7 +269,7 @@ def _describe(model: PreTrainedModel, values: dict[str, Any], defaults: dict[str
 
 def is_flow_based(name: str, revision: str = "main") -> bool:
     """Whether the configuration of the model with this name, or in this folder, is from this library."""
-    return isinstance(AutoConfig.from_pretrained(name, revision=revision), FLMConfig)
+    return isinstance(load_checked(AutoConfig, name, revision=revision), FLMConfig)
 
 
 def load_source(
@@ -309,11 +310,11 @@ def load_source(
         names = [key for key, value in extra.items() if value is not None and key not in CausalSource.__annotations__]
         if names:
             raise ValueError(f"`{'`, `'.join(names)}` do not apply to causal language models. Remove them.")
-    model = auto_class.from_pretrained(name, revision=revision, **options).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    model = load_checked(auto_class, name, revision=revision, **options).to(device).eval()
+    tokenizer = load_checked(AutoTokenizer, name, revision=revision)
     if auto_class is AutoModelForCausalLM:
         return CausalSource(model, tokenizer, **generate_kwargs)
     guide = None
     if guidance_model is not None:
-        guide = AutoModel.from_pretrained(guidance_model, revision=guidance_revision, **options).to(device).eval()
+        guide = load_checked(AutoModel, guidance_model, revision=guidance_revision, **options).to(device).eval()
     return FlowSource(model, tokenizer, guide, generate_kwargs)

@@ -56,6 +56,8 @@ CASES = {
     "a*b.txt": (LINES, ABC),
     "a?[b].txt": (LINES, ABC),
     "bom.txt": (BOM + LINES.encode(), ABC),
+    "bom.txt.gz": (gzip.compress(BOM + LINES.encode()), ABC),
+    "empty.txt.gz": (gzip.compress(b""), "{path} cannot be read: .* no texts"),
     "cr.txt": (LINES.replace("\n", "\r"), ABC),
     "crlf.txt": (LINES.replace("\n", "\r\n"), ABC),
     "prompts_bom_crlf.txt": (BOM + b"mia the brave fox\r\ntom the\r\n", ["mia the brave fox", "tom the"]),
@@ -94,6 +96,7 @@ CASES = {
     "dates.csv": ("text\n2020-01-01\n2020-01-02\n", ["2020-01-01", "2020-01-02"]),
     "quotes.csv": ('id,text\n1,"he said ""hi"", and\nleft"\n2,"a, b"\n3,plain\n', ['he said "hi", and\nleft', "a, b", "plain"]),
     "semicolon.csv": ("id;text\n1;hello, there\n2;bye\n", ["hello, there", "bye"]),
+    "pipe.csv": ("id|text\n1|hello, there\n2|bye\n", ["hello, there", "bye"]),
     "tab.tsv": ("id\ttext\n1\thello there\n2\tbye\n", ["hello there", "bye"]),
     "missing_fields.csv": ("id,text\n1\n2,b c\n", ["", "b c"]),
     "unquoted_comma.csv": ("text\nhello, there\nbye, now\n", "{path} cannot be read: .* texts with a delimiter need quotes"),
@@ -101,6 +104,7 @@ CASES = {
     "unquoted_comma3.csv": ("text\nplain one\na, b\n", "{path} cannot be read: .* in line 3, saw 2. .* need quotes"),
     "badrow.csv": ("text,y\na,1\nb,2,3,4\nc,5\n", "{path} cannot be read: .* in line 3, saw 4. .* need quotes"),
     "noheader.csv": ("hello there\nbye now\n", "{path} cannot be read: its first line, 'hello there', must have the names"),
+    "labels_nohead.csv": ("good,0\nbad,1\n", "its first line, 'good,0', must have the names"),
     "prompts_nohead.csv": ("mia the brave\nhugo the, clever\n", "its first line, 'mia the brave', must have the names"),
     "latin1.csv": (b"text\n" + LATIN, "{path} cannot be read: .* Save it as UTF-8"),
     # json and jsonl
@@ -143,6 +147,12 @@ CASES = {
     "sp ace[1]/corpus.txt": (LINES, ABC),
     "dir": ({f"{number}.txt": text for number, text in enumerate(ABC)} | {".DS_Store": b"\0\x01"}, ABC),
     "tables": ({"a.csv": "text\nNA\n", "b.csv": 'text\n"c, d"\n'}, ["NA", "c, d"]),
+    "endings": ({"A.TXT": "a b", "b.txt": "c d", "c.txt.bak": "c d"}, ["a b", "c d"]),
+    "rides": ({"a bus ride.txt": "a b", "a train ride.txt": "c d"}, ["a b", "c d"]),
+    "some_splits": ({"a.txt": "a b", "test.txt": "c d"}, "{path} cannot be read: 1 of its 2 files would be left out .a.txt.: .* of all"),
+    "two_types": ({"a.txt": "a b", "b.csv": "text\nc d"}, "{path} cannot be read: 1 of its 2 files would be left out .* of one type"),
+    "no_texts": ({"notes.md": "a b"}, "the folder {path} has no txt, json"),
+    "cut_saved": ({"dataset_info.json": "{}", "state.json": "{"}, "{path} cannot be read: .* Save it again by .save_to_disk."),
     "saved": (Dataset.from_dict({"text": ABC}), ABC),
     "splits": (DatasetDict({"train": Dataset.from_dict({"text": ABC})}), ABC),
     "br[1]": ({"x.txt": "a"}, "rename the folder {path}: .* as a pattern"),
@@ -278,6 +288,43 @@ def test_unknown_words_of_all_prompts_are_warned_of_once(tmp_path, monkeypatch, 
     )
     generate.main(["model", "--prompts_file", str(tmp_path / "a.txt"), "--num_steps", "1", "--batch_size", "1"])
     assert caplog.text.count("[UNK]") == 1 and "66.7% of the tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "texts, flags, message",
+    [
+        ("question,text\n12,a b\n007,c\n,d\n", [], None),
+        (
+            "question,text\n12,a b\n",
+            ["--prompt_column", "q"],
+            "--prompt_column is 'q', but the dataset has the columns",
+        ),
+        (
+            "question,text\n12,a b\n",
+            ["--block_size", "2"],
+            "fits in 2 tokens with EOS: pass a --block_size of at least 6",
+        ),
+        ("question,text\n12,a b\n", ["--preprocessing", "lm1b"], "--preprocessing is for --packing wrapped"),
+        ("question,text\n12,a b\n", ["--streaming", "true", "--max_steps", "-1"], "--max_steps is missing"),
+    ],
+)
+def test_prompt_column(texts, flags, message, tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text(texts)
+    command = ["--train_file", str(tmp_path / "a.csv"), *TRAINING, "--output_dir", str(tmp_path / "out")]
+    command += ["--packing", "lines", "--prompt_column", "question", "--block_size", "6", *flags]
+    sequences = []
+
+    def run(trainer, data_args):
+        sequences.extend(trainer.processing_class.batch_decode(trainer.train_dataset["input_ids"][:]))
+
+    monkeypatch.setattr(train, "run", run)
+    if message is None:
+        train.main(command)
+        starts = ["12a b[EOS]", "007c[EOS]", "d[EOS]"]
+        assert [text.replace("[PAD]", "") for text in sequences] == starts
+    else:
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            train.main(command)
 
 
 @pytest.mark.parametrize("packing", ["wrapped", "lines"])

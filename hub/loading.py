@@ -1,0 +1,64 @@
+# SPDX-FileCopyrightText: 2026 The modeling-flm authors
+# SPDX-License-Identifier: Apache-2.0
+"""Loading of models, tokenizers and configurations, with errors that name what is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+from transformers.utils import CONFIG_NAME
+
+from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
+from modeling_flm.utils_flm import describe_damage
+
+
+def describe_mismatch(name: str | Path, info: dict[str, Any]) -> str | None:
+    """Returns which weights a loaded model lacks or does not have, judging by `output_loading_info`, or `None`."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, info.get(problem, []))):
+            listed = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+            return f"The weights in {name} do not match its configuration, {problem.replace('_', ' ')}: {listed}"
+    return None
+
+
+def load_checked(auto_class: type, name: str, **options) -> Any:
+    """
+    Loads a model, tokenizer or configuration.
+
+    Args:
+        auto_class (`type`): The class to load it with, such as [`~transformers.AutoModel`].
+        name (`str`): A name on the Hub, or a folder.
+        options: Arguments of `from_pretrained`.
+
+    Raises:
+        `OSError`: if it cannot be found or read, if a flow-based model has other weights than its configuration says, or if its folder
+            has a tokenizer with more tokens.
+    """
+    is_model = hasattr(auto_class, "from_config")
+    try:
+        loaded = auto_class.from_pretrained(name, **options, **({"output_loading_info": True} if is_model else {}))
+    except (OSError, ImportError, SafetensorError):
+        raise
+    except Exception as error:  # of any file
+        damages = [describe_damage(path) for path in sorted(Path(name).glob("*.json"))]
+        cause = " ".join(str(error).split()).rstrip(".")
+        if "ignore_mismatched_sizes" in cause:
+            cause = "its weights have other sizes than its config.json"
+        elif auto_class is AutoTokenizer and "backend tokenizer" in cause:
+            cause = "it has no tokenizer.json, or a package that its tokenizer needs is missing"
+        message = next(filter(None, damages), f"{name} cannot be loaded: {cause}. Download or copy it again.")
+        raise OSError(message) from error
+    if is_model:
+        loaded, info = loaded
+        if loaded.config.model_type in FLOW_MODEL_TYPES and (problem := describe_mismatch(name, info)) is not None:
+            raise OSError(problem)
+    config_file = Path(name, CONFIG_NAME)
+    if auto_class is AutoTokenizer and config_file.is_file():
+        config = json.loads(config_file.read_bytes())
+        if config.get("model_type") in FLOW_MODEL_TYPES and len(loaded) > config["vocab_size"]:
+            raise OSError(
+                f"the tokenizer in {name} has {len(loaded)} tokens, but the model has {config['vocab_size']}: it belongs to another model."
+            )
+    return loaded
