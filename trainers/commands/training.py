@@ -292,6 +292,8 @@ def _make(
     try:
         return make(dataset, tokenizer, **options)
     except ValueError as error:
+        if "`length`" not in str(error):
+            raise
         raise ValueError(str(error).replace("`length`", "`block_size`")) from error
 
 
@@ -349,7 +351,7 @@ def run(trainer: FLMTrainer, data_args: DataArguments):
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens")
     if should_train(args):
         with friendly_errors(flags=["resume_from_checkpoint", "dataloader_drop_last"]):
-            result = trainer.train(args.resume_from_checkpoint)
+            result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()
         trainer.save_state()
         if trainer.state.global_step > trainer._initial_global_step:  # not finished before
