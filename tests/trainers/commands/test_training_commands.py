@@ -57,6 +57,7 @@ class TestTrainingScripts:
         metrics = {"train_loss": math.nan, "eval_loss": math.inf, "epoch": 1.0}
         monkeypatch.setattr(FLMTrainer, "train", lambda trainer, **options: TrainOutput(1, math.nan, metrics))
         monkeypatch.setattr(FLMTrainer, "evaluate", lambda trainer: metrics)
+        monkeypatch.setattr(FLMTrainer, "_initial_global_step", -1, raising=False)  # `train` would set it
         run_here("flm-train", *self.flags(self.arguments(corpus, tmp_path)))
         for name in ("train", "eval", "all"):
             stored = json.loads((tmp_path / f"{name}_results.json").read_text(), parse_constant=pytest.fail)
