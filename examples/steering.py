@@ -282,7 +282,7 @@ def report(name: str, rows: list[dict], plot: Callable[[list[dict], Path], None]
 def main(args: argparse.Namespace):
     tokenizer, dataset, _ = load_stories(args.seed)
     models = train_models(tokenizer, dataset, args)
-    models["weak"] = train_flm("weak", args.max_steps // 5, 0.0, tokenizer, dataset, args)
+    models["weak"] = train_flm("weak", max(1, args.max_steps // 5), 0.0, tokenizer, dataset, args)
 
     measurements = Measurements(models, tokenizer, args)
     measurements.guidance()
