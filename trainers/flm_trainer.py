@@ -8,15 +8,14 @@ A training step: `get_batch_samples` makes a [`FlowBatch`] of each batch of exam
 
 Private parts of [`~transformers.Trainer`] that the trainers of this library rely on, which a new version may change:
 
-- overridden here: `_prepare_for_training`, `_run_epoch`; in `averaging.py`: `_save_optimizer_and_scheduler`, `_load_from_checkpoint`,
-  `_load_best_model`; in `pushing.py`: `_save`, `_push_from_checkpoint`;
+- overridden here: `_prepare_for_training`; in `averaging.py`: `_save_optimizer_and_scheduler`, `_load_from_checkpoint`,
+  `_load_best_model`; in `resuming.py`: `_prepare_for_training`, `_run_epoch`; in `pushing.py`: `_save`, `_push_from_checkpoint`;
 - called: `_get_collator_with_removed_columns`, `_move_model_to_device`, `_finish_current_push`;
 - attributes: `_signature_columns`, `_train_batch_size`, `_initial_global_step`.
 """
 
 from collections.abc import Callable
 from itertools import islice
-from os import PathLike, fspath
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,7 @@ from .distributed import check_support, is_sharded, region_options, through_forw
 from .flm_config import FLMTrainingArguments
 from .metrics import TokenMeans
 from .pushing import PublishingTrainer
-from .resuming import check_resumable, find_checkpoint
+from .resuming import ResumableTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -66,7 +65,7 @@ def _per_token(values: torch.Tensor) -> torch.Tensor:
     return values[:, None] if values.dim() == 1 else values
 
 
-class FLMTrainer(AveragedTrainer, PublishingTrainer):
+class FLMTrainer(AveragedTrainer, ResumableTrainer, PublishingTrainer):
     r"""
     Trains a flow-based language model by flow matching: tokens are noised along the interpolant at a random time, and the
     cross-entropy of the denoiser to the clean tokens is minimized (paper, denoiser objective).
@@ -201,27 +200,6 @@ class FLMTrainer(AveragedTrainer, PublishingTrainer):
         if self._compile_options is not None:
             network.compile_regions(**self._compile_options)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """
-        As [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` resumes from the last complete checkpoint. A finished
-        training is left as it is.
-
-        Raises:
-            `ValueError`: if the checkpoint is incomplete, damaged or of another model or tokenizer, or there is no batch to train on.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = find_checkpoint(self.args.output_dir) or True  # `Trainer` raises the error
-        if isinstance(resume_from_checkpoint, str | PathLike):
-            resume_from_checkpoint = fspath(resume_from_checkpoint)
-            check_resumable(resume_from_checkpoint, self.model, self.processing_class)
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
-        if result.global_step == 0 < self.state.max_steps:
-            raise ValueError(
-                "Nothing was trained: there are fewer examples than a batch, which `dataloader_drop_last` drops. Leave it out, or "
-                "pass a smaller `per_device_train_batch_size` or more texts."
-            )
-        return result
-
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
         """As [`~transformers.Trainer.get_eval_dataloader`], with all examples, whatever `dataloader_drop_last` is."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -230,24 +208,12 @@ class FLMTrainer(AveragedTrainer, PublishingTrainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
-    def _run_epoch(self, *args, **kwargs):
-        # `Trainer` would take one more step.
-        if self.state.global_step < self.state.max_steps:
-            return super()._run_epoch(*args, **kwargs)
-        self.control.should_training_stop = True
-
     def _prepare_for_training(self, *args, **kwargs):
         if self.ema is not None:
             self.ema.decay = self.args.ema_decay  # a hyperparameter search may have changed it
         self._decide_text_boundaries()
         with without_mixed_precision(self.accelerator):
-            prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.state.global_step >= self.state.max_steps:
-            logger.warning(
-                f"The training is finished: it has taken {self.state.global_step} steps, of {self.state.max_steps}. To go on, "
-                "pass more `max_steps` or `num_train_epochs`."
-            )
-        return prepared
+            return super()._prepare_for_training(*args, **kwargs)
 
     def _decide_text_boundaries(self):
         """

@@ -1,14 +1,15 @@
 # SPDX-FileCopyrightText: 2026 The modeling-flm authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints to resume a training from: whether they are complete, and have the model and tokenizer of the training."""
+"""Resuming: which checkpoints are complete and have the model and tokenizer of the training, and a trainer that asks."""
 
 import json
 import re
 import zipfile
+from os import PathLike, fspath
 from pathlib import Path
 
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -113,3 +114,43 @@ def check_resumable(checkpoint: str | Path, model: PreTrainedModel, tokenizer: P
                 f"`resume_from_checkpoint`: the tokenizer of {checkpoint} has other tokens than the one that was passed, so the "
                 "weights would mean something else. Load the tokenizer from the checkpoint."
             )
+
+
+class ResumableTrainer(Trainer):
+    """Trainer that resumes from complete checkpoints only, and leaves a finished training as it is."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        As [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` resumes from the last complete checkpoint. A finished
+        training is left as it is.
+
+        Raises:
+            `ValueError`: if the checkpoint is incomplete, damaged or of another model or tokenizer, or there is no batch to train on.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = find_checkpoint(self.args.output_dir) or True  # `Trainer` raises the error
+        if isinstance(resume_from_checkpoint, str | PathLike):
+            resume_from_checkpoint = fspath(resume_from_checkpoint)
+            check_resumable(resume_from_checkpoint, self.model, self.processing_class)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if result.global_step == 0 < self.state.max_steps:
+            raise ValueError(
+                "Nothing was trained: there are fewer examples than a batch, which `dataloader_drop_last` drops. Leave it out, or "
+                "pass a smaller `per_device_train_batch_size` or more texts."
+            )
+        return result
+
+    def _run_epoch(self, *args, **kwargs):
+        # `Trainer` would take one more step.
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.state.global_step >= self.state.max_steps:
+            logger.warning(
+                f"The training is finished: it has taken {self.state.global_step} steps, of {self.state.max_steps}. To go on, "
+                "pass more `max_steps` or `num_train_epochs`."
+            )
+        return prepared

@@ -70,6 +70,7 @@ def test_demo_prints_words():
     assert "6 words, each in one forward pass" in output and len(re.findall(r"\bun[a-z]+", output)) > 6
 
 
+@pytest.mark.slow
 def test_published_and_loaded_elsewhere(model, tokenizer, server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     publish(demo.MODEL, "tester/words", token=TOKEN, license="apache-2.0", language="en")

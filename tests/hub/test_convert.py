@@ -41,6 +41,7 @@ class TestPublishedValues:
             tokens = model.generate(prior_state=values["prior_state"] @ model.state_embedding, num_steps=steps)
             assert torch.equal(tokens, values[f"{prefix}.tokens_{steps}"])
 
+    @pytest.mark.slow
     def test_logits_with_remote_code(self, tmp_path):
         values = oracle.values()
         for prefix, checkpoint in (("flm", FLM), ("stage2", STAGE_2)):

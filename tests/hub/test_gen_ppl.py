@@ -136,6 +136,7 @@ def test_scorers_that_are_no_causal_models_are_refused(kind, tmp_path):
         load_gen_ppl().compute(predictions=["a text"], model_id=str(tmp_path), device="cpu")
 
 
+@pytest.mark.slow
 def test_metric_loads_from_a_space(gen_ppl, tmp_path):
     texts = ["time back us was", "come day years at back he over"]
     script = f"""

@@ -309,6 +309,7 @@ class TestAssemble:
         with pytest.raises(PublishError, match="metadata"):
             assemble(folder, tmp_path / "out3", REPO_ID)
 
+    @pytest.mark.slow
     def test_a_repository_that_does_not_work_by_itself(self, trained, tmp_path, monkeypatch, server):
         from modeling_flm import FLMModel
 
@@ -675,6 +676,7 @@ class TestLoad:
         repository.commit("main", files, "Publish the model")
         return repository
 
+    @pytest.mark.slow
     def test_by_name_and_then_offline(self, published, server, assembled, tmp_path):
         # The download breaks off in the middle, and goes on from there.
         server.faults.append(Fault("GET .*/resolve/.*/model.safetensors", "cut"))
@@ -687,6 +689,7 @@ class TestLoad:
         assert server.faults[0].count == 0
         assert sum("GET" in request and "model.safetensors" in request for request in server.requests) == 2
 
+    @pytest.mark.slow
     def test_loading_options(self, published, server, assembled, tmp_path):
         first = published.branches["main"]
         files = published.commits[first]
@@ -722,6 +725,7 @@ assert torch.equal(tokens["eager"], tokens["sdpa"])
         for texts in output.split("between"):
             assert len(re.findall(r"\bw\d+\b", texts)) > 4
 
+    @pytest.mark.slow
     def test_private_needs_a_token(self, published, server, tmp_path):
         published.private = True
         script = """

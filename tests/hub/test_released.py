@@ -244,6 +244,7 @@ for folder in Path().glob("*/batch.pt"):
 """
 
 
+@pytest.mark.slow
 def test_remote_code_in_another_process(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # where the tokenizer would be
     for kind, source in ALL_SOURCES:

@@ -44,6 +44,7 @@ class TestAttention:
             soft(inputs_embeds=hidden, timesteps=batch["timesteps"]).logits,
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("softcap", [0.5, None])
     def test_flex_attention_equals_eager(self, batch, softcap):
         model = build_flm(attn_logit_softcapping=softcap, attn_implementation="eager").requires_grad_(False)

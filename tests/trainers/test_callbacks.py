@@ -194,6 +194,7 @@ class TestSelectionByGenPPL:
         assert [step for step in seen if "eval_gen_ppl_1" in seen[step]] == [4, 8]
         assert list(seen) == [2, 4, 6, 8]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("fsdp", [False, True])
     def test_two_processes_select_by_gen_ppl_like_one(self, fsdp, tmp_path):
         one = self.build(tmp_path / "one", False, per_device_train_batch_size=16, max_steps=6)

@@ -33,6 +33,7 @@ class TestProcesses:
         for name, tensor in first.items():
             torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
 
+    @pytest.mark.slow
     def test_sharded_weights_train_and_save_like_whole_ones(self, tmp_path):
         options = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "ema_decay": 0.9, "sample_steps": 4}
         options |= {"load_best_model_at_end": True, "eval_likelihood_times": 2}

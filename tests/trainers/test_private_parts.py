@@ -52,6 +52,7 @@ def test_private_parts_of_trainer_are_listed():
     assert all(f"self.{name} = " in source for name in ATTRIBUTES)
 
 
+@pytest.mark.slow
 def test_importing_a_trainer_imports_no_server():
     code = (
         "import sys, modeling_flm.trainers; assert not {'http.server', 'modeling_flm.hub.export'} & sys.modules.keys()"

@@ -98,6 +98,7 @@ class TestFigures:
         with pytest.raises(SystemExit, match="has results already"):
             evaluate("--model", folder, *flags)
 
+    @pytest.mark.slow
     def test_two_processes_give_the_same_table(self, folder, tmp_path):
         evaluate("--model", folder, *OPTIONS, "--output_dir", tmp_path / "one")
         flags = [*OPTIONS, "--output_dir", tmp_path / "two"]

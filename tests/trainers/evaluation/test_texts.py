@@ -45,7 +45,7 @@ def causal():
 )
 def test_examples_of_docstrings(function, tokenizer, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    FMLMModel.from_flm(build_flm()).save_pretrained(tmp_path / "fmlm")
+    FMLMModel.from_flm(build_flm(vocab_size=len(tokenizer))).save_pretrained(tmp_path / "fmlm")
     tokenizer.save_pretrained(tmp_path / "fmlm")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", textwrap.dedent(function.__doc__), re.DOTALL)
