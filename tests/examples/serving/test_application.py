@@ -92,7 +92,7 @@ class TestReplica:
         assert [answer["batch_sizes"] for answer in answers] == [[2], [], [1], [1]]
         for answer, gamma in zip(answers, (0.5, 0.5, 1.0, 0.0)):
             generator = torch.Generator().manual_seed(example_seed(0, SAMPLES_STREAM, 0))
-            tokens = model.generate(gamma=gamma, generator=generator, pad_after_eos=True)
+            tokens = model.generate(gamma=gamma, generator=generator)
             assert answer["choices"][0]["text"] == models["tokenizer"].decode(tokens[0], skip_special_tokens=True)
 
     def test_timestep_grid_of_the_model_is_not_a_number_of_steps(self, models, make_replica, tmp_path):
