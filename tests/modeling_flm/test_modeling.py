@@ -201,7 +201,7 @@ class TestFlowMaps:
             reloaded.train()
             assert not any(p.requires_grad for p in reloaded.flow.parameters()) and not reloaded.flow.training
             assert all(p.requires_grad for p in reloaded.correction.parameters()) and reloaded.correction.training
-        compiled = torch.compile(model, fullgraph=True)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # the default is in test_compile.py
         with torch.no_grad():
             output = compiled(**batch)
             torch.testing.assert_close(two_time_denoiser(output), two_time_denoiser(expected), rtol=1e-4, atol=1e-4)
@@ -466,7 +466,7 @@ class TestPrecisionAndSpeed:
     @pytest.mark.slow
     def test_compiles_without_graph_breaks(self, batch):
         model = build_flm(dropout=0.0)
-        compiled = torch.compile(model, fullgraph=True)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # the default is in test_compile.py
         input_ids, tau = batch.values()
         arguments = {
             "inputs_embeds": model.make_state(input_ids, tau, torch.randn(3, 12, 32)).detach(),

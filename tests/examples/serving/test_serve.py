@@ -31,7 +31,7 @@ MANY_STEPS = 1500  # take a second or more
 MAX_BATCH_SIZE, MAX_QUEUE, REPLICAS = 4, 12, 2
 CAPACITY = REPLICAS * 2 * MAX_BATCH_SIZE + MAX_QUEUE
 FLAGS = ["--replicas", REPLICAS, "--max_batch_size", MAX_BATCH_SIZE, "--max_queue", MAX_QUEUE, "--max_wait_ms", 20]
-FLAGS += ["--max_texts", 16, "--max_num_steps", MANY_STEPS, "--max_body_bytes", 100_000, "--timeout", 100]
+FLAGS += ["--max_texts", 16, "--max_num_steps", MANY_STEPS, "--max_body_bytes", 100_000, "--timeout", 300]
 
 
 class Server(serving.Server):
