@@ -11,6 +11,8 @@ const MAX_TEXTS = 24;
 const COMPARED_TEXTS = 6;
 // If a forward pass takes longer (in ms), columns and drafts are generated only on request.
 const SLOW = 500;
+// Line breaks, other control characters and format characters, which have no width.
+const INVISIBLE = /^[\0-\x08\n-\x1f\x7f-\x9f\p{Cf}\p{Zl}\p{Zp}]+$/u;
 
 const element = (id) => document.getElementById(id);
 const settings = new URLSearchParams(location.search);
@@ -97,7 +99,10 @@ function makeTokens(tokens) {
   const shown = model.padAfterEnd(tokens, known);
   return piecesOf(shown).map(({ text, position }, index) => {
     const token = make("span", { textContent: text, role: "button", tabIndex: index === 0 ? 0 : -1, ariaPressed: known.has(position) });
-    if (!text.trim()) {
+    if (INVISIBLE.test(text)) {
+      token.dataset.symbol = text.includes("\n") ? "↵" : "·";
+      token.ariaLabel = text.includes("\n") ? "line break" : "invisible character";
+    } else if (!text.trim()) {
       token.ariaLabel = "space";
     }
     token.dataset.position = position;

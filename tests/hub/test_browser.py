@@ -344,6 +344,27 @@ class TestPage:
         wait_for_new_texts(page, lambda: page.keyboard.press(" "))
         assert page.input_value("#pattern") == "" and page.evaluate("scrollY") == 0
 
+    def test_blank_tokens_can_be_clicked(self, page, address):
+        texts = ["  the cat", "the   cat \n \na", "cat sat on   ", " " * 16, "\n\n", "a\tb\r\n\0\x85c\u200b\xad\ufeff"]
+        take_passes_for_slow(page, 0)
+        open_page(page, f"{address}?seed=3", finished=False)
+        script = "(texts) => { let count = 0; flm.model.pieces = () => [...texts[count++ % texts.length]]; }"
+        page.evaluate(script, texts)  # each character is a token
+        for width in (30, 9, 4):
+            page.add_style_tag(content=f"#texts li {{ width: {width}ch; }}")
+            wait_for_new_texts(page, lambda: page.click("#again"), finished=False)
+            assert page.locator("#texts li").all_text_contents() == texts * 4
+            hidden = page.locator("#texts span").evaluate_all("""all => all.filter((each) => {
+              const { x, y, width, height } = each.getClientRects()[0];
+              const { left, right } = each.parentElement.getBoundingClientRect();
+              return width < 2 || height < 2 || x < left - 1 || x + width > right + 1;
+            }).map((each) => JSON.stringify(each.textContent))""")
+            assert hidden == [], width
+        blank = page.locator("#texts li").nth(4).locator("span").last
+        assert blank.get_attribute("aria-label") == "line break"
+        wait_for_new_texts(page, blank.click, finished=False)
+        assert page.evaluate("[...flm.known.keys()]") == [1]
+
     def test_keys(self, page, address):
         open_page(page, address)
         for key in ("x", "Enter"):
