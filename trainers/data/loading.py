@@ -13,8 +13,10 @@ from typing import Any
 
 import datasets
 import fsspec
+import numpy as np
 from datasets import (
     Dataset,
+    DatasetBuilder,
     DatasetDict,
     IterableDataset,
     IterableDatasetDict,
@@ -153,9 +155,8 @@ def _load(
     """Loads all splits of a file, a folder or a dataset of the Hub, which `argument` names."""
     is_folder, files = Path(path).is_dir(), _local_files(path)
     for file in files:
-        with open(file, "rb") as opened:
-            if opened.read(40) == b"version https://git-lfs.github.com/spec/":
-                raise ValueError(f"`{argument}`: {file} is a pointer of Git LFS and not the data: run git lfs pull.")
+        if (problem := _describe_content(file)) is not None:
+            raise ValueError(f"`{argument}`: {file} {problem}")
     if any(Path(path, name).is_file() for name in ("dataset_dict.json", "state.json")):
         try:
             saved = load_from_disk(path)
@@ -209,14 +210,25 @@ def _load(
                     first = [Path(str(next(iter(config.data_files.values()))[0]))] if files else []
             options = _reader_options(builder_name, first, text_column, sample_by, prompt_column)
             builder = load_dataset_builder(**source, **options)
+            if builder_name == "csv" and (streaming or not Path(builder.cache_dir).is_dir()):
+                for file in files:
+                    if _builder_name(file.name) == "csv":
+                        _check_quotes(file, options["sep"])
             if streaming:
+                if files:
+                    _check_columns(builder_name, builder, options)
                 dataset = IterableDatasetDict(builder.as_streaming_dataset())
                 if (
                     files and next(iter(next(iter(dataset.values()))), None) is None
                 ):  # also shows whether it can be read
                     raise ValueError("it has no texts")
             else:
-                builder.download_and_prepare()
+                try:
+                    builder.download_and_prepare()
+                except Exception:  # of any reader
+                    if files:
+                        _check_columns(builder_name, builder, options)
+                    raise
                 if builder.info.splits and not any(split.num_examples for split in builder.info.splits.values()):
                     raise ValueError("it has no texts")
                 dataset = builder.as_dataset()
@@ -259,6 +271,66 @@ def _folder_texts(path: str, files: list[Path], source: dict[str, Any]) -> list[
         f"{len(left_out)} of its {len(texts)} files would be left out ({names}): a folder needs files of one type, and a split (train, "
         "validation or test) in the names of all files or of none. Or pass a pattern such as 'folder/*.txt'"
     )
+
+
+def _describe_content(file: Path) -> str | None:
+    """Returns what is wrong with the content of a local file, judging by its start, or `None`."""
+    with open(file, "rb") as opened:
+        if opened.read(40) == b"version https://git-lfs.github.com/spec/":
+            return "is a pointer of Git LFS and not the data: run git lfs pull."
+    if _builder_name(file.name) in (None, "parquet"):
+        return None
+    try:
+        with fsspec.open(str(file), "rb", compression="infer") as opened:
+            start = np.frombuffer(opened.read(2**16), dtype=np.uint8)
+    except Exception:  # of any compression: the reader has the message
+        return None
+    # In UTF-16 all NULs, or those of spaces and ends of lines, are first or second bytes. In UTF-32 half of all bytes are NULs.
+    nulls = np.flatnonzero(start == 0)
+    if len(nulls) >= 4 and (
+        2 * len(nulls) >= len(start) - 1 or len(nulls) > len(start) / 50 and np.ptp(nulls % 2) == 0
+    ):
+        return (
+            "has NUL bytes, as in UTF-16 or UTF-32, or after a write that failed: save it as UTF-8, for example by iconv -f UTF-16 -t "
+            "UTF-8, or write it again."
+        )
+    return None
+
+
+def _check_quotes(file: Path, delimiter: str):
+    """Raises a `ValueError` for a quote that ends within a field: the reader would drop it, and join the rows before it."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        with fsspec.open(
+            str(file), "rt", encoding="utf-8-sig", errors="replace", newline="", compression="infer"
+        ) as lines:
+            rows, start = csv.reader(lines, delimiter=delimiter, strict=True), 1
+            try:
+                for _ in rows:
+                    start = rows.line_num + 1
+            except csv.Error:
+                end = f" to {rows.line_num}" if rows.line_num > start else ""
+                raise ValueError(
+                    f"the quotes in line {start}{end} of {file.name} do not match: put a text with quotes in quotes, and write each "
+                    'quote within it twice, as in "a ""b"" c"'
+                ) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _check_columns(builder_name: str | None, builder: DatasetBuilder, options: dict[str, Any]):
+    """Raises a `ValueError` if local files of a dataset have different columns."""
+    files = [str(file) for part in (builder.config.data_files or {}).values() for file in part]
+    first: list[str] = []
+    for file in files if builder_name in ("csv", "json", "parquet") and len(files) > 1 else ():
+        rows = load_dataset_builder(builder_name, data_files=glob.escape(file), **options).as_streaming_dataset()
+        columns = sorted(next(iter(rows["train"]), first))
+        first = first or columns
+        if columns != first:
+            raise ValueError(
+                f"{Path(file).name} has the columns {', '.join(columns)}, and {Path(files[0]).name} has {', '.join(first)}: all files "
+                "need the same columns"
+            )
 
 
 def _is_plain(file: Path) -> bool:
