@@ -126,7 +126,8 @@ def pack_dataset(
             of a block become blocks unchanged.
 
     Returns:
-        A dataset of the type of `dataset` with the single column `input_ids`.
+        A dataset of the type of `dataset` with the single column `input_ids`. The `state_dict` of a stream can be restored in the same
+        process; elsewhere skip the blocks that were read, `dataset.skip(number)`.
     """
     text_column = find_text_column(dataset, text_column)
     no_boundaries = tokenizer.bos_token_id is None or tokenizer.eos_token_id is None
@@ -159,7 +160,12 @@ def pack_dataset(
 
     def pack(tokens: list[np.ndarray], indices: list[int]) -> dict[str, list]:
         # The rest of the batch before. Every pass over a stream writes it anew before it is read.
-        rest = rests.get(indices[0], np.empty(0, dtype=np.int32))
+        rest = np.empty(0, dtype=np.int32) if indices[0] == 0 else rests.get(indices[0])
+        if rest is None:
+            raise ValueError(
+                "A packed stream cannot be restored from a `state_dict` of another process, which lacks the tokens that the batch before "
+                "left over: skip the blocks that were read, `dataset.skip(number)`, or resume by the trainer, which does that."
+            )
         blocks, rest = _cut(np.concatenate([rest, *tokens]), block_size, *boundary_tokens)
         rests.pop(indices[-1] + 1, None)
         rests[indices[-1] + 1] = rest.copy()

@@ -103,6 +103,31 @@ print(sorted(file["filename"] for file in packed.cache_files))
         for _ in range(2):
             assert [row["input_ids"] for row in packed] == expected
 
+    @pytest.mark.parametrize("num_read", [1, 3, 5])
+    def test_restored_streams(self, num_read):
+        texts = [f"{'ab' * (n % 5)}c" for n in range(20)]
+        tokenizer = train_tokenizer(texts, "char", vocab_size=7)
+
+        def stream():
+            return pack_dataset(Dataset.from_dict({"text": texts}).to_iterable_dataset(), tokenizer, 10, batch_size=4)
+
+        tokens = [token for text in texts for token in [*tokenizer(text)["input_ids"], 2]]
+        blocks = [[1, *tokens[start : start + 8], 2] for start in range(0, len(tokens) - 7, 8)]
+        first = stream()
+        read = iter(first)
+        assert [next(read)["input_ids"] for _ in range(num_read)] == blocks[:num_read]
+        state = first.state_dict()
+        first.load_state_dict(state)
+        assert [row["input_ids"] for row in first] == blocks[num_read:]
+        assert [row["input_ids"] for row in stream().skip(num_read)] == blocks[num_read:]
+        other = stream()
+        other.load_state_dict(state)
+        if num_read == 1:  # in the first batch, before which nothing is left over
+            assert [row["input_ids"] for row in other] == blocks[num_read:]
+        else:
+            with pytest.raises(ValueError, match="cannot be restored .* of another process.*skip"):
+                list(other)
+
     def test_processes_do_not_change_how_many_tokens_a_block_needs(self):
         tokenizer = train_tokenizer(TEXTS, "word", 100)
         dataset = Dataset.from_dict({"text": ["the cat sat"] * 4})  # 16 tokens with EOS
