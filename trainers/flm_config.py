@@ -153,6 +153,11 @@ class FLMTrainingArguments(TrainingArguments):
         return {**self.__dict__, "hub_token": None}
 
     @property
+    def has_prompts(self) -> bool:
+        """Whether examples have known tokens: drawn ones (`prompt_fraction`), or prompts (`prompts_from_labels`)."""
+        return self.prompt_fraction > 0 or self.prompts_from_labels
+
+    @property
     def selects_by_likelihood(self) -> bool:
         """Whether `metric_for_best_model` is the likelihood bound."""
         return (self.metric_for_best_model or "").removeprefix("eval_") in ("nll", "perplexity")

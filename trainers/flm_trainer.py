@@ -47,7 +47,6 @@ from .data import DataCollatorForFLM, check_datasets, find_text_boundaries
 from .distributed import check_support, is_sharded, region_options, through_forward, without_mixed_precision
 from .flm_config import FLMTrainingArguments
 from .metrics import TokenMeans
-from .pushing import PublishingTrainer
 from .resuming import ResumableTrainer
 
 
@@ -65,7 +64,7 @@ def _per_token(values: torch.Tensor) -> torch.Tensor:
     return values[:, None] if values.dim() == 1 else values
 
 
-class FLMTrainer(AveragedTrainer, ResumableTrainer, PublishingTrainer):
+class FLMTrainer(AveragedTrainer, ResumableTrainer):
     r"""
     Trains a flow-based language model by flow matching: tokens are noised along the interpolant at a random time, and the
     cross-entropy of the denoiser to the clean tokens is minimized (paper, denoiser objective).

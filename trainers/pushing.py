@@ -39,10 +39,16 @@ _RECORDED_ARGUMENTS = (
 )
 _RECORDED_ADAM_ARGUMENTS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 
+# Fields that are recorded where they differ from their default
+_RECORDED_CHANGES = (
+    *("lr_scheduler_kwargs", "optim_args", "optim_target_modules", "average_tokens_across_devices", "data_seed"),
+    *("train_sampling_strategy", "length_column_name", "dataloader_drop_last"),
+)
+
 
 def record_arguments(args: TrainingArguments) -> dict[str, Any]:
     """Returns the training arguments that a model card shows: recorded fields of transformers, and all of this library's."""
-    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    inherited = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     own = {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(args)
@@ -51,6 +57,7 @@ def record_arguments(args: TrainingArguments) -> dict[str, Any]:
     length = "max_steps" if args.max_steps > 0 else "num_train_epochs"
     names = (length, *_RECORDED_ARGUMENTS, *(_RECORDED_ADAM_ARGUMENTS if "adam" in args.optim else ()))
     arguments = {name: getattr(args, name) for name in names}
+    arguments |= {name: getattr(args, name) for name in _RECORDED_CHANGES if getattr(args, name) != inherited[name]}
     return {**{name: getattr(value, "value", value) for name, value in arguments.items()}, **own}  # values of enums
 
 

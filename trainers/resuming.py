@@ -7,22 +7,28 @@ import re
 import zipfile
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from modeling_flm.hub.records import TRAINING_NAME, to_json
 from modeling_flm.utils_flm import describe_damage
 
 from .adapters import has_added_adapters
+from .pushing import PublishingTrainer
 
 
 logger = logging.get_logger(__name__)
 
 # Settings that change what weights of the same sizes mean
 _SETTINGS = ("num_attention_heads", "attn_logit_softcapping", "final_logit_softcapping", "layer_norm_eps")
-_SETTINGS += ("time_reparameterization", "rope_parameters")
+_SETTINGS += ("time_reparameterization", "rope_parameters", "per_token_timesteps", "max_position_embeddings")
+
+# Recorded arguments that may change: the length of a training
+_FREE = ("max_steps", "num_train_epochs")
 
 # Patterns of files and folders. `Trainer` saves all of the training state, or none of it with `save_only_model`.
 _WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*")
@@ -116,7 +122,43 @@ def check_resumable(checkpoint: str | Path, model: PreTrainedModel, tokenizer: P
             )
 
 
-class ResumableTrainer(Trainer):
+def check_same_run(checkpoint: str | Path, record: dict[str, Any]):
+    """
+    Warns if a training resumes with other arguments, texts or another teacher than its checkpoint had.
+
+    Args:
+        checkpoint (`str` or `Path`): The folder of the checkpoint.
+        record (`dict[str, Any]`): The record of the training that resumes, [`~FLMTrainer.training_record`].
+
+    Raises:
+        `ValueError`: if it resumes with another optimizer, whose state means something else.
+    """
+    path = Path(checkpoint, TRAINING_NAME)
+    if not path.is_file():
+        return
+    (saved, optim), (current, new_optim) = map(_flatten, (json.loads(path.read_bytes()), json.loads(to_json(record))))
+    if optim not in (None, new_optim):
+        raise ValueError(
+            f"`resume_from_checkpoint`: {checkpoint} has the state of `optim` {optim}, got {new_optim}: pass the same, or start again "
+            "from the model."
+        )
+    names = [name for name in {**saved, **current} if name not in _FREE and saved.get(name) != current.get(name)]
+    if names:
+        changes = ", ".join(f"{name} from {saved.get(name)} to {current.get(name)}" for name in names)
+        logger.warning(
+            f"The training resumes from {checkpoint} with other settings, and differs from one without an interruption: {changes}. "
+            "Settings of the optimizer, such as the learning rate, stay as in the checkpoint; others apply from now on."
+        )
+
+
+def _flatten(record: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Returns what the record of a training says about its arguments, texts and teacher by name, and its optimizer."""
+    flat = {**record.get("arguments", {}), **record.get("data", {})}
+    flat |= {name: record.get(name) for name in ("trainer", "teacher", "teacher_class")}
+    return flat, flat.pop("optim", None)
+
+
+class ResumableTrainer(PublishingTrainer):
     """Trainer that resumes from complete checkpoints only, and leaves a finished training as it is."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -132,6 +174,7 @@ class ResumableTrainer(Trainer):
         if isinstance(resume_from_checkpoint, str | PathLike):
             resume_from_checkpoint = fspath(resume_from_checkpoint)
             check_resumable(resume_from_checkpoint, self.model, self.processing_class)
+            check_same_run(resume_from_checkpoint, self.training_record())
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if result.global_step == 0 < self.state.max_steps:
             raise ValueError(

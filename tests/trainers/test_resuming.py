@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from small_models import build_flm
 from train_tiny import build
 from transformers import AutoModel
 
-from modeling_flm.trainers import FLMTrainer, train_tokenizer
+from modeling_flm.trainers import FLMTrainer, FMLMTrainingArguments, train_tokenizer
+from modeling_flm.trainers.pushing import _RECORDED_CHANGES, record_arguments
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -117,6 +119,8 @@ class TestOtherModel:
             ("num_attention_heads", 1),
             ("final_logit_softcapping", None),
             ("time_reparameterization", None),
+            ("per_token_timesteps", True),
+            ("max_position_embeddings", 12),
             ("rope_parameters", {"rope_type": "default", "rope_theta": 100.0}),
         ],
     )
@@ -125,6 +129,51 @@ class TestOtherModel:
         setattr(trainer.model.config, name, value)
         with pytest.raises(ValueError, match=f"checkpoint-4 has {name}=.*the settings that it was trained with"):
             trainer.train(resume_from_checkpoint=True)
+
+
+# Fields of transformers without influence on the weights, but for rounding, or that the trainers refuse
+FREE = """output_dir hub_ push_ log_ logging_ report_to run_name project trackio_ disable_tqdm save_ eval_ metric_for_best_model
+    load_best_model greater_is_better batch_eval include_ prediction_loss per_device_eval do_ resume_from restore_callback
+    ignore_data_skip enable_jit skip_memory debug bf16_full fp16_full tf32 activation_checkpointing gradient_checkpointing
+    torch_ use_liger liger_ use_cache neftune label_ auto_find full_determinism use_cpu accelerator_config parallelism_config
+    dataloader_num dataloader_p dataloader_m dataloader_in_order remove_unused ddp_ fsdp deepspeed local_rank"""
+LENGTH = {"max_steps", "num_train_epochs"}
+
+
+class TestOtherArguments:
+    def test_every_argument_is_recorded_or_free(self, tmp_path):
+        args = FMLMTrainingArguments(tmp_path, use_cpu=True)
+        recorded = {*record_arguments(args), *_RECORDED_CHANGES}
+        unknown = [each.name for each in fields(args) if each.name not in recorded | LENGTH]
+        assert [name for name in unknown if not name.startswith(tuple(FREE.split()) + ("sample_",))] == []
+
+    @pytest.mark.parametrize(
+        "options, change",
+        [
+            ({}, None),
+            ({"max_steps": 6, "logging_steps": 3, "sample_steps": 1, "dataloader_pin_memory": False}, None),
+            ({"learning_rate": 1e-2}, "learning_rate from 0.003 to 0.01"),
+            ({"seed": 4}, "seed from 3 to 4"),
+            ({"ema_decay": 0.9}, "ema_decay from 0.9999 to 0.9"),
+            ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps from 1 to 2"),
+            ({"dataloader_drop_last": True}, "dataloader_drop_last from None to True"),
+            ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type from constant_with_warmup to cosine"),
+        ],
+    )
+    def test_changes_are_warned_of(self, options, change, training, caplog):
+        resume(training, **options)
+        assert ("differs from one without an interruption" in caplog.text) == (change is not None)
+        assert change is None or f": {change}. Settings of the optimizer" in caplog.text
+
+    def test_other_examples_are_warned_of(self, training, caplog):
+        trainer = build(training, max_steps=4, eval_strategy="no")
+        trainer.train_dataset = trainer.train_dataset.select(range(100))
+        trainer.train(resume_from_checkpoint=True)
+        assert "num_examples from 120 to 100" in caplog.text
+
+    def test_other_optimizer_is_refused(self, training):
+        with pytest.raises(ValueError, match="has the state of `optim` adamw_torch.*, got adafactor"):
+            resume(training, optim="adafactor")
 
 
 def test_evaluation_drops_no_examples(tmp_path):

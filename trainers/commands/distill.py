@@ -100,8 +100,7 @@ def distill(arguments: DistillationArguments, data_args: DataArguments, training
         teacher = load_pretrained("teacher", AutoModel, arguments.teacher, **options)
         check_model_type("teacher", teacher)
         tokenizer = load_tokenizer("teacher", arguments.teacher)
-        has_prompts = training_args.prompt_fraction > 0 or training_args.prompts_from_labels
-        student = get_student(arguments, teacher, options, has_prompts)
+        student = get_student(arguments, teacher, options, training_args.has_prompts)
         packed = pack_datasets(
             load_datasets(data_args), data_args, tokenizer, teacher.config.max_position_embeddings, training_args
         )

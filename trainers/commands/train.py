@@ -16,6 +16,7 @@ Every flag can also be set in a YAML file, passed as the first argument. Flags a
     accelerate launch -m modeling_flm.trainers.commands.train config.yaml --learning_rate 1e-3
 """
 
+import json
 import re
 from argparse import Namespace
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from typing import Any
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
 
 from modeling_flm import FLMConfig, FMLMModel
 
@@ -55,8 +57,13 @@ from .training import (
 )
 
 
+logger = logging.get_logger(__name__)
+
 # Length of a new model for texts of any length
 _MAX_LINE = 1024
+
+# Enough for an empty tokenizer of each type
+_ANY_SIZE = 300
 
 # The default of `preset` for flow maps
 _FLOW_MAP_PRESET = "any_order"
@@ -117,13 +124,36 @@ def get_tokenizer(
     if not should_train(training_args):
         raise ValueError("`train_tokenizer` is for a new training: leave it out to evaluate a model.")
     if training_args.resume_from_checkpoint is not None:  # its weights belong to its tokenizer
-        return load_pretrained("resume_from_checkpoint", AutoTokenizer, training_args.resume_from_checkpoint)
+        tokenizer = load_pretrained("resume_from_checkpoint", AutoTokenizer, training_args.resume_from_checkpoint)
+        check_trained_tokenizer(tokenizer, arguments)
+        return tokenizer
     # One process trains it, and the others load the files.
     with training_args.main_process_first(desc="training the tokenizer"):
         if training_args.should_save:
             tokenizer = train_tokenizer(texts, arguments.train_tokenizer, arguments.vocab_size)
             tokenizer.save_pretrained(training_args.output_dir)
         return AutoTokenizer.from_pretrained(training_args.output_dir)
+
+
+def check_trained_tokenizer(tokenizer: PreTrainedTokenizerBase, arguments: ModelArguments):
+    """Raises a `ValueError` if the arguments ask for another type or size than that of a resumed training's tokenizer."""
+    found, asked = (
+        json.loads(each.backend_tokenizer.to_str())
+        for each in (tokenizer, train_tokenizer([], arguments.train_tokenizer, _ANY_SIZE))
+    )
+    if (found["model"]["type"], found["pre_tokenizer"]) != (asked["model"]["type"], asked["pre_tokenizer"]) or (
+        found["model"].get("unk_token") != asked["model"].get("unk_token")
+    ):
+        raise ValueError(
+            f"`train_tokenizer` is {arguments.train_tokenizer}, but the resumed training has a tokenizer of another type: pass the same."
+        )
+    if arguments.train_tokenizer == "text8" or len(tokenizer) == arguments.vocab_size:
+        return
+    if len(tokenizer) > arguments.vocab_size:
+        raise ValueError(
+            f"`vocab_size` is {arguments.vocab_size}, but the resumed training has a tokenizer of {len(tokenizer)} tokens: pass the same."
+        )
+    logger.warning(f"The tokenizer of the checkpoint, with {len(tokenizer)} tokens, is kept.")
 
 
 def load_data(
@@ -254,7 +284,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: F
         required_settings, masked_model = {}, None
         if model_args.model_type == "fmlm" and model_args.preset in (None, "any_order"):
             required_settings = {"time_reparameterization": None}
-        if required_settings or training_args.prompt_fraction > 0 or training_args.prompts_from_labels:
+        if required_settings or training_args.has_prompts:
             required_settings["per_token_timesteps"] = True
         if model_args.masked_model is None:
             model = get_model(model_args, tokenizer, data_args.block_size, required_settings)

@@ -24,7 +24,7 @@ from ..data import PREPROCESSING, load_texts, pack_dataset, pad_dataset
 from ..flm_config import FLMTrainingArguments, check_numbers
 from ..flm_trainer import FLMTrainer
 from ..resuming import describe_problem, find_checkpoint
-from .command_line import check_model, check_model_type, errors_about, friendly_errors
+from .command_line import check_model, check_model_type, errors_about, friendly_errors, with_flags
 
 
 logger = logging.get_logger(__name__)
@@ -336,6 +336,14 @@ def read_data_settings(name: str, chosen: Namespace) -> dict[str, Any]:
     return settings
 
 
+def _warn_of_changes(saved: dict[str, Any], current: dict[str, Any]):
+    """Warns of data arguments that differ from those of the training that resumes."""
+    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    if changes := [name for name in names if name not in ("preprocessing_num_workers", "max_eval_samples")]:
+        listed = ", ".join(f"`{name}` from {saved.get(name)} to {current.get(name)}" for name in changes)
+        logger.warning(with_flags(f"The training resumes with other data arguments: {listed}.", [DataArguments]))
+
+
 def run(trainer: FLMTrainer, data_args: DataArguments):
     """Trains, evaluates and saves as `trainer.args` ask for. Records the data arguments beside the model."""
     args = trainer.args
@@ -345,12 +353,15 @@ def run(trainer: FLMTrainer, data_args: DataArguments):
             if name in settings and Path(settings[name]).exists():
                 settings[name] = str(Path(settings[name]).resolve())
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        Path(args.output_dir, DATA_SETTINGS_NAME).write_text(to_json(settings, indent=2) + "\n")
+        record = Path(args.output_dir, DATA_SETTINGS_NAME)
+        if args.resume_from_checkpoint is not None and record.is_file():
+            _warn_of_changes(json.loads(record.read_bytes()), json.loads(to_json(settings)))
+        record.write_text(to_json(settings, indent=2) + "\n")
     model = trainer.model
     if trainer.is_world_process_zero():
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens")
     if should_train(args):
-        with friendly_errors(flags=["resume_from_checkpoint", "dataloader_drop_last"]):
+        with friendly_errors(flags=["resume_from_checkpoint", "dataloader_drop_last", "optim"]):
             result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()
         trainer.save_state()

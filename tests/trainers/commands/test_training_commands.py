@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -135,7 +137,7 @@ class TestTrainingScripts:
             (tmp_path / name).rmdir()
 
     @pytest.mark.parametrize("kind", ["bpe", "char"])
-    def test_resuming_keeps_the_tokenizer(self, kind, corpus, tmp_path, capsys):
+    def test_resuming_keeps_the_tokenizer(self, kind, corpus, tmp_path, caplog):
         """Also if the texts have changed, from which another one would be trained."""
         options = self.arguments(
             corpus, tmp_path / "out", train_tokenizer=kind, vocab_size=280, max_steps=2, save_steps=1
@@ -150,6 +152,7 @@ class TestTrainingScripts:
         assert (tmp_path / "out" / "train_results.json").read_text() == results
         run_here("flm-train", *self.flags({**options, "max_steps": 3}))
         assert len(self.losses(tmp_path / "out" / "checkpoint-3")) == 3
+        assert f"with other data arguments: --train_file from {corpus} to {grown}." in caplog.text
         assert (tmp_path / "out" / "tokenizer.json").read_text() == before
         train_tokenizer(grown.read_text().splitlines(), kind, 280).save_pretrained(tmp_path / "other")
         options |= {"train_tokenizer": None, "tokenizer_name": tmp_path / "other"}
@@ -157,6 +160,24 @@ class TestTrainingScripts:
         message = "error: --resume_from_checkpoint: .*checkpoint-3 has (a model of another size|other tokens)"
         with pytest.raises(SystemExit, match=message):
             run_here("flm-train", *self.flags({**options, "max_steps": 4}))
+
+    @pytest.mark.parametrize(
+        "kind, asked, size, message",
+        [
+            *((kind, kind, 300, None) for kind in ("bpe", "char", "word", "text8")),
+            *(
+                (kind, other, 300, "train_tokenizer` is")
+                for kind, other in permutations(("bpe", "char", "word", "text8"), 2)
+            ),
+            ("word", "word", 8, "`vocab_size` is 8, but the resumed training has a tokenizer of 9 tokens"),
+        ],
+    )
+    def test_resuming_with_another_type_of_tokenizer(self, kind, asked, size, message, tmp_path):
+        train_tokenizer(["a b c d e"], kind, 300).save_pretrained(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        arguments = train.ModelArguments(train_tokenizer=asked, vocab_size=size)
+        with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+            train.check_trained_tokenizer(tokenizer, arguments)
 
     def test_train_tokenizer_is_for_training(self, corpus, tmp_path):
         options = self.arguments(corpus, tmp_path / "out", do_eval=True)
