@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
-from modeling_flm.utils_flm import describe_damage
+from modeling_flm.utils_flm import check_finite, describe_damage
 
 
 def describe_mismatch(name: str | Path, info: dict[str, Any]) -> str | None:
@@ -34,8 +34,10 @@ def load_checked(auto_class: type, name: str, **options) -> Any:
 
     Raises:
         `OSError`: if it cannot be found or read, if a flow-based model has other weights than its configuration says, or if its folder
-            has a tokenizer with more tokens.
+            has a tokenizer with more tokens, if weights are NaN or infinite, or if a folder is to have a `revision`.
     """
+    if options.get("revision") not in (None, "main") and Path(name).is_dir():
+        raise OSError(f"{name} is a folder, which has no revision {options['revision']!r}: leave out the revision.")
     is_model = hasattr(auto_class, "from_config")
     try:
         loaded = auto_class.from_pretrained(name, **options, **({"output_loading_info": True} if is_model else {}))
@@ -54,6 +56,11 @@ def load_checked(auto_class: type, name: str, **options) -> Any:
         loaded, info = loaded
         if loaded.config.model_type in FLOW_MODEL_TYPES and (problem := describe_mismatch(name, info)) is not None:
             raise OSError(problem)
+    if isinstance(loaded, PreTrainedModel):
+        try:
+            check_finite("the model", loaded)
+        except ValueError as error:
+            raise OSError(str(error)) from None
     config_file = Path(name, CONFIG_NAME)
     if auto_class is AutoTokenizer and config_file.is_file():
         config = json.loads(config_file.read_bytes())

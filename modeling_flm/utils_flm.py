@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 
@@ -128,6 +129,9 @@ def raise_recompile_limit():
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
+# Types of weights that may be NaN
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # Seconds before a progress bar appears. Most batches are finished by then.
 PROGRESS_DELAY = 2
 
@@ -155,6 +159,19 @@ def describe_damage(path: str | Path) -> str | None:
     except (OSError, ValueError, SafetensorError):
         return f"{path} is truncated or damaged: download or copy the file again."
     return None
+
+
+def check_finite(name: str, network: PreTrainedModel):
+    """Raises a `ValueError` if weights of a network are NaN or infinite. Sharded and quantized weights are left out."""
+    for key, parameter in network.named_parameters():
+        weight = parameter.detach()
+        if type(weight) is not torch.Tensor or weight.is_meta or weight.dtype not in _FLOATS:
+            continue
+        if not torch.isfinite(weight).all():
+            place = network.name_or_path or type(network).__name__
+            raise ValueError(
+                f"{name} ({place}) has weights that are NaN or infinite, in {key}: pass one from before that, or train it again."
+            )
 
 
 def use_default_mode(folder: str | Path):

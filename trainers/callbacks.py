@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from .averaging import EMACallback
 from .distributed import is_sharded, through_forward
 from .evaluation import generate_samples, load_gen_ppl
+from .flm_config import FLMTrainingArguments
 
 
 def _from_average(model: PreTrainedModel, ema: EMACallback | None, function: Callable[[], Any]) -> Any:
@@ -99,9 +100,8 @@ class GenPPLCallback(TrainerCallback):
         (self.figures,) = broadcast_object_list([figures])  # all processes select the best checkpoint
         self.step = state.global_step
         should_log = control.should_log
-        self.log(
-            {name: value for name, value in self.figures.items() if math.isfinite(value)}
-        )  # all samples may be empty
+        # All samples may be empty, and have no perplexity.
+        self.log({name: value for name, value in self.figures.items() if math.isfinite(value)})
         control.should_log = should_log  # logging resets it
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -129,3 +129,18 @@ class GenPPLCallback(TrainerCallback):
         return self.metric.compute(
             predictions=texts, token_ids=token_ids, model_id=args.eval_gen_ppl_model, device=str(args.device)
         )
+
+
+def sampling_callbacks(
+    args: FLMTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    log: Callable[[dict[str, float]], None],
+    ema: EMACallback | None = None,
+) -> list[TrainerCallback]:
+    """Returns the callbacks that training arguments ask for."""
+    callbacks: list[TrainerCallback] = []
+    if args.sample_steps > 0:
+        callbacks.append(SampleCallback(tokenizer, ema))
+    if args.eval_gen_ppl_steps > 0:
+        callbacks.append(GenPPLCallback(tokenizer, log, ema))
+    return callbacks

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_flm import FMLMModel
+from modeling_flm import FMLMModel, utils_flm
 
 from .adapters import unwrap_model
 from .flm_config import FLMTrainingArguments
@@ -72,3 +72,9 @@ def check_model(
             f"`model` has weights in {model.dtype}, in which small steps of their moving average round away: load it with "
             "`dtype=torch.float32`, and pass `bf16=True` to train in mixed precision."
         )
+
+
+def check_finite(*networks: PreTrainedModel):
+    """Raises a `ValueError` if the trained model, the first, or another network has weights that are NaN or infinite."""
+    for network in networks:
+        utils_flm.check_finite("`model`" if network is networks[0] else "`teacher`", network)

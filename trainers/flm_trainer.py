@@ -41,8 +41,8 @@ from .batches import (
     make_flow_batch,
     stratified_uniforms,
 )
-from .callbacks import GenPPLCallback, SampleCallback
-from .checking import check_arguments, check_model
+from .callbacks import sampling_callbacks
+from .checking import check_arguments, check_finite, check_model
 from .data import DataCollatorForFLM, check_datasets, find_text_boundaries
 from .distributed import check_support, is_sharded, region_options, through_forward, without_mixed_precision
 from .flm_config import FLMTrainingArguments
@@ -149,11 +149,7 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
                 f"(ema_decay={args.ema_decay}). Checkpoints also keep the training weights."
             )
         # Before the user's callbacks, which then see the new average, and the figures of samples in an evaluation.
-        own_callbacks: list[TrainerCallback] = []
-        if args.sample_steps > 0:
-            own_callbacks.append(SampleCallback(processing_class, ema))
-        if args.eval_gen_ppl_steps > 0:
-            own_callbacks.append(GenPPLCallback(processing_class, self.log, ema))
+        own_callbacks = sampling_callbacks(args, processing_class, self.log, ema)
 
         super().__init__(
             model=model,
@@ -210,15 +206,15 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
     def _prepare_for_training(self, *args, **kwargs):
         if self.ema is not None:
             self.ema.decay = self.args.ema_decay  # a hyperparameter search may have changed it
+        check_finite(*self._networks())
         self._decide_text_boundaries()
         with without_mixed_precision(self.accelerator):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _decide_text_boundaries(self):
         """
-        Adapts the generation configuration to the training examples: removes the BOS token if they do not begin with it, so
-        that the pipeline does not put it before prompts, and ends texts at EOS if theirs do, unless `pad_after_eos` is set.
-        After `Trainer.train` has copied the tokenizer's special tokens to the model.
+        Adapts the generation configuration to the training examples, after `Trainer.train` has copied the tokenizer's special
+        tokens to the model.
         """
         config = self.network.generation_config
         boundaries = None
@@ -226,12 +222,8 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
             collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
             boundaries = find_text_boundaries(self.train_dataset, collate, config)
         (boundaries,) = broadcast_object_list([boundaries])
-        if boundaries is None:
-            return
-        if not boundaries.begin_with_bos:
-            config.bos_token_id = None
-        if boundaries.end_with_padding and config.pad_after_eos is None:
-            config.pad_after_eos = True
+        if boundaries is not None:
+            boundaries.apply(config)
 
     # Batches
 
@@ -397,6 +389,8 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
         As [`~transformers.Trainer.evaluation_loop`]. The loss is the mean over all tokens, each counted once. (In a dataset
         without a length, several processes may count the last examples twice.)
         """
+        if not self.is_in_train:
+            check_finite(*self._networks())
         self._eval_step = 0
         self._joint_noise = None  # the weights are the averaged ones
         means_of_training, self._means = self._means, TokenMeans(("loss", *self.groups, "nll"), self.args.device)

@@ -70,6 +70,8 @@ def load_scorer(
     """Loads a scorer and its tokenizer. The last one stays in memory."""
     device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype or "auto").to(device).eval()
+    if not all(torch.isfinite(weight).all() for weight in model.parameters() if weight.is_floating_point()):
+        raise ValueError(f"`model_id`: {model_id} has weights that are NaN or infinite: name another model.")
     check_causal(model, model_id)
     return model, AutoTokenizer.from_pretrained(model_id)
 

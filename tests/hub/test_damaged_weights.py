@@ -1,19 +1,32 @@
 """Damaged files of weights: every way to load a model names the file, and says what to do."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from datasets import Dataset
 from example_scripts import run_here
 from oracle import SCORER
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from small_models import build_flm
-from transformers import AutoModel, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from modeling_flm import FLMModel
-from modeling_flm.trainers import train_tokenizer
+from modeling_flm import FLMModel, FMLMModel
+from modeling_flm.trainers import (
+    FLMTrainer,
+    FLMTrainingArguments,
+    FMLMTrainer,
+    FMLMTrainingArguments,
+    load_gen_ppl,
+    load_texts,
+    train_tokenizer,
+)
+from modeling_flm.trainers.evaluation import evaluate_likelihood
+from modeling_flm.trainers.evaluation.harness import FLMHarnessModel
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +182,80 @@ def test_models_of_other_libraries(saved, folder, tmp_path):
     damage(folder / "model.safetensors", "truncated")
     with pytest.raises(SystemExit, match="error: --model: its weights are truncated or damaged"):
         run_here("flm-evaluate", "--model", folder, "--output_dir", tmp_path / "out", "--num_samples", "2")
+
+
+def use_in_trainer(folder, method="train"):
+    args = FLMTrainingArguments(folder / "out", max_steps=1, use_cpu=True, report_to=[])
+    dataset = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 8})
+    return getattr(FLMTrainer(str(folder), args, train_dataset=dataset, eval_dataset=dataset), method)()
+
+
+def distill(folder):
+    dataset = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 8})
+    args = FMLMTrainingArguments(folder / "out", max_steps=1, use_cpu=True, report_to=[])
+    student = FMLMModel.from_flm(build_flm())
+    return FMLMTrainer(student, args, teacher=AutoModel.from_pretrained(folder), train_dataset=dataset).train()
+
+
+FINITE = {
+    "train": use_in_trainer,
+    "evaluate": lambda folder: use_in_trainer(folder, "evaluate"),
+    "teacher": distill,
+    "evaluate_likelihood": lambda folder: evaluate_likelihood(
+        AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), ["w1 w2"]
+    ),
+    "harness": lambda folder: FLMHarnessModel(str(folder)),
+    "flm-generate": lambda folder: run_here("flm-generate", folder),
+    "flm-evaluate": lambda folder: run_here("flm-evaluate", "--model", folder, "--output_dir", folder / "out"),
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("use", FINITE)
+def test_weights_that_are_not_finite(use, value, folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["layers.1.mlp.up_proj.weight"][3, 2] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        (SystemExit, ValueError), match=f"{folder}. has weights that are NaN or infinite, in layers.1.mlp.up"
+    ):
+        FINITE[use](folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scorers_with_weights_that_are_not_finite(value, tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=53))
+    model.transformer.wte.weight.data[50, 1] = value  # of a token that the texts may not have
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"`model_id`: {tmp_path} has weights that are NaN or infinite"):
+        load_gen_ppl().compute(predictions=["a text"], model_id=str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_harness(how, folder):
+    message = damage(folder / "model.safetensors", how)
+    with pytest.raises(ValueError, match=f"`pretrained`: {message}"):
+        FLMHarnessModel(str(folder))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda folder: FLMHarnessModel(str(folder), revision="v1"),
+        lambda folder: run_here("flm-generate", folder, "--revision", "v1"),
+        lambda folder: run_here("flm-evaluate", "--model", folder, "--revision", "v1", "--output_dir", folder / "out"),
+        lambda folder: run_here(
+            *("flm-generate", folder, "--guidance_model", folder, "--guidance_revision", "v1", "--guidance_scale", "2")
+        ),
+    ],
+)
+def test_folders_have_no_revision(use, folder):
+    with pytest.raises((SystemExit, ValueError), match=f"{folder} is a folder, which has no revision 'v1': leave out"):
+        use(folder)
+
+
+@pytest.mark.parametrize("source", ["train_file", "dataset_name"])
+def test_local_texts_have_no_revision(source, tmp_path):
+    (tmp_path / "a.txt").write_text("a b")
+    with pytest.raises(ValueError, match=f"`dataset_revision` is for datasets on the Hub, and {tmp_path} is local"):
+        load_texts(**{source: str(tmp_path)}, dataset_revision="v1")

@@ -110,6 +110,16 @@ class TextBoundaries:
     begin_with_bos: bool
     end_with_padding: bool
 
+    def apply(self, config: GenerationConfig):
+        """
+        Adapts a generation configuration: removes the BOS token if examples do not begin with it, so that the pipeline does not put it
+        before prompts, and ends texts at EOS if theirs do, unless `pad_after_eos` is set.
+        """
+        if not self.begin_with_bos:
+            config.bos_token_id = None
+        if self.end_with_padding and config.pad_after_eos is None:
+            config.pad_after_eos = True
+
 
 def find_text_boundaries(
     dataset: Any, collate: Callable[[list[Any]], dict[str, Any]], config: GenerationConfig

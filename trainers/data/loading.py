@@ -96,6 +96,10 @@ def load_texts(
         raise ValueError("No texts to load: pass `dataset_name` or `train_file`.")
     if dataset_name is not None and train_file is not None:
         raise ValueError("Pass either `dataset_name` or `train_file`, and not both.")
+    if dataset_revision is not None and (dataset_name is None or Path(dataset_name).is_dir()):
+        raise ValueError(
+            f"`dataset_revision` is for datasets on the Hub, and {dataset_name or train_file} is local: leave it out."
+        )
     options = {
         "streaming": streaming,
         "text_column": text_column,

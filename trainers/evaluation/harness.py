@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from modeling_flm import FLMGenerationConfig  # the import also registers the models of this library
+from modeling_flm.hub.loading import load_checked
 from modeling_flm.known_tokens_flm import begin_tokens, lengths_up_to_eos
 from modeling_flm.pipeline_flm import encode_texts
 
@@ -72,8 +73,11 @@ class FLMHarnessModel(TemplateLM):
             device = found or "cpu"  # the harness passes CUDA by default
         self._device = torch.device(device)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.model = self.model_class.from_pretrained(pretrained, **options).to(self._device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(pretrained, **options)
+        try:
+            self.model = load_checked(self.model_class, pretrained, **options).to(self._device).eval()
+            self.tokenizer = load_checked(AutoTokenizer, pretrained, **options)
+        except OSError as error:
+            raise ValueError(f"`pretrained`: {error}") from error
         self.num_times, self.num_steps, self.seed = num_times, num_steps, seed
         self.batch_size = max(64, int(batch_size))
         self.append_eos = ends_texts(self.model) if append_eos is None else append_eos
@@ -205,7 +209,12 @@ def main():
     """Runs `lm_eval`, with this model registered."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        if not str(error).startswith("`pretrained`"):
+            raise
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from modeling_flm.known_tokens_flm import begin_tokens
 from modeling_flm.pipeline_flm import encode_texts
 from modeling_flm.tokenization_flm import count_unknown_tokens
+from modeling_flm.utils_flm import check_finite
 
 from ..batches import example_seed
 from .samples import end_tokens, ends_texts, find_eos_tokens, pad_tokens
@@ -63,6 +64,7 @@ def evaluate_likelihood(
     Raises:
         `ValueError`: if `texts` are no strings or have no tokens.
     """
+    check_finite("`model`", model)
     texts = as_texts(texts)
     token_lists = encode_texts(tokenizer, texts) if texts else []
     texts = [text for text, tokens in zip(texts, token_lists) if tokens]

@@ -7,6 +7,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_flm.hub.loading import load_checked
+
 from .samples import pad_tokens
 
 
@@ -44,8 +46,8 @@ def embed_texts(
         `np.ndarray` of shape `(num_texts, hidden_size)`
     """
     device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    model = AutoModelForCausalLM.from_pretrained(model_name).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    model = load_checked(AutoModelForCausalLM, model_name).to(device).eval()
+    tokenizer = load_checked(AutoTokenizer, model_name)
     context = getattr(model.config, "max_position_embeddings", None) or 1024
     max_length = min(1024, context) if max_length is None else max_length
     tokens = [tokenizer(text)["input_ids"][:max_length] or [tokenizer.eos_token_id or 0] for text in texts]
