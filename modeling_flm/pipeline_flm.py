@@ -3,8 +3,9 @@
 """`pipeline("text-generation")` for flow-based language models."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -63,6 +64,25 @@ def encode_texts(
         ) from error
 
 
+def drops_unknown(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer leaves out characters that it does not know: byte-pair encoding without an unknown token, unless it is of bytes."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    return type(model).__name__ == "BPE" and model.unk_token is None and not model.byte_fallback
+
+
+def count_dropped(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> int:
+    """Counts the characters of texts, except spaces, that a tokenizer leaves out because it does not know them."""
+    if not drops_unknown(tokenizer):
+        return 0
+    counts = Counter(chain.from_iterable(texts))
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    candidates = [each for each in counts if not each.isspace() and each not in tokenizer.get_vocab()]
+    if normalizer is not None:  # which may remove characters on purpose
+        candidates = [each for each in candidates if normalizer.normalize_str(each).strip()]
+    rows = tokenizer(candidates, add_special_tokens=False)["input_ids"] if candidates else []
+    return sum(counts[each] for each, row in zip(candidates, rows) if not row)
+
+
 def check_unicode(text: str, argument: str):
     """Raises a `ValueError` for a text with a lone surrogate, which is what Python makes of bytes that are not UTF-8."""
     try:
@@ -111,6 +131,11 @@ def encode_prompts(
 def warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase, prompts: list[str], token_lists: list[list[int]]):
     """Warns about prompts with unknown words: the samples would not show these words."""
     token, token_id = tokenizer.unk_token, tokenizer.unk_token_id
+    if dropped := count_dropped(tokenizer, prompts):
+        share = dropped / (dropped + sum(map(len, token_lists)))
+        logger.warning(
+            f"The tokenizer leaves out characters of the prompts that it does not know: {share:.1%} of the tokens."
+        )
     with_unknown = [prompt for prompt, ids in zip(prompts, token_lists) if token_id in ids]
     if with_unknown:
         share = sum(ids.count(token_id) for ids in token_lists) / sum(map(len, token_lists))

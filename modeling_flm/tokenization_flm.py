@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .pipeline_flm import check_unicode
+from .pipeline_flm import check_unicode, count_dropped, drops_unknown
 
 
 # Longest run without spaces, or of spaces, that byte-pair encoding is trained on: its time grows with the square.
@@ -30,11 +30,16 @@ def has_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
     return not tokenizer.all_special_tokens and all(len(token) == 1 for token in tokenizer.get_vocab())
 
 
-def count_unknown_tokens(tokenizer: PreTrainedTokenizerBase, token_lists: Iterable[list[int]]) -> int:
+def count_unknown_tokens(
+    tokenizer: PreTrainedTokenizerBase, token_lists: Iterable[list[int]], texts: Iterable[str] = ()
+) -> int:
     """
     Counts tokens such as `[UNK]`, which stand for characters or words that a tokenizer does not know. There are none if its unknown
-    token has another purpose as well, as GPT-2's, which ends texts.
+    token has another purpose as well, as GPT-2's, which ends texts. If the tokenizer leaves out unknown characters instead, those of
+    `texts` are counted.
     """
+    if drops_unknown(tokenizer):
+        return count_dropped(tokenizer, texts)
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         return 0

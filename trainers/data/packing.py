@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from modeling_flm.pipeline_flm import encode_texts
+from modeling_flm.pipeline_flm import drops_unknown, encode_texts
 from modeling_flm.tokenization_flm import count_unknown_tokens, has_characters_only
 
 from .loading import check_text, column_names, find_text_column
@@ -155,7 +155,7 @@ def pack_dataset(
         return {
             "tokens": [np.array([*tokens, *end], dtype=np.int32) for tokens in rows],
             # of the batch, in its first row
-            "num_unknown": [count_unknown_tokens(tokenizer, rows), *[0] * len(rows)][: len(rows)],
+            "num_unknown": [count_unknown_tokens(tokenizer, rows, texts), *[0] * len(rows)][: len(rows)],
         }
 
     def pack(tokens: list[np.ndarray], indices: list[int]) -> dict[str, list]:
@@ -206,7 +206,12 @@ def pack_dataset(
 
 def warn_of_unknown(tokenizer: PreTrainedTokenizerBase, num_unknown: int, num_tokens: int, texts: str):
     """Warns about tokens that stand for unknown text."""
-    if num_unknown > 0:
+    if num_unknown > 0 and drops_unknown(tokenizer):
+        logger.warning(
+            f"{num_unknown / (num_unknown + num_tokens):.2%} of the tokens of {texts} are missing: the tokenizer leaves out characters that it "
+            "does not know. A tokenizer of bytes ('bpe') knows all."
+        )
+    elif num_unknown > 0:
         logger.warning(
             f"{num_unknown / num_tokens:.2%} of the tokens of {texts} are {tokenizer.unk_token}: the tokenizer does not know their words or "
             "characters. A larger vocabulary, or a tokenizer of bytes ('bpe'), loses less."

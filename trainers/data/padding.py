@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from modeling_flm.pipeline_flm import encode_texts
+from modeling_flm.pipeline_flm import count_dropped, drops_unknown, encode_texts
 from modeling_flm.tokenization_flm import count_unknown_tokens
 
 from .loading import check_text, column_names, find_text_column
@@ -88,7 +88,10 @@ def pad_dataset(
         if is_stream and indices[0] == 0:
             num_tokens = sum(map(len, texts)) + len(texts)
             warn_of_unknown(
-                tokenizer, count_unknown_tokens(tokenizer, texts), num_tokens, f"the first {len(texts)} texts"
+                tokenizer,
+                count_unknown_tokens(tokenizer, texts, batch[text_column]),
+                num_tokens,
+                f"the first {len(texts)} texts",
             )
         prompts = prompts[0] if prompts else [[]] * len(texts)
         rows = [(prompt, [*text, tokenizer.eos_token_id]) for prompt, text in zip(prompts, texts)]
@@ -109,6 +112,13 @@ def pad_dataset(
     padded = dataset.map(tokenize_and_pad, batched=True, remove_columns=column_names(dataset), **options)
     if is_stream:
         return padded
+    if len(padded) > 0 and drops_unknown(tokenizer):
+        num_unknown = sum(
+            count_dropped(tokenizer, batch[text_column])
+            for batch in dataset.select_columns([text_column]).iter(batch_size=_BATCH_SIZE)
+        )
+        num_tokens = sum((row != pad_token_id).sum() for row in padded.with_format("numpy")["input_ids"])
+        warn_of_unknown(tokenizer, num_unknown, num_tokens, f"{len(dataset):,} texts")
     if len(padded) > 0 and count_unknown_tokens(tokenizer, [[tokenizer.unk_token_id]]) > 0:
         tokens = [chunk.flatten().to_numpy() for chunk in padded.data.column("input_ids").chunks]
         num_unknown, num_padding = (

@@ -126,7 +126,8 @@ class FLMHarnessModel(TemplateLM):
         lengths = [len(known) + len(rest) for _, known, rest in requests]
         if max(lengths, default=0) > self.max_length:
             raise ValueError(f"A request has {max(lengths)} tokens, but the model's texts have {self.max_length}.")
-        warn_of_unknown_tokens(self.tokenizer, [rest for _, _, rest in requests])
+        texts = [text or context for context, text in dict.fromkeys(pair for pair, _, _ in requests)]
+        warn_of_unknown_tokens(self.tokenizer, [rest for _, _, rest in requests], texts)
         # Nothing to predict has the probability 1
         results = {index: (0.0, True) for index, (_, _, rest) in enumerate(requests) if not rest}
         num_begin, first_with = len(self.begin), {}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from modeling_flm.known_tokens_flm import begin_tokens
-from modeling_flm.pipeline_flm import encode_texts
+from modeling_flm.pipeline_flm import drops_unknown, encode_texts
 from modeling_flm.tokenization_flm import count_unknown_tokens
 from modeling_flm.utils_flm import check_finite
 
@@ -94,7 +94,7 @@ def evaluate_likelihood(
         "texts": len(texts),
         "cut_texts": num_cut,
         "tokens": num_tokens,
-        "unknown_tokens": warn_of_unknown_tokens(tokenizer, token_lists),
+        "unknown_tokens": warn_of_unknown_tokens(tokenizer, token_lists, texts),
         "words": sum(map(count_words, texts)),
         "bytes": sum(len(text.encode()) for text in texts),
     }
@@ -109,10 +109,17 @@ def evaluate_likelihood(
     }
 
 
-def warn_of_unknown_tokens(tokenizer: PreTrainedTokenizerBase, token_lists: list[list[int]]) -> int:
+def warn_of_unknown_tokens(
+    tokenizer: PreTrainedTokenizerBase, token_lists: list[list[int]], texts: Sequence[str]
+) -> int:
     """Warns that likelihoods do not tell apart what a tokenizer does not know, and returns the number of such tokens."""
-    number = count_unknown_tokens(tokenizer, token_lists)
-    if number > 0:
+    number = count_unknown_tokens(tokenizer, token_lists, texts)
+    if number > 0 and drops_unknown(tokenizer):
+        logger.warning(
+            f"The tokenizer leaves out {number} characters of the texts that it does not know, beside {sum(map(len, token_lists))} tokens. "
+            "The likelihoods are those of the rest, and so are too high."
+        )
+    elif number > 0:
         logger.warning(
             f"The tokenizer does not know some characters or words of the texts: {number} of {sum(map(len, token_lists))} tokens are "
             f"{tokenizer.unk_token}. The likelihoods leave out which ones these are, and so are too high."

@@ -199,6 +199,8 @@ def read_texts(
         tokens = pack_dataset(Dataset.from_dict({"text": texts}), tokenizer, length)[:max_texts]["input_ids"]
     else:
         tokens = encode_texts(tokenizer, texts[:max_texts], truncation=True, max_length=length)
-        warn_of_unknown(tokenizer, count_unknown_tokens(tokenizer, tokens), sum(map(len, tokens)), path)
+        warn_of_unknown(
+            tokenizer, count_unknown_tokens(tokenizer, tokens, texts[:max_texts]), sum(map(len, tokens)), path
+        )
     columns["unknown_tokens"] = unknown_share(tokenizer, tokens)
     return Texts(decode(tokenizer, tokens, **decode_kwargs), tokens, columns)
