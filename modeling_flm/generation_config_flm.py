@@ -39,6 +39,10 @@ from .utils_flm import as_python
 
 logger = logging.get_logger(__name__)
 
+# Arguments of `from_pretrained` that concern the download of files
+_DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_DOWNLOAD_ARGUMENTS += ("_from_auto", "_from_pipeline")
+
 
 # Parameters of transformers that do not exist here, and what to pass instead
 _RENAMED_PARAMETERS = {
@@ -493,6 +497,27 @@ def as_flm_generation_config(generation_config: GenerationConfig) -> FLMGenerati
         )
     settings = generation_config.to_diff_dict()
     return FLMGenerationConfig(**{name: value for name, value in settings.items() if value is not None})
+
+
+def load_generation_config(
+    config_class: type[GenerationConfig], name: str, options: dict[str, Any]
+) -> GenerationConfig | None:
+    """
+    Loads the generation configuration of a model, or returns `None` if it has none.
+
+    Args:
+        config_class (`type`): The class of the configuration.
+        name (`str`): Name on the Hub, or folder.
+        options (`dict[str, Any]`): Arguments of `from_pretrained` of the model. Those that belong to its configuration are left out.
+    """
+    names = {*vars(config_class()), *_DOWNLOAD_ARGUMENTS}
+    try:
+        return config_class.from_pretrained(name, **{each: value for each, value in options.items() if each in names})
+    except OSError as error:
+        if isinstance(error.__context__, ValueError):  # the file is damaged
+            raise
+        logger.info("No generation_config.json was found: `generate()` uses its defaults.")
+    return None
 
 
 def build_commit_rule(config: FLMGenerationConfig) -> CommitRule:

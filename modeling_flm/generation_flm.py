@@ -22,6 +22,7 @@ from .generation_config_flm import (
     build_commit_rule,
     build_logits_processor,
     check_types,
+    load_generation_config,
     resolve_generation_config,
     warn_about_compiled_forward,
     warn_about_no_effect,
@@ -32,13 +33,6 @@ from .posterior_flm import first_probability, probability_of
 from .randomness_flm import NoiseSource, Randomness, check_state, get_noise_factor
 from .sampling_flm import CommitRule, Sampler
 from .utils_flm import in_evaluation_mode, progress, raise_recompile_limit
-
-
-logger = logging.get_logger(__name__)
-
-
-# Arguments of `from_pretrained` that concern the download of files
-_DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class _TextStream:
@@ -538,19 +532,10 @@ class FLMGenerationMixin:
             self.generation_config = as_flm_generation_config(generation_config)
         if generation_config is not None or pretrained_model_name_or_path is None:
             return
-        # Other arguments belong to the configuration of the model
-        names = {*vars(self.generation_config), *_DOWNLOAD_ARGUMENTS}
-        try:
-            self.generation_config = self.generation_config_class.from_pretrained(
-                pretrained_model_name_or_path,
-                _from_auto=from_auto_class,
-                _from_pipeline=from_pipeline,
-                **{name: value for name, value in kwargs.items() if name in names},
-            )
-        except OSError as error:
-            if isinstance(error.__context__, ValueError):  # the file is damaged
-                raise
-            logger.info("No generation_config.json was found: `generate()` uses its defaults.")
+        options = {**kwargs, "_from_auto": from_auto_class, "_from_pipeline": from_pipeline}
+        loaded = load_generation_config(self.generation_config_class, pretrained_model_name_or_path, options)
+        if loaded is not None:
+            self.generation_config = loaded
 
 
 __all__ = ["FLMGenerationMixin"]

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_flm.known_tokens_flm import lengths_up_to_eos
 from modeling_flm.tokenization_flm import has_characters_only
-from modeling_flm.trainers import find_text_column, load_texts, pack_dataset, train_tokenizer
+from modeling_flm.trainers import find_text_column, load_texts, pack_dataset, pad_dataset, train_tokenizer
 
 
 # All models, as tables and plots call them. `study_models.py` defines them.
@@ -129,12 +129,10 @@ def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, args: StudyAr
     one example, followed by an end-of-text token and padding.
     """
     if has_characters_only(tokenizer):
-        blocks = pack_dataset(Dataset.from_dict({"text": [f"{text} " for text in texts]}), tokenizer, args.length)
-        input_ids = blocks["input_ids"][:]
+        examples = pack_dataset(Dataset.from_dict({"text": [f"{text} " for text in texts]}), tokenizer, args.length)
     else:
-        token_lists = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        token_lists = [[*tokens, tokenizer.eos_token_id] for tokens in token_lists if len(tokens) < args.length]
-        input_ids = [tokens + [tokenizer.pad_token_id] * (args.length - len(tokens)) for tokens in token_lists]
+        examples = pad_dataset(Dataset.from_dict({"text": texts}), tokenizer, args.length)
+    input_ids = examples["input_ids"][:]
     info = DatasetInfo(description=args.description)
     return Dataset.from_dict({"input_ids": input_ids, "labels": input_ids}, info=info)
 
