@@ -39,7 +39,9 @@ from modeling_flm.trainers import (
     train_tokenizer,
 )
 from modeling_flm.trainers.commands.command_line import friendly_errors
+from modeling_flm.trainers.data.loading import check_text
 from modeling_flm.trainers.evaluation.plots import plain_log_ticks, share_errors
+from modeling_flm.trainers.flm_config import check_numbers
 
 
 matplotlib.use("Agg")  # draws to files and needs no display
@@ -55,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="name or folder of a Hub dataset to train on")
     parser.add_argument("--train_file", help="txt, json, jsonl, csv or parquet file to train on")
+    parser.add_argument("--text_column", help="column with the texts, if there are several")
     parser.add_argument("--vocab_size", type=int, default=2048, help="vocabulary size for your own texts")
     parser.add_argument("--length", type=int, default=64, help="maximum sequence length for your own texts")
     parser.add_argument("--packing", default="wrapped", choices=["wrapped", "lines"], help="as for flm-train")
@@ -76,6 +79,19 @@ def add_training_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--output_dir", default="outputs/quickstart")
 
 
+def check_arguments(args: argparse.Namespace):
+    """Raises a `ValueError` for arguments that cannot be used, before any texts are read."""
+    least = dict.fromkeys(("max_steps", "distillation_steps", "batch_size", "num_samples"), 1)
+    least |= dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), 1)
+    check_numbers(args, {**least, "length": 3, "learning_rate": 0, "seed": 0}, {"seed": 2**32})
+    if args.hidden_size % (2 * args.num_attention_heads) != 0:
+        raise ValueError(f"`hidden_size` must be a multiple of twice `num_attention_heads`, got {args.hidden_size}.")
+    if any(path.is_file() for path in (Path(args.output_dir), *Path(args.output_dir).parents)):
+        raise ValueError(f"`output_dir`: {args.output_dir} is a file, or within one; pass a folder.")
+    if args.dataset is not None and args.train_file is not None:
+        raise ValueError("Pass either `dataset` or `train_file`, and not both.")
+
+
 def load_stories(seed: int) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
     """Returns a tokenizer, training examples and their length for the stories of the grammar."""
     rng = random.Random(seed)
@@ -89,13 +105,21 @@ def load_stories(seed: int) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
 
 def load_own_texts(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
     """Returns the same for the user's texts, with a tokenizer trained on them."""
-    texts = load_texts(dataset_name=args.dataset, train_file=args.train_file, validation_percentage=0)["train"]
-    column = find_text_column(texts)
-    tokenizer = train_tokenizer((row[column] for row in texts), "bpe", args.vocab_size)
+    texts = load_texts(
+        dataset_name=args.dataset,
+        train_file=args.train_file,
+        validation_percentage=0,
+        text_column=args.text_column,
+    )["train"]
+    column = find_text_column(texts, args.text_column)
+    tokenizer = train_tokenizer((check_text(row[column], column) for row in texts), "bpe", args.vocab_size)
     if args.packing == "lines":
         length = min(args.length, longest_text(texts, tokenizer, column))
         return tokenizer, pad_dataset(texts, tokenizer, length, column), length
-    return tokenizer, pack_dataset(texts, tokenizer, args.length, column), args.length
+    try:
+        return tokenizer, pack_dataset(texts, tokenizer, args.length, column), args.length
+    except ValueError as error:  # names the length of blocks
+        raise ValueError(str(error).replace("`block_size`", "`length`")) from error
 
 
 def new_flm(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length: int, **options) -> FLMModel:
@@ -218,6 +242,7 @@ def plot(rows: list[dict], log_histories: dict[str, list[dict]], path: Path):
 
 
 def main(args: argparse.Namespace):
+    check_arguments(args)
     set_seed(args.seed)
     own_texts = args.dataset is not None or args.train_file is not None
     tokenizer, dataset, length = load_own_texts(args) if own_texts else load_stories(args.seed)
@@ -277,5 +302,6 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    with friendly_errors(flags=("dataset", "train_file")):
-        main(make_parser().parse_args())
+    arguments = make_parser().parse_args()
+    with friendly_errors(flags=vars(arguments)):
+        main(arguments)

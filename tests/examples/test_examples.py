@@ -14,6 +14,8 @@ import quickstart
 from example_scripts import run_here
 from transformers import AutoModel
 
+from modeling_flm.trainers.commands.command_line import friendly_errors
+
 
 class TestGrammar:
     def test_samples_are_valid_stories_of_25_to_35_words(self):
@@ -94,6 +96,34 @@ class TestQuickstart:
         monkeypatch.chdir(tmp_path)
         run_here("quickstart", "--train_file", corpus, "--vocab_size", 300, "--length", 24, *self.options)
         assert "examples of 24 tokens, with a vocabulary of 300" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "texts, flags, message",
+        [
+            ("a b\n", ["--length", 2], "--length must be at least 3"),
+            ("a b\nc d\n", ["--length", 60], r"use a --length of at most \d"),
+            ("a b\n", ["--vocab_size", 10], "--vocab_size must be at least 260"),
+            ("a b\n", ["--distillation_steps", 0], "--distillation_steps must be at least 1"),
+            ("a b\n", ["--num_samples", 0], "--num_samples must be at least 1"),
+            ("a b\n", ["--num_hidden_layers", 0], "--num_hidden_layers must be at least 1"),
+            ("a b\n", ["--num_attention_heads", 3], "--hidden_size must be a multiple of twice --num_attention_heads"),
+            ("a b\n", ["--learning_rate", "nan"], "--learning_rate must be at least 0, got nan"),
+            ("a b\n", ["--seed", -1], "--seed must be at least 0 and below 4294967296"),
+            ("a b\n", ["--output_dir", "texts.jsonl/out"], "--output_dir: texts.jsonl/out is a file, or within one"),
+            ("a b\n", ["--dataset", "x"], "Pass either --dataset or --train_file"),
+            ("a b\n", ["--text_column", "x"], "--text_column is 'x', but the dataset has the columns"),
+            (None, [], "--text_column 'text' has None"),
+        ],
+    )
+    def test_odd_arguments(self, texts, flags, message, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        rows = [{"text": line} for line in (texts or "a b").splitlines()] + [{"text": None}] * (texts is None)
+        (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        flags = ["--train_file", "texts.jsonl", *self.options, *flags]
+        arguments = quickstart.make_parser().parse_args(list(map(str, flags)))
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"), friendly_errors(flags=vars(arguments)):
+            quickstart.main(arguments)
+        assert not (tmp_path / "outputs").exists()
 
 
 def test_steering_and_any_order(tmp_path, monkeypatch, capsys):
