@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP ?= $(BIN)/python -m pip
 # The file that marks an extra as installed. `dev` includes all extras that a target needs.
 installed = $(or $(wildcard $(VENV)/.installed-dev),$(VENV)/.installed-$(1))
 # One process per core, each with one thread. Neighboring tests share a process, and with it the models they train.
@@ -13,7 +14,7 @@ install: $(VENV)/.installed-dev  ## everything, to work on the library itself
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[$*]"
+	$(PIP) install --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 demo: $(call installed,onnx)  ## open a page on which the model in this repository generates; ARGS=--no_browser only serves it
