@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
@@ -23,6 +22,12 @@ def describe_mismatch(name: str | Path, info: dict[str, Any]) -> str | None:
     return None
 
 
+def find_damage(name: str | Path) -> str | None:
+    """Returns what is wrong with a JSON or safetensors file in a folder, and what to do, or `None`."""
+    paths = [path for pattern in ("*.json", "*.safetensors") for path in sorted(Path(name).glob(pattern))]
+    return next(filter(None, map(describe_damage, paths)), None)
+
+
 def load_checked(auto_class: type, name: str, **options) -> Any:
     """
     Loads a model, tokenizer or configuration.
@@ -33,28 +38,34 @@ def load_checked(auto_class: type, name: str, **options) -> Any:
         options: Arguments of `from_pretrained`.
 
     Raises:
-        `OSError`: if it cannot be found or read, if a flow-based model has other weights than its configuration says, or if its folder
-            has a tokenizer with more tokens, if weights are NaN or infinite, or if a folder is to have a `revision`.
+        `OSError`: if it cannot be found or read, if a model lacks weights or a flow-based one has others than its configuration says, if
+            its folder has a tokenizer with more tokens, if weights are NaN or infinite, or if a folder is to have a `revision`.
     """
     if options.get("revision") not in (None, "main") and Path(name).is_dir():
         raise OSError(f"{name} is a folder, which has no revision {options['revision']!r}: leave out the revision.")
     is_model = hasattr(auto_class, "from_config")
     try:
         loaded = auto_class.from_pretrained(name, **options, **({"output_loading_info": True} if is_model else {}))
-    except (OSError, ImportError, SafetensorError):
+    except (OSError, ImportError) as error:
+        if (damage := find_damage(name)) is not None:
+            raise OSError(damage) from error
         raise
     except Exception as error:  # of any file
-        damages = [describe_damage(path) for path in sorted(Path(name).glob("*.json"))]
         cause = " ".join(str(error).split()).rstrip(".")
         if "ignore_mismatched_sizes" in cause:
             cause = "its weights have other sizes than its config.json"
         elif auto_class is AutoTokenizer and "backend tokenizer" in cause:
             cause = "it has no tokenizer.json, or a package that its tokenizer needs is missing"
-        message = next(filter(None, damages), f"{name} cannot be loaded: {cause}. Download or copy it again.")
+        message = (
+            find_damage(name)
+            or f"{name} cannot be loaded: {cause or type(error).__name__}. Download or copy it again."
+        )
         raise OSError(message) from error
     if is_model:
         loaded, info = loaded
-        if loaded.config.model_type in FLOW_MODEL_TYPES and (problem := describe_mismatch(name, info)) is not None:
+        if loaded.config.model_type not in FLOW_MODEL_TYPES:  # models often ignore weights, for example of other heads
+            info = {"missing_keys": info["missing_keys"]}
+        if (problem := describe_mismatch(name, info)) is not None:
             raise OSError(problem)
     if isinstance(loaded, PreTrainedModel):
         try:

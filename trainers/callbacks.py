@@ -122,7 +122,8 @@ class GenPPLCallback(TrainerCallback):
             if state.is_world_process_zero:
                 tokens = [row for _, row in rows[: args.eval_gen_ppl_num_samples]]
                 result = self._score(args, self.tokenizer.batch_decode(tokens, skip_special_tokens=True), tokens)
-                logs |= {f"eval_{name}_{num_steps}": result[name] for name in ("gen_ppl", "entropy")}
+                figures = {name: math.nan if result[name] is None else result[name] for name in ("gen_ppl", "entropy")}
+                logs |= {f"eval_{name}_{num_steps}": value for name, value in figures.items()}
         return logs
 
     def _score(self, args, texts: list[str], token_ids: list[list[int]] | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 """Generative perplexity of texts under another language model: a metric for `evaluate`."""
 
 import math
+import sys
 from collections import Counter
 from functools import lru_cache
 from typing import Any
@@ -35,14 +36,16 @@ Args:
 
 Returns:
     A dictionary with
-    - "gen_ppl" (`float`): the generative perplexity;
-    - "perplexities" (`list[float | None]`): the perplexity of each text, `None` if none of its tokens is scored;
+    - "gen_ppl" (`float | None`): the generative perplexity;
+    - "perplexities" (`list[float | None]`): the perplexity of each text;
     - "token_counts" (`list[int]`): the number of scored tokens of each text;
-    - "entropy" (`float`): the mean token entropy of the texts, in nats;
-    - "entropies" (`list[float | None]`): the token entropy of each text, `None` for an empty text;
-    - "distinct_1", "distinct_2", "distinct_3" (`float`): the share of distinct n-grams;
+    - "entropy" (`float | None`): the mean token entropy of the texts that are not empty, in nats;
+    - "entropies" (`list[float | None]`): the token entropy of each text;
+    - "distinct_1", "distinct_2", "distinct_3" (`float | None`): the share of distinct n-grams;
     - "num_texts", "num_tokens" (`int`): the number of texts and of scored tokens;
     - "num_empty", "num_truncated" (`int`): the number of texts without scored tokens, and of texts cut at `max_length`.
+Figures that do not exist are `None`: the perplexity without scored tokens, or if a token has probability 0; the entropy of empty
+texts; the share of n-grams of texts shorter than n.
 
 Every token after the first one of a text is scored. Texts shorter than the longest one get the scorer's end-of-text token. The
 first end-of-text token of a text is scored as well, later ones are not.
@@ -69,11 +72,22 @@ def load_scorer(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a scorer and its tokenizer. The last one stays in memory."""
     device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    model = AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype or "auto").to(device).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_id)
+        model, info = AutoModelForCausalLM.from_pretrained(model_id, dtype=dtype or "auto", output_loading_info=True)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # of any file
+        cause = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise OSError(f"`model_id`: {model_id} cannot be loaded: {cause}. Download or copy it again.") from error
     if not all(torch.isfinite(weight).all() for weight in model.parameters() if weight.is_floating_point()):
         raise ValueError(f"`model_id`: {model_id} has weights that are NaN or infinite: name another model.")
-    check_causal(model, model_id)
-    return model, AutoTokenizer.from_pretrained(model_id)
+    check_causal(model.to(device).eval(), model_id)
+    if names := sorted(info["missing_keys"]):
+        raise OSError(
+            f"`model_id`: {model_id} lacks weights ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''}): download or copy it again."
+        )
+    return model, tokenizer
 
 
 @torch.inference_mode()
@@ -124,10 +138,16 @@ def entropy(tokens: list[int]) -> float:
     return -sum(count / len(tokens) * math.log(count / len(tokens)) for count in counts)
 
 
-def distinct(sequences: list[list[int]], n: int) -> float:
-    """Share of distinct n-grams among all n-grams of the sequences."""
+def perplexity(total: float, count: int) -> float | None:
+    """Perplexity of `count` tokens with this summed negative log-likelihood; `None` without tokens, or if it is not finite."""
+    mean = total / count if count > 0 else math.nan
+    return math.exp(mean) if mean < math.log(sys.float_info.max) else None
+
+
+def distinct(sequences: list[list[int]], n: int) -> float | None:
+    """Share of distinct n-grams among all n-grams of the sequences; `None` without n-grams."""
     ngrams = [tuple(tokens[start : start + n]) for tokens in sequences for start in range(len(tokens) - n + 1)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
+    return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
@@ -188,10 +208,10 @@ class GenPPL(evaluate.Metric):
         entropies = [entropy(tokens) if len(tokens) > 0 else None for tokens in token_ids]
         known = [value for value in entropies if value is not None]
         return {
-            "gen_ppl": math.exp(sum(totals) / sum(counts)) if sum(counts) > 0 else math.nan,
-            "perplexities": [math.exp(total / count) if count > 0 else None for total, count in results],
+            "gen_ppl": perplexity(sum(totals), sum(counts)),
+            "perplexities": [perplexity(*result) for result in results],
             "token_counts": list(counts),
-            "entropy": sum(known) / len(known) if known else math.nan,
+            "entropy": sum(known) / len(known) if known else None,
             "entropies": entropies,
             **{f"distinct_{n}": distinct(token_ids, n) for n in (1, 2, 3)},
             "num_texts": len(predictions),

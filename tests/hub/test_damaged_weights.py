@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 from datasets import Dataset
 from example_scripts import run_here
 from oracle import SCORER
@@ -25,6 +26,7 @@ from modeling_flm.trainers import (
     load_texts,
     train_tokenizer,
 )
+from modeling_flm.trainers.commands import evaluate as command
 from modeling_flm.trainers.evaluation import evaluate_likelihood
 from modeling_flm.trainers.evaluation.harness import FLMHarnessModel
 
@@ -127,8 +129,6 @@ def test_commands(command, folder, saved, tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"])
 def test_json_files(name, how, folder):
     message = damage(folder / name, how)
-    if not name.startswith("tokenizer"):
-        message = f".*{folder / name}.*is not a valid JSON file"
     with pytest.raises(SystemExit, match=f"error: --model: {message}"):
         run_here("flm-generate", folder)
 
@@ -177,11 +177,43 @@ def test_folders_whose_files_do_not_fit(command, change, message, folder, tmp_pa
         run_here(*(places.get(part, part) for part in command))
 
 
-def test_models_of_other_libraries(saved, folder, tmp_path):
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=53)).save_pretrained(folder)
-    damage(folder / "model.safetensors", "truncated")
-    with pytest.raises(SystemExit, match="error: --model: its weights are truncated or damaged"):
-        run_here("flm-evaluate", "--model", folder, "--output_dir", tmp_path / "out", "--num_samples", "2")
+OTHER_MODELS = [
+    *(
+        (flag, "tokenizer.json", how)
+        for flag in ("--model", "--scorer", "--mauve_model", "--tokenizer")
+        for how in DAMAGES
+    ),
+    *((flag, "config.json", how) for flag in ("--model", "--scorer", "--mauve_model") for how in DAMAGES),
+    *(
+        (flag, "model.safetensors", how)
+        for flag in ("--model", "--scorer", "--mauve_model")
+        for how in (*DAMAGES, "other", "bin")
+    ),
+]
+
+
+@pytest.mark.parametrize("flag, name, how", OTHER_MODELS)
+def test_models_of_other_libraries(flag, name, how, saved, folder, tmp_path, monkeypatch):
+    """One line, and nothing is generated."""
+    monkeypatch.setattr(command, "generate_texts", lambda *args, **kwargs: pytest.fail("generates"))
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=53)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    if how == "other":  # weights of a part of the model
+        save_file({"wte.weight": torch.zeros(53, 8)}, folder / name, metadata={"format": "pt"})
+        message = "lacks weights|missing keys"
+    elif how == "bin":
+        (folder / name).unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"PK")
+        message = f"{folder}"
+    else:
+        message = damage(folder / name, how)
+    (tmp_path / "texts.txt").write_text("w1 w2 w3\n" * 5)
+    options = {"--samples_file": tmp_path / "texts.txt"} if flag == "--tokenizer" else {"--model": saved}
+    options |= {"--scorer": SCORER, "--reference_file": tmp_path / "texts.txt", flag: folder}
+    options |= {"--output_dir": tmp_path / "out", "--num_samples": "2"}
+    with pytest.raises(SystemExit, match=f"error: {flag}: .*({message})") as error:
+        run_here("flm-evaluate", *(part for option in options.items() for part in option))
+    assert "\n" not in str(error.value)
 
 
 def use_in_trainer(folder, method="train"):

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from modeling_flm.trainers import load_gen_ppl
+from modeling_flm.trainers.evaluation import report, score
 
 
 def test_cites_the_paper_like_the_cards():
@@ -87,8 +88,31 @@ class TestMetric:
         assert result["token_counts"][:2] == [0, 1]  # the end of the text after its only token
         assert result["entropies"][0] is None and result["entropies"][1] == 0
         alone = gen_ppl(["", ""])
-        assert math.isnan(alone["gen_ppl"]) and math.isnan(alone["entropy"]) and alone["num_empty"] == 2
+        assert alone["gen_ppl"] is None and alone["entropy"] is None and alone["num_empty"] == 2
         assert gen_ppl(["t"])["num_empty"] == 1  # the longest text is not followed by anything
+
+    @pytest.mark.parametrize("texts", [[""], ["t"], ["", ""], ["", "t"], ["t", "time back"]])
+    def test_results_are_json(self, texts, gen_ppl):
+        result = gen_ppl(texts)
+        assert json.loads(json.dumps(result, allow_nan=False)) == result
+        counts = result["token_counts"]
+        assert result["num_empty"] == counts.count(0) and (result["gen_ppl"] is None) == (sum(counts) == 0)
+        row = score(texts, scorer=SCORER, device="cpu", num_resamples=10)
+        assert json.loads(json.dumps(row, allow_nan=False)) == row
+        assert (row["gen_ppl_interval"] is None) == (row["gen_ppl"] is None)
+        assert (row["entropy_interval"] is None) == (row["entropy"] is None)
+
+    @pytest.mark.parametrize("loss", [math.inf, 1e4])
+    def test_perplexities_that_are_not_finite(self, loss, monkeypatch, tmp_path):
+        """As of a scorer that gives a token the probability 0."""
+        module = sys.modules[type(load_gen_ppl()).__module__]
+        monkeypatch.setattr(module, "negative_log_likelihoods", lambda *args: [(loss, 1), (2.0, 1)])
+        row = score(["time back", "time us"], scorer=SCORER, device="cpu", num_resamples=10)
+        assert row["perplexities"] == [None, math.exp(2)] and row["num_empty"] == 0
+        assert row["gen_ppl"] is row["gen_ppl_interval"] is None
+        results = report([row], tmp_path, SCORER)
+        assert results["results"][0]["gen_ppl"] is None
+        assert "| not finite |" in (tmp_path / "results.md").read_text()
 
     def test_distinct(self, gen_ppl):
         tokens = [[1, 2, 1, 2, 3], [1, 2], [5]]

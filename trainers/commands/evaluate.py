@@ -38,6 +38,7 @@ from transformers.hf_argparser import HfArg
 from modeling_flm import FLMGenerationConfig
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
 from modeling_flm.hub.card import add_results, check_results_can_be_added
+from modeling_flm.hub.loading import load_checked
 from modeling_flm.hub.records import to_json
 from modeling_flm.pipeline_flm import encode_texts
 
@@ -310,7 +311,7 @@ def describe(args: EvaluationArguments, source: FlowSource | CausalSource | None
 def check_scorer(args: EvaluationArguments):
     """Raises a `ValueError` for a flow-based scorer, and for one with a context shorter than the published protocol's."""
     with errors_about("scorer", OSError):
-        config = AutoConfig.from_pretrained(args.scorer)
+        config = load_checked(AutoConfig, args.scorer)
     if config.model_type in FLOW_MODEL_TYPES:
         raise ValueError("`scorer` must be a causal language model, such as gpt2-large, and not a flow-based one.")
     context = getattr(config, "max_position_embeddings", None)
@@ -374,7 +375,7 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
             source.warm_up(settings[0])
         if args.tokenizer is not None:
             with errors_about("tokenizer", OSError):
-                tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+                tokenizer = load_checked(AutoTokenizer, args.tokenizer)
         decoding = {
             "keep_special_tokens": args.keep_special_tokens,
             "clean_up_bert": args.protocol == "published",
@@ -390,7 +391,8 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
         }
         if state.is_main_process:
             check_scorer(args)
-            score(["a text"], **scoring)
+            with errors_about("scorer", OSError):
+                score(["a text"], **scoring)
             from_files = read_files(args, source, tokenizer, decoding)
             with errors_about("tokenizer", ValueError):
                 for texts in from_files if tokenizer is not None else []:

@@ -46,8 +46,8 @@ def embed_texts(
         `np.ndarray` of shape `(num_texts, hidden_size)`
     """
     device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    model = load_checked(AutoModelForCausalLM, model_name).to(device).eval()
     tokenizer = load_checked(AutoTokenizer, model_name)
+    model = load_checked(AutoModelForCausalLM, model_name).to(device).eval()
     context = getattr(model.config, "max_position_embeddings", None) or 1024
     max_length = min(1024, context) if max_length is None else max_length
     tokens = [tokenizer(text)["input_ids"][:max_length] or [tokenizer.eos_token_id or 0] for text in texts]

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_flm import hub
+from modeling_flm.hub.loading import find_damage
 from modeling_flm.pipeline_flm import check_unicode, encode_texts
 
 from .bootstrap import bootstrap_ratio
@@ -57,10 +58,11 @@ def score(
     Returns:
         `dict[str, Any]`: the columns of `texts`; `gen_ppl`, `entropy` (nats), `distinct_1` to `distinct_3`, `num_texts`,
         `num_tokens`, `num_empty` and `num_truncated`; `perplexities`, `token_counts` and `entropies` of each text; and
-        `gen_ppl_interval` and `entropy_interval`.
+        `gen_ppl_interval` and `entropy_interval`. Figures that do not exist, or are not finite, are `None`.
 
     Raises:
         `ValueError`: if there are no texts, or `max_length` is longer than the scorer's context.
+        `OSError`: if the scorer cannot be loaded.
 
     Example:
 
@@ -78,32 +80,40 @@ def score(
     tokens = texts.tokens
     if tokenizer is not None:
         tokens = encode_texts(tokenizer, texts.texts, split_special_tokens=False)
-    result = load_gen_ppl().compute(
-        predictions=texts.texts,
-        token_ids=tokens,
-        model_id=scorer,
-        batch_size=batch_size,
-        max_length=max_length,
-        dtype=dtype,
-        device=None if device is None else str(device),
-    )
+    try:
+        result = load_gen_ppl().compute(
+            predictions=texts.texts,
+            token_ids=tokens,
+            model_id=scorer,
+            batch_size=batch_size,
+            max_length=max_length,
+            dtype=dtype,
+            device=None if device is None else str(device),
+        )
+    except OSError as error:
+        raise OSError(find_damage(scorer) or error) from error
     columns = (
         texts.columns if tokenizer is None else texts.columns | {"unknown_tokens": unknown_share(tokenizer, tokens)}
     )
     return {**columns, **result, **confidence_intervals(result, num_resamples)}
 
 
-def confidence_intervals(result: Mapping[str, Any], num_resamples: int) -> dict[str, list[float]]:
-    """Returns `gen_ppl_interval` and `entropy_interval`, the 95 % intervals of a result of the metric."""
+def confidence_intervals(result: Mapping[str, Any], num_resamples: int) -> dict[str, list[float] | None]:
+    """Returns `gen_ppl_interval` and `entropy_interval`, the 95 % intervals of a result of the metric; `None` if they are not finite."""
     _, gen_ppl = bootstrap_ratio(*total_losses(result), num_resamples, np.exp)
     _, entropy = bootstrap_ratio(*total_entropies(result), num_resamples)
-    return {"gen_ppl_interval": gen_ppl, "entropy_interval": entropy}
+    intervals = {"gen_ppl_interval": gen_ppl, "entropy_interval": entropy}
+    return {name: interval if np.isfinite(interval).all() else None for name, interval in intervals.items()}
 
 
 def total_losses(result: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the negative log-likelihood of each text and its number of tokens: their ratio is the log-perplexity."""
     counts = np.array(result["token_counts"], dtype=float)
-    return np.array([0 if ppl is None else math.log(ppl) for ppl in result["perplexities"]]) * counts, counts
+    losses = [
+        count * (math.inf if ppl is None else math.log(ppl)) if count > 0 else 0.0
+        for ppl, count in zip(result["perplexities"], counts)
+    ]
+    return np.array(losses), counts
 
 
 def total_entropies(result: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -171,7 +171,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [str(row.get("num_steps", row.get("source", ""))), *_setting_cells(row, settings)]
         is_generated = "seconds_per_text" in row
         cells += [f"{row['num_forward_passes']:.4g}", f"{row['seconds_per_text']:.4f}"] if is_generated else ["", ""]
-        cells += [_with_interval(row, "gen_ppl", 2), _with_interval(row, "entropy", 3)]
+        is_infinite = not is_finite(row["gen_ppl"]) and row.get("num_tokens")
+        cells += [
+            "not finite" if is_infinite else _with_interval(row, "gen_ppl", 2),
+            _with_interval(row, "entropy", 3),
+        ]
         cells.append(" / ".join(_with_interval(row, f"distinct_{n}", 3) or "-" for n in (1, 2, 3)))
         cells += [_with_interval(row, name, *style[1:]) for name, style in further.items()]
         notes = {"empty": row["num_empty"], "cut for the scorer": row["num_truncated"]}
