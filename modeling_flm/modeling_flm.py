@@ -23,6 +23,7 @@ from .backbone_flm import (
 from .base_flm import FLMOutput, FLMPreTrainedModel
 from .configuration_flm import FLMConfig, FMLMConfig, FMLMTwoNetworkConfig
 from .flow import correction_coefficient, expand_times
+from .generation_config_flm import FLMGenerationConfig
 from .generation_flm import FLMGenerationMixin
 from .likelihood_flm import FLMLikelihoodMixin, FLMLikelihoodOutput
 from .losses import LossFunction, layer_loss, linear_loss, softcap_logits
@@ -179,7 +180,7 @@ class FMLMModel(FLMModel):
         super().__init__(config)
         self.target_time_embedding = FLMTimeEmbedding(config)
         self.loss_weighting = FLMLossWeighting(config) if config.learned_loss_weighting else None
-        self.generation_config.num_steps = 1
+        set_flow_map_defaults(self.generation_config)
         self.post_init()
 
     @classmethod
@@ -270,7 +271,7 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         self.time_map = build_time_map(config)
         self.flow = FLMModel(config).requires_grad_(False)
         self.correction = FMLMModel(config)
-        self.generation_config.num_steps = 1
+        set_flow_map_defaults(self.generation_config)
         self.post_init()
 
     @classmethod
@@ -425,6 +426,15 @@ def load_network(model: FMLMModel, weights: dict[str, torch.Tensor], config_over
     model.load_state_dict(weights, strict=False)
     nn.init.zeros_(model.target_time_embedding.linear_2.weight)
     nn.init.zeros_(model.target_time_embedding.linear_2.bias)
+
+
+def set_flow_map_defaults(generation_config: FLMGenerationConfig):
+    """
+    Sets how a new flow map generates: in one step, or in several with all of the noise drawn anew, which corrects errors of
+    earlier steps (measured by `benchmarks/samplers.py`, see docs/sampling.md).
+    """
+    generation_config.num_steps = 1
+    generation_config.gamma = 1.0
 
 
 def check_is_flm(teacher: PreTrainedModel, argument: str = "teacher"):

@@ -13,14 +13,17 @@ import measure
 import memory_plan
 import pytest
 import quickstart
+import samplers
 import torch
 from distilling import build_batch, compute_loss, joint_noise
 from example_scripts import run_here
 from markdown_pages import check_command
 from places import BENCHMARKS, KEPT_MODEL, ROOT
 from train_tiny import build_packed
+from transformers import AutoModel, AutoTokenizer
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
+from modeling_flm.trainers.evaluation import generate_samples
 
 
 CPU = torch.device("cpu")
@@ -188,3 +191,29 @@ def test_commands_of_the_gpu_script(monkeypatch):
     assert lines
     for line in lines:
         check_command(f"python benchmarks/performance.py {line} --device cuda --dtype bfloat16")
+
+
+def test_samplers(tmp_path, capsys):
+    words = tmp_path / "words.txt"
+    words.write_text("unable\nable\n")
+    check = tmp_path / "checks.py"
+    check.write_text("def has_a(text):\n    return 'a' in text\n")
+    options = f"--check {check}:has_a --train_file {words} --reference_file {words} --num_steps 1 4 --num_samples 5".split()
+    run_here("samplers", "--model", KEPT_MODEL, *options, "--samplers", "gamma=0", "gamma=1", "bridge@0.7")
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    (by_steps, *passed), (headings, *figures) = rows[:4], rows[4:]
+    assert by_steps == ["sampler", "1", "4"] and len(figures) == 3 * 2 + 1
+    assert headings[2:5] == ["passed, %", "distinct, %", "entropy"]
+    assert figures[-1][:4] == ["reference", "", "100.0", "100.0"] and figures[-1][-2] == "100.0"  # training texts
+    assert [row[2] for row in figures[:6]] == [cell for row in passed for cell in row[1:]]
+    assert figures[0][2:] == figures[2][2:]  # in one step, gamma has no effect
+    model, tokenizer = AutoModel.from_pretrained(KEPT_MODEL).eval(), AutoTokenizer.from_pretrained(KEPT_MODEL)
+    texts = tokenizer.batch_decode(generate_samples(model, range(5), 0, num_steps=4, gamma=1.0), skip_special_tokens=True)
+    assert float(figures[3][2]) == 20 * sum("a" in text for text in texts)
+
+
+@pytest.mark.parametrize("sampler", ["gamma", "gamma=x", "euler", "bridge@hot"])
+def test_samplers_by_name(sampler):
+    with pytest.raises(SystemExit, match="--samplers` must be gamma=G or bridge"):
+        samplers.parse_sampler(sampler)
