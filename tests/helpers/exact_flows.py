@@ -15,6 +15,7 @@ class ExactFlowMap(FMLMModel):
         vocab_size = 1 + max(max(text) for text in texts)
         sizes = {"vocab_size": vocab_size, "hidden_size": vocab_size, "num_attention_heads": 1, "num_hidden_layers": 1}
         super().__init__(FMLMConfig(**sizes, max_position_embeddings=len(texts[0])))
+        self.generation_config.gamma = None  # an exact map has no errors that new noise would correct
         self.embed_tokens.weight.data = torch.eye(vocab_size)
         self.texts = torch.eye(vocab_size, dtype=torch.float64)[torch.tensor(texts)]
         self.weights = torch.tensor(weights, dtype=torch.float64)

@@ -13,6 +13,7 @@ from modeling_flm import (
     FlowMapSampler,
     FlowMapSamplerConfig,
     FMLMModel,
+    FMLMTwoNetworkModel,
     StochasticFlowMapSampler,
     StochasticFlowMapSamplerConfig,
 )
@@ -102,6 +103,20 @@ def test_embedding_space_sampler_equals_the_dense_sampler(vocab_size, num_steps)
 
 
 class TestGamma:
+    @pytest.mark.parametrize("model_class", [FMLMModel, FMLMTwoNetworkModel])
+    def test_new_flow_maps_draw_all_noise_anew(self, model_class, tmp_path):
+        model = model_class.from_flm(build_model("flm")).eval()
+        model.save_pretrained(tmp_path)
+        for each in (model, model_class.from_pretrained(tmp_path)):
+            assert each.generation_config.gamma == 1
+            fresh = each.generate(num_samples=5, num_steps=3, generator=seed())
+            assert torch.equal(each.generate(num_samples=5, num_steps=3, generator=seed(), gamma=1.0), fresh)
+            assert not torch.equal(each.generate(num_samples=5, num_steps=3, generator=seed(), gamma=0), fresh)
+        # Models that were saved without a gamma follow the flow, as before.
+        (tmp_path / "generation_config.json").write_text('{"num_steps": 1}')
+        old, options = model_class.from_pretrained(tmp_path), {"num_samples": 5, "num_steps": 3}
+        assert torch.equal(old.generate(generator=seed(), **options), old.generate(generator=seed(), gamma=0, **options))
+
     def test_gamma_zero_is_plain_sampling_and_batches_do_not_matter(self):
         model = build_model("fmlm")
         options = {"num_samples": 7, "num_steps": 4}
