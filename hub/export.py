@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from modeling_flm.base_flm import FLMPreTrainedModel
-from modeling_flm.flow import flow_map, times_with_known
+from modeling_flm.flow import expand_times, flow_map, gamma_coefficients, times_with_known
 from modeling_flm.generation_config_flm import FLMGenerationConfig
 from modeling_flm.joint_noise import JointNoise
 
@@ -43,7 +43,7 @@ logger = transformers_logging.get_logger(__name__)
 # Share of tokens that must be equal to PyTorch's. Rounding decides between equally likely tokens.
 MIN_AGREEMENT = {"float32": 0.999, "float16": 0.98, "int8": 0.98}
 
-_INPUTS = ("state", "timesteps", "target_timesteps", "input_ids", "prompt_mask")
+_INPUTS = ("state", "timesteps", "target_timesteps", "input_ids", "prompt_mask", "gamma", "noise")
 _OUTPUTS = ("next_state", "tokens")
 _AXES = ("batch_size", "sequence_length")
 
@@ -94,6 +94,8 @@ class FlowStep(nn.Module):
         target_timesteps: torch.Tensor,
         input_ids: torch.LongTensor,
         prompt_mask: torch.BoolTensor,
+        gamma: torch.Tensor,
+        noise: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         """
         Args:
@@ -103,6 +105,10 @@ class FlowStep(nn.Module):
             target_timesteps (`torch.Tensor` of shape `(batch_size,)`): Later times to move to; 1 is text.
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Known tokens.
             prompt_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Mask of the known tokens.
+            gamma (`torch.Tensor` of shape `(batch_size,)`):
+                Share of the noise that is drawn anew, from 0 to 1, see [`~sampling_flm.StochasticFlowMapSampler`]. At target time 1
+                it has no effect.
+            noise (`torch.Tensor` of the shape of `state`): New standard normal noise; with a gamma of 0, any numbers.
 
         Returns:
             `tuple[torch.Tensor, torch.LongTensor]`: the states at the target times (the clean states of the tokens if all target
@@ -110,16 +116,18 @@ class FlowStep(nn.Module):
         """
         model, known = self.model, prompt_mask[..., None]
         state = torch.where(known, self.clean(input_ids), state)
-        tau_s, tau_t = timesteps, target_timesteps
+        s, t = (model.time_map.tau_to_t(tau) for tau in (timesteps, target_timesteps))
+        later, excess, fresh = gamma_coefficients(t, gamma)
+        tau_s, tau_t = timesteps, torch.where(gamma > 0, model.time_map.t_to_tau(later), target_timesteps)
         if model.config.per_token_timesteps:
             tau_s, tau_t = (times_with_known(tau, prompt_mask) for tau in (tau_s, tau_t))
         probabilities = model.predict(model.encode(state @ self.factor, tau_s, tau_t), tau_s, tau_t)
         tokens = torch.where(prompt_mask, input_ids, probabilities.argmax(dim=-1))
-        s, t = (model.time_map.tau_to_t(tau) for tau in (timesteps, target_timesteps))
 
         def draft():
             mean = probabilities if self.coordinates is None else probabilities @ self.coordinates
-            return flow_map(state, mean, s, t)
+            arrived = flow_map(state, mean, s, torch.where(gamma > 0, later, t)) - expand_times(excess, state) * mean
+            return arrived + expand_times(fresh, state) * noise
 
         # The last step skips the product with all tokens, which takes as long as the head.
         next_state = torch.cond((target_timesteps < 1).any(), draft, lambda: self.clean(tokens))
@@ -253,6 +261,8 @@ def _write(step: FlowStep, path: Path):
         torch.ones(batch_size),
         torch.zeros(batch_size, length, dtype=torch.long),
         torch.zeros(batch_size, length, dtype=torch.bool),
+        torch.ones(batch_size),
+        torch.zeros(batch_size, length, step.noise_size),
     )
     axes = [torch.export.Dim(name, min=1, max=2**16) for name in _AXES]
     shapes = tuple({axis: axes[axis] for axis in range(min(tensor.dim(), 2))} for tensor in example)
@@ -312,6 +322,8 @@ def write_tokens(
     num_steps: int = 1,
     input_ids: np.ndarray | None = None,
     prompt_mask: np.ndarray | None = None,
+    gamma: float = 0.0,
+    step_noise: np.ndarray | None = None,
 ) -> np.ndarray:
     """
     Generates with an exported step, in numpy.
@@ -322,6 +334,9 @@ def write_tokens(
         num_steps (`int`, *optional*, defaults to 1): Number of steps.
         input_ids (`np.ndarray` of shape `(batch_size, sequence_length)`, *optional*): Known tokens, int64.
         prompt_mask (`np.ndarray` of shape `(batch_size, sequence_length)`, *optional*): Mask of the known tokens, bool.
+        gamma (`float`, *optional*, defaults to 0.0): Share of the noise that every step but the last draws anew, from 0 to 1.
+        step_noise (`np.ndarray` of shape `(num_steps - 1, batch_size, sequence_length, noise_size)`, *optional*):
+            This new noise, float32. Drawn from numpy's default generator if there is a gamma.
 
     Returns:
         `np.ndarray` of shape `(num_steps, batch_size, sequence_length)`: the tokens after each step, int64.
@@ -330,10 +345,14 @@ def write_tokens(
     input_ids = np.zeros(shape, np.int64) if input_ids is None else input_ids
     prompt_mask = np.zeros(shape, bool) if prompt_mask is None else prompt_mask
     grid = np.linspace(0, 1, num_steps + 1, dtype=np.float32)
+    if gamma and step_noise is None:
+        step_noise = np.random.default_rng().standard_normal((num_steps - 1, *noise.shape), dtype=np.float32)
+    gammas = np.full(shape[0], gamma, dtype=np.float32)
     state, drafts = noise, []
-    for tau_s, tau_t in zip(grid, grid[1:]):
+    for index, (tau_s, tau_t) in enumerate(zip(grid, grid[1:])):
         times = (np.full(shape[0], tau) for tau in (tau_s, tau_t))
-        state, tokens = session.run(None, dict(zip(_INPUTS, (state, *times, input_ids, prompt_mask))))
+        fresh = step_noise[index] if gamma and index < num_steps - 1 else noise
+        state, tokens = session.run(None, dict(zip(_INPUTS, (state, *times, input_ids, prompt_mask, gammas, fresh))))
         drafts.append(tokens)
     return np.stack(drafts)
 

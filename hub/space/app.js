@@ -24,6 +24,7 @@ const revision = settings.get("revision") ?? (settings.has("model") ? "main" : (
 let model;
 let known = new Map();
 let noise;
+let noiseSeed;
 let edition = 0; // grows with every new request, so that outdated ones are neither computed nor shown
 const problems = new Map();
 
@@ -72,7 +73,7 @@ async function sample(noise, numSteps, mine) {
   const isWanted = () => mine === edition;
   let texts = null;
   let time = 0;
-  for await (const step of model.generate(noise, numSteps, known, isWanted)) {
+  for await (const step of model.generate(noise, numSteps, noiseSeed, known, isWanted)) {
     texts = step.texts;
     time += step.time;
   }
@@ -167,7 +168,7 @@ async function showDrafts(mine) {
   let before = null;
   let step = 0;
   const isWanted = () => mine === edition;
-  for await (const { texts } of model.generate(noiseOf(1), NUM_DRAFTS, known, isWanted)) {
+  for await (const { texts } of model.generate(noiseOf(1), NUM_DRAFTS, noiseSeed, known, isWanted)) {
     if (!isWanted()) {
       return;
     }
@@ -188,7 +189,7 @@ async function refresh() {
     return;
   }
   showTexts(result.texts, result.time, numSteps);
-  Object.assign(window.flm, { noise, known, texts: result.texts, time: result.time });
+  Object.assign(window.flm, { noise, seed: noiseSeed, known, texts: result.texts, time: result.time });
   document.body.dataset.written = mine;
   await drawn();
   const passTime = result.time / numSteps;
@@ -218,7 +219,8 @@ function drawFromSeed() {
   report("seed", isSeed ? "" : "The seed must be a whole number from 0 to 4294967295.");
   if (isSeed) {
     const numTexts = Math.max(1, Math.min(MAX_TEXTS, Math.floor(TOKENS_SHOWN / model.length)));
-    noise = drawNoise(Number(seed.value), numTexts * model.length * model.noiseSize);
+    noiseSeed = Number(seed.value);
+    noise = drawNoise(noiseSeed, numTexts * model.length * model.noiseSize);
   }
   return isSeed;
 }
@@ -278,7 +280,7 @@ async function race() {
     if (tokens.has(position)) {
       continue;
     }
-    const step = await model.step(one, 1, 0, 1, tokens, () => mine === edition);
+    const step = await model.step(one, 1, 0, 1, tokens, null, () => mine === edition);
     if (step === null) {
       return;
     }

@@ -139,6 +139,15 @@ function uniforms(seed) {
   };
 }
 
+/** A seed from several numbers, well mixed. */
+function seedOf(...numbers) {
+  let seed = 0;
+  for (const number of numbers) {
+    seed = Math.floor(uniforms((seed ^ number) >>> 0)() * 2 ** 32);
+  }
+  return seed;
+}
+
 /** Standard normal numbers from a seed. */
 export function drawNoise(seed, size) {
   const next = uniforms(seed);
@@ -187,6 +196,9 @@ export class FlowModel {
     this.padToken = generationConfig.pad_token_id ?? this.endTokens[0];
     this.beginToken = generationConfig.bos_token_id ?? null;
     this.textStart = this.beginToken === null ? 0 : 1; // position of the first typed token
+    // The share of the noise that every step but the last draws anew. Other samplers are not in the exported step.
+    const sampler = generationConfig.sampler_config;
+    this.gamma = (sampler ? sampler.gamma : generationConfig.gamma) ?? 0;
     this.noiseSize = session.inputMetadata[0].shape[2];
     // Tokenizers of words ignore spaces.
     this.separator = this.encoder.encode(" ", { add_special_tokens: false }).ids.length ? "" : " ";
@@ -194,10 +206,11 @@ export class FlowModel {
   }
 
   /**
-   * One step: the next state, the tokens, and the time in milliseconds. `known` maps positions to tokens. Returns null, without a
-   * forward pass, if `isWanted()` is false when its turn comes.
+   * One step: the next state, the tokens, and the time in milliseconds. `known` maps positions to tokens. `newNoise`, of the size of
+   * the state, is for the model's gamma; null moves without. Returns null, without a forward pass, if `isWanted()` is false when its
+   * turn comes.
    */
-  async step(state, numTexts, tau, targetTau, known, isWanted = () => true) {
+  async step(state, numTexts, tau, targetTau, known, newNoise = null, isWanted = () => true) {
     const length = this.length;
     const inputIds = new BigInt64Array(numTexts * length);
     const promptMask = new Uint8Array(numTexts * length);
@@ -208,12 +221,15 @@ export class FlowModel {
       }
     }
     const times = (value) => new ort.Tensor("float32", new Float32Array(numTexts).fill(value), [numTexts]);
+    const stateOf = (values) => new ort.Tensor("float32", values, [numTexts, length, this.noiseSize]);
     const inputs = {
-      state: new ort.Tensor("float32", state, [numTexts, length, this.noiseSize]),
+      state: stateOf(state),
       timesteps: times(tau),
       target_timesteps: times(targetTau),
       input_ids: new ort.Tensor("int64", inputIds, [numTexts, length]),
       prompt_mask: new ort.Tensor("bool", promptMask, [numTexts, length]),
+      gamma: times(newNoise === null ? 0 : this.gamma),
+      noise: stateOf(newNoise ?? state),
     };
     const run = this.queue.then(() => isWanted() && this.run(inputs));
     this.queue = run.catch(() => {});
@@ -235,15 +251,29 @@ export class FlowModel {
     return { outputs, time: performance.now() - start };
   }
 
+  /** The new noise of a step for each sample, which depends on the seed, the step and the sample only; null if the step needs none. */
+  newNoise(seed, step, numSteps, numTexts) {
+    const size = this.length * this.noiseSize;
+    if (this.gamma === 0 || step === numSteps - 1) {
+      return null;
+    }
+    const noise = new Float32Array(numTexts * size);
+    for (let text = 0; text < numTexts; text += 1) {
+      noise.set(drawNoise(seedOf(seed, step + 1, text), size), text * size);
+    }
+    return noise;
+  }
+
   /**
-   * Generates from noise in `numSteps` steps, and yields the drafts and the time of each step; the last drafts are the samples. Stops
-   * early if `isWanted()` is false.
+   * Generates from noise in `numSteps` steps, and yields the drafts and the time of each step; the last drafts are the samples. `seed`
+   * is for the noise that steps add. Stops early if `isWanted()` is false.
    */
-  async *generate(noise, numSteps, known = new Map(), isWanted = () => true) {
+  async *generate(noise, numSteps, seed = 0, known = new Map(), isWanted = () => true) {
     const numTexts = noise.length / (this.length * this.noiseSize);
     let state = noise;
     for (let step = 0; step < numSteps; step += 1) {
-      const result = await this.step(state, numTexts, step / numSteps, (step + 1) / numSteps, known, isWanted);
+      const newNoise = this.newNoise(seed, step, numSteps, numTexts);
+      const result = await this.step(state, numTexts, step / numSteps, (step + 1) / numSteps, known, newNoise, isWanted);
       if (result === null) {
         return;
       }

@@ -181,7 +181,11 @@ def python_texts(page, num_steps: int = 1, known: dict[int, int] | None = None, 
     model = AutoModel.from_pretrained(model, dtype=torch.float32)
     step, length = FlowStep(model), model.config.max_position_embeddings
     noise = torch.tensor(page.evaluate("Array.from(flm.noise)")).view(-1, length, step.noise_size)
+    draw = "(step) => { const noise = flm.model.newNoise(flm.seed, step, %d, %d); return noise && Array.from(noise); }"
+    new = (page.evaluate(draw % (num_steps, len(noise)), step) for step in range(num_steps))
+    new_states = (torch.tensor(each).view(noise.shape) @ step.factor for each in new)
     options = {"prior_state": noise @ step.factor, "num_steps": num_steps}
+    options["noise_source"] = lambda samples: next(new_states)[samples]
     options["pad_after_eos"] = model.config.eos_token_id is not None
     if known:
         mask = torch.zeros(len(noise), length, dtype=torch.bool)

@@ -85,6 +85,24 @@ class TestTokens:
             tokens, write_tokens(session, noise.numpy(), num_steps, input_ids.numpy(), mask.numpy())[-1]
         )
 
+    @pytest.mark.parametrize("gamma", [0.5, 1.0])
+    @pytest.mark.parametrize("num_steps", [1, 4])
+    def test_with_new_noise_at_every_step(self, exported, num_steps, gamma):
+        model, step, session = exported
+        noise = draw_noise(step, 5, 12)
+        step_noise = torch.randn(num_steps - 1, *noise.shape, generator=torch.Generator().manual_seed(2))
+        tokens = write_tokens(session, noise.numpy(), num_steps, gamma=gamma, step_noise=step_noise.numpy())[-1]
+        new = iter(step_noise @ step.factor)
+        options = {"prior_state": noise @ step.factor, "noise_source": lambda samples: next(new)[samples]}
+        expected = model.generate(num_samples=5, num_steps=num_steps, gamma=gamma, **options)
+        assert np.array_equal(tokens, expected.numpy())
+
+    def test_draws_new_noise_itself(self, exported):
+        _, step, session = exported
+        noise = draw_noise(step, 5, 12).numpy()
+        first, second = (write_tokens(session, noise, 3, gamma=1.0) for _ in range(2))
+        assert np.array_equal(first[0], second[0]) and not np.array_equal(first[1:], second[1:])
+
     def test_has_named_axes(self, exported):
         _, step, session = exported
         inputs = {each.name: each.shape for each in session.get_inputs()}
@@ -94,6 +112,8 @@ class TestTokens:
             "target_timesteps": ["batch_size"],
             "input_ids": ["batch_size", "sequence_length"],
             "prompt_mask": ["batch_size", "sequence_length"],
+            "gamma": ["batch_size"],
+            "noise": ["batch_size", "sequence_length", step.noise_size],
         }
         outputs = {each.name: each.shape for each in session.get_outputs()}
         assert outputs == {"next_state": inputs["state"], "tokens": inputs["input_ids"]}
@@ -141,7 +161,7 @@ class TestPrecisions:
         noise = draw_noise(step, 200, 16, seed=5)
         for num_steps in (1, 4):
             tokens = write_tokens(session, noise.numpy(), num_steps)[-1]
-            expected = model.generate(num_samples=200, num_steps=num_steps, prior_state=noise @ step.factor)
+            expected = model.generate(num_samples=200, num_steps=num_steps, prior_state=noise @ step.factor, gamma=0)
             assert (tokens == expected.numpy()).mean() >= least
         content = (folder / "onnx" / name).read_bytes()
         assert len(content) < most_bytes * model.num_parameters()
