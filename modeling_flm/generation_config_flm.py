@@ -142,7 +142,8 @@ class FLMGenerationConfig(GenerationConfig):
             Keeps the smallest set of tokens of each position whose probabilities sum to `top_p`.
         gamma (`float`, *optional*):
             Shortcut for `sampler_config=StochasticFlowMapSamplerConfig(gamma)`: share of the noise, in [0, 1], that is drawn
-            anew at every step but the last. The default, 0, follows the flow.
+            anew at every step but the last. 0 follows the flow. By default 1 for new flow maps, which corrects errors of earlier
+            steps, and 0 for FLMs.
         sampler_config ([`FlowMapSamplerConfig`], [`StochasticFlowMapSamplerConfig`] or [`BridgeSamplerConfig`], *optional*):
             The sampler: how a step estimates the text and moves the state. Follows the flow by default.
         num_rounds (`int`, *optional*):
