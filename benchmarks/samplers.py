@@ -13,16 +13,16 @@ optionally with a temperature, as in `bridge@0.7`. All samplers start from the s
 
 import argparse
 import math
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_flm.trainers.evaluation import (
     FlowSource,
     Setting,
-    Texts,
     check_figures,
     generate_texts,
     load_check,
@@ -69,7 +69,9 @@ def parse_sampler(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
             return {"gamma": float(sampler.removeprefix("gamma="))}, {"sampler": "flow_map", **fields}
     except ValueError:
         pass  # not a number
-    raise SystemExit(f"`--samplers` must be gamma=G or bridge, with a temperature such as bridge@0.7 if any, got {name!r}.")
+    raise SystemExit(
+        f"`--samplers` must be gamma=G or bridge, with a temperature such as bridge@0.7 if any, got {name!r}."
+    )
 
 
 def token_entropy(token_lists: Sequence[Sequence[int]]) -> float:
@@ -79,21 +81,27 @@ def token_entropy(token_lists: Sequence[Sequence[int]]) -> float:
     return -sum(count / total * math.log(count / total) for count in counts.values())
 
 
-def measure(texts: Texts, args: argparse.Namespace, check, training_texts: set[str] | None) -> dict[str, float]:
+def measure(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    check: Callable[[str], Any] | None = None,
+    scorer: str | None = None,
+    training_texts: Collection[str] | None = None,
+) -> dict[str, float]:
     """Returns the figures of one list of texts."""
-    num_texts = len(texts.texts)
+    tokens = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     figures = {
-        "distinct": 100 * len(set(texts.texts)) / num_texts,
-        "entropy": token_entropy(texts.tokens),
-        "self_bleu": float(self_bleu(texts.texts)[:, 0].mean()),
-        "tokens": sum(map(len, texts.tokens)) / num_texts,
+        "distinct": 100 * len(set(texts)) / len(texts),
+        "entropy": token_entropy(tokens),
+        "self_bleu": float(self_bleu(texts)[:, 0].mean()),
+        "tokens": sum(map(len, tokens)) / len(texts),
     }
     if check is not None:
-        figures["passed"] = 100 * check_figures([texts.texts], check)[0]["passed"]
-    if args.scorer:
-        figures["perplexity"] = score(texts, scorer=args.scorer)["gen_ppl"]
+        figures["passed"] = 100 * check_figures([texts], check)[0]["passed"]
+    if scorer is not None:
+        figures["perplexity"] = score(texts, scorer=scorer)["gen_ppl"]
     if training_texts is not None:
-        figures["copied"] = 100 * sum(text in training_texts for text in texts.texts) / num_texts
+        figures["copied"] = 100 * sum(text in training_texts for text in texts) / len(texts)
     return figures
 
 
@@ -108,18 +116,20 @@ def main(args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
     samplers = {name: parse_sampler(name) for name in args.samplers}
     check = load_check(args.check) if args.check else None
     training_texts = set(load_lines(args.train_file)) if args.train_file else None
+    reference = load_lines(args.reference_file) if args.reference_file else []
+    reference = random.Random(args.seed).sample(reference, min(len(reference), args.num_samples))
     model, tokenizer = AutoModel.from_pretrained(args.model).eval(), AutoTokenizer.from_pretrained(args.model)
     results = {}
     for name, (parameters, fields) in samplers.items():
         source = FlowSource(model, tokenizer, generate_kwargs=parameters)
         for num_steps in args.num_steps:
-            texts = generate_texts(source, Setting(num_steps, **fields), args.num_samples, [args.seed], args.batch_size)
-            results[name, num_steps] = measure(texts, args, check, training_texts)
+            texts = generate_texts(
+                source, Setting(num_steps, **fields), args.num_samples, [args.seed], args.batch_size
+            )
+            results[name, num_steps] = measure(texts.texts, tokenizer, check, args.scorer, training_texts)
     rows = {(name, str(num_steps)): figures for (name, num_steps), figures in results.items()}
-    if args.reference_file:
-        lines = load_lines(args.reference_file)[: args.num_samples]
-        tokens = tokenizer(lines, add_special_tokens=False)["input_ids"]
-        rows["reference", ""] = measure(Texts(lines, tokens, {}), args, check, training_texts)
+    if reference:
+        rows["reference", ""] = measure(reference, tokenizer, check, args.scorer, training_texts)
     columns = [name for name in COLUMNS if any(name in figures for figures in rows.values())]
     for name in ("passed", "perplexity"):
         if name in columns:
@@ -129,7 +139,9 @@ def main(args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
     print(f"\nAll figures, {args.num_samples} samples\n")
     digits = {"entropy": 3, "self_bleu": 3}
     cells = [[f"{figures[name]:.{digits.get(name, 1)}f}" for name in columns] for figures in rows.values()]
-    print(markdown([["sampler", "steps", *map(COLUMNS.get, columns)], *([*key, *row] for key, row in zip(rows, cells))]))
+    print(
+        markdown([["sampler", "steps", *map(COLUMNS.get, columns)], *([*key, *row] for key, row in zip(rows, cells))])
+    )
     return results
 
 

@@ -18,9 +18,19 @@ from pathlib import Path
 
 # The values of each text column; the other columns hold numbers.
 TABLES = {
-    "products": {"name": ["lamp", "chair", "table", "sofa"], "category": ["home", "office"], "price": None, "stock": None},
+    "products": {
+        "name": ["lamp", "chair", "table", "sofa"],
+        "category": ["home", "office"],
+        "price": None,
+        "stock": None,
+    },
     "customers": {"name": ["anna", "ben", "carla", "david"], "city": ["rome", "oslo", "paris"], "age": None},
-    "orders": {"customer": ["anna", "ben", "carla", "david"], "product": ["lamp", "chair"], "amount": None, "year": None},
+    "orders": {
+        "customer": ["anna", "ben", "carla", "david"],
+        "product": ["lamp", "chair"],
+        "amount": None,
+        "year": None,
+    },
     "employees": {"name": ["emma", "felix", "greta"], "team": ["sales", "support"], "salary": None, "age": None},
 }
 NUMBERS = ["5", "10", "20", "50", "100", "500"]
@@ -96,11 +106,12 @@ def main(args: argparse.Namespace):
     if not 1 <= args.num_queries <= 100_000:
         raise SystemExit(f"`--num_queries` must be between 1 and 100,000, got {args.num_queries}.")
     rng = random.Random(args.seed)
-    queries: dict[str, None] = {}  # in the order in which they were drawn
-    while len(queries) < args.num_queries:
-        queries[sample_query(rng)] = None
+    drawn: dict[str, None] = {}  # keeps its order
+    while len(drawn) < args.num_queries:
+        drawn[sample_query(rng)] = None
+    queries = rng.sample(list(drawn), len(drawn))  # in the order of drawing, short ones would come first
     Path(args.output_file).write_text("\n".join(queries) + "\n", encoding="utf-8")
-    print(f"{len(queries):,} queries in {args.output_file}, such as:", *list(queries)[:3], sep="\n")
+    print(f"{len(queries):,} queries in {args.output_file}, such as:", *queries[:3], sep="\n")
 
 
 if __name__ == "__main__":

@@ -198,7 +198,9 @@ def test_samplers(tmp_path, capsys):
     words.write_text("unable\nable\n")
     check = tmp_path / "checks.py"
     check.write_text("def has_a(text):\n    return 'a' in text\n")
-    options = f"--check {check}:has_a --train_file {words} --reference_file {words} --num_steps 1 4 --num_samples 5".split()
+    options = (
+        f"--check {check}:has_a --train_file {words} --reference_file {words} --num_steps 1 4 --num_samples 5".split()
+    )
     run_here("samplers", "--model", KEPT_MODEL, *options, "--samplers", "gamma=0", "gamma=1", "bridge@0.7")
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
@@ -209,7 +211,9 @@ def test_samplers(tmp_path, capsys):
     assert [row[2] for row in figures[:6]] == [cell for row in passed for cell in row[1:]]
     assert figures[0][2:] == figures[2][2:]  # in one step, gamma has no effect
     model, tokenizer = AutoModel.from_pretrained(KEPT_MODEL).eval(), AutoTokenizer.from_pretrained(KEPT_MODEL)
-    texts = tokenizer.batch_decode(generate_samples(model, range(5), 0, num_steps=4, gamma=1.0), skip_special_tokens=True)
+    texts = tokenizer.batch_decode(
+        generate_samples(model, range(5), 0, num_steps=4, gamma=1.0), skip_special_tokens=True
+    )
     assert float(figures[3][2]) == 20 * sum("a" in text for text in texts)
 
 

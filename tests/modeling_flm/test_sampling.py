@@ -115,7 +115,9 @@ class TestGamma:
         # Models that were saved without a gamma follow the flow, as before.
         (tmp_path / "generation_config.json").write_text('{"num_steps": 1}')
         old, options = model_class.from_pretrained(tmp_path), {"num_samples": 5, "num_steps": 3}
-        assert torch.equal(old.generate(generator=seed(), **options), old.generate(generator=seed(), gamma=0, **options))
+        assert torch.equal(
+            old.generate(generator=seed(), **options), old.generate(generator=seed(), gamma=0, **options)
+        )
 
     def test_gamma_zero_is_plain_sampling_and_batches_do_not_matter(self):
         model = build_model("fmlm")

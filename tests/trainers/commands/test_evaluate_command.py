@@ -50,11 +50,18 @@ from modeling_flm.trainers.evaluation import (
 )
 
 
+def build_flow_map(model_class):
+    """A flow map that follows the flow unless a test passes a gamma."""
+    model = model_class.from_flm(build_flm())
+    model.generation_config.gamma = None
+    return model
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model") / "fmlm"
-    FMLMModel.from_flm(build_flm()).save_pretrained(folder)
+    build_flow_map(FMLMModel).save_pretrained(folder)
     words = "time back us was long some his him they your get well off have used about people first more".split()
     train_tokenizer([" ".join([*words, *(f"w{n}" for n in range(30))])], "word", 100).save_pretrained(folder)
     return folder
@@ -130,7 +137,7 @@ class TestFigures:
         evaluate("--model", folder, *OPTIONS, *flags)
 
     def test_two_networks_take_two_passes_and_the_reference_is_truncated(self, folder, tmp_path):
-        FMLMTwoNetworkModel.from_flm(build_flm()).save_pretrained(tmp_path / "two")
+        build_flow_map(FMLMTwoNetworkModel).save_pretrained(tmp_path / "two")
         AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "two")
         (tmp_path / "reference.txt").write_text(" ".join(["time back us was"] * 20))
         flags = [*OPTIONS, "--output_dir", tmp_path / "out", "--reference_file", tmp_path / "reference.txt"]
@@ -261,7 +268,7 @@ def worse(tmp_path_factory) -> Path:
     """A guidance model."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("models") / "worse"
-    FMLMModel.from_flm(build_flm()).save_pretrained(folder)
+    build_flow_map(FMLMModel).save_pretrained(folder)
     return folder
 
 
@@ -359,7 +366,7 @@ class TestSampling:
             assert complete_arguments(args).commit_budget == 4
 
     def test_guidance_of_two_networks_takes_three_passes(self, folder, worse, tmp_path):
-        FMLMTwoNetworkModel.from_flm(build_flm()).save_pretrained(tmp_path / "two")
+        build_flow_map(FMLMTwoNetworkModel).save_pretrained(tmp_path / "two")
         AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "two")
         flags = ["--guidance_model", worse, "--guidance_scale", 1, "--output_dir", tmp_path / "out"]
         evaluate("--model", tmp_path / "two", *OPTIONS, *flags)
