@@ -161,7 +161,8 @@ class TestModel:
         teacher = model.merge_and_unload()
         student = model_class.from_flm(teacher)
         flow = student if model_class is FMLMModel else student.flow
-        assert (texts(FMLMModel.from_flm(teacher)) == texts(teacher)).float().mean() > 0.99
+        student.generation_config.gamma = None
+        assert (texts(student) == texts(teacher)).float().mean() > 0.99
         assert torch.equal(flow.layers[0].self_attn.qkv_proj.weight, teacher.layers[0].self_attn.qkv_proj.weight)
 
 
