@@ -114,7 +114,8 @@ def check_command(command: str, is_whole: bool = True):
         words, is_whole = words[:-1], False
     for word in words:
         if re.match(r"(examples|benchmarks|docs|tests|hub|trainers)/", word):
-            assert (ROOT / word).exists(), f"{word} does not exist"
+            path = word.partition(":")[0]  # of a function in a file
+            assert (ROOT / path).exists(), f"{path} does not exist"
     program, arguments = words[0], words[1:]
     if program.startswith("flm-"):
         (entry_point,) = entry_points(group="console_scripts", name=program)

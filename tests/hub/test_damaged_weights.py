@@ -15,6 +15,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_models import build_flm
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from modeling_flm import FLMModel, FMLMModel
 from modeling_flm.trainers import (
@@ -289,5 +291,6 @@ def test_folders_have_no_revision(use, folder):
 @pytest.mark.parametrize("source", ["train_file", "dataset_name"])
 def test_local_texts_have_no_revision(source, tmp_path):
     (tmp_path / "a.txt").write_text("a b")
-    with pytest.raises(ValueError, match=f"`dataset_revision` is for datasets on the Hub, and {tmp_path} is local"):
-        load_texts(**{source: str(tmp_path)}, dataset_revision="v1")
+    with CaptureLogger(logging.get_logger("modeling_flm.trainers.data.loading")) as log:
+        texts = load_texts(**{source: str(tmp_path)}, dataset_revision="v1", validation_percentage=0)
+    assert f"`dataset_revision` is ignored: {tmp_path} is local" in log.out and texts["train"]["text"] == ["a b"]

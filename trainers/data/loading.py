@@ -97,9 +97,8 @@ def load_texts(
     if dataset_name is not None and train_file is not None:
         raise ValueError("Pass either `dataset_name` or `train_file`, and not both.")
     if dataset_revision is not None and (dataset_name is None or Path(dataset_name).is_dir()):
-        raise ValueError(
-            f"`dataset_revision` is for datasets on the Hub, and {dataset_name or train_file} is local: leave it out."
-        )
+        # A local copy of a dataset takes the place of a recipe's, with the recipe's revision.
+        logger.warning(f"`dataset_revision` is ignored: {dataset_name or train_file} is local, not on the Hub.")
     options = {
         "streaming": streaming,
         "text_column": text_column,
