@@ -89,8 +89,8 @@ class Model:
                 message = f"`{name}`: this model generates token by token; leave it out."
                 return {"error": (400, message, name, "invalid_value")}
         try:
-            prompts = await asyncio.to_thread(lambda: [self.generator.encode(prompt) for prompt in request.prompt])
-        except ValueError as error:  # text that the tokenizer does not know
+            prompts = await asyncio.to_thread(lambda: [self._encode(prompt) for prompt in request.prompt])
+        except ValueError as error:  # text or tokens that the tokenizer does not know
             return {"error": (400, str(error), "prompt", "invalid_value")}
         longest, max_length = max(map(len, prompts)), self.generator.max_length
         if longest >= max_length:
@@ -120,6 +120,15 @@ class Model:
             "batch_sizes": [size for _, size in results if size is not None],
             "warnings": self._warnings(prompts),
         }
+
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        """Returns the tokens of a prompt. A prompt of tokens is taken as it is."""
+        if isinstance(prompt, str):
+            return self.generator.encode(prompt)
+        vocab_size = self.generator.model.config.vocab_size
+        if unknown := [token for token in prompt if not 0 <= token < vocab_size]:
+            raise ValueError(f"`prompt` has the token {unknown[0]}, but this model has tokens 0 to {vocab_size - 1}.")
+        return prompt
 
     def _warnings(self, prompts: list[list[int]]) -> list[str]:
         """Returns and logs a warning for each prompt with unknown words. Logs do not contain prompts."""

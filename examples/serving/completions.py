@@ -6,7 +6,16 @@ import json
 from typing import Annotated, Any
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -28,7 +37,6 @@ class OpenAIDefaults(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    best_of: _default_only(1) = None
     frequency_penalty: _default_only(0) = None
     logit_bias: _default_only({}) = None
     logprobs: _default_only(False) = None
@@ -50,14 +58,21 @@ class OpenAIDefaults(BaseModel):
         return {name: value for name, value in body.items() if value is not None or name not in optional}
 
 
+def _as_list(prompt: Any) -> Any:
+    """Returns a list of prompts from one prompt: a text, or its tokens."""
+    is_tokens = isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
+    return [prompt] if isinstance(prompt, str) or is_tokens else prompt
+
+
 class CompletionRequest(OpenAIDefaults):
     """Body of a request to `/v1/completions`."""
 
     model: str
-    prompt: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+    prompt: Annotated[list[str | Annotated[list[int], Field(min_length=1)]], BeforeValidator(_as_list)] = Field(
         [""], min_length=1
     )
     n: int = Field(1, ge=1)
+    best_of: int | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     num_steps: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -65,6 +80,18 @@ class CompletionRequest(OpenAIDefaults):
     gamma: float | None = Field(None, ge=0, le=1)
     echo: bool = False
     timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+    @field_validator("best_of")
+    @classmethod
+    def _is_n(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        """Accepts what asks for all samples, as clients do that send `best_of` with `n`."""
+        n = info.data.get("n")
+        if n is not None and best_of not in (None, n):
+            raise PydanticCustomError(
+                "unsupported_value",
+                "this server returns all samples, so only null or `n` is supported. Remove the field",
+            )
+        return best_of
 
 
 class RequestError(Exception):

@@ -83,6 +83,16 @@ class TestReplica:
         assert [answer["batch_sizes"] for answer in answers] == [[4], [], [], [], [1], [1]]
         assert len({answer["choices"][0]["text"] for answer in answers[:4]}) == 1
 
+    def test_prompts_of_tokens(self, models, make_replica):
+        replica, tokenizer = make_replica(models["folder"] / "fmlm"), models["tokenizer"]
+        tokens = replica.generator.encode("the cat")
+        by_text, by_tokens, unknown = self.complete(
+            replica, {"prompt": ["the cat"]}, {"prompt": [tokens]}, {"prompt": [[len(tokenizer) + 5]]}
+        )
+        assert by_text["choices"] == by_tokens["choices"] and by_text["usage"] == by_tokens["usage"]
+        status, message, param, _ = unknown["error"]
+        assert (status, param) == (400, "prompt") and f"this model has tokens 0 to {len(tokenizer) - 1}" in message
+
     def test_gamma_is_the_model_s_or_the_request_s(self, models, make_replica, tmp_path):
         model = build_model("fmlm", vocab_size=len(models["tokenizer"]), max_position_embeddings=LENGTH)
         model.generation_config.num_steps, model.generation_config.gamma = 4, 0.5

@@ -36,7 +36,7 @@ def parse(**fields) -> CompletionRequest:
 
 
 def test_defaults_of_openai_are_accepted():
-    used = {"max_tokens": 16, "temperature": 1.0, "user": "user-1"}
+    used = {"best_of": 1, "max_tokens": 16, "temperature": 1.0, "user": "user-1"}
     assert parse(**OPENAI_DEFAULTS).model_dump(exclude_defaults=True) == {"model": "fmlm", **used}
     nulls = dict.fromkeys([*OPENAI_DEFAULTS, "prompt", "num_steps", "timeout"])
     assert parse(**nulls) == parse()
@@ -60,7 +60,6 @@ def test_equal_defaults_are_accepted(name, value):
 @pytest.mark.parametrize(
     ("name", "value", "supported"),
     [
-        ("best_of", 2, "null or 1"),
         ("frequency_penalty", 0.5, "null or 0"),
         ("logit_bias", {"5": 1}, "null or {}"),
         ("logprobs", 0, "null or false"),
@@ -78,6 +77,35 @@ def test_values_that_change_samples_are_refused(name, value, supported):
     answer = RequestError.from_validation(error.value).error
     assert answer["message"] == f"`{name}`: this server supports only {supported}. Remove the field."
     assert (answer["param"], answer["code"]) == (name, "unsupported_value")
+
+
+def test_best_of_is_n():
+    assert parse(n=3, best_of=3).n == 3 and parse(best_of=None) == parse()
+    with pytest.raises(ValidationError) as error:
+        parse(n=3, best_of=4)
+    answer = RequestError.from_validation(error.value).error
+    assert "only null or `n` is supported" in answer["message"] and answer["param"] == "best_of"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", ""], ["a", ""]),
+        ([5, 6], [[5, 6]]),
+        ([[5, 6], [7]], [[5, 6], [7]]),
+        (["a", [7]], ["a", [7]]),
+    ],
+)
+def test_prompts_are_texts_or_tokens(prompt, prompts):
+    assert parse(prompt=prompt).prompt == prompts
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], 5, [5, "a"], [True], [[5, True]], [[5.0]], {"a": 1}])
+def test_other_prompts_are_refused(prompt):
+    with pytest.raises(ValidationError) as error:
+        parse(prompt=prompt)
+    assert RequestError.from_validation(error.value).error["param"] == "prompt"
 
 
 @pytest.mark.parametrize("name", ["num_step", "messages", "top_k"])
