@@ -37,6 +37,10 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """A tokenizer of this library, or one of words whose splitting is replaced."""
     if kind in ("char", "bpe", "word", "text8"):
         return train_tokenizer(WORDS, kind, 400)
+    if kind == "bpe of odd spaces":  # its merges depend on what is a space
+        return train_tokenizer(
+            [*WORDS, *(f"{space}{space} a{space}b{space}" for space in "\x85\ufeff\u2028\t ")], "bpe", 400
+        )
     tokenizer = train_tokenizer(WORDS, "word", 400)
     parts = {"Whitespace": pre_tokenizers.Whitespace(), "Punctuation": pre_tokenizers.Punctuation()}
     parts["WhitespaceSplit"] = pre_tokenizers.WhitespaceSplit()
@@ -51,6 +55,7 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     [
         ("char", False),
         ("bpe", False),
+        ("bpe of odd spaces", False),
         ("word", False),
         ("text8", False),
         ("Whitespace", False),
