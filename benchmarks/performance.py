@@ -287,7 +287,7 @@ class Benchmark:
             encode(state, tau)
 
         def library(num_steps: int):
-            options = {"batch_size": batch_size, "length": length, "compile_config": compile_config}
+            options = {"batch_size": batch_size, "length": length, "gamma": 0.0, "compile_config": compile_config}
             return model.generate(num_samples=batch_size, num_steps=num_steps, **options)
 
         settings = dict(zip(AXES, (vocab_size, length, hidden_size, attention, batch_size)))
@@ -312,7 +312,7 @@ class Benchmark:
             def generate(num_steps: int = num_steps):
                 nonlocal seconds
                 start = time.perf_counter()
-                model.generate(num_samples=batch_size, batch_size=batch_size, num_steps=num_steps)
+                model.generate(num_samples=batch_size, batch_size=batch_size, num_steps=num_steps, gamma=0.0)
                 measure.synchronize(self.device)
                 seconds = time.perf_counter() - start
 

@@ -141,9 +141,10 @@ class Measurements:
             model (`str`): Name of the model.
             num_steps (`int`): Number of steps.
             scale (`float`, *optional*): Value of the parameter that the experiment varies.
-            options: Further arguments of `generate()`.
+            options: Further arguments of `generate()`. Samples follow the flow (`gamma=0`) by default.
         """
         num_samples = self.args.num_samples
+        options = {"gamma": 0.0, **options}
         output = self.models[model].generate(
             num_samples=num_samples,
             batch_size=num_samples,

@@ -216,6 +216,7 @@ def solvers(flow_map: FMLMModel, masked: FLMModel, args: argparse.Namespace) -> 
             batch_size=len(input_ids),
             generator=generator,
             return_dict_in_generate=True,
+            gamma=0.0,
             **options,
         )
         return output.sequences, output.num_forward_passes

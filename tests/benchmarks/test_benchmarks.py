@@ -70,7 +70,8 @@ class TestDense:
         monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: prior)
         for num_steps in (1, 3):
             tokens = dense.generate(model, 6, 12, num_steps)
-            assert torch.equal(tokens, model.generate(prior_state=prior @ model.state_embedding, num_steps=num_steps))
+            state = prior @ model.state_embedding
+            assert torch.equal(tokens, model.generate(prior_state=state, num_steps=num_steps, gamma=0))
 
 
 class TestMeasures:
