@@ -75,8 +75,9 @@ def count_dropped(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> i
     if not drops_unknown(tokenizer):
         return 0
     counts = Counter(chain.from_iterable(texts))
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    candidates = [each for each in counts if not each.isspace() and each not in tokenizer.get_vocab()]
+    backend = tokenizer.backend_tokenizer
+    normalizer = backend.normalizer
+    candidates = [each for each in counts if not each.isspace() and backend.token_to_id(each) is None]
     if normalizer is not None:  # which may remove characters on purpose
         candidates = [each for each in candidates if normalizer.normalize_str(each).strip()]
     rows = tokenizer(candidates, add_special_tokens=False)["input_ids"] if candidates else []
