@@ -25,9 +25,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from modeling_flm.base_flm import FLMPreTrainedModel
-from modeling_flm.flow import expand_times, flow_map, gamma_coefficients, times_with_known
+from modeling_flm.flow import flow_map, times_with_known
 from modeling_flm.generation_config_flm import FLMGenerationConfig
 from modeling_flm.joint_noise import JointNoise
+from modeling_flm.sampling_flm import StochasticFlowMapSampler
 
 from .page_tokenizers import tokenizer_warning
 from .records import ONNX_FILES, ONNX_FOLDER
@@ -116,18 +117,19 @@ class FlowStep(nn.Module):
         """
         model, known = self.model, prompt_mask[..., None]
         state = torch.where(known, self.clean(input_ids), state)
-        s, t = (model.time_map.tau_to_t(tau) for tau in (timesteps, target_timesteps))
-        later, excess, fresh = gamma_coefficients(t, gamma)
-        tau_s, tau_t = timesteps, torch.where(gamma > 0, model.time_map.t_to_tau(later), target_timesteps)
+        sampler = StochasticFlowMapSampler(gamma)
+        later = sampler.target_tau(timesteps, target_timesteps, model.time_map)
+        tau_s, tau_t = timesteps, torch.where(gamma > 0, later, target_timesteps)
         if model.config.per_token_timesteps:
             tau_s, tau_t = (times_with_known(tau, prompt_mask) for tau in (tau_s, tau_t))
         probabilities = model.predict(model.encode(state @ self.factor, tau_s, tau_t), tau_s, tau_t)
         tokens = torch.where(prompt_mask, input_ids, probabilities.argmax(dim=-1))
+        s, t = (model.time_map.tau_to_t(tau) for tau in (timesteps, target_timesteps))
 
         def draft():
             mean = probabilities if self.coordinates is None else probabilities @ self.coordinates
-            arrived = flow_map(state, mean, s, torch.where(gamma > 0, later, t)) - expand_times(excess, state) * mean
-            return arrived + expand_times(fresh, state) * noise
+            renoised = sampler.move(state, mean, s, t, noise)
+            return torch.where(gamma[:, None, None] > 0, renoised, flow_map(state, mean, s, t))
 
         # The last step skips the product with all tokens, which takes as long as the head.
         next_state = torch.cond((target_timesteps < 1).any(), draft, lambda: self.clean(tokens))

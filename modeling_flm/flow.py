@@ -114,7 +114,9 @@ def denoising_direction(state: torch.Tensor, denoised: torch.Tensor, s: torch.Te
     return torch.where(expand_times(s, state) < 1, denoised - state, 0.0)
 
 
-def gamma_coefficients(t: torch.Tensor, gamma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def gamma_coefficients(
+    t: torch.Tensor, gamma: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""
     Coefficients of gamma sampling, in which a flow map arrives at time \\(t\\) with part of its noise redrawn: it goes to the
     later time \\(u = 1 - (1-t)\sqrt{1-\gamma^2}\\), and
@@ -126,7 +128,7 @@ def gamma_coefficients(t: torch.Tensor, gamma: float) -> tuple[torch.Tensor, tor
 
     Args:
         t (`torch.Tensor`): Interpolant times to arrive at.
-        gamma (`float`): Share \\(\gamma\\) of the noise to redraw, in standard deviations: 0 for none, 1 for all.
+        gamma (`float` or `torch.Tensor` of the shape of `t`): Share \\(\gamma\\) of the noise to redraw, in standard deviations: 0 for none, 1 for all.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: \\(u\\), \\(u - t\\) and \\(\gamma\,(1 - t)\\), each with the shape

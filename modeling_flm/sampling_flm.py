@@ -168,12 +168,12 @@ class StochasticFlowMapSampler(Sampler):
     [`~flow.gamma_coefficients`]. Meant for flow maps: an FLM cannot jump, and needs a small `gamma`.
 
     Args:
-        gamma (`float`): Share of the noise, above 0 and at most 1.
+        gamma (`float` or `torch.Tensor` of shape `(batch_size,)`): Share of the noise, above 0 and at most 1.
     """
 
     draws_noise = True
 
-    def __init__(self, gamma: float):
+    def __init__(self, gamma: float | torch.Tensor):
         self.gamma = gamma
 
     def target_tau(self, tau_s, tau_t, time_map):
