@@ -16,20 +16,22 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_flm.trainers.evaluation import (
-    FlowSource,
     Setting,
     check_figures,
     generate_texts,
     load_check,
     load_lines,
+    load_source,
     score,
     self_bleu,
 )
+from modeling_flm.trainers.evaluation.report import markdown_table
 
 
 COLUMNS = {
@@ -105,12 +107,6 @@ def measure(
     return figures
 
 
-def markdown(rows: Sequence[Sequence[Any]]) -> str:
-    """Formats rows, the first of which has the headings, as a table."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
 def main(args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
     """Prints the tables and returns the figures of each sampler and number of steps."""
     samplers = {name: parse_sampler(name) for name in args.samplers}
@@ -118,10 +114,11 @@ def main(args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
     training_texts = set(load_lines(args.train_file)) if args.train_file else None
     reference = load_lines(args.reference_file) if args.reference_file else []
     reference = random.Random(args.seed).sample(reference, min(len(reference), args.num_samples))
-    model, tokenizer = AutoModel.from_pretrained(args.model).eval(), AutoTokenizer.from_pretrained(args.model)
+    source = load_source(args.model)
+    tokenizer = source.tokenizer
     results = {}
     for name, (parameters, fields) in samplers.items():
-        source = FlowSource(model, tokenizer, generate_kwargs=parameters)
+        source = replace(source, generate_kwargs=parameters)
         for num_steps in args.num_steps:
             texts = generate_texts(
                 source, Setting(num_steps, **fields), args.num_samples, [args.seed], args.batch_size
@@ -135,13 +132,13 @@ def main(args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
         if name in columns:
             print(f"\n{COLUMNS[name]}, by steps\n")
             cells = [[f"{results[sampler, steps][name]:.1f}" for steps in args.num_steps] for sampler in samplers]
-            print(markdown([["sampler", *args.num_steps], *([name, *row] for name, row in zip(samplers, cells))]))
+            rows_by_steps = [[name, *row] for name, row in zip(samplers, cells)]
+            print(markdown_table(["sampler", *map(str, args.num_steps)], rows_by_steps))
     print(f"\nAll figures, {args.num_samples} samples\n")
     digits = {"entropy": 3, "self_bleu": 3}
     cells = [[f"{figures[name]:.{digits.get(name, 1)}f}" for name in columns] for figures in rows.values()]
-    print(
-        markdown([["sampler", "steps", *map(COLUMNS.get, columns)], *([*key, *row] for key, row in zip(rows, cells))])
-    )
+    headings = ["sampler", "steps", *(COLUMNS[name] for name in columns)]
+    print(markdown_table(headings, [[*key, *row] for key, row in zip(rows, cells)]))
     return results
 
 

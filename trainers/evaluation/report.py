@@ -121,7 +121,8 @@ def describe_evaluation(evaluation: Mapping[str, Any]) -> str:
     return line
 
 
-def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Formats rows as a table in Markdown."""
     lines = ["| " + " | ".join(line) + " |" for line in (columns, *rows)]
     return "\n".join([lines[0], "|---" * len(columns) + "|", *lines[1:]])
 
@@ -182,7 +183,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         notes = ", ".join(f"{number} {what}" for what, number in notes.items() if number)
         cells.append(f"{row['num_texts']}" + (f" ({notes})" if notes else ""))
         lines.append(cells)
-    return _markdown(columns, lines)
+    return markdown_table(columns, lines)
 
 
 def frontier_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -202,7 +203,7 @@ def frontier_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 figure += f" (no interval: {100 * row['reached']:.0f} % of the resamples reach the entropy)"
             cells += [figure, f"{row['temperature']:.3f}"]
         lines.append(cells)
-    return _markdown(columns, lines)
+    return markdown_table(columns, lines)
 
 
 def throughput_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -214,4 +215,4 @@ def throughput_table(rows: Sequence[Mapping[str, Any]]) -> str:
         rates = row["texts_per_second"], row["tokens_per_second"]
         rates = ["out of memory", ""] if rates[0] is None else [f"{rate:.4g}" for rate in rates]
         lines.append([*_setting_cells(row, settings), str(row["batch_size"]), *rates])
-    return _markdown(columns, lines)
+    return markdown_table(columns, lines)
