@@ -5,6 +5,7 @@
 import json
 import re
 import zipfile
+from collections.abc import Collection
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -142,13 +143,31 @@ def check_same_run(checkpoint: str | Path, record: dict[str, Any]):
             f"`resume_from_checkpoint`: {checkpoint} has the state of `optim` {optim}, got {new_optim}: pass the same, or start again "
             "from the model."
         )
-    names = [name for name in {**saved, **current} if name not in _FREE and saved.get(name) != current.get(name)]
-    if names:
-        changes = ", ".join(f"{name} from {saved.get(name)} to {current.get(name)}" for name in names)
+    if changes := describe_changes(saved, current, _FREE):
         logger.warning(
-            f"The training resumes from {checkpoint} with other settings, and differs from one without an interruption: {changes}. "
+            f"The training resumes from {checkpoint} with other settings, and differs from one without an interruption: "
+            f"{', '.join(changes)}. "
             "Settings of the optimizer, such as the learning rate, stay as in the checkpoint; others apply from now on."
         )
+
+
+def describe_changes(
+    saved: dict[str, Any], current: dict[str, Any], free: Collection[str] = (), pattern: str = "{}"
+) -> list[str]:
+    """
+    Lists the settings that differ between a training and its continuation.
+
+    Args:
+        saved (`dict[str, Any]`): The settings before.
+        current (`dict[str, Any]`): The settings now.
+        free (`Collection[str]`, *optional*): Names of settings that may change.
+        pattern (`str`, *optional*, defaults to `"{}"`): How to write a name.
+
+    Returns:
+        `list[str]`: the changes, such as "seed from 0 to 1".
+    """
+    names = [name for name in {**saved, **current} if name not in free and saved.get(name) != current.get(name)]
+    return [f"{pattern.format(name)} from {saved.get(name)} to {current.get(name)}" for name in names]
 
 
 def _flatten(record: dict[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -23,7 +23,7 @@ from modeling_flm.utils_flm import describe_damage
 from ..data import PREPROCESSING, load_texts, pack_dataset, pad_dataset
 from ..flm_config import FLMTrainingArguments, check_numbers
 from ..flm_trainer import FLMTrainer
-from ..resuming import describe_problem, find_checkpoint
+from ..resuming import describe_changes, describe_problem, find_checkpoint
 from .command_line import check_model, check_model_type, errors_about, friendly_errors, with_flags
 
 
@@ -338,9 +338,8 @@ def read_data_settings(name: str, chosen: Namespace) -> dict[str, Any]:
 
 def _warn_of_changes(saved: dict[str, Any], current: dict[str, Any]):
     """Warns of data arguments that differ from those of the training that resumes."""
-    names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-    if changes := [name for name in names if name not in ("preprocessing_num_workers", "max_eval_samples")]:
-        listed = ", ".join(f"`{name}` from {saved.get(name)} to {current.get(name)}" for name in changes)
+    if changes := describe_changes(saved, current, ("preprocessing_num_workers", "max_eval_samples"), "`{}`"):
+        listed = ", ".join(changes)
         logger.warning(with_flags(f"The training resumes with other data arguments: {listed}.", [DataArguments]))
 
 
