@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import oracle
 import pytest
@@ -262,6 +263,19 @@ def calls(tmp_path_factory):
     }
 
 
+def read_from(source: str, texts: list[str], tokenizer, length: int, folder: Path):
+    """Passes texts to what reads a source: "prompts", "samples" of a file, or a "table", "stream" or "lines" to train on."""
+    dataset = Dataset.from_dict({"text": texts})
+    if source == "prompts":
+        encode_prompts(tokenizer, texts, None)
+    elif source == "samples":
+        (folder / "texts.txt").write_text("\n".join(texts))
+        read_texts(str(folder / "texts.txt"), "samples", tokenizer=tokenizer, length=10)
+    else:
+        make = pad_dataset if "lines" in source else pack_dataset
+        list(make(dataset.to_iterable_dataset() if "stream" in source else dataset, tokenizer, length))
+
+
 class TestOddTexts:
     """Texts that a tokenizer knows in part only, or that are no texts."""
 
@@ -309,15 +323,7 @@ class TestOddTexts:
     def test_share_of_unknown_tokens(self, source, tmp_path, caplog):
         texts = ["the cat", "the zebra", "a b"]  # 4 of 6 words unknown
         tokenizer = train_tokenizer(["the cat"], "word", 100)
-        dataset = Dataset.from_dict({"text": texts})
-        if source == "prompts":
-            encode_prompts(tokenizer, texts, None)
-        elif source == "samples":
-            (tmp_path / "texts.txt").write_text("\n".join(texts))
-            read_texts(str(tmp_path / "texts.txt"), "samples", tokenizer=tokenizer, length=10)
-        else:
-            make = pad_dataset if "lines" in source else pack_dataset
-            list(make(dataset.to_iterable_dataset() if "stream" in source else dataset, tokenizer, 3))
+        read_from(source, texts, tokenizer, 3, tmp_path)
         share = {"prompts": "50.0%", "samples": "50.00%"}.get(source, "33.33%")  # of 6 tokens, of 9 with EOS
         assert share in caplog.text and "[UNK]" in caplog.text
         caplog.clear()
@@ -333,13 +339,7 @@ class TestOddTexts:
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer(model), bos_token="<s>", eos_token="</s>", pad_token="<p>"
         )
-        dataset = Dataset.from_dict({"text": texts})
-        if source == "prompts":
-            encode_prompts(tokenizer, texts, None)
-        elif source == "samples":
-            (tmp_path / "texts.txt").write_text("\n".join(texts))
-            read_texts(str(tmp_path / "texts.txt"), "samples", tokenizer=tokenizer, length=10)
-        elif source == "likelihood":
+        if source == "likelihood":
             assert evaluate_likelihood(flm, tokenizer, texts, num_times=2)["unknown_tokens"] == 4
         elif source == "harness":
             flm.save_pretrained(tmp_path)
@@ -347,8 +347,7 @@ class TestOddTexts:
             requests = [Instance("loglikelihood", {}, ("the", text), n) for n, text in enumerate(texts)]
             FLMHarnessModel(str(tmp_path), num_times=2).loglikelihood(requests)
         else:
-            make = pad_dataset if "lines" in source else pack_dataset
-            list(make(dataset.to_iterable_dataset() if "stream" in source else dataset, tokenizer, 9))
+            read_from(source, texts, tokenizer, 9, tmp_path)
         share = {"prompts": "28.6%", "samples": "28.57%", "likelihood": "out 4 char", "harness": "out 4 char"}
         assert share.get(source, "23.53%") in caplog.text  # 4 of 14, of 17 with EOS
         caplog.clear()
