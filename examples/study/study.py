@@ -202,7 +202,7 @@ def train(data: Data, args: StudyArguments):
     for seed in args.seeds:
         for name in selected(args):
             study_model, folder = STUDY_MODELS[name], model_folder(name, seed, args)
-            if (folder / "log.json").is_file():
+            if study_model.weights_of is not None or (folder / "log.json").is_file():
                 continue
             searched_as = study_model.searched_as or name
             if searched_as not in learning_rates:
@@ -261,14 +261,15 @@ def sample(data: Data, args: StudyArguments):
         for seed in args.seeds
         for name in selected(args)
         for fraction in FRACTIONS
-        if (model_folder(name, seed, args) / snapshot_name(fraction)).is_dir()
+        if (model_folder(STUDY_MODELS[name].weights_of or name, seed, args) / snapshot_name(fraction)).is_dir()
     ]
     for name, seed, fraction in tqdm(jobs, desc="Models", unit="model"):
-        study_model, folder = STUDY_MODELS[name], model_folder(name, seed, args) / snapshot_name(fraction)
-        path = folder / "samples.jsonl"
+        study_model, snapshot = STUDY_MODELS[name], snapshot_name(fraction)
+        path = model_folder(name, seed, args) / snapshot / "samples.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         done = {(row["num_steps"], row["temperature"]) for row in rows if "num_steps" in row}
-        model = study_model.load(folder).to(device).eval()
+        model = study_model.load(model_folder(study_model.weights_of or name, seed, args) / snapshot).to(device).eval()
         for num_steps, temperature in sampling_settings(study_model, fraction, args):
             if (num_steps, temperature) in done:
                 continue
@@ -287,7 +288,7 @@ def sample(data: Data, args: StudyArguments):
                 "texts": decode(tokens, data.tokenizer),
             }
             append_row(path, row)
-        if not any("nats_per_text" in row for row in rows):
+        if study_model.weights_of is None and not any("nats_per_text" in row for row in rows):
             values = []
             for index, batch in enumerate(test.split(args.batch_size)):
                 generator = torch.Generator().manual_seed(index)

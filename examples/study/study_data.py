@@ -24,6 +24,7 @@ LABELS = {
     "duo": "Duo",
     "flm": "FLM",
     "fmlm": "FMLM",
+    "fmlm_gamma_0": "FMLM, gamma 0",
 }
 # Fractions of the training after which the averaged weights are saved, to measure what more training brings.
 FRACTIONS = (0.25, 0.5, 1.0)

@@ -46,6 +46,7 @@ class StudyModel(ABC):
         model_class (`type`): Class of the model.
         teacher (`str`, *optional*): Name of the model it is distilled from.
         searched_as (`str`, *optional*): Name of the model whose learning rate it uses. By default its own is searched.
+        weights_of (`str`, *optional*): Name of the model whose weights it samples with another sampler. Then it is not trained.
         one_pass_per_token (`bool`): Whether sampling takes one forward pass per token, instead of any number of steps.
         has_temperature_at_one_step (`bool`): Whether a temperature has an effect on sampling in one step.
     """
@@ -53,6 +54,7 @@ class StudyModel(ABC):
     model_class: type[PreTrainedModel] = FLMModel
     teacher: str | None = None
     searched_as: str | None = None
+    weights_of: str | None = None
     one_pass_per_token = False
     has_temperature_at_one_step = True
 
@@ -158,6 +160,7 @@ class FLM(StudyModel):
     """A flow-based language model."""
 
     has_temperature_at_one_step = False  # the last step takes the most likely tokens
+    generate_kwargs: dict = {}  # of `generate()`, beyond the model's own defaults
 
     def new_trainer(self, config, settings, data, args, teacher) -> FLMTrainer:
         return FLMTrainer(
@@ -176,6 +179,7 @@ class FLM(StudyModel):
             temperature=temperature,
             batch_size=num_samples,
             generator=generator,
+            **self.generate_kwargs,
         )
 
     def log_likelihood(self, model, input_ids, num_times, generator) -> torch.Tensor:
@@ -206,10 +210,18 @@ class FMLM(FLM):
         )
 
 
+class FMLMAlongTheFlow(FMLM):
+    """The same flow map, without new noise between steps."""
+
+    weights_of = "fmlm"
+    generate_kwargs = {"gamma": 0.0}
+
+
 STUDY_MODELS = {
     "gpt2": GPT2(),
     "mdlm": MDLM(),
     "duo": Duo(),
     "flm": FLM(),
     "fmlm": FMLM(),
+    "fmlm_gamma_0": FMLMAlongTheFlow(),
 }

@@ -155,7 +155,8 @@ def flags(tmp_path: Path, **overrides) -> list[str]:
 
 def test_one_step_of_each_stage(tmp_path, capsys):
     """Packed characters; the teacher, its student and a peer."""
-    options = {"tokenizer": "text8", "models": ["gpt2", "flm", "fmlm"], "learning_rates": 1e-3, "temperatures": 1.0}
+    models = ["gpt2", "flm", "fmlm", "fmlm_gamma_0"]
+    options = {"tokenizer": "text8", "models": models, "learning_rates": 1e-3, "temperatures": 1.0}
     arguments = flags(tmp_path, **options, max_steps=1, distillation_steps=1)
     study.main(["data", *arguments])
     with pytest.raises(SystemExit, match="gpt2 needs the learning rate of gpt2: run the stage `search` first"):
@@ -164,8 +165,12 @@ def test_one_step_of_each_stage(tmp_path, capsys):
         study.main([stage, *arguments])
     report = (tmp_path / "study" / "report.md").read_text()
     assert report in capsys.readouterr().out
-    assert all(f"| {label} | {steps} | " in report for label in ("FLM", "FMLM") for steps in (1, 2))
+    assert all(f"| {label} | {steps} | " in report for label in ("FLM", "FMLM", "FMLM, gamma 0") for steps in (1, 2))
     assert "| GPT-2 | 24 | " in report
+    # One flow map, sampled with new noise and along the flow: one step is the same.
+    paths = (tmp_path / "study/models" / f"{name}-0/after-1/samples.jsonl" for name in ("fmlm", "fmlm_gamma_0"))
+    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+    assert rows[0][0]["texts"] == rows[1][0]["texts"] and [row.get("num_steps") for row in rows[1]] == [1, 2]
     likelihoods = re.findall(r"\| (?:≤ )?(\d+\.\d\d) \| [\d.]+ \| (?:≤ )?([\d.]+) \|\n", report)
     assert len(likelihoods) == 3
     for nats, bits in likelihoods:  # blocks of 24 letters
@@ -186,7 +191,8 @@ def test_all_models(tmp_path):
         num_steps = [24] if name == "gpt2" else [1, 2]
         assert all(f"| {LABELS[name]} | {steps} | " in report for steps in num_steps)
         for part in study.FRACTIONS:
-            model = study_model.load(folder / "models" / f"{name}-0" / study.snapshot_name(part))
+            trained = study_model.weights_of or name
+            model = study_model.load(folder / "models" / f"{trained}-0" / study.snapshot_name(part))
             assert model.num_parameters() > 0
     assert "| FMLM, passes | seed | entropy | perplexity | at its entropy | 1 | 2 |" in report
     assert (folder / "study.png").stat().st_size > 10_000
