@@ -9,7 +9,8 @@ A training step: `get_batch_samples` makes a [`FlowBatch`] of each batch of exam
 Private parts of [`~transformers.Trainer`] that the trainers of this library rely on, which a new version may change:
 
 - overridden here: `_prepare_for_training`; in `averaging.py`: `_save_optimizer_and_scheduler`, `_load_from_checkpoint`,
-  `_load_best_model`; in `resuming.py`: `_prepare_for_training`, `_run_epoch`; in `pushing.py`: `_save`, `_push_from_checkpoint`;
+  `_load_best_model`; in `resuming.py`: `_init_training_state`, `_prepare_for_training`, `_run_epoch`; in `pushing.py`: `_save`,
+  `_push_from_checkpoint`;
 - called: `_get_collator_with_removed_columns`, `_move_model_to_device`, `_finish_current_push`;
 - attributes: `_signature_columns`, `_train_batch_size`, `_initial_global_step`.
 """

@@ -3,6 +3,7 @@
 """Resuming: which checkpoints are complete and have the model and tokenizer of the training, and a trainer that asks."""
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Collection
@@ -12,7 +13,8 @@ from typing import Any
 
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+from transformers.trainer_utils import has_length
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from modeling_flm.hub.records import TRAINING_NAME, to_json
@@ -202,11 +204,29 @@ class ResumableTrainer(PublishingTrainer):
             )
         return result
 
-    def _run_epoch(self, *args, **kwargs):
+    def _init_training_state(self, *args):
+        """Returns the number of epochs that a training has finished, and of batches since then."""
+        progress, checkpoint = super()._init_training_state(*args), args[3]
+        if checkpoint is None or has_length(self.train_dataset):
+            return progress
+        # `Trainer` takes a stream for one epoch of `max_steps`, and counts its batches as shares of that.
+        saved = TrainerState.load_from_json(Path(checkpoint, TRAINER_STATE_NAME))
+        epoch = max(math.ceil(saved.epoch or 0) - 1, 0)
+        share = 0 if self.args.ignore_data_skip else (saved.epoch or 0) - epoch
+        return epoch, round(share * saved.max_steps * self.args.gradient_accumulation_steps)
+
+    def _run_epoch(self, *, epoch: int, epochs_trained: int, **kwargs):
         # `Trainer` would take one more step.
-        if self.state.global_step < self.state.max_steps:
-            return super()._run_epoch(*args, **kwargs)
-        self.control.should_training_stop = True
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        before = self.state.global_step
+        super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, **kwargs)
+        # A resumed epoch may have been at its end. Streams have any number of epochs.
+        if epoch > epochs_trained and self.state.global_step == before and not self.control.should_training_stop:
+            raise ValueError(
+                "An epoch of the stream has fewer batches than `gradient_accumulation_steps`, so no step is taken: pass fewer."
+            )
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)

@@ -12,6 +12,13 @@ from modeling_flm.trainers import FMLMTrainer, flm_trainer
 
 
 METHODS = {
+    "_init_training_state": [
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ],
     "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
     "_run_epoch": [
         "model",

@@ -176,6 +176,33 @@ class TestOtherArguments:
             resume(training, optim="adafactor")
 
 
+class TestStreams:
+    """Streams of several epochs. An epoch has four batches."""
+
+    @pytest.mark.parametrize("accumulation", [1, 3])
+    @pytest.mark.parametrize("num_steps", [2, 4, 5])
+    def test_resuming_in_a_later_epoch(self, num_steps, accumulation, tmp_path):
+        weights = []
+        for name, parts in {"whole": [6], "parts": [num_steps, 6]}.items():
+            for max_steps in parts:
+                trainer = self.build(tmp_path / name, max_steps, accumulation, num_examples=32)
+                trainer.train(resume_from_checkpoint=None if max_steps == parts[0] else True)
+            weights.append(trainer.network.state_dict())
+        assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+    def test_epochs_without_a_step_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="fewer batches than `gradient_accumulation_steps`"):
+            self.build(tmp_path, max_steps=2, accumulation=3, num_examples=8).train()
+
+    @staticmethod
+    def build(folder: Path, max_steps: int, accumulation: int, num_examples: int):
+        options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": accumulation}
+        trainer = build(folder, max_steps=max_steps, save_steps=max_steps, eval_strategy="no", **options)
+        examples = trainer.train_dataset.select(range(num_examples))
+        trainer.train_dataset = examples.to_iterable_dataset().shuffle(seed=0, buffer_size=100)
+        return trainer
+
+
 def test_evaluation_drops_no_examples(tmp_path):
     losses = []
     for drop_last in (False, True):

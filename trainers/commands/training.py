@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.utils import cached_file, logging
 
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
@@ -142,6 +149,8 @@ def check_output_dir(args: TrainingArguments):
     if not should_train(args):
         args.resume_from_checkpoint = None
         return
+    if str(args.resume_from_checkpoint).lower() == "false":  # as in a YAML file
+        args.resume_from_checkpoint = None
     if str(args.resume_from_checkpoint).lower() == "true":
         args.resume_from_checkpoint = find_checkpoint(args.output_dir)
         if args.resume_from_checkpoint is None:
@@ -343,6 +352,18 @@ def _warn_of_changes(saved: dict[str, Any], current: dict[str, Any]):
         logger.warning(with_flags(f"The training resumes with other data arguments: {listed}.", [DataArguments]))
 
 
+class _DataSettingsCallback(TrainerCallback):
+    """Records the data arguments of a training when it begins, unless it is refused or finished."""
+
+    def __init__(self, path: Path, settings: str):
+        self.path, self.settings = path, settings
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step < state.max_steps:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(self.settings)
+
+
 def run(trainer: FLMTrainer, data_args: DataArguments):
     """Trains, evaluates and saves as `trainer.args` ask for. Records the data arguments beside the model."""
     args = trainer.args
@@ -351,16 +372,17 @@ def run(trainer: FLMTrainer, data_args: DataArguments):
         for name in ("dataset_name", "train_file", "validation_file"):
             if name in settings and Path(settings[name]).exists():
                 settings[name] = str(Path(settings[name]).resolve())
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         record = Path(args.output_dir, DATA_SETTINGS_NAME)
         if args.resume_from_checkpoint is not None and record.is_file():
             _warn_of_changes(json.loads(record.read_bytes()), json.loads(to_json(settings)))
-        record.write_text(to_json(settings, indent=2) + "\n")
+        trainer.add_callback(_DataSettingsCallback(record, to_json(settings, indent=2) + "\n"))
     model = trainer.model
     if trainer.is_world_process_zero():
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens")
     if should_train(args):
-        with friendly_errors(flags=["resume_from_checkpoint", "dataloader_drop_last", "optim"]):
+        with friendly_errors(
+            flags=["resume_from_checkpoint", "dataloader_drop_last", "gradient_accumulation_steps", "optim"]
+        ):
             result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()
         trainer.save_state()

@@ -133,7 +133,7 @@ class TestTrainingScripts:
             (tmp_path / name).mkdir()
             (tmp_path / name).touch()
             with pytest.raises(SystemExit, match=f"error: --output_dir: .* already has a training .{name}"):
-                run_here("flm-train", *self.flags(self.arguments(corpus, tmp_path)))
+                run_here("flm-train", *self.flags(self.arguments(corpus, tmp_path, resume_from_checkpoint=False)))
             (tmp_path / name).rmdir()
 
     @pytest.mark.parametrize("kind", ["bpe", "char"])
@@ -144,12 +144,13 @@ class TestTrainingScripts:
         )
         run_here("flm-train", *self.flags(options))
         before = (tmp_path / "out" / "tokenizer.json").read_text()
-        results = (tmp_path / "out" / "train_results.json").read_text()
+        records = [tmp_path / "out" / name for name in ("train_results.json", "data_settings.json")]
+        contents = [path.read_text() for path in records]
         grown = tmp_path / "grown.txt"
         grown.write_text(corpus.read_text() + "\nsizzling jazz quiz: zigzag\n" * 3000)
         options |= {"train_file": grown, "resume_from_checkpoint": True}
         run_here("flm-train", *self.flags(options))  # is finished
-        assert (tmp_path / "out" / "train_results.json").read_text() == results
+        assert [path.read_text() for path in records] == contents
         run_here("flm-train", *self.flags({**options, "max_steps": 3}))
         assert len(self.losses(tmp_path / "out" / "checkpoint-3")) == 3
         assert f"with other data arguments: --train_file from {corpus} to {grown}." in caplog.text
