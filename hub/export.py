@@ -30,6 +30,7 @@ from modeling_flm.generation_config_flm import FLMGenerationConfig
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.sampling_flm import StochasticFlowMapSampler
 
+from .loading import load_checked
 from .page_tokenizers import tokenizer_warning
 from .records import ONNX_FILES, ONNX_FOLDER
 
@@ -234,9 +235,9 @@ def _import_onnx():
 def load(name: str | Path) -> FLMPreTrainedModel:
     """Loads a model from the Hub or a folder, in float32."""
     try:
-        return AutoModel.from_pretrained(name, dtype=torch.float32)
-    except Exception as error:  # files, formats or sizes
-        raise ExportError(f"{name} cannot be loaded: {error}") from error
+        return load_checked(AutoModel, name, dtype=torch.float32)
+    except OSError as error:
+        raise ExportError(str(error)) from error
 
 
 def _reload(model: FLMPreTrainedModel, folder: Path, dtype: torch.dtype) -> FLMPreTrainedModel:

@@ -28,13 +28,13 @@ def find_damage(name: str | Path) -> str | None:
     return next(filter(None, map(describe_damage, paths)), None)
 
 
-def load_checked(auto_class: type, name: str, **options) -> Any:
+def load_checked(auto_class: type, name: str | Path, **options) -> Any:
     """
     Loads a model, tokenizer or configuration.
 
     Args:
         auto_class (`type`): The class to load it with, such as [`~transformers.AutoModel`].
-        name (`str`): A name on the Hub, or a folder.
+        name (`str` or `Path`): A name on the Hub, or a folder.
         options: Arguments of `from_pretrained`.
 
     Raises:
@@ -49,7 +49,9 @@ def load_checked(auto_class: type, name: str, **options) -> Any:
     except (OSError, ImportError) as error:
         if (damage := find_damage(name)) is not None:
             raise OSError(damage) from error
-        raise
+        if isinstance(error, ImportError) or str(name) in str(error):
+            raise
+        raise OSError(f"{name} cannot be loaded: {error}") from error
     except Exception as error:  # of any file
         cause = " ".join(str(error).split()).rstrip(".")
         if "ignore_mismatched_sizes" in cause:
@@ -75,8 +77,8 @@ def load_checked(auto_class: type, name: str, **options) -> Any:
     config_file = Path(name, CONFIG_NAME)
     if auto_class is AutoTokenizer and config_file.is_file():
         config = json.loads(config_file.read_bytes())
-        if config.get("model_type") in FLOW_MODEL_TYPES and len(loaded) > config["vocab_size"]:
+        if config.get("model_type") in FLOW_MODEL_TYPES and len(loaded) > config.get("vocab_size", 0):
             raise OSError(
-                f"the tokenizer in {name} has {len(loaded)} tokens, but the model has {config['vocab_size']}: it belongs to another model."
+                f"the tokenizer in {name} has {len(loaded)} tokens, but the model has {config.get('vocab_size')}: it belongs to another model."
             )
     return loaded

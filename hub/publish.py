@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -38,7 +39,7 @@ import modeling_flm
 from modeling_flm.base_flm import FLMPreTrainedModel
 
 from .card import MARKER, TEMPLATES, build_card, missing_metadata
-from .loading import describe_mismatch
+from .loading import find_damage, load_checked
 from .records import (
     DATA_SETTINGS_NAME,
     EVALUATION_NAME,
@@ -204,32 +205,35 @@ def _load_merged(folder: Path) -> PreTrainedModel:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise PublishError(f"{folder} has an adapter, which needs peft: `pip install peft`.") from error
+    if (damage := find_damage(folder)) is not None:
+        raise PublishError(damage)
     config = PeftConfig.from_pretrained(folder)
     if not config.base_model_name_or_path:
         raise PublishError(
             f"The adapter in {folder} does not name its base model, which was never saved: publish the folder of "
             "`peft_model.merge_and_unload().save_pretrained(folder)`."
         )
-    model = AutoModel.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype="auto")
-    return PeftModel.from_pretrained(model, folder).merge_and_unload()
+    model = load_checked(AutoModel, config.base_model_name_or_path, revision=config.revision, dtype="auto")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # they would have no effect
+            return PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except Exception as error:  # files, formats or sizes
+        raise PublishError(f"{folder} cannot be loaded: {error}") from error
 
 
 def _load(folder: Path, tokenizer: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model, without missing or unexpected weights, and its tokenizer."""
     try:
         if (folder / ADAPTER_CONFIG_NAME).is_file():
-            model, info = _load_merged(folder), {}
+            model = _load_merged(folder)
         else:
-            model, info = AutoModel.from_pretrained(folder, dtype="auto", output_loading_info=True)
-        loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    except PublishError:
-        raise
-    except Exception as error:  # files, formats or sizes
-        raise PublishError(f"{folder} cannot be loaded: {error}") from error
+            model = load_checked(AutoModel, folder, dtype="auto")
+        loaded_tokenizer = load_checked(AutoTokenizer, tokenizer)
+    except OSError as error:
+        raise PublishError(str(error)) from error
     if not isinstance(model, FLMPreTrainedModel):
         raise PublishError(f"{folder} has a `{type(model).__name__}`, not a flow-based language model.")
-    if (problem := describe_mismatch(folder, info)) is not None:
-        raise PublishError(problem)
     if len(loaded_tokenizer) > model.config.vocab_size:
         raise PublishError(
             f"The tokenizer has {len(loaded_tokenizer)} tokens, but the model has {model.config.vocab_size}: pass the model's "

@@ -29,6 +29,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from modeling_flm import FLMModel, FLMOutput
+from modeling_flm.hub.loading import load_checked
 from modeling_flm.joint_noise import JointNoise, noise_size
 from modeling_flm.posterior_flm import Posterior
 
@@ -127,7 +128,7 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
         **kwargs,
     ):
         if isinstance(model, str):
-            model = AutoModel.from_pretrained(model, dtype=torch.float32)
+            model = load_checked(AutoModel, model, dtype=torch.float32)
         if model is None and kwargs.get("model_init") is None:
             raise ValueError("Pass a `model`, or as `model_init` a function that makes one.")
         if args is None:

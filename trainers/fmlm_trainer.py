@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.flow import remaining_noise
+from modeling_flm.hub.loading import load_checked
 from modeling_flm.hub.records import is_hub_name
 from modeling_flm.joint_noise import JointNoise
 from modeling_flm.posterior_flm import Posterior
@@ -76,11 +77,11 @@ class FMLMTrainer(FLMTrainer):
         **kwargs,
     ):
         if isinstance(model, str):
-            model = AutoModel.from_pretrained(model, dtype=torch.float32)
+            model = load_checked(AutoModel, model, dtype=torch.float32)
         if isinstance(teacher, str):
-            teacher = AutoModel.from_pretrained(teacher)
+            teacher = load_checked(AutoModel, teacher)
         if isinstance(masked_teacher, str):
-            masked_teacher = AutoModel.from_pretrained(masked_teacher)
+            masked_teacher = load_checked(AutoModel, masked_teacher)
         teacher, masked_teacher = (None if each is None else unwrap_model(each) for each in (teacher, masked_teacher))
         if args is None:
             name = self.model_classes[0].__name__ if model is None else type(unwrap_model(model)).__name__

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
+from modeling_flm.hub.loading import load_checked
 from modeling_flm.known_tokens_flm import lengths_up_to_eos
 from modeling_flm.pipeline_flm import encode_prompts, encode_texts
 from modeling_flm.tokenization_flm import count_unknown_tokens
@@ -163,5 +164,5 @@ def load_generator(path: str, device: str, dtype: str) -> FlowGenerator | Causal
     """Loads a model and its tokenizer from a folder or from the Hub."""
     is_flow = AutoConfig.from_pretrained(path).model_type in FLOW_MODEL_TYPES
     model_class = AutoModel if is_flow else AutoModelForCausalLM
-    model = model_class.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
-    return (FlowGenerator if is_flow else CausalGenerator)(model, AutoTokenizer.from_pretrained(path))
+    model = load_checked(model_class, path, dtype=getattr(torch, dtype)).to(device).eval()
+    return (FlowGenerator if is_flow else CausalGenerator)(model, load_checked(AutoTokenizer, path))

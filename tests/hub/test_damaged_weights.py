@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from example_scripts import run_here
+from generators import load_generator
 from oracle import SCORER
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -135,12 +136,14 @@ def test_json_files(name, how, folder):
         run_here("flm-generate", folder)
 
 
-def set_in_config(**settings):
-    def change(folder):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **settings}))
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
-    return change
+
+def set_in_config(**settings):
+    return lambda folder: edit(folder / "config.json", lambda config: config.update(settings))
 
 
 def take_other_tokenizer(folder):
@@ -153,6 +156,10 @@ def take_other_tokenizer(folder):
         (set_in_config(num_hidden_layers=5), "do not match its configuration, missing keys: layers"),
         (set_in_config(num_hidden_layers=1), "do not match its configuration, unexpected keys: layers"),
         (set_in_config(vocab_size=60), "weights have other sizes than its config.json"),
+        (
+            lambda folder: edit(folder / "config.json", lambda config: config.pop("vocab_size")),
+            "weights have other sizes than its config.json",
+        ),
         (set_in_config(hidden_size="x"), "cannot be loaded: .*'hidden_size' expected int"),
         (set_in_config(model_type=None), "cannot be loaded: "),
         (lambda folder: (folder / "config.json").unlink(), "cannot be loaded: "),
@@ -241,6 +248,9 @@ FINITE = {
     "harness": lambda folder: FLMHarnessModel(str(folder)),
     "flm-generate": lambda folder: run_here("flm-generate", folder),
     "flm-evaluate": lambda folder: run_here("flm-evaluate", "--model", folder, "--output_dir", folder / "out"),
+    "flm-publish": lambda folder: run_here("flm-publish", folder, "--repo_id", "me/tiny", "--dry_run", folder / "out"),
+    "flm-export": lambda folder: run_here("flm-export", folder),
+    "server": lambda folder: load_generator(str(folder), "cpu", "float32"),
 }
 
 
@@ -251,9 +261,44 @@ def test_weights_that_are_not_finite(use, value, folder):
     weights["layers.1.mlp.up_proj.weight"][3, 2] = value
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        (SystemExit, ValueError), match=f"{folder}. has weights that are NaN or infinite, in layers.1.mlp.up"
+        (SystemExit, ValueError, OSError), match=f"{folder}. has weights that are NaN or infinite, in layers.1.mlp.up"
     ):
         FINITE[use](folder)
+
+
+@pytest.mark.parametrize(
+    "use", ["train", "evaluate", "teacher by name", "harness", *(each for each in FINITE if "-" in each), "server"]
+)
+def test_missing_weights(use, folder):
+    """Random weights would take their place."""
+    set_in_config(num_hidden_layers=5)(folder)
+    uses = {
+        **FINITE,
+        "teacher by name": lambda folder: FMLMTrainer(FMLMModel.from_flm(build_flm()), teacher=str(folder)),
+    }
+    with pytest.raises(
+        (SystemExit, ValueError, OSError), match=f"{folder} do not match its configuration, missing keys: layers"
+    ):
+        uses[use](folder)
+
+
+def test_adapters_without_their_weights(folder):
+    adapted = get_peft_model(AutoModel.from_pretrained(folder), LoraConfig(target_modules=["qkv_proj"]))
+    adapted.save_pretrained(folder / "adapter")
+    path = folder / "adapter" / "adapter_model.safetensors"
+    for weights, message in (({"x": torch.zeros(1)}, "Found missing adapter keys"), (None, "truncated or damaged")):
+        path.write_bytes(b"x") if weights is None else save_file(weights, path)
+        with pytest.raises(SystemExit, match=message):
+            run_here(
+                "flm-publish",
+                folder / "adapter",
+                "--tokenizer",
+                folder,
+                "--repo_id",
+                "me/tiny",
+                "--dry_run",
+                folder / "out",
+            )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -331,8 +331,8 @@ class TestAssemble:
         [
             (lambda folder: (folder / "config.json").unlink(), "not a model folder"),
             (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer"),
-            (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
-            (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "cannot be loaded"),
+            (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+            (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "model.safetensors is truncated"),
             (lambda folder: change_weights(folder, "lm_head.weight", None), "missing keys: lm_head.weight"),
             (lambda folder: change_weights(folder, "extra", torch.zeros(2)), "unexpected keys: extra"),
             (lambda folder: (folder / "README.md").write_bytes(b"\xff\xfe---"), "README.md cannot be read"),
