@@ -412,12 +412,30 @@ class FLMPreTrainedModel(PreTrainedModel):
             may leave the simplex.
         """
         hidden_states = self.encode(state, tau_s, tau_t, attention_mask)
+        return self.posterior_of_features(hidden_states, tau_s, tau_t, logits_processor, state.device)
+
+    def posterior_of_features(
+        self,
+        hidden_states: torch.Tensor,
+        tau_s: torch.Tensor,
+        tau_t: torch.Tensor | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        device: torch.device | None = None,
+    ) -> Posterior:
+        """
+        Returns the result of `posterior` from the outputs of `encode`.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`): From `encode`.
+            tau_s, tau_t, logits_processor: As for `posterior`.
+            device (`torch.device`, *optional*): Device of the results. By default the device of `hidden_states`.
+        """
 
         def probabilities(chunk: slice) -> torch.Tensor:
             times = (None if tau is None else times_of(tau, chunk) for tau in (tau_s, tau_t))
             return self.predict(hidden_states[:, chunk], *times, logits_processor)
 
-        return Posterior(probabilities, self.chunks(state), state.device)
+        return Posterior(probabilities, self.chunks(hidden_states), device or hidden_states.device)
 
     def chunks(self, state: torch.Tensor) -> list[slice]:
         """Returns chunks of positions whose probabilities fit into memory, see [`~utils_flm.chunks`]."""

@@ -69,8 +69,9 @@ def softmax_divergence(
 
     Args:
         divergence (`str`):
-            `"cross_entropy"`, \\(-\sum_v p_v \log \delta_v\\); `"kl"`, the cross-entropy minus the entropy of the target; or
-            `"squared_error"`, \\(\sum_v (p_v - \delta_v)^2\\).
+            `"cross_entropy"`, \\(-\sum_v p_v \log \delta_v\\); `"kl"`, the cross-entropy minus the entropy of the target;
+            `"squared_error"`, \\(\sum_v (p_v - \delta_v)^2\\); or `"inner_product"`, \\(\sum_v p_v \delta_v\\), for values
+            \\(p\\) that are no distribution, such as the gradient of another loss in \\(\delta\\).
         logits (`torch.Tensor` of shape `(..., vocab_size)`): The logits.
         target (`torch.Tensor` of shape `(..., vocab_size)`): The target \\(p\\).
         softcap (`float`, *optional*): Bound of the logits, see [`softcap_logits`].
@@ -80,10 +81,16 @@ def softmax_divergence(
         `tuple[torch.Tensor, torch.Tensor]`: the divergences, of shape `(...)` and in float32, and their gradients in the
         logits, in the dtype of the logits.
     """
-    if divergence not in DIVERGENCES:
+    if divergence not in (*DIVERGENCES, "inner_product"):
         raise ValueError(f"`divergence` must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
     dtype = logits.dtype
     logits, tanh = _softcap_with_tanh(logits.float(), softcap, workspace)
+    if divergence == "inner_product":
+        exponentials = _subtract_largest(logits).exp_()
+        delta = exponentials.div_(exponentials.sum(dim=-1, keepdim=True))
+        losses = (delta * target).sum(dim=-1)
+        gradients = delta.mul_(target - losses.unsqueeze(-1))
+        return losses, _softcap_backward(gradients, tanh).to(dtype)
     if divergence == "squared_error":
         exponentials = _subtract_largest(logits).exp_()
         delta = exponentials.div_(exponentials.sum(dim=-1, keepdim=True))

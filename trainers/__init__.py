@@ -23,12 +23,14 @@ from .flm_config import FLMTrainingArguments
 from .flm_trainer import FLMTrainer
 from .fmlm_config import PRESETS, FMLMTrainingArguments
 from .fmlm_trainer import FMLMTrainer
+from .matching_trainer import DistributionMatchingTrainer
 
 
 __all__ = [
     "PREPROCESSING",
     "AveragedTrainer",
     "DataCollatorForFLM",
+    "DistributionMatchingTrainer",
     "EMACallback",
     "FLMTrainer",
     "FLMTrainingArguments",

@@ -33,6 +33,9 @@ PROMPT_KINDS = ("prefix", "infill", "random", "independent")
 # The two times of a pair differ by at least this much, so that quotients of differences keep their precision.
 MIN_DIFFERENCE = 1e-3
 
+# Smallest distance from 0 and 1 of the times to which distribution matching noises texts
+MATCHING_MARGIN = 0.02
+
 
 @dataclass
 class FlowBatch:
@@ -191,6 +194,34 @@ class TimePairs:
         groups["off_diagonal"] = ~(is_boundary | is_diagonal | is_masked)
         rows = {group: mask.nonzero()[:, 0].tolist() for group, mask in groups.items()}
         return FlowTimes(start, end, start + fraction * (end - start), rows)
+
+
+@dataclass
+class MatchingTimes:
+    """
+    Time sampler of [`DistributionMatchingTrainer`]. An example starts at `tau_s`, jumps to 1, and is noised to `tau_u`, which is
+    uniform but not close to 0 or 1. The groups of examples are `"boundary"`, which start at 0, and `"off_diagonal"`.
+
+    Args:
+        boundary_probability, num_start_times: As for [`FMLMTrainingArguments`].
+    """
+
+    boundary_probability: float = 0.5
+    num_start_times: int = 8
+
+    num_uniforms = 3  # per example
+
+    def __call__(self, uniforms: torch.FloatTensor, positions: Sequence[int]) -> FlowTimes:
+        """Returns the times of some examples, see [`UniformTimes`]."""
+        first, second, third = uniforms.T
+        start = (1 + (second * (self.num_start_times - 1)).floor()) / self.num_start_times
+        is_boundary = first < self.boundary_probability
+        groups = {"boundary": is_boundary, "off_diagonal": ~is_boundary}
+        rows = {group: mask.nonzero()[:, 0].tolist() for group, mask in groups.items()}
+        margin = MATCHING_MARGIN
+        return FlowTimes(
+            start.masked_fill(is_boundary, 0.0), torch.ones_like(start), margin + (1 - 2 * margin) * third, rows
+        )
 
 
 def make_flow_batch(

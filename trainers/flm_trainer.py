@@ -259,22 +259,29 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Returns the batches of the next optimizer step, and the number of tokens in the global batch that the loss counts."""
         self._joint_noise = None  # the weights have changed
-        examples, batch_size = list(islice(epoch_iterator, num_batches)), self._train_batch_size
-        key = (self.args.seed, _TRAIN, self.state.global_step)
+        batches = self._make_batches(list(islice(epoch_iterator, num_batches)), self.state.global_step)
+        return super().get_batch_samples(iter(batches), len(batches), device)  # counts the tokens
+
+    def _make_batches(self, examples: list[dict[str, torch.Tensor]], *key: int) -> list[FlowBatch]:
+        """Makes the batches of an optimizer step, with random numbers that depend on the seed of the training and on `key`."""
+        batch_size, key = self._train_batch_size, (self.args.seed, _TRAIN, *key)
         num_examples = len(examples) * self.accelerator.num_processes * batch_size
         uniforms = stratified_uniforms(num_examples, self.time_sampler.num_uniforms, *key)
         batches = []
         for index, each in enumerate(examples):
             positions = self._positions(each, index, batch_size)
             batches.append(self._make_batch(each, uniforms[positions.start : positions.stop], positions, key))
-        return super().get_batch_samples(iter(batches), len(batches), device)  # counts the tokens
+        return batches
 
     def _with_noise(self, batch: FlowBatch) -> FlowBatch:
         """Draws the noise of a batch. Not earlier, so that the noise of one batch is held at a time."""
         if batch.noise is not None:
             return batch
-        weights = [embedding.weight for network in self._networks() for embedding in network.embeddings]
-        return batch.with_noise(noise_size(*weights), self.network.config.max_position_embeddings)
+        return batch.with_noise(self._noise_size(), self.network.config.max_position_embeddings)
+
+    def _noise_size(self) -> int:
+        """Returns the number of random numbers that a token needs."""
+        return noise_size(*(embedding.weight for network in self._networks() for embedding in network.embeddings))
 
     # The objective
 

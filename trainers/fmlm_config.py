@@ -7,10 +7,10 @@ from typing import Any
 
 from modeling_flm.losses import DIVERGENCES
 
-from .flm_config import FLMTrainingArguments
+from .flm_config import FLMTrainingArguments, check_numbers
 
 
-# Settings of the published training scripts.
+# Settings of the published training scripts, and of distribution matching.
 PRESETS: dict[str, dict[str, Any]] = {
     # First stage: train the correction network of an `FMLMTwoNetworkModel`, with its flow frozen
     "two_network": {
@@ -51,6 +51,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prompt_kinds": ["independent"],
         "self_distillation": True,  # or with a teacher
     },
+    # After one of the above: texts of few steps like the data's, for a `DistributionMatchingTrainer`
+    "distribution_matching": {
+        "target": "distribution_matching",
+        "diagonal_fraction": 0.0,
+        "boundary_probability": 0.5,
+        "adam_beta1": 0.0,
+        "adam_beta2": 0.95,
+        "lr_scheduler_type": "linear",
+        "ema_decay": 0.995,
+    },
 }
 
 
@@ -72,6 +82,7 @@ class FMLMTrainingArguments(FLMTrainingArguments):
             - `"eulerian"`: the derivative of the map in `s` and the state. Needs `divergence="squared_error"` and
               `boundary_probability=0`.
             - `"teacher"`: the teacher, which is itself a flow map.
+            - `"distribution_matching"`: texts that are distributed like the data's, for a [`DistributionMatchingTrainer`].
         divergence (`str`, *optional*, defaults to `"cross_entropy"`):
             Divergence of target and model per token: `"cross_entropy"`, `"kl"` (the same up to a constant) or
             `"squared_error"` (summed over the vocabulary).
@@ -93,13 +104,20 @@ class FMLMTrainingArguments(FLMTrainingArguments):
         self_distillation (`bool`, *optional*, defaults to `False`):
             Whether an [`FMLMModel`] learns without a teacher: from the data where `s = t`, and from itself elsewhere. On in the
             presets `"self_distillation"` and `"any_order"`.
+        auxiliary_updates (`int`, *optional*, defaults to 2):
+            Updates of the auxiliary denoiser before each update of the model, for [`DistributionMatchingTrainer`].
+        auxiliary_learning_rate (`float`, *optional*):
+            Learning rate of the auxiliary denoiser, which follows the schedule of the model's. By default `learning_rate`.
+        num_start_times (`int`, *optional*, defaults to 8):
+            Number of times to start from in distribution matching: 0 with `boundary_probability`, and otherwise one of the other
+            multiples of 1 over this number.
     """
 
     target: str = field(
         default="semigroup",
         metadata={
             "help": "Target of the two-time denoiser off the diagonal.",
-            **_choices("semigroup", "lagrangian", "eulerian", "teacher"),
+            **_choices("semigroup", "lagrangian", "eulerian", "teacher", "distribution_matching"),
         },
     )
     divergence: str = field(
@@ -130,6 +148,16 @@ class FMLMTrainingArguments(FLMTrainingArguments):
     self_distillation: bool = field(
         default=False, metadata={"help": "Learn without a teacher, from the data and the flow map itself."}
     )
+    auxiliary_updates: int = field(
+        default=2,
+        metadata={"help": "Distribution matching: updates of the auxiliary denoiser per update of the model."},
+    )
+    auxiliary_learning_rate: float | None = field(
+        default=None, metadata={"help": "Distribution matching: its learning rate. By default that of the model."}
+    )
+    num_start_times: int = field(
+        default=8, metadata={"help": "Distribution matching: number of times to start from, evenly spaced from 0."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -140,6 +168,9 @@ class FMLMTrainingArguments(FLMTrainingArguments):
         for name in ("diagonal_fraction", "boundary_probability", "masked_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+        check_numbers(self, {"auxiliary_updates": 1, "auxiliary_learning_rate": 0, "num_start_times": 1})
+        if self.num_start_times == 1 and self.target == "distribution_matching" and self.boundary_probability < 1:
+            raise ValueError("`num_start_times=1` starts from noise only: it needs `boundary_probability=1`.")
         if self.target == "eulerian":
             if self.divergence != "squared_error":
                 raise ValueError("`target='eulerian'` may leave the simplex: it needs `divergence='squared_error'`.")
@@ -155,7 +186,8 @@ class FMLMTrainingArguments(FLMTrainingArguments):
 
         Args:
             preset (`str`):
-                `"two_network"`, `"second_stage"`, `"single_stage"`, `"self_distillation"` or `"any_order"`.
+                `"two_network"`, `"second_stage"`, `"single_stage"`, `"self_distillation"`, `"any_order"` or
+                `"distribution_matching"`.
             overrides: Further arguments, which override the preset.
         """
         if preset not in PRESETS:

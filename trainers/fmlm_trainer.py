@@ -67,6 +67,7 @@ class FMLMTrainer(FLMTrainer):
 
     model_classes = (FMLMModel, FMLMTwoNetworkModel)
     groups = ("diagonal", "off_diagonal", "boundary", "masked")
+    targets = ("semigroup", "lagrangian", "eulerian", "teacher")  # that `args` may choose
 
     def __init__(
         self,
@@ -88,6 +89,9 @@ class FMLMTrainer(FLMTrainer):
             args = FMLMTrainingArguments(output_dir=f"{name}-trained")
         if not isinstance(args, FMLMTrainingArguments):
             raise TypeError(f"`args` must be `FMLMTrainingArguments`, got `{type(args).__name__}`.")
+        if args.target not in self.targets:
+            trainer = "FMLMTrainer" if args.target in FMLMTrainer.targets else "DistributionMatchingTrainer"
+            raise ValueError(f"`target={args.target!r}` is for `{trainer}`, not for `{type(self).__name__}`.")
         if (masked_teacher is None) != (args.masked_probability == 0):
             raise ValueError("`masked_teacher` and `masked_probability` go together: pass both or neither.")
         if args.target == "teacher" and not isinstance(teacher, (FMLMModel, FMLMTwoNetworkModel)):

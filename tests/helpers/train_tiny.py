@@ -12,7 +12,14 @@ from processes import run_processes
 from small_models import build_flm
 
 from modeling_flm import FLMConfig, FLMModel, FMLMModel, FMLMTwoNetworkModel
-from modeling_flm.trainers import FLMTrainer, FLMTrainingArguments, FMLMTrainer, FMLMTrainingArguments, train_tokenizer
+from modeling_flm.trainers import (
+    DistributionMatchingTrainer,
+    FLMTrainer,
+    FLMTrainingArguments,
+    FMLMTrainer,
+    FMLMTrainingArguments,
+    train_tokenizer,
+)
 
 
 class Recording:
@@ -44,6 +51,14 @@ class RecordingTrainer(Recording, FLMTrainer):
 
 class RecordingDistillation(Recording, FMLMTrainer):
     pass
+
+
+class RecordingMatching(Recording, DistributionMatchingTrainer):
+    pass
+
+
+def distillation_trainer(preset: str) -> type[FMLMTrainer]:
+    return DistributionMatchingTrainer if preset == "distribution_matching" else FMLMTrainer
 
 
 def build(
@@ -92,7 +107,7 @@ def build(
 
 
 def distillation(
-    output_dir, preset="single_stage", dropout=0.0, trainer_class=FMLMTrainer, frozen_dtype=torch.float32, **options
+    output_dir, preset="single_stage", dropout=0.0, trainer_class=None, frozen_dtype=torch.float32, **options
 ):
     """Returns a trainer as from `build`, of a flow map instead of the FLM."""
     own = set(FMLMTrainingArguments.__annotations__)
@@ -124,7 +139,7 @@ def distillation(
     if preset == "any_order":
         del settings["prompt_fraction"]  # set by the preset
     args = FMLMTrainingArguments.from_preset(preset, output_dir=output_dir, **settings)
-    return trainer_class(
+    return (trainer_class or distillation_trainer(preset))(
         model,
         args,
         teacher=teacher,
@@ -144,9 +159,9 @@ def build_packed(path, preset: str | None, vocab_size: int = 200, **options) -> 
     two_networks = FMLMTwoNetworkModel.from_flm(flm, dropout=0.0)
     model = two_networks if preset == "two_network" else FMLMModel.from_flm(flm, dropout=0.0)
     torch.nn.init.normal_((model.correction if preset == "two_network" else model).lm_head.weight)
-    teacher = {"second_stage": two_networks, "single_stage": flm}.get(preset)
+    teacher = {"second_stage": two_networks, "single_stage": flm, "distribution_matching": flm}.get(preset)
     args = FMLMTrainingArguments.from_preset(preset, output_dir=path, **options)
-    return FMLMTrainer(model, args, teacher=teacher, train_dataset=dataset)
+    return distillation_trainer(preset)(model, args, teacher=teacher, train_dataset=dataset)
 
 
 def launch(output_dir: Path, num_processes: int, fsdp: bool = False, **options) -> list[dict]:
@@ -160,7 +175,9 @@ def train(output_dir: str, options: dict, fsdp: bool):
     if "wrap" in options:
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = options.pop("wrap")
     if options.pop("distill", False):
-        trainer = distillation(output_dir, trainer_class=RecordingDistillation, **options)
+        is_matching = options.get("preset") == "distribution_matching"
+        recording = RecordingMatching if is_matching else RecordingDistillation
+        trainer = distillation(output_dir, trainer_class=recording, **options)
     else:
         trainer = build(output_dir, trainer_class=RecordingTrainer, **options)
     assert trainer.is_fsdp_enabled == fsdp

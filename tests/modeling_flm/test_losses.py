@@ -236,6 +236,7 @@ class Watch(TorchDispatchMode):
 def test_training_step_holds_one_chunk_of_probabilities_and_does_not_synchronize(preset, tmp_path, monkeypatch):
     set_chunk(monkeypatch, 1, 8, VOCAB_SIZE)
     trainer = build_packed(tmp_path, preset, VOCAB_SIZE)
+    trainer.create_optimizer_and_scheduler(1)
     batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     trainer.model.train()
     trainer.model.time_map.tau_to_t(torch.zeros(1))  # makes the table, once

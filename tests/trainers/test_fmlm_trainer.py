@@ -58,7 +58,7 @@ class TestTimes:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("preset", PRESETS)
+    @pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "distribution_matching"])
     def test_presets_train(self, preset, tmp_path):
         trainer = distillation(tmp_path, preset, max_steps=50, eval_steps=25, save_strategy="no")
         before = trainer.evaluate()["eval_loss"]

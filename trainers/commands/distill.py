@@ -8,7 +8,11 @@ Distill a trained flow-based language model into a flow map, which generates a w
 Trains on the teacher's training data, if its folder records them; flags override them. The presets are the
 paper's recipes: single_stage; two_network, then second_stage with its result as the teacher; self_distillation, which takes
 only the architecture and the tokenizer from --teacher; and any_order, an FMLM+ with the teacher as its denoiser (flm-train
---model_type fmlm needs no teacher). Every flag can also be set in a YAML file, passed as the first argument. Flags take
+--model_type fmlm needs no teacher). distribution_matching improves texts of few steps afterwards:
+
+    flm-distill --teacher outputs/flm --student outputs/fmlm --preset distribution_matching --max_steps 1000 --output_dir outputs/matched
+
+Every flag can also be set in a YAML file, passed as the first argument. Flags take
 precedence over the file, and both over the preset.
 """
 
@@ -20,7 +24,7 @@ from transformers import AutoModel, PreTrainedModel, set_seed
 
 from modeling_flm import FMLMModel, FMLMTwoNetworkModel
 
-from .. import PRESETS, FMLMTrainer, FMLMTrainingArguments
+from .. import PRESETS, DistributionMatchingTrainer, FMLMTrainer, FMLMTrainingArguments
 from .command_line import ScriptParser, check_model, check_model_type, errors_about, friendly_errors
 from .training import (
     DataArguments,
@@ -105,7 +109,8 @@ def distill(arguments: DistillationArguments, data_args: DataArguments, training
             load_datasets(data_args), data_args, tokenizer, teacher.config.max_position_embeddings, training_args
         )
         needs_teacher = arguments.preset not in ("two_network", "self_distillation")
-        trainer = FMLMTrainer(
+        trainer_class = DistributionMatchingTrainer if arguments.preset == "distribution_matching" else FMLMTrainer
+        trainer = trainer_class(
             model=student,
             args=training_args,
             teacher=teacher if needs_teacher else None,
