@@ -389,6 +389,14 @@ class TestDistillationScript:
         config, log = self.distill(tmp_path / "second", teacher=tmp_path / "two", preset="second_stage")
         assert config["architectures"] == ["FMLMModel"] and not config["learned_loss_weighting"]
 
+    def test_preset_distribution_matching(self, teacher, tmp_path):
+        self.distill(tmp_path / "fmlm", teacher=teacher)
+        for student in ({}, {"student": tmp_path / "fmlm"}):
+            out = tmp_path / f"matched-{len(student)}"
+            config, log = self.distill(out, teacher=teacher, preset="distribution_matching", save_steps=2, **student)
+            assert config["architectures"] == ["FMLMModel"] and "loss_auxiliary" in log
+            assert (out / "checkpoint-2" / "auxiliary.safetensors").is_file()
+
     def test_preset_self_distillation(self, teacher, tmp_path):
         options = {"preset": "self_distillation", "block_size": 12, "dropout": 0.0}
         config, log = self.distill(tmp_path, teacher=teacher, **options)
