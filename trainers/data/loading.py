@@ -219,7 +219,7 @@ def _load(
                         _check_quotes(file, options["sep"])
             if streaming:
                 if files:
-                    _check_columns(builder_name, builder, options)
+                    _check_files(builder_name, builder, options)
                 dataset = IterableDatasetDict(builder.as_streaming_dataset())
                 if (
                     files and next(iter(next(iter(dataset.values()))), None) is None
@@ -230,7 +230,7 @@ def _load(
                     builder.download_and_prepare()
                 except Exception:  # of any reader
                     if files:
-                        _check_columns(builder_name, builder, options)
+                        _check_files(builder_name, builder, options, whole=True)
                     raise
                 if builder.info.splits and not any(split.num_examples for split in builder.info.splits.values()):
                     raise ValueError("it has no texts")
@@ -321,19 +321,35 @@ def _check_quotes(file: Path, delimiter: str):
         csv.field_size_limit(limit)
 
 
-def _check_columns(builder_name: str | None, builder: DatasetBuilder, options: dict[str, Any]):
-    """Raises a `ValueError` if local files of a dataset have different columns."""
+def _check_files(builder_name: str | None, builder: DatasetBuilder, options: dict[str, Any], whole: bool = False):
+    """
+    Raises a `ValueError` if local files of a dataset have different columns. With `whole`, to explain a failure, also if one has no
+    texts or cannot be read, or if columns have another order or type.
+    """
     files = [str(file) for part in (builder.config.data_files or {}).values() for file in part]
-    first: list[str] = []
-    for file in files if builder_name in ("csv", "json", "parquet") and len(files) > 1 else ():
+    first: dict[str, Any] = {}
+    for file in files if builder_name is not None and len(files) > 1 else ():
         rows = load_dataset_builder(builder_name, data_files=glob.escape(file), **options).as_streaming_dataset()
-        columns = sorted(next(iter(rows["train"]), first))
-        first = first or columns
-        if columns != first:
+        name = Path(file).name
+        try:
+            row = next(iter(rows["train"]), None)
+            for _ in rows["train"].with_format("arrow").iter(batch_size=10_000) if whole else ():
+                pass
+        except Exception as error:  # of any reader
+            raise ValueError(f"{name}: {error.__cause__ or error}") from None
+        if row is None and whole and not first:  # `datasets` takes the types of columns from it
+            raise ValueError(f"{name} has no texts: remove it")
+        row, first = row or first, first or row or {}
+        describe = _describe_columns if whole and row.keys() == first.keys() else sorted
+        if describe(row) != describe(first):
             raise ValueError(
-                f"{Path(file).name} has the columns {', '.join(columns)}, and {Path(files[0]).name} has {', '.join(first)}: all files "
-                "need the same columns"
+                f"{name} has the columns {', '.join(describe(row))}, and {Path(files[0]).name} has {', '.join(describe(first))}: all files "
+                f"need the same columns{', in the same order and of the same types' if whole else ''}"
             )
+
+
+def _describe_columns(row: dict[str, Any]) -> list[str]:
+    return [f"{name} ({type(value).__name__})" for name, value in row.items()]
 
 
 def _is_plain(file: Path) -> bool:
@@ -378,7 +394,8 @@ def _reader_options(
     for file in files:
         with fsspec.open(str(file), "rt", encoding="utf-8-sig", errors="replace", compression="infer") as lines:
             header = lines.readline()
-        options["sep"] = next((each for each in ",;\t|" if each in header), ",")
+        delimiters = "\t,;|" if ".tsv" in file.name.lower() else ",;\t|"
+        options["sep"] = next((each for each in delimiters if each in header), delimiters[0])
         (names,) = list(csv.reader([header], delimiter=options["sep"])) or [[]]
         if text_column is None and "text" not in names:
             if any(re.search(r"\S\s+\S|^[\d.]+$", name) for name in names):

@@ -5,6 +5,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from numbers import Integral
 
 import numpy as np
 import pyarrow as pa
@@ -141,8 +142,7 @@ def pack_dataset(
         raise ValueError(f"`preprocessing` must be one of {', '.join(PREPROCESSING)}, got {preprocessing!r}.")
     if preprocessing == "characters" and not has_characters_only(tokenizer):
         raise ValueError("`preprocessing='characters'` needs a `tokenizer` of single characters only.")
-    if block_size < 3:
-        raise ValueError(f"`block_size` must be at least 3, got {block_size}.")
+    check_size(dataset, "block_size", block_size, 3)
 
     end = [] if boundary_tokens[1] is None else [boundary_tokens[1]]
     rests: dict[int, np.ndarray] = {}
@@ -202,6 +202,14 @@ def pack_dataset(
             f"{longest}."
         )
     return packed
+
+
+def check_size(dataset: Dataset | IterableDataset, name: str, size: int, minimum: int):
+    """Raises a `ValueError` if the size of examples is too small or no integer, or if there are no texts to make them from."""
+    if isinstance(size, bool) or not isinstance(size, Integral) or size < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {size!r}.")
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError("`dataset` is empty: pass texts.")
 
 
 def warn_of_unknown(tokenizer: PreTrainedTokenizerBase, num_unknown: int, num_tokens: int, texts: str):

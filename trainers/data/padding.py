@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Padding: from texts of different lengths to examples of one text each."""
 
-from numbers import Integral
-
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -12,7 +10,7 @@ from modeling_flm.pipeline_flm import count_dropped, drops_unknown, encode_texts
 from modeling_flm.tokenization_flm import count_unknown_tokens
 
 from .loading import check_text, column_names, find_text_column
-from .packing import warn_of_unknown
+from .packing import check_size, warn_of_unknown
 
 
 logger = logging.get_logger(__name__)
@@ -77,8 +75,7 @@ def pad_dataset(
             "`tokenizer` needs an EOS token to mark where texts end: call `add_special_tokens` on it first, or pass one of "
             "`train_tokenizer` (not 'text8', which has no special tokens)."
         )
-    if isinstance(length, bool) or not isinstance(length, Integral) or length < 2:
-        raise ValueError(f"`length` must be an integer of at least 2, got {length!r}.")
+    check_size(dataset, "length", length, 2)
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     is_stream = isinstance(dataset, IterableDataset)
 

@@ -192,8 +192,9 @@ print(sorted(file["filename"] for file in packed.cache_files))
         dataset = Dataset.from_dict({"text": TEXTS})
         with pytest.raises(ValueError, match="too few tokens for a single block, [0-9]+ in [0-9]+ texts"):
             pack_dataset(dataset, tokenizer, block_size=512)
-        with pytest.raises(ValueError, match="`block_size` must be at least 3"):
-            pack_dataset(dataset, tokenizer, block_size=2)
+        for size in (2, 8.0, True):
+            with pytest.raises(ValueError, match="`block_size` must be an integer of at least 3"):
+                pack_dataset(dataset, tokenizer, block_size=size)
         tokenizer.bos_token = None
         with pytest.raises(ValueError, match="`tokenizer` needs a BOS"):
             pack_dataset(dataset, tokenizer, block_size=8)
@@ -217,11 +218,13 @@ class TestBadTexts:
             (Dataset.from_dict({"text": ["the cat", None]}), "`text_column` 'text' has None, which is not a string"),
             (Dataset.from_dict({"title": ["a"], "body": ["b"]}), r"Pass `text_column`.* \['title', 'body'\]"),
             (Dataset.from_dict({"id": [1], "label": [2]}), r"Pass `text_column`.* \['id', 'label'\]"),
+            (Dataset.from_dict({"text": TEXTS}).select([]), "`dataset` is empty"),
         ],
     )
     def test_bad_texts_are_refused(self, dataset, message):
-        with pytest.raises(ValueError, match=message):
-            pack_dataset(dataset, self.tokenizer, block_size=8)
+        for make in (pack_dataset, pad_dataset):
+            with pytest.raises(ValueError, match=message):
+                make(dataset, self.tokenizer, 8)
 
     def test_streams_with_none(self):
         stream = IterableDataset.from_generator(lambda: iter([{"text": "the cat"}, {"text": None}]))

@@ -103,6 +103,7 @@ CASES = {
     "semicolon.csv": ("id;text\n1;hello, there\n2;bye\n", ["hello, there", "bye"]),
     "pipe.csv": ("id|text\n1|hello, there\n2|bye\n", ["hello, there", "bye"]),
     "tab.tsv": ("id\ttext\n1\thello there\n2\tbye\n", ["hello there", "bye"]),
+    "commas.tsv": ("text\na b, c d; e\nc d\n", ["a b, c d; e", "c d"]),
     "missing_fields.csv": ("id,text\n1\n2,b c\n", ["", "b c"]),
     "unquoted_comma.csv": ("text\nhello, there\nbye, now\n", "{path} cannot be read: .* texts with a delimiter need quotes"),
     "unquoted_comma2.csv": ("id,text\n1,hello, there\n2,bye, now\n", "{path} cannot be read: .* need quotes"),
@@ -163,6 +164,7 @@ CASES = {
     "other_columns": ({"a.csv": "id,text\n1,a b\n", "b.csv": "text\nc d\n"}, "b.csv has the columns text, and a.csv has id, text: all"),
     "other_names": ({"a.csv": "text\na b\n", "b.csv": "body\nc d\n"}, "b.csv has the columns body, and a.csv has text: all files"),
     "other_keys": ({"a.jsonl": jsonl([{"text": "a b"}]), "b.jsonl": jsonl([{"x": "c"}])}, "b.jsonl has the columns x, and a.jsonl"),
+    "other_encoding": ({"a.txt": "a b", "b.txt": LATIN}, "b.txt: .utf-8. codec .* Save it as UTF-8"),
     "some_splits": ({"a.txt": "a b", "test.txt": "c d"}, "{path} cannot be read: 1 of its 2 files would be left out .a.txt.: .* of all"),
     "two_types": ({"a.txt": "a b", "b.csv": "text\nc d"}, "{path} cannot be read: 1 of its 2 files would be left out .* of one type"),
     "no_texts": ({"notes.md": "a b"}, "the folder {path} has no txt, json"),
@@ -224,6 +226,25 @@ def test_loading(case, streaming):
             load()
     else:
         assert load() == expected
+
+
+LATE = "a b\n" * 30_000 + "c é\n"
+UNLIKE = {
+    "order": ({"a.csv": "text,n\na,1\n", "b.csv": "n,text\n2,b\n"}, r"b.csv has the columns n .int., text .str.,.* same order"),
+    "types": ({"a.csv": "text,n\na,1\n", "b.csv": "text,n\nb,x\n"}, r"b.csv has the columns text .str., n .str.,.* types"),
+    "no rows": ({"a.csv": "text,n\n", "b.csv": "text,n\nb,2\n"}, "a.csv has no texts: remove it"),
+    "late bytes": ({"a.txt": "a", "b.txt": LATE.encode("latin-1")}, "b.txt: 'utf-8' codec .* Save it as UTF-8"),
+    "late rows": ({"a.jsonl": ROWS, "b.jsonl": ROWS * 999 + "{"}, "b.jsonl: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_errors_of_folders_name_the_file(name, tmp_path):
+    files, message = UNLIKE[name]
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"`train_file`: {tmp_path} cannot be read: {message}"):
+        load_texts(train_file=str(tmp_path))
 
 
 TINY = "hidden_size=8,num_hidden_layers=1,num_attention_heads=1,conditioning_size=4,timestep_embedding_size=4"
