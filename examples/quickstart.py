@@ -105,12 +105,15 @@ def load_stories(seed: int) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
 
 def load_own_texts(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Dataset, int]:
     """Returns the same for the user's texts, with a tokenizer trained on them."""
-    texts = load_texts(
-        dataset_name=args.dataset,
-        train_file=args.train_file,
-        validation_percentage=0,
-        text_column=args.text_column,
-    )["train"]
+    try:
+        texts = load_texts(
+            dataset_name=args.dataset,
+            train_file=args.train_file,
+            validation_percentage=0,
+            text_column=args.text_column,
+        )["train"]
+    except (OSError, ValueError) as error:
+        raise ValueError(str(error).replace("`dataset_name`", "`dataset`")) from error
     column = find_text_column(texts, args.text_column)
     tokenizer = train_tokenizer((check_text(row[column], column) for row in texts), "bpe", args.vocab_size)
     if args.packing == "lines":

@@ -112,6 +112,7 @@ class TestQuickstart:
             ("a b\n", ["--output_dir", "texts.jsonl/out"], "--output_dir: texts.jsonl/out is a file, or within one"),
             ("a b\n", ["--dataset", "x"], "Pass either --dataset or --train_file"),
             ("a b\n", ["--text_column", "x"], "--text_column is 'x', but the dataset has the columns"),
+            ("a b\n", ["--dataset", "./missing"], "--dataset: "),
             (None, [], "--text_column 'text' has None"),
         ],
     )
@@ -119,7 +120,8 @@ class TestQuickstart:
         monkeypatch.chdir(tmp_path)
         rows = [{"text": line} for line in (texts or "a b").splitlines()] + [{"text": None}] * (texts is None)
         (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        flags = ["--train_file", "texts.jsonl", *self.options, *flags]
+        texts = [] if "./missing" in flags else ["--train_file", "texts.jsonl"]
+        flags = [*texts, *self.options, *flags]
         arguments = quickstart.make_parser().parse_args(list(map(str, flags)))
         with pytest.raises(SystemExit, match=f"^error: .*{message}"), friendly_errors(flags=vars(arguments)):
             quickstart.main(arguments)
