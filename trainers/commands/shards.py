@@ -9,6 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from modeling_flm.utils_flm import describe_damage
+
 
 class TextShards:
     """
@@ -45,7 +47,7 @@ class TextShards:
             resume (`bool`): Whether to continue existing files.
 
         Raises:
-            `ValueError`: if files exist, and `resume` is not set or their settings differ.
+            `ValueError`: if files exist, and `resume` is not set, or their settings differ, or they are damaged.
         """
         files = self.files()
         if files and not resume:
@@ -56,6 +58,8 @@ class TextShards:
             return set()
         if not self.settings_path.exists():
             raise ValueError(f"`resume`: {self.settings_path} is missing, so {files[0]} cannot be resumed.")
+        if (damage := describe_damage(self.settings_path)) is not None:
+            raise ValueError(f"`resume`: {damage}")
         before, now = json.loads(self.settings_path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
         if different := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
             values = ", ".join(f"`{name}` was {before.get(name)!r} and is {now.get(name)!r}" for name in different)
@@ -66,9 +70,14 @@ class TextShards:
     def _read_indices(path: Path) -> list[int]:
         indices, end = [], 0
         with path.open("r+b") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if line.endswith(b"\n"):
-                    indices.append(json.loads(line)["index"])
+                    try:
+                        indices.append(json.loads(line)["index"])
+                    except (ValueError, KeyError, TypeError):
+                        raise ValueError(
+                            f"`resume`: line {number} of {path} is damaged: remove it, and its text is generated again."
+                        ) from None
                     end += len(line)
             file.truncate(end)  # drop the incomplete last line of a killed process
         return indices

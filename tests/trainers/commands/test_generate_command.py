@@ -221,6 +221,18 @@ class TestResume:
         assert read(shards.path) == [{"index": index, "text": f"\u2028{index}\n"} for index in range(4)]
         assert shards.start({}, resume=True) == set(range(4))
 
+    def test_damaged_files_are_named(self, tmp_path):
+        shards = TextShards(tmp_path / "x.jsonl")
+        shards.append([{"index": 0}], {})
+        for line in (b"{", b"[]", b"{}", b"\xff"):
+            shards.path.write_bytes(b'{"index": 0}\n' + line + b'\n{"index": 1')
+            with pytest.raises(ValueError, match=f"`resume`: line 2 of {shards.path} is damaged: remove it"):
+                shards.start({}, resume=True)
+            assert shards.path.read_bytes().endswith(b'{"index": 1')
+        shards.settings_path.write_text("{")
+        with pytest.raises(ValueError, match=f"`resume`: {shards.settings_path} is truncated or damaged"):
+            shards.start({}, resume=True)
+
     def test_other_files_are_left_alone(self, tmp_path):
         for name in ("x-1.jsonl", "xy.jsonl", "x-00001.txt", "x.csv"):
             (tmp_path / name).write_text("precious")
