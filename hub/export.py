@@ -72,6 +72,10 @@ class FlowStep(nn.Module):
 
     def __init__(self, model: FLMPreTrainedModel):
         super().__init__()
+        if model.takes_estimate:
+            raise ValueError(
+                "`model` has `self_conditioning`, which the exported step does not: export a flow map that is distilled from it."
+            )
         self.model = model
         embeddings = [model.embed_vocabulary(embedding).detach().float() for embedding in model.embeddings]
         noise = JointNoise(*embeddings)

@@ -122,7 +122,8 @@ class FLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         if any(module is other for other in self._layers_of_zeros()):
             init.zeros_(module.weight)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
@@ -150,6 +151,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         tau_s: torch.Tensor,
         tau_t: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        estimate: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
@@ -161,6 +163,8 @@ class FLMPreTrainedModel(PreTrainedModel):
                 Reparameterized times of the states; 1 for known tokens.
             tau_t (`torch.Tensor` of the shape of `tau_s`, *optional*): Target times, for flow maps.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 for padding.
+            estimate (`torch.Tensor` of the shape of `state`, *optional*):
+                Expected embedding of the clean tokens, for a model with `self_conditioning`. By default none, which is 0.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, sequence_length, embedding_size)`: the input of the head, in float32.
@@ -246,6 +250,11 @@ class FLMPreTrainedModel(PreTrainedModel):
         if len(weights) == 1:
             return weights[0]
         return torch.cat([weight.to(weights[0].device) for weight in weights], dim=1)
+
+    @property
+    def takes_estimate(self) -> bool:
+        """Whether the network reads an estimate of the text beside the state (self-conditioning)."""
+        return self.config.self_conditioning
 
     @property
     def state_sizes(self) -> list[int]:
@@ -397,6 +406,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         tau_t: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        estimate: torch.Tensor | None = None,
     ) -> Posterior:
         r"""
         Returns the two-time denoiser \\(\delta_{s,t}\\), to be read one chunk of positions at a time.
@@ -406,12 +416,13 @@ class FLMPreTrainedModel(PreTrainedModel):
             tau_s, tau_t, attention_mask: As for `encode`.
             logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
                 Changes the logits. Called once per chunk, with scores of shape `(num_tokens, vocab_size)` and an empty prefix.
+            estimate (`torch.Tensor` of the shape of `state`, *optional*): As for `encode`.
 
         Returns:
             [`~posterior_flm.Posterior`]: probabilities of the clean tokens, in float32. For an [`FMLMTwoNetworkModel`] they
             may leave the simplex.
         """
-        hidden_states = self.encode(state, tau_s, tau_t, attention_mask)
+        hidden_states = self.encode(state, tau_s, tau_t, attention_mask, estimate)
         return self.posterior_of_features(hidden_states, tau_s, tau_t, logits_processor, state.device)
 
     def posterior_of_features(
@@ -454,13 +465,14 @@ class FLMPreTrainedModel(PreTrainedModel):
         tau_s: torch.Tensor,
         tau_t: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        estimate: torch.Tensor | None = None,
         **kwargs,
     ) -> FLMOutput:
         """
         As `encode`, with the hidden states and attention weights of the blocks, on request by `output_hidden_states=True` and
         `output_attentions=True`.
         """
-        return FLMOutput(last_hidden_state=self.encode(state, tau_s, tau_t, attention_mask, **kwargs))
+        return FLMOutput(last_hidden_state=self.encode(state, tau_s, tau_t, attention_mask, estimate, **kwargs))
 
     @can_return_tuple
     def forward(
@@ -471,6 +483,7 @@ class FLMPreTrainedModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        estimate: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FLMOutput:
         r"""
@@ -491,6 +504,9 @@ class FLMPreTrainedModel(PreTrainedModel):
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Clean tokens, for the cross-entropy. Positions with -100 are ignored; use it for known tokens. In training mode with
                 `labels`, no logits are returned, because they would need tokens times vocabulary of memory.
+            estimate (`torch.FloatTensor` of shape `(batch_size, sequence_length, embedding_size)`, *optional*):
+                Expected embedding of the clean tokens, `probabilities @ model.state_embedding`, for a model with
+                `config.self_conditioning`.
             kwargs:
                 `num_items_in_batch`, the divisor of the summed loss (by default the number of labels); and arguments of the
                 attention function.
@@ -561,7 +577,9 @@ class FLMPreTrainedModel(PreTrainedModel):
                 )
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         state = self.make_state(input_ids) if inputs_embeds is None else inputs_embeds
-        features = self.features(state, timesteps, target_timesteps, attention_mask, return_dict=True, **kwargs)
+        features = self.features(
+            state, timesteps, target_timesteps, attention_mask, estimate, return_dict=True, **kwargs
+        )
         hidden_states = features.last_hidden_state
         losses = {}
         if labels is not None:

@@ -146,6 +146,9 @@ class FLMGenerationConfig(GenerationConfig):
             steps, and 0 for FLMs.
         sampler_config ([`FlowMapSamplerConfig`], [`StochasticFlowMapSamplerConfig`] or [`BridgeSamplerConfig`], *optional*):
             The sampler: how a step estimates the text and moves the state. Follows the flow by default.
+        num_fixed_point_iterations (`int`, *optional*, defaults to 1):
+            Number of forward passes at each step, for a model with `config.self_conditioning`: each reads the estimate of the
+            text of the one before.
         num_rounds (`int`, *optional*):
             Number of refinement rounds (posterior refinement). Each round regenerates all unknown tokens from noise, then
             commits some of them. Works best for models with `config.per_token_timesteps`.
@@ -196,6 +199,7 @@ class FLMGenerationConfig(GenerationConfig):
         self.timestep_grid: list[float] | None = kwargs.pop("timestep_grid", None)
         self.gamma: float | None = kwargs.pop("gamma", None)
         self.sampler_config: SamplerConfig | None = kwargs.pop("sampler_config", None)
+        self.num_fixed_point_iterations: int | None = kwargs.pop("num_fixed_point_iterations", None)
         self.num_rounds: int | None = kwargs.pop("num_rounds", None)
         self.commit_threshold: float | None = kwargs.pop("commit_threshold", None)
         self.commit_budget: int | str | None = kwargs.pop("commit_budget", None)
@@ -251,7 +255,8 @@ class FLMGenerationConfig(GenerationConfig):
 
     def validate(self, **kwargs):
         """Raises a `ValueError` that names the parameter with an invalid value."""
-        for name in ("num_samples", "num_steps", "length", "batch_size", "top_k", "num_rounds", "block_length"):
+        counts = ("num_samples", "num_steps", "length", "batch_size", "top_k", "num_rounds", "block_length")
+        for name in (*counts, "num_fixed_point_iterations"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
@@ -289,6 +294,7 @@ class FLMGenerationConfig(GenerationConfig):
             "num_samples": 1,
             "num_steps": 64,
             "batch_size": 64,
+            "num_fixed_point_iterations": 1,
             "commit_budget": "uniform",
             "fresh_noise": True,
             "pad_after_eos": False,
@@ -322,7 +328,7 @@ class FLMGenerationOutput(ModelOutput):
             The most likely or drawn tokens after every step, or with `num_rounds` or `block_length` after every round or
             block. The last draft is the sample before `pad_after_eos`.
         num_forward_passes (`torch.LongTensor` of shape `(num_samples,)`):
-            Number of forward passes for each sample: one per step, or two with a reward. Rounds and blocks with nothing to
+            Number of forward passes for each sample: one per step, or two with a reward, or `num_fixed_point_iterations`. Rounds and blocks with nothing to
             generate do not count.
         commit_rounds (`torch.LongTensor` of shape `(num_samples, length)`, *optional*, returned with `num_rounds` or `block_length`):
             The round or block, from 1, that committed each token; 0 for tokens of the prompt.

@@ -89,9 +89,10 @@ class _Times(NamedTuple):
 
 
 class _StepOutput(NamedTuple):
-    """Result of a step. At the last step there is no state, and at the others there are no probabilities."""
+    """Result of a step. At the last step there is no state and no estimate, and at the others there are no probabilities."""
 
     state: torch.Tensor | None
+    estimate: torch.Tensor | None  # of the text, for self-conditioning
     tokens: torch.LongTensor | None
     probabilities: torch.Tensor | None
 
@@ -145,7 +146,8 @@ class FLMGenerationMixin:
         1. Known tokens get the time 1, all others the time of the grid. The state starts as noise, and clean at known tokens.
         2. With a `reward`, the state moves along the gradient of the reward.
         3. The model predicts the posterior of the clean tokens: the two-time denoiser \\(\delta\\), from the time of the state
-           to the next time, or to the time that the sampler chooses.
+           to the next time, or to the time that the sampler chooses. With self-conditioning it also reads its estimate of the
+           text at the step before, and may repeat this (`num_fixed_point_iterations`).
         4. The sampler estimates the text from it: the posterior mean, or drawn tokens.
         5. The sampler moves the state to the next time, some samplers with new noise. Known tokens do not move.
         6. At the last step, the sampler reads the tokens from \\(\delta\\): the most likely tokens, or drawn ones.
@@ -252,6 +254,8 @@ class FLMGenerationMixin:
         if streamer is not None and config.num_samples != 1:
             raise ValueError(f"`streamer` needs a single sample: pass `num_samples=1`, got {config.num_samples}.")
         model = add_guidance(self, guidance_model, config)
+        if config.num_fixed_point_iterations > 1 and not model.takes_estimate:
+            raise ValueError("`num_fixed_point_iterations` needs a model with `self_conditioning`: leave it out.")
         embedding = model.state_embedding.float()
         known = prompts.known_tokens(config, self.config.vocab_size, embedding.device)
         if prior_state is not None:
@@ -333,7 +337,7 @@ class FLMGenerationMixin:
             [`FLMGenerationOutput`]: of the batch, before `pad_after_eos`.
         """
         config, rule, prompt = call.config, call.rule, known
-        cost = config.num_steps * (1 if call.reward is None else 2)
+        cost = config.num_steps * (config.num_fixed_point_iterations + (call.reward is not None))
         if rule.num_rounds is None:
             samples = self._run_steps(call, state, known, random)
             num_passes = torch.full((len(state),), cost, device=state.device)
@@ -400,6 +404,7 @@ class FLMGenerationMixin:
 
         # 1. Known tokens have the time 1 and a clean state
         state = known.start(state, embedding)
+        estimate = torch.zeros_like(state) if call.model.takes_estimate else None
         drafts = []
         for step in progress(config.num_steps, "step"):
             is_last = step == config.num_steps - 1
@@ -407,7 +412,7 @@ class FLMGenerationMixin:
             times = _Times(*(times_with_known(time.repeat(len(state)), known.mask) for time in grid))
             # 2. Move along the gradient of the reward
             if call.reward is not None:
-                state = self._steer_by_reward(call, state, known, times, is_first=step == 0)
+                state = self._steer_by_reward(call, state, estimate, known, times, is_first=step == 0)
             # 3. to 6.
             uniforms = random.uniforms() if sampler.draws_tokens else None
             noise = random.noise() if sampler.draws_noise and not is_last else None
@@ -417,6 +422,8 @@ class FLMGenerationMixin:
                 call.model,
                 sampler,
                 state,
+                estimate,
+                config.num_fixed_point_iterations,
                 times,
                 embedding,
                 known.attention_mask,
@@ -429,7 +436,7 @@ class FLMGenerationMixin:
             )
             if compile_config is not None:  # CUDA graphs reuse their output memory
                 output = _StepOutput(*(None if x is None else x.clone() for x in output))
-            state, tokens, probabilities = output
+            state, estimate, tokens, probabilities = output
             tokens = None if tokens is None else known.complete(tokens)
             if shows_drafts and not is_last:
                 call.stream.show(tokens)
@@ -445,6 +452,8 @@ class FLMGenerationMixin:
         model: PreTrainedModel | Autoguidance,
         sampler: Sampler,
         state: torch.Tensor,
+        estimate: torch.Tensor | None,
+        num_iterations: int,
         times: _Times,
         embedding: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -462,6 +471,8 @@ class FLMGenerationMixin:
             model ([`~transformers.PreTrainedModel`] or [`Autoguidance`]): The model, guided or not.
             sampler ([`Sampler`]): The sampler.
             state (`torch.Tensor` of shape `(batch_size, length, embedding_size)`): The state.
+            estimate (`torch.Tensor` of the shape of `state`, *optional*): The estimate of the step before, for self-conditioning.
+            num_iterations (`int`): Number of forward passes.
             times (`_Times`): The times of the step.
             embedding (`torch.Tensor` of shape `(vocab_size, embedding_size)`): The embedding of the states.
             attention_mask (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*): The positions of each sequence.
@@ -475,20 +486,31 @@ class FLMGenerationMixin:
                 0, for a finiteness check.
         """
         # 3. The posterior of the clean tokens
-        posterior = model.posterior(state, times.tau_s, times.target_tau, attention_mask, logits_processor)
+        inputs = (state, times.tau_s, times.target_tau, attention_mask, logits_processor)
+        posterior = model.posterior(*inputs, estimate)
+        for _ in range(num_iterations - 1):
+            posterior = model.posterior(*inputs, posterior.mean(embedding))
         # 6. The tokens
         if is_last:
             read_tokens = sampler.read_tokens(uniforms)
             # Non-finite states stay non-finite, and their softmax has no finite entry: one probability is enough to detect them
             read_probabilities = probability_of(read_tokens) if with_probabilities else first_probability
-            return _StepOutput(None, *posterior.read(read_tokens, read_probabilities))
+            return _StepOutput(None, None, *posterior.read(read_tokens, read_probabilities))
         # 4. An estimate of the text
-        estimate, tokens = sampler.estimate(posterior, embedding, uniforms, with_tokens)
+        text, tokens = sampler.estimate(posterior, embedding, uniforms, with_tokens)
+        if estimate is not None:
+            estimate = posterior.mean(embedding) if sampler.draws_tokens else text
         # 5. The state at the next time
-        return _StepOutput(sampler.move(state, estimate, times.s, times.t, noise), tokens, None)
+        return _StepOutput(sampler.move(state, text, times.s, times.t, noise), estimate, tokens, None)
 
     def _steer_by_reward(
-        self, call: _Call, state: torch.Tensor, known: KnownTokens, times: _Times, is_first: bool
+        self,
+        call: _Call,
+        state: torch.Tensor,
+        estimate: torch.Tensor | None,
+        known: KnownTokens,
+        times: _Times,
+        is_first: bool,
     ) -> torch.Tensor:
         """
         Moves the state along the gradient of the reward of the predicted text, see [`~guidance_flm.steer_by_reward`].
@@ -496,16 +518,18 @@ class FLMGenerationMixin:
         Args:
             call (`_Call`): The call of `generate`.
             state (`torch.Tensor` of shape `(batch_size, length, embedding_size)`): The state.
+            estimate (`torch.Tensor` of the shape of `state`, *optional*): The estimate of the step before, for self-conditioning.
             known (`KnownTokens`): The known tokens of the batch.
             times (`_Times`): The times of the step.
             is_first (`bool`): Whether this is the first step, which predicts the text by the whole jump.
         """
         size = sum(self.state_sizes)  # the rest is the state of a guidance model
         tau_end = torch.ones_like(times.tau_s) if is_first else times.tau_s
+        inputs = (times.tau_s, tau_end, known.attention_mask, call.logits_processor)
+        estimate = estimate[..., :size] if self.takes_estimate else None
 
         def look_ahead(state: torch.Tensor) -> torch.Tensor:
-            state = state[..., :size]
-            posterior = self.posterior(state, times.tau_s, tau_end, known.attention_mask, call.logits_processor)
+            posterior = self.posterior(state[..., :size], *inputs, estimate)
             return known.complete_soft(posterior.dense())
 
         scale = call.config.reward_scale * reward_coefficient(times.s, times.t)

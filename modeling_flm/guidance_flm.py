@@ -42,6 +42,11 @@ class Autoguidance:
         self.state_embedding = embedding if self.shares_state else torch.cat([embedding, other], dim=1)
         self.size = embedding.shape[1]
         self.state_sizes = model.state_sizes + ([] if self.shares_state else guidance_model.state_sizes)
+        self.takes_estimate = model.takes_estimate or guidance_model.takes_estimate
+
+    def _split(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the parts of both models."""
+        return (state, state) if self.shares_state else state.tensor_split([self.size], dim=-1)
 
     def posterior(
         self,
@@ -50,13 +55,19 @@ class Autoguidance:
         tau_t: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        estimate: torch.Tensor | None = None,
     ) -> Posterior:
         """As [`~FLMPreTrainedModel.posterior`]. The result may leave the simplex."""
-        own, other = (state, state) if self.shares_state else state.tensor_split([self.size], dim=-1)
+        own, other = self._split(state)
+        own_estimate, other_estimate = (None, None) if estimate is None else self._split(estimate)
+        own_estimate = own_estimate if self.model.takes_estimate else None
+        other_estimate = other_estimate if self.guidance_model.takes_estimate else None
         times = (translate_tau(tau, self.model.time_map, self.guidance_model.time_map) for tau in (tau_s, tau_t))
-        inputs = [None if x is None else x.to(self.guidance_device) for x in (other, *times, attention_mask)]
-        strong = self.model.posterior(own, tau_s, tau_t, attention_mask, logits_processor)
-        weak = self.guidance_model.posterior(*inputs, logits_processor)
+        inputs = [
+            None if x is None else x.to(self.guidance_device) for x in (other, *times, attention_mask, other_estimate)
+        ]
+        strong = self.model.posterior(own, tau_s, tau_t, attention_mask, logits_processor, own_estimate)
+        weak = self.guidance_model.posterior(*inputs[:4], logits_processor, inputs[4])
         return strong.combine(weak, lambda delta, worse, chunk: delta + self.scale * (delta - worse))
 
 

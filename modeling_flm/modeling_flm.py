@@ -50,6 +50,8 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
         super().__init__(config)
         self.time_map = build_time_map(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        size = config.hidden_size
+        self.self_conditioning = nn.Linear(size, size, bias=False) if config.self_conditioning else None
         self.time_embedding = FLMTimeEmbedding(config)
         self.layers = nn.ModuleList([FLMLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = FLMLayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -63,7 +65,7 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
         return [self.embed_tokens]
 
     def _layers_of_zeros(self) -> list[nn.Module]:
-        return [*super()._layers_of_zeros(), self.modulation, self.lm_head]
+        return [*super()._layers_of_zeros(), self.modulation, self.lm_head, self.self_conditioning]
 
     def conditioning_times(self, tau: torch.Tensor) -> torch.Tensor:
         """Times the network is conditioned on: one per token, or the smallest of each sequence."""
@@ -73,11 +75,15 @@ class FLMModel(FLMPreTrainedModel, FLMGenerationMixin, FLMLikelihoodMixin):
         """Time embedding, of shape `(..., conditioning_size)`. A denoiser does not depend on the target time."""
         return self.time_embedding(self.conditioning_times(tau_s))
 
-    def encode(self, state, tau_s, tau_t=None, attention_mask=None, **kwargs):
+    def encode(self, state, tau_s, tau_t=None, attention_mask=None, estimate=None, **kwargs):
         config = self.config
+        if estimate is not None and self.self_conditioning is None:
+            raise ValueError("`estimate` is for a model with `config.self_conditioning`.")
         conditioning = F.silu(self.embed_times(tau_s, tau_t))
         conditioning = conditioning[:, None] if conditioning.dim() == 2 else conditioning
         hidden_states = state.to(self.dtype)
+        if estimate is not None:
+            hidden_states = hidden_states + self.self_conditioning(estimate.to(self.dtype))
         attention_mask = create_bidirectional_mask(
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
@@ -288,6 +294,10 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
         Returns:
             [`FMLMTwoNetworkModel`], on the device of the teacher and in float32, for training.
         """
+        if teacher.config.self_conditioning:
+            raise ValueError(
+                "`teacher` has `self_conditioning`, which two networks do not: distill it into an `FMLMModel`."
+            )
         config_overrides.setdefault("learned_loss_weighting", True)
         correction = FMLMModel.from_flm(teacher, **config_overrides)
         nn.init.zeros_(correction.lm_head.weight)
@@ -319,13 +329,13 @@ class FMLMTwoNetworkModel(FLMPreTrainedModel, FLMGenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.correction.set_output_embeddings(new_embeddings)
 
-    def encode(self, state, tau_s, tau_t=None, attention_mask=None, **kwargs):
-        return self.features(state, tau_s, tau_t, attention_mask, **kwargs).last_hidden_state
+    def encode(self, state, tau_s, tau_t=None, attention_mask=None, estimate=None, **kwargs):
+        return self.features(state, tau_s, tau_t, attention_mask, estimate, **kwargs).last_hidden_state
 
-    def features(self, state, tau_s, tau_t=None, attention_mask=None, **kwargs):
+    def features(self, state, tau_s, tau_t=None, attention_mask=None, estimate=None, **kwargs):
         kwargs["return_dict"] = True
         flow_state, correction_state = state.chunk(2, dim=-1)
-        flow = self.flow.features(flow_state, tau_s, None, attention_mask, **kwargs)
+        flow = self.flow.features(flow_state, tau_s, None, attention_mask, estimate, **kwargs)  # refuses an estimate
         correction = self.correction.features(correction_state, tau_s, tau_t, attention_mask, **kwargs)
 
         def both(first: torch.Tensor | None, second: torch.Tensor | None, dim: int = -1) -> torch.Tensor | None:
@@ -420,6 +430,7 @@ def load_network(model: FMLMModel, weights: dict[str, torch.Tensor], config_over
             f"The model to start from has adapters or quantized weights, such as {changed[0]}: merge its adapters first "
             "(`merge_and_unload` of the `PeftModel`), or load it without quantization."
         )
+    weights = {name: value for name, value in weights.items() if not name.startswith("self_conditioning.")}
     expected = {name: value.shape for name, value in model.state_dict().items() if not name.startswith(new)}
     if expected != {name: value.shape for name, value in weights.items()}:
         raise ValueError(f"`config_overrides` must leave all sizes as they are, got {config_overrides}.")
@@ -460,7 +471,7 @@ def flow_map_config(config_class: type[FMLMConfig], teacher: FLMModel, overrides
     """Returns the configuration of a flow map with the sizes, tokens and attention implementation of its teacher."""
     if unknown := sorted(overrides.keys() - config_class().to_dict().keys()):
         raise ValueError(f"{config_class.__name__} has no field {', '.join(unknown)}.")
-    config = config_class(**{**flm_settings(teacher.config), **overrides})
+    config = config_class(**{**flm_settings(teacher.config), "self_conditioning": False, **overrides})
     config._attn_implementation = teacher.config._attn_implementation
     return config
 

@@ -127,8 +127,17 @@ class FlowTimes:
     groups: dict[str, list[int]] = field(default_factory=dict)
 
 
+@dataclass
 class UniformTimes:
-    """Time sampler of [`FLMTrainer`]: one time per example, uniform in the reparameterized time."""
+    """
+    Time sampler of [`FLMTrainer`]: one time per example, uniform in the reparameterized time. With self-conditioning, every other
+    example of the global batch is in the group `"self_conditioned"`, which reads an estimate of the text.
+
+    Args:
+        self_conditioning (`bool`, *optional*, defaults to `False`): As for [`FLMConfig`].
+    """
+
+    self_conditioning: bool = False
 
     num_uniforms = 1  # per example
 
@@ -140,7 +149,8 @@ class UniformTimes:
             uniforms (`torch.FloatTensor` of shape `(batch_size, num_uniforms)`): Uniform random numbers.
             positions (`Sequence[int]`): Positions of the examples in the global batch.
         """
-        return FlowTimes(uniforms[:, 0])
+        rows = [row for row, position in enumerate(positions) if position % 2 == 1] if self.self_conditioning else []
+        return FlowTimes(uniforms[:, 0], groups={"self_conditioned": rows} if rows else {})
 
 
 @dataclass

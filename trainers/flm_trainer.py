@@ -32,6 +32,7 @@ from modeling_flm import FLMModel, FLMOutput
 from modeling_flm.hub.loading import load_checked
 from modeling_flm.joint_noise import JointNoise, noise_size
 from modeling_flm.posterior_flm import Posterior
+from modeling_flm.utils_flm import evaluating
 
 from .adapters import unwrap_model
 from .averaging import AveragedTrainer, EMACallback
@@ -49,6 +50,7 @@ from .data import DataCollatorForFLM, check_datasets, find_text_boundaries
 from .distributed import check_support, is_sharded, region_options, through_forward, without_mixed_precision
 from .flm_config import FLMTrainingArguments
 from .metrics import TokenMeans
+from .objectives import expected_embedding, posterior_of
 from .resuming import ResumableTrainer
 
 
@@ -113,7 +115,7 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
     """
 
     model_classes: tuple[type[PreTrainedModel], ...] = (FLMModel,)
-    groups: tuple[str, ...] = ()  # groups of examples with a logged loss each
+    groups: tuple[str, ...] = ("self_conditioned",)  # groups of examples with a logged loss each, where there are some
     teacher: PreTrainedModel | None = None  # frozen
 
     def __init__(
@@ -232,7 +234,7 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
     @property
     def time_sampler(self) -> UniformTimes | TimePairs:
         """The sampler of the times of examples, see [`make_flow_batch`]."""
-        return UniformTimes()
+        return UniformTimes(self.network.config.self_conditioning)
 
     def _positions(self, examples: dict[str, torch.Tensor], index: int, batch_size: int) -> range:
         """Returns the positions in the global batch of the examples in batch number `index` of this process."""
@@ -314,6 +316,22 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
         """
         return batch.labels, torch.ones_like(batch.tau_s)
 
+    @torch.no_grad()
+    def compute_estimate(self, batch: FlowBatch, state: torch.Tensor) -> torch.Tensor | None:
+        """
+        Returns the estimates of the text that a model with self-conditioning reads, of the shape of `state`: its own, at the same
+        states, in the group `"self_conditioned"`, and 0 elsewhere. `None` for other models.
+        """
+        rows, network = batch.groups.get("self_conditioned"), self.network
+        if not rows:
+            return None
+        rows = torch.tensor(rows).to(state.device, non_blocking=True)
+        part, own_state, estimate = batch.select(rows), state[rows], torch.zeros_like(state)
+        with evaluating(network):
+            posterior = posterior_of(network, own_state, part.tau_s, part.tau_s, part, self.accelerator.autocast)
+            estimate[rows] = expected_embedding(posterior, network, own_state)
+        return estimate
+
     def compute_divergence(
         self,
         target: torch.LongTensor | Posterior,
@@ -352,8 +370,9 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
             target, weights = self.compute_targets(batch, joint_noise)
         # 3. The model's noised state, and its backbone
         state = model.make_state(batch.input_ids, batch.tau_s, batch.noise, joint_noise)
+        estimate = self.compute_estimate(batch, state)
         with self.accelerator.autocast():
-            hidden_states = model.encode(state, batch.tau_s, batch.tau_t, batch.attention_mask)
+            hidden_states = model.encode(state, batch.tau_s, batch.tau_t, batch.attention_mask, estimate)
             # 4. The weight of each token: 0 if it is known, otherwise the target's, and in training a learned one
             mask = batch.mask.to(hidden_states.device, torch.float32)
             token_weights = mask * _per_token(weights)

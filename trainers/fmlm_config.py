@@ -104,6 +104,10 @@ class FMLMTrainingArguments(FLMTrainingArguments):
         self_distillation (`bool`, *optional*, defaults to `False`):
             Whether an [`FMLMModel`] learns without a teacher: from the data where `s = t`, and from itself elsewhere. On in the
             presets `"self_distillation"` and `"any_order"`.
+        teacher_iterations (`int`, *optional*, defaults to 1):
+            Forward passes of a teacher with `self_conditioning` for a target, each with the estimate of the text of the one before.
+            Three come close to the fixed point, which the flow map learns in a single pass. For the targets `"semigroup"` and
+            `"distribution_matching"`.
         auxiliary_updates (`int`, *optional*, defaults to 2):
             Updates of the auxiliary denoiser before each update of the model, for [`DistributionMatchingTrainer`].
         auxiliary_learning_rate (`float`, *optional*):
@@ -148,6 +152,9 @@ class FMLMTrainingArguments(FLMTrainingArguments):
     self_distillation: bool = field(
         default=False, metadata={"help": "Learn without a teacher, from the data and the flow map itself."}
     )
+    teacher_iterations: int = field(
+        default=1, metadata={"help": "Forward passes of a teacher with self-conditioning for a target."}
+    )
     auxiliary_updates: int = field(
         default=2,
         metadata={"help": "Distribution matching: updates of the auxiliary denoiser per update of the model."},
@@ -168,7 +175,10 @@ class FMLMTrainingArguments(FLMTrainingArguments):
         for name in ("diagonal_fraction", "boundary_probability", "masked_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
-        check_numbers(self, {"auxiliary_updates": 1, "auxiliary_learning_rate": 0, "num_start_times": 1})
+        least = dict.fromkeys(("teacher_iterations", "auxiliary_updates", "num_start_times"), 1)
+        check_numbers(self, {**least, "auxiliary_learning_rate": 0})
+        if self.teacher_iterations > 1 and self.target not in ("semigroup", "distribution_matching"):
+            raise ValueError(f"`teacher_iterations` has no effect with `target={self.target!r}`: leave it out.")
         if self.num_start_times == 1 and self.target == "distribution_matching" and self.boundary_probability < 1:
             raise ValueError("`num_start_times=1` starts from noise only: it needs `boundary_probability=1`.")
         if self.target == "eulerian":

@@ -124,6 +124,8 @@ class FMLMTrainer(FLMTrainer):
             raise ValueError(
                 f"`teacher` has {teacher.config.vocab_size} tokens, but the model has {model.config.vocab_size}."
             )
+        if args.teacher_iterations > 1 and (teacher is None or not teacher.takes_estimate):
+            raise ValueError("`teacher_iterations` needs a `teacher` with `self_conditioning`: leave it out.")
         is_taught = teacher is not None or masked_teacher is not None or args.self_distillation
         if not is_taught and not isinstance(network, FMLMTwoNetworkModel):  # a two-network model contains its own flow
             raise ValueError(
@@ -205,7 +207,8 @@ class FMLMTrainer(FLMTrainer):
                 elif group == "diagonal" and teacher is None:
                     target = Posterior.of_tokens(part.labels, self.network.config.vocab_size, chunks)
                 elif group == "diagonal":
-                    target = posterior_of(flow, seen_state, part.tau_s, part.tau_s, part, autocast, time_map)
+                    times, options = (part.tau_s, part.tau_s), {"num_iterations": args.teacher_iterations}
+                    target = posterior_of(flow, seen_state, *times, part, autocast, time_map, **options)
                 # 4. Where they differ: an identity of the exact flow map, or the teacher's flow map
                 elif args.target == "semigroup":
                     target = semigroup_target(network, own_state, part, autocast)

@@ -199,10 +199,9 @@ class DistributionMatchingTrainer(FMLMTrainer):
             texts = network.posterior_of_features(hidden_states.detach(), *times).within(autocast)
             # 2. The texts noised again, and what the data's denoiser and the texts' own say about them
             state = self._noise_again(texts, batch)
-            data, own = (
-                posterior_of(denoiser, state, batch.tau_u, batch.tau_u, batch, autocast)
-                for denoiser in (teacher, self.auxiliary)
-            )
+            inputs = (state, batch.tau_u, batch.tau_u, batch, autocast)
+            data = posterior_of(teacher, *inputs, num_iterations=self.args.teacher_iterations)
+            own = posterior_of(self.auxiliary, *inputs)
             # 3. The weight of each text
             (distances,) = texts.combine(data, lambda p, d, chunk: p - d).read(lambda d, chunk: d.abs().sum(dim=-1))
             weights = mask.sum(dim=1) / (mask * distances).sum(dim=1).clamp(min=1e-3)

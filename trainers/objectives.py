@@ -39,6 +39,7 @@ def posterior_of(
     autocast: Autocast,
     time_map: TimeMap | None = None,
     logits_processor: LogitsProcessorList | None = None,
+    num_iterations: int = 1,
 ) -> Posterior:
     r"""
     Returns the two-time denoiser \\(\delta_{s,t}(x)\\) of a network.
@@ -53,11 +54,18 @@ def posterior_of(
         time_map ([`ReparameterizedTime`] or [`IdentityTime`], *optional*):
             The reparameterization of `tau_s` and `tau_t`. By default the network's own.
         logits_processor ([`~transformers.LogitsProcessorList`], *optional*): Changes the logits.
+        num_iterations (`int`, *optional*, defaults to 1):
+            Forward passes of a network with self-conditioning, each with the estimate of the one before.
     """
     if time_map is not None:
         tau_s, tau_t = (translate_tau(tau, time_map, network.time_map) for tau in (tau_s, tau_t))
     with autocast():
-        return network.posterior(state, tau_s, tau_t, batch.attention_mask, logits_processor).within(autocast)
+        inputs = (state, tau_s, tau_t, batch.attention_mask, logits_processor)
+        posterior = network.posterior(*inputs).within(autocast)
+        for _ in range(num_iterations - 1):
+            estimate = expected_embedding(posterior, network, state)
+            posterior = network.posterior(*inputs, estimate).within(autocast)
+        return posterior
 
 
 def masked_posterior(network: PreTrainedModel, batch: FlowBatch, autocast: Autocast) -> Posterior:
