@@ -32,7 +32,7 @@ class ExactFlowMap(FMLMModel):
     def predict(self, hidden_states, tau_s, tau_t=None, logits_processor=None):
         return hidden_states
 
-    def encode(self, state, tau_s, tau_t=None, attention_mask=None):
+    def encode(self, state, tau_s, tau_t=None, attention_mask=None, estimate=None):
         s, t = self.time_map.tau_to_t(tau_s), self.time_map.tau_to_t(tau_t)
         if torch.equal(s, t):
             return self.denoiser(state, s).to(state.dtype)
@@ -61,7 +61,7 @@ class ExactFlowMap(FMLMModel):
 class ExactFlow(ExactFlowMap):
     """The denoiser of these texts, as an FLM."""
 
-    def encode(self, state, tau_s, tau_t=None, attention_mask=None):
+    def encode(self, state, tau_s, tau_t=None, attention_mask=None, estimate=None):
         return self.denoiser(state, self.time_map.tau_to_t(tau_s)).to(state.dtype)
 
 

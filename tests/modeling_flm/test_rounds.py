@@ -17,7 +17,7 @@ from modeling_flm.tokenization_flm import train_tokenizer
 class CertainFlowMap(ExactFlowMap):
     """The exact flow map, whose estimate of the whole way is a text, and no nearly so."""
 
-    def encode(self, state, tau_s, tau_t=None, attention_mask=None):
+    def encode(self, state, tau_s, tau_t=None, attention_mask=None, estimate=None):
         delta = super().encode(state, tau_s, tau_t, attention_mask)
         arrives = tau_t == 1
         arrives = arrives[:, None, None] if arrives.dim() == 1 else arrives[..., None]

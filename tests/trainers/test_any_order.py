@@ -110,7 +110,7 @@ class TestMasked:
 
             config_class = FMLMConfig
 
-            def encode(self, state, tau_s, tau_t=None, attention_mask=None):
+            def encode(self, state, tau_s, tau_t=None, attention_mask=None, estimate=None):
                 is_mask = state[..., 2:3] == 1
                 x, times = state[..., :2].masked_fill(is_mask, 0.0), torch.where(is_mask[..., 0], 0.0, 1.0)
                 exact = ExactFlow(texts, weights)
