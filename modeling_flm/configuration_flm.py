@@ -78,9 +78,9 @@ class FLMConfig(PreTrainedConfig):
             Reparameterized time \\(\tau\\), which is drawn uniformly and on which the network is conditioned: `"argmax"`, from the
             probability that the largest entry of a noised one-hot token is the right one, or `None`, \\(\tau = t\\), as in FMLM+.
         self_conditioning (`bool`, *optional*, defaults to `False`):
-            Whether the network also reads an estimate of the text: in training its own, for half of the examples, and in
-            generation the estimate of the step before. FLMs generate better with it, and training costs half as much again. Flow
-            maps have none: distilled with `teacher_iterations`, they learn what it brings in a single pass.
+            Whether the network also reads an estimate of the text: in training its own, for half of the examples, which takes
+            another forward pass for these, and in generation the estimate of the step before. A flow map has none: distilled with
+            `teacher_iterations`, it learns from the result of several passes of its teacher.
         rope_parameters (`dict`, *optional*):
             Parameters of the rotary position embedding. By default `{"rope_type": "default", "rope_theta": 10000.0}`.
         bos_token_id (`int`, *optional*):
