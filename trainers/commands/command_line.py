@@ -149,6 +149,12 @@ class ScriptParser(HfArgumentParser):
         if not isinstance(settings, dict | None):
             self.error(f"{path} must have settings such as `max_steps: 1000`, got {settings!r:.80}")
         settings = settings or {}
+        names = {}
+        for name in settings:  # a flag may have several
+            flag = self._option_string_actions.get(f"--{name}", name)
+            if flag in names:
+                self.error(f"{path}: {names[flag]} and {name} are the same setting; leave one out.")
+            names[flag] = name
         for (name, value), content in zip(settings.items(), (typed or {}).values(), strict=True):
             if value == _EMPTY:
                 self.error(f"{path}: {name} has no value; leave out the line, or write `{name}: null` for none.")

@@ -42,6 +42,7 @@ from modeling_flm.hub.loading import load_checked
 from modeling_flm.hub.records import to_json
 from modeling_flm.pipeline_flm import encode_texts
 
+from ..data.loading import is_text_file
 from ..evaluation import (
     CausalSource,
     FlowSource,
@@ -344,8 +345,9 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     output, source, settings, tokenizer = Path(args.output_dir), None, [], None
     with friendly_errors(EvaluationArguments):  # mistakes show before anything is generated or saved
-        if args.model is not None:
-            check_model("model", args.model)
+        for name in ("model", "guidance_model", "tokenizer", "scorer", "mauve_model"):
+            if getattr(args, name) is not None:
+                check_model(name, getattr(args, name))
         if (output / "results.json").exists():
             raise ValueError(f"`output_dir`: {output} has results already; name another directory.")
         check_arguments(args)
@@ -402,7 +404,10 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
             words = training_texts
             if args.words_file is not None:
                 with errors_about("words_file", OSError, ValueError):
-                    words = Path(args.words_file).read_text(encoding="utf-8-sig").splitlines()
+                    if is_text_file(args.words_file):
+                        words = load_lines(args.words_file)
+                    else:  # such as the dictionary of a system, without an ending
+                        words = Path(args.words_file).read_text(encoding="utf-8-sig").splitlines()
                 if not any(map(split_words, words)):
                     raise ValueError(f"`words_file`: {args.words_file} has no words.")
             check = None if args.check is None else load_check(args.check)

@@ -63,6 +63,8 @@ def test_yaml_with_a_merge_and_a_byte_order_mark(start, tmp_path):
     "text, message",
     [
         ("seed: 1\nmax_steps: 2\nseed: 3", "settings.yaml cannot be read: seed is there twice, in lines 1 and 3"),
+        ("max_steps: 2\nmax-steps: 3", "settings.yaml: max_steps and max-steps are the same setting; leave one out"),
+        ("model: a\nmodel_name_or_path: b", "settings.yaml: model and model_name_or_path are the same setting"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}", "a is there twice"),
         ("learning_rate:", "settings.yaml: learning_rate has no value; leave out the line, or write `learning_rate: null`"),
         ("seed:   # later", "settings.yaml: seed has no value"),

@@ -685,7 +685,14 @@ class TestSamplesFile:
                 ["--mauve_model", SCORER],
                 "--reference_file: --mauve_model compares at least 2",
             ),
-            (["a b", "c d"], ["a", "b"], ["--mauve_model", "NOWHERE"], "--mauve_model: .*nowhere"),
+            (["a b", "c d"], ["a", "b"], ["--mauve_model", "NOWHERE"], "--mauve_model: there is no folder .*nowhere"),
+            (["a b", "c d"], ["a", "b"], ["--tokenizer", "NOWHERE"], "--tokenizer: there is no folder .*nowhere"),
+            (
+                ["a b", "c d"],
+                ["a", "b"],
+                ["--words_file", "POINTER"],
+                "--words_file: .*pointer.txt is a pointer of Git LFS",
+            ),
             (["a b", "c d"], ["a", "b"], ["--mauve_model", "FOLDER"], "--mauve_model: "),
             (
                 ["a b", "C d"],
@@ -701,6 +708,8 @@ class TestSamplesFile:
         self, texts, references, flags, message, folder, tmp_path, monkeypatch
     ):
         files = {"MARKS": tmp_path / "marks.txt", "FOLDER": folder, "NOWHERE": tmp_path / "nowhere"}
+        files["POINTER"] = tmp_path / "pointer.txt"
+        files["POINTER"].write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12\n")
         files["LETTERS"] = tmp_path / "letters"
         train_tokenizer([], "text8", 27).save_pretrained(files["LETTERS"])
         for name, lines in (("samples", texts), ("reference", references), ("marks", ["...", "!"])):
@@ -717,7 +726,7 @@ class TestSamplesFile:
                 "--scorer",
                 SCORER,
             )
-        assert scored == [["a text"]] and not (tmp_path / "out").exists()
+        assert all(texts == ["a text"] for texts in scored) and not (tmp_path / "out").exists()
 
     def test_one_sample_has_no_mauve(self, folder, tmp_path):
         (tmp_path / "reference.txt").write_text("a b\nc d")
