@@ -31,6 +31,7 @@ from .training import (
     check_chosen,
     check_output_dir,
     check_prompts,
+    check_reports,
     load_datasets,
     load_model,
     load_pretrained,
@@ -95,6 +96,7 @@ def make_parser() -> ScriptParser:
 def distill(arguments: DistillationArguments, data_args: DataArguments, training_args: FMLMTrainingArguments):
     with friendly_errors(DistillationArguments, DataArguments, FMLMTrainingArguments):
         check_output_dir(training_args)
+        check_reports(training_args)
         check_prompts(data_args, training_args)
         set_seed(training_args.seed)
         options = {

@@ -47,6 +47,7 @@ from .training import (
     check_chosen,
     check_output_dir,
     check_prompts,
+    check_reports,
     load_datasets,
     load_model,
     load_pretrained,
@@ -278,6 +279,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: F
     with friendly_errors(ModelArguments, DataArguments, FMLMTrainingArguments):
         check_arguments(model_args, training_args)
         check_output_dir(training_args)
+        check_reports(training_args)
         check_prompts(data_args, training_args)
         set_seed(training_args.seed)
         dataset, tokenizer = load_data(model_args, data_args, training_args)

@@ -19,6 +19,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import cached_file, logging
 
 from modeling_flm.configuration_flm import FLOW_MODEL_TYPES
@@ -170,22 +171,24 @@ def check_output_dir(args: TrainingArguments):
         )
 
 
+def check_reports(args: TrainingArguments):
+    """Raises a `ValueError` for an unknown tracker in `report_to`, and for one whose package is missing."""
+    with errors_about("report_to", ValueError, RuntimeError, ImportError):
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+
+
 def load_datasets(arguments: DataArguments) -> dict:
     """Loads the texts that the arguments name, by split."""
-    dataset = load_texts(
-        dataset_name=arguments.dataset_name,
-        dataset_config_name=arguments.dataset_config_name,
-        train_file=arguments.train_file,
-        validation_file=arguments.validation_file,
-        validation_percentage=arguments.validation_split_percentage,
-        streaming=arguments.streaming,
-        sample_by=arguments.sample_by,
-        dataset_revision=arguments.dataset_revision,
-        train_split=arguments.train_split,
-        validation_split=arguments.validation_split,
-        text_column=arguments.text_column,
-        prompt_column=arguments.prompt_column,
+    names = (
+        "dataset_name dataset_config_name train_file validation_file streaming sample_by dataset_revision train_split"
     )
+    names += " validation_split text_column prompt_column"
+    options = {name: getattr(arguments, name) for name in names.split()}
+    try:
+        dataset = load_texts(**options, validation_percentage=arguments.validation_split_percentage)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`validation_percentage`", "`validation_split_percentage`")) from error
     for split, limit in (("train", arguments.max_train_samples), ("validation", arguments.max_eval_samples)):
         if limit is not None and split in dataset:
             dataset[split] = dataset[split].take(limit)  # the one method that streams and tables share
@@ -278,6 +281,11 @@ def pack_datasets(
         make = pack_dataset
         options |= {"block_size": block_size, "preprocessing": arguments.preprocessing}
         options["boundaries"] = tokenizer.eos_token_id is not None
+    if training_args.eval_strategy != "no" and "validation" not in dataset:
+        raise ValueError(
+            "`eval_strategy` needs validation texts: pass `validation_file`, or `validation_split_percentage` above 0 without "
+            "`streaming`."
+        )
     if arguments.streaming and training_args.max_steps <= 0 and should_train(training_args):
         raise ValueError("`max_steps` is missing: the length of a stream is unknown.")
     packed = {}

@@ -96,6 +96,8 @@ def load_texts(
         raise ValueError("No texts to load: pass `dataset_name` or `train_file`.")
     if dataset_name is not None and train_file is not None:
         raise ValueError("Pass either `dataset_name` or `train_file`, and not both.")
+    if not 0 <= validation_percentage < 100:
+        raise ValueError(f"`validation_percentage` must be at least 0 and below 100, got {validation_percentage}.")
     if dataset_revision is not None and (dataset_name is None or Path(dataset_name).is_dir()):
         # A local copy of a dataset takes the place of a recipe's, with the recipe's revision.
         logger.warning(f"`dataset_revision` is ignored: {dataset_name or train_file} is local, not on the Hub.")
@@ -129,7 +131,13 @@ def load_texts(
                 "pass a validation file or split, or separate texts, such as one per line."
             )
         else:
-            parts = splits["train"].train_test_split(test_size=validation_percentage / 100, seed=0)
+            try:
+                parts = splits["train"].train_test_split(test_size=validation_percentage / 100, seed=0)
+            except ValueError as error:
+                raise ValueError(
+                    f"`validation_percentage`: {validation_percentage} % of {len(splits['train'])} texts leave none to train on: pass "
+                    "less."
+                ) from error
             splits["train"], splits["validation"] = parts["train"], parts["test"]
     return type(dataset)(splits)
 

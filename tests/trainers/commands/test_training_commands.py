@@ -230,6 +230,15 @@ class TestTrainingScripts:
             ({"config_overrides": "hiden_size=3"}, "FLMConfig has no hiden_size"),
             ({"train_file": None}, "pass --dataset_name or --train_file"),
             ({"block_size": 5000}, "too few tokens for a single block"),
+            (
+                {"validation_split_percentage": 99, "train_split": "train[:20]"},
+                "--validation_split_percentage: 99 % of",
+            ),
+            (
+                {"eval_strategy": "epoch", "validation_split_percentage": 0},
+                "--eval_strategy needs validation texts: pass --validation_file",
+            ),
+            ({"report_to": "no_such"}, "--report_to: no_such is not supported"),
             ({"config_overrides": "hidden_size=10,num_attention_heads=4"}, "error: .*`hidden_size` .10. must be"),
             (
                 {"config_overrides": "attn_logit_softcapping=null", "attn_implementation": "flash_attention_2"},
