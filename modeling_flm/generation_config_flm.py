@@ -32,6 +32,7 @@ from .sampling_flm import (
     PosteriorRefinement,
     SamplerConfig,
     StochasticFlowMapSamplerConfig,
+    StoppingRule,
     load_sampler_config,
 )
 from .utils_flm import as_python
@@ -149,6 +150,11 @@ class FLMGenerationConfig(GenerationConfig):
         num_fixed_point_iterations (`int`, *optional*, defaults to 1):
             Number of forward passes at each step, for a model with `config.self_conditioning`: each reads the estimate of the
             text of the one before.
+        stability_threshold (`int`, *optional*):
+            Ends the steps of a text whose tokens have stayed the same for this number of steps, and returns these tokens.
+        confidence_threshold (`float`, *optional*):
+            Ends the steps of a text once the mean entropy of its unknown tokens, in nats, is below this threshold. With a
+            `stability_threshold` as well, both must hold.
         num_rounds (`int`, *optional*):
             Number of refinement rounds (posterior refinement). Each round regenerates all unknown tokens from noise, then
             commits some of them. Works best for models with `config.per_token_timesteps`.
@@ -200,6 +206,8 @@ class FLMGenerationConfig(GenerationConfig):
         self.gamma: float | None = kwargs.pop("gamma", None)
         self.sampler_config: SamplerConfig | None = kwargs.pop("sampler_config", None)
         self.num_fixed_point_iterations: int | None = kwargs.pop("num_fixed_point_iterations", None)
+        self.stability_threshold: int | None = kwargs.pop("stability_threshold", None)
+        self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
         self.num_rounds: int | None = kwargs.pop("num_rounds", None)
         self.commit_threshold: float | None = kwargs.pop("commit_threshold", None)
         self.commit_budget: int | str | None = kwargs.pop("commit_budget", None)
@@ -256,7 +264,7 @@ class FLMGenerationConfig(GenerationConfig):
     def validate(self, **kwargs):
         """Raises a `ValueError` that names the parameter with an invalid value."""
         counts = ("num_samples", "num_steps", "length", "batch_size", "top_k", "num_rounds", "block_length")
-        for name in (*counts, "num_fixed_point_iterations"):
+        for name in (*counts, "num_fixed_point_iterations", "stability_threshold"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
@@ -276,6 +284,10 @@ class FLMGenerationConfig(GenerationConfig):
             StochasticFlowMapSamplerConfig(self.gamma)
         if self.sampler_config is not None:
             self.sampler_config = load_sampler_config(self.sampler_config)
+        if self.confidence_threshold is not None and not (
+            isinstance(self.confidence_threshold, (int, float)) and 0 < self.confidence_threshold < math.inf
+        ):
+            raise ValueError(f"`confidence_threshold` must be a number above 0, got {self.confidence_threshold!r}.")
         for name in ("guidance_scale", "reward_scale"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
@@ -328,8 +340,10 @@ class FLMGenerationOutput(ModelOutput):
             The most likely or drawn tokens after every step, or with `num_rounds` or `block_length` after every round or
             block. The last draft is the sample before `pad_after_eos`.
         num_forward_passes (`torch.LongTensor` of shape `(num_samples,)`):
-            Number of forward passes for each sample: one per step, or two with a reward, or `num_fixed_point_iterations`. Rounds and blocks with nothing to
-            generate do not count.
+            Number of forward passes for each sample: one per step, or `num_fixed_point_iterations`, and one more with a reward.
+            Steps after a text is settled, and rounds and blocks with nothing to generate, do not count.
+        tokens_per_forward (`torch.FloatTensor` of shape `(num_samples,)`):
+            Number of generated tokens per forward pass for each sample, without padding after its end; 0 without forward passes.
         commit_rounds (`torch.LongTensor` of shape `(num_samples, length)`, *optional*, returned with `num_rounds` or `block_length`):
             The round or block, from 1, that committed each token; 0 for tokens of the prompt.
     """
@@ -337,6 +351,7 @@ class FLMGenerationOutput(ModelOutput):
     sequences: torch.LongTensor | None = None
     drafts: torch.LongTensor | None = None
     num_forward_passes: torch.LongTensor | None = None
+    tokens_per_forward: torch.FloatTensor | None = None
     commit_rounds: torch.LongTensor | None = None
 
 
@@ -535,6 +550,27 @@ def build_commit_rule(config: FLMGenerationConfig) -> CommitRule:
     if config.block_length is not None:
         return BlockByBlock(config.block_length, config.length, config.fresh_noise)
     return CommitRule()
+
+
+def build_stopping_rule(
+    config: FLMGenerationConfig, rule: CommitRule, compile_config: CompileConfig | None
+) -> StoppingRule | None:
+    """
+    Returns the rule for ending the steps of a text that a resolved configuration selects, if any. Raises a `ValueError` for a bad
+    combination.
+    """
+    thresholds = {name: getattr(config, name) for name in ("stability_threshold", "confidence_threshold")}
+    if all(value is None for value in thresholds.values()):
+        return None
+    names = [f"`{name}`" for name, value in thresholds.items() if value is not None]
+    if rule.num_rounds is not None:
+        raise ValueError(f"{' and '.join(names)} cannot be combined with rounds or blocks: leave one of them out.")
+    if compile_config is not None:
+        raise ValueError(
+            f"{' and '.join(names)} cannot be combined with `compile_config`, whose steps have a batch of constant size: leave one of "
+            "them out."
+        )
+    return StoppingRule(**thresholds)
 
 
 def build_logits_processor(

@@ -21,6 +21,7 @@ from .generation_config_flm import (
     as_flm_generation_config,
     build_commit_rule,
     build_logits_processor,
+    build_stopping_rule,
     check_types,
     load_generation_config,
     resolve_generation_config,
@@ -29,9 +30,9 @@ from .generation_config_flm import (
 )
 from .guidance_flm import Autoguidance, Reward, add_guidance, check_reward, steer_by_reward
 from .known_tokens_flm import KnownTokens, Prompts, is_after_eos, pad_after_eos
-from .posterior_flm import first_probability, probability_of
+from .posterior_flm import entropy, first_probability, mean_embedding, probability_of
 from .randomness_flm import NoiseSource, Randomness, check_state, get_noise_factor
-from .sampling_flm import CommitRule, Sampler
+from .sampling_flm import CommitRule, Sampler, StoppingRule
 from .utils_flm import in_evaluation_mode, progress, raise_recompile_limit
 
 
@@ -66,6 +67,7 @@ class _Call:
     config: FLMGenerationConfig
     sampler: Sampler
     rule: CommitRule
+    stopping: StoppingRule | None
     model: PreTrainedModel | Autoguidance
     embedding: torch.Tensor
     factor: torch.Tensor | None  # of the noise; `None` if it is not needed
@@ -95,6 +97,7 @@ class _StepOutput(NamedTuple):
     estimate: torch.Tensor | None  # of the text, for self-conditioning
     tokens: torch.LongTensor | None
     probabilities: torch.Tensor | None
+    entropies: torch.Tensor | None = None  # if there is a stopping rule
 
 
 class _Samples(NamedTuple):
@@ -103,6 +106,37 @@ class _Samples(NamedTuple):
     tokens: torch.LongTensor
     probabilities: torch.Tensor
     drafts: torch.LongTensor | None
+    num_steps: torch.LongTensor  # of each text
+
+
+class _SettlingTexts:
+    """
+    Tokens of all texts of a batch, while fewer and fewer are generated on.
+
+    Args:
+        rule ([`StoppingRule`]): When a text is settled.
+        tokens (`torch.LongTensor` of shape `(batch_size, length)`): Where to keep the tokens.
+    """
+
+    def __init__(self, rule: StoppingRule, tokens: torch.LongTensor):
+        self.rule, self.tokens = rule, torch.full_like(tokens, -1)
+        self.num_steps = torch.zeros_like(tokens[:, 0])
+        self.rows = torch.arange(len(tokens), device=tokens.device)  # the texts that are generated on
+        self.num_same = torch.zeros_like(self.rows)
+
+    def update(
+        self, tokens: torch.LongTensor, entropies: torch.Tensor | None, is_open: torch.BoolTensor
+    ) -> torch.LongTensor:
+        """Takes the tokens of a step, and returns which of these texts to go on with: none after the last step, without entropies."""
+        is_same = (tokens == self.tokens[self.rows]).all(dim=1)
+        self.num_same = torch.where(is_same, self.num_same + 1, 0)
+        self.tokens[self.rows] = tokens
+        self.num_steps[self.rows] += 1
+        if entropies is None:
+            return self.rows[:0]
+        (rest,) = (~self.rule.is_settled(self.num_same, entropies, is_open)).nonzero(as_tuple=True)
+        self.rows, self.num_same = self.rows[rest], self.num_same[rest]
+        return rest
 
 
 class FLMGenerationMixin:
@@ -273,6 +307,7 @@ class FLMGenerationMixin:
             config=config,
             sampler=sampler,
             rule=rule,
+            stopping=build_stopping_rule(config, rule, compile_config),
             model=model,
             embedding=embedding,
             factor=get_noise_factor(self, embedding, model.state_sizes) if needs_factor else None,
@@ -315,8 +350,12 @@ class FLMGenerationMixin:
         output = FLMGenerationOutput(
             **{name: torch.cat([batch[name] for batch in batches]) for name in batches[0].keys()}
         )
+        generated = known.is_open
         if config.pad_after_eos:
+            generated = generated & ~is_after_eos(output.sequences, generated, config)
             output.sequences = pad_after_eos(output.sequences, known, config)
+        passes = output.num_forward_passes.to(generated.device)
+        output.tokens_per_forward = generated.sum(dim=1) / passes.clamp(min=1) * (passes > 0)
         if call.stream is not None:
             call.stream.end(output.sequences)
         return output if config.return_dict_in_generate else output.sequences
@@ -337,11 +376,10 @@ class FLMGenerationMixin:
             [`FLMGenerationOutput`]: of the batch, before `pad_after_eos`.
         """
         config, rule, prompt = call.config, call.rule, known
-        cost = config.num_steps * (config.num_fixed_point_iterations + (call.reward is not None))
+        cost = config.num_fixed_point_iterations + (call.reward is not None)  # of a step
         if rule.num_rounds is None:
             samples = self._run_steps(call, state, known, random)
-            num_passes = torch.full((len(state),), cost, device=state.device)
-            return FLMGenerationOutput(samples.tokens, samples.drafts, num_passes)
+            return FLMGenerationOutput(samples.tokens, samples.drafts, cost * samples.num_steps)
 
         # Streamers, callbacks and drafts get whole rounds, which include finished sequences
         inner = replace(call, output_drafts=False, stream=None, callback=None)
@@ -361,7 +399,7 @@ class FLMGenerationMixin:
                 samples = self._run_steps(inner, state[rows], known[rows], row_random)
                 rows = rows[:count]
                 tokens[rows] = samples.tokens[:count]
-                num_passes[rows] += cost
+                num_passes[rows] += cost * config.num_steps
                 # b. Commit some of them
                 committed = torch.zeros_like(is_open)
                 committed[rows] = rule.commit(round, samples.probabilities[:count], is_open[rows])
@@ -379,7 +417,7 @@ class FLMGenerationMixin:
             if call.callback is not None:
                 call.callback(round + 1, rule.num_rounds, tokens.clone())
         drafts = torch.stack(drafts, dim=1) if call.output_drafts else None
-        return FLMGenerationOutput(known.tokens, drafts, num_passes, commit_rounds)
+        return FLMGenerationOutput(known.tokens, drafts, num_passes, commit_rounds=commit_rounds)
 
     def _run_steps(self, call: _Call, state: torch.Tensor, known: KnownTokens, random: Randomness) -> _Samples:
         """
@@ -405,6 +443,8 @@ class FLMGenerationMixin:
         # 1. Known tokens have the time 1 and a clean state
         state = known.start(state, embedding)
         estimate = torch.zeros_like(state) if call.model.takes_estimate else None
+        texts = None if call.stopping is None else _SettlingTexts(call.stopping, known.tokens)
+        num_steps = torch.full_like(known.tokens[:, 0], config.num_steps)
         drafts = []
         for step in progress(config.num_steps, "step"):
             is_last = step == config.num_steps - 1
@@ -431,21 +471,34 @@ class FLMGenerationMixin:
                 uniforms,
                 noise,
                 is_last=is_last,
-                with_tokens=wants_drafts,
+                with_tokens=wants_drafts or texts is not None,
                 with_probabilities=call.rule.reads_probabilities,
+                with_entropies=texts is not None,
             )
             if compile_config is not None:  # CUDA graphs reuse their output memory
                 output = _StepOutput(*(None if x is None else x.clone() for x in output))
-            state, estimate, tokens, probabilities = output
+            state, estimate, tokens, probabilities, entropies = output
             tokens = None if tokens is None else known.complete(tokens)
+            if is_last or texts is not None:
+                values = probabilities if is_last else entropies
+                call.finite.append((torch.isfinite(values) | ~known.is_open).all())
+            if texts is not None:
+                rest = texts.update(tokens, entropies, known.is_open)
+                tokens, num_steps = texts.tokens.clone(), texts.num_steps
             if shows_drafts and not is_last:
                 call.stream.show(tokens)
             if call.output_drafts:
                 drafts.append(tokens)
             if call.callback is not None:
                 call.callback(step + 1, config.num_steps, tokens)
-        call.finite.append((torch.isfinite(probabilities) | ~known.is_open).all())
-        return _Samples(tokens, probabilities, torch.stack(drafts, dim=1) if drafts else None)
+            if texts is not None and len(rest) < len(known.tokens):
+                if len(rest) == 0:
+                    break
+                state, known, random = state[rest], known[rest], random[rest.tolist()]
+                estimate = None if estimate is None else estimate[rest]
+        if call.output_drafts:  # as many as steps
+            drafts += [tokens] * (config.num_steps - len(drafts))
+        return _Samples(tokens, probabilities, torch.stack(drafts, dim=1) if drafts else None, num_steps)
 
     @staticmethod
     def _step(
@@ -463,6 +516,7 @@ class FLMGenerationMixin:
         is_last: bool,
         with_tokens: bool,
         with_probabilities: bool,
+        with_entropies: bool,
     ) -> _StepOutput:
         """
         Runs steps 3 to 6 of the docstring of `generate`, as one graph if compiled.
@@ -484,6 +538,7 @@ class FLMGenerationMixin:
             with_probabilities (`bool`):
                 Whether the last step returns the probabilities of the tokens. Otherwise it returns the probability of token
                 0, for a finiteness check.
+            with_entropies (`bool`): Whether the other steps return the entropies of the predictions.
         """
         # 3. The posterior of the clean tokens
         inputs = (state, times.tau_s, times.target_tau, attention_mask, logits_processor)
@@ -497,11 +552,15 @@ class FLMGenerationMixin:
             read_probabilities = probability_of(read_tokens) if with_probabilities else first_probability
             return _StepOutput(None, None, *posterior.read(read_tokens, read_probabilities))
         # 4. An estimate of the text
-        text, tokens = sampler.estimate(posterior, embedding, uniforms, with_tokens)
+        readers = [entropy] if with_entropies else []
+        if estimate is not None and sampler.draws_tokens:
+            readers.append(mean_embedding(embedding))
+        text, tokens, *readings = sampler.estimate(posterior, embedding, uniforms, with_tokens, *readers)
+        entropies = readings.pop(0) if with_entropies else None
         if estimate is not None:
-            estimate = posterior.mean(embedding) if sampler.draws_tokens else text
+            estimate = readings[0] if readings else text
         # 5. The state at the next time
-        return _StepOutput(sampler.move(state, text, times.s, times.t, noise), estimate, tokens, None)
+        return _StepOutput(sampler.move(state, text, times.s, times.t, noise), estimate, tokens, None, entropies)
 
     def _steer_by_reward(
         self,

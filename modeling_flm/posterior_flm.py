@@ -50,6 +50,11 @@ def most_likely(probabilities: torch.Tensor, chunk: slice) -> torch.LongTensor:
     return probabilities.argmax(dim=-1)
 
 
+def entropy(probabilities: torch.Tensor, chunk: slice) -> torch.Tensor:
+    """Reads the entropies of the distributions, in nats. Values below 0, as for [`drawn`], count as 0."""
+    return -torch.xlogy(probabilities, probabilities.clamp(min=0)).sum(dim=-1)
+
+
 def probability_of(read_tokens: Reader) -> Reader:
     """
     Reads the probability of the tokens that `read_tokens` selects.
@@ -135,7 +140,7 @@ class Posterior:
 
         Args:
             readers (`Callable[[torch.Tensor, slice], torch.Tensor]`):
-                [`most_likely`], [`first_probability`], the results of [`mean_embedding`], [`drawn`] and [`probability_of`], or
+                [`most_likely`], [`first_probability`], [`entropy`], the results of [`mean_embedding`], [`drawn`] and [`probability_of`], or
                 any other function of probabilities and their positions.
 
         Returns:

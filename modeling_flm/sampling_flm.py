@@ -108,8 +108,13 @@ class Sampler:
         return most_likely
 
     def estimate(
-        self, posterior: Posterior, embedding: torch.Tensor, uniforms: torch.Tensor | None, with_tokens: bool
-    ) -> tuple[torch.Tensor, torch.LongTensor | None]:
+        self,
+        posterior: Posterior,
+        embedding: torch.Tensor,
+        uniforms: torch.Tensor | None,
+        with_tokens: bool,
+        *readers: Reader,
+    ) -> tuple[torch.Tensor | None, ...]:
         """
         Estimates the clean text.
 
@@ -118,14 +123,17 @@ class Sampler:
             embedding (`torch.Tensor` of shape `(vocab_size, embedding_size)`): The embedding of the states.
             uniforms (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): Uniform variables to draw tokens.
             with_tokens (`bool`): Whether to return tokens as well.
+            readers (`Callable[[torch.Tensor, slice], torch.Tensor]`): What else to read from the posterior, see [`~Posterior.read`].
 
         Returns:
-            `tuple[torch.Tensor, torch.LongTensor]`: The state of the estimated text, of shape
-            `(batch_size, sequence_length, embedding_size)`, and tokens of shape `(batch_size, sequence_length)` or `None`.
+            `tuple[torch.Tensor, ...]`: The state of the estimated text, of shape
+            `(batch_size, sequence_length, embedding_size)`, tokens of shape `(batch_size, sequence_length)` or `None`, and what
+            `readers` read.
         """
-        tokens = [self.read_tokens(uniforms)] if with_tokens else []
-        mean, *tokens = posterior.read(mean_embedding(embedding), *tokens)
-        return mean, tokens[0] if with_tokens else None
+        if not with_tokens:
+            mean, *readings = posterior.read(mean_embedding(embedding), *readers)
+            return mean, None, *readings
+        return posterior.read(mean_embedding(embedding), self.read_tokens(uniforms), *readers)
 
     def move(
         self,
@@ -204,13 +212,47 @@ class BridgeSampler(Sampler):
     def read_tokens(self, uniforms):
         return drawn(uniforms)
 
-    def estimate(self, posterior, embedding, uniforms, with_tokens):
-        tokens = posterior.draw(uniforms)
-        return embedding[tokens], tokens
+    def estimate(self, posterior, embedding, uniforms, with_tokens, *readers):
+        tokens, *readings = posterior.read(drawn(uniforms), *readers)
+        return embedding[tokens], tokens, *readings
 
     def move(self, state, estimate, s, t, noise):
         a, b, c = (expand_times(factor, state) for factor in bridge_coefficients(s, t))
         return a * state + b * estimate + c * noise
+
+
+@dataclass
+class StoppingRule:
+    """
+    Ends the steps of a text that is settled before the last one, see `stability_threshold` and `confidence_threshold` of
+    [`FLMGenerationConfig`]. Each text is judged by itself.
+
+    Args:
+        stability_threshold (`int`, *optional*): Number of steps for which the tokens must have stayed the same.
+        confidence_threshold (`float`, *optional*): What the mean entropy of the unknown tokens must be below, in nats.
+    """
+
+    stability_threshold: int | None = None
+    confidence_threshold: float | None = None
+
+    def is_settled(
+        self, num_same: torch.LongTensor, entropies: torch.Tensor, is_open: torch.BoolTensor
+    ) -> torch.BoolTensor:
+        """
+        Mask of the texts that are settled.
+
+        Args:
+            num_same (`torch.LongTensor` of shape `(batch_size,)`): Number of steps for which the tokens have stayed the same.
+            entropies (`torch.Tensor` of shape `(batch_size, length)`): Entropies of the predictions.
+            is_open (`torch.BoolTensor` of shape `(batch_size, length)`): Mask of the unknown tokens.
+        """
+        settled = torch.ones_like(num_same, dtype=torch.bool)
+        if self.stability_threshold is not None:
+            settled &= num_same >= self.stability_threshold
+        if self.confidence_threshold is not None:
+            mean = (entropies * is_open).sum(dim=1) / is_open.sum(dim=1).clamp(min=1)
+            settled &= mean < self.confidence_threshold
+        return settled
 
 
 class CommitRule:
@@ -332,6 +374,7 @@ __all__ = [
     "PosteriorRefinement",
     "Sampler",
     "SamplerConfig",
+    "StoppingRule",
     "StochasticFlowMapSampler",
     "StochasticFlowMapSamplerConfig",
 ]
