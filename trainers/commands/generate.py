@@ -81,6 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top_k", type=int, help="sample only from the k most likely tokens (default: all)")
     add("--top_p", type=float, help="sample only from the most likely tokens with this total probability (default: 1)")
     add("--gamma", type=float, help="share of fresh noise at every step, from 0 to 1")
+    add("--num_fixed_point_iterations", type=int, help="forward passes at every step, for self-conditioning")
+    add("--stability_threshold", type=int, help="end a text whose tokens stay the same for this number of steps")
+    add("--confidence_threshold", type=float, help="end a text whose mean entropy per token is below this, in nats")
     add("--prompt", help="start of every text")
     add(
         "--prompts_file",
@@ -208,6 +211,7 @@ def generate(
 ) -> Iterator[list[dict[str, str | int | list[int]]]]:
     """Generates the texts with the indices of each batch, as rows. The texts of the first prompt have the first indices."""
     names = ("num_steps", "length", "temperature", "top_k", "top_p", "gamma", "guidance_scale", "pad_after_eos")
+    names += ("num_fixed_point_iterations", "stability_threshold", "confidence_threshold")
     names += ("num_rounds", "commit_threshold", "commit_budget", "block_length", "fresh_noise")
     parameters = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.sampler == "bridge":

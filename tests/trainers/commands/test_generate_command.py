@@ -341,6 +341,8 @@ class TestGenerate:
             ),
             (("--num_rounds", 3, "--commit_budget", "uniform"), {"num_rounds": 3}),
             (("--block_length", 5), {"block_length": 5}),
+            (("--stability_threshold", 1, "--num_steps", 9), {"stability_threshold": 1, "num_steps": 9}),
+            (("--confidence_threshold", 0.7, "--num_steps", 9), {"confidence_threshold": 0.7, "num_steps": 9}),
         ],
     )
     def test_num_rounds_and_block_length(self, flags, options, folder, capsys):
