@@ -345,8 +345,8 @@ class TestGenerate:
             (("--confidence_threshold", 0.7, "--num_steps", 9), {"confidence_threshold": 0.7, "num_steps": 9}),
         ],
     )
-    def test_num_rounds_and_block_length(self, flags, options, folder, capsys):
-        _, texts = self.expected(folder, num_samples=3, num_steps=2, **options)
+    def test_rounds_blocks_and_thresholds(self, flags, options, folder, capsys):
+        _, texts = self.expected(folder, num_samples=3, **{"num_steps": 2, **options})
         self.generate(folder, "--num_samples", 3, "--num_steps", 2, "--seed", 7, *flags)
         assert capsys.readouterr().out.splitlines() == texts
 
