@@ -171,7 +171,8 @@ class FLMGenerationConfig(GenerationConfig):
             Whether later rounds or blocks start from new noise, instead of the noise of the first one. Only new noise is
             independent of the tokens committed so far.
         guidance_scale (`float`, *optional*):
-            Strength of autoguidance: how far to extrapolate away from the `guidance_model`. 0 turns it off.
+            Strength of guidance: how far to extrapolate away from the `guidance_model`, or from the `negative_prompt_ids`. 0 turns
+            it off. (Other models of transformers count from 1: pass 1 less.)
         reward_scale (`float`, *optional*):
             Weight of the `reward`. With many steps and a small scale, texts become more likely by the factor
             `exp(reward_scale * reward)`; with few steps, by less. 0 turns it off.
@@ -340,7 +341,8 @@ class FLMGenerationOutput(ModelOutput):
             The most likely or drawn tokens after every step, or with `num_rounds` or `block_length` after every round or
             block. The last draft is the sample before `pad_after_eos`.
         num_forward_passes (`torch.LongTensor` of shape `(num_samples,)`):
-            Number of forward passes for each sample: one per step, or `num_fixed_point_iterations`, and one more with a reward.
+            Number of forward passes for each sample: one per step, or `num_fixed_point_iterations`, twice as many with
+            `negative_prompt_ids`, and one more per step with a reward.
             Steps after a text is settled, and rounds and blocks with nothing to generate, do not count.
         tokens_per_forward (`torch.FloatTensor` of shape `(num_samples,)`):
             Number of generated tokens per forward pass for each sample, without padding after its end; 0 without forward passes.

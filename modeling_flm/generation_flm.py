@@ -168,6 +168,7 @@ class FLMGenerationMixin:
         prior_state: torch.Tensor | None = None,
         noise_source: NoiseSource | None = None,
         guidance_model: PreTrainedModel | None = None,
+        negative_prompt_ids: torch.LongTensor | None = None,
         reward: Reward | None = None,
         streamer: BaseStreamer | None = None,
         callback: Callable[[int, int, torch.LongTensor], None] | None = None,
@@ -230,6 +231,10 @@ class FLMGenerationMixin:
             guidance_model ([`~transformers.PreTrainedModel`], *optional*):
                 A weaker version of the model to move away from (autoguidance), with strength `guidance_scale`: an earlier
                 checkpoint, a smaller model or another average of the weights, with the same vocabulary.
+            negative_prompt_ids (`torch.LongTensor` of the shape of `input_ids`, or of one row, *optional*):
+                Tokens in the place of the known ones, to move away from (classifier-free guidance), with strength
+                `guidance_scale`: another prompt, or padding tokens for none, which models trained with `prompt_dropout` know. Takes
+                two forward passes at each step.
             reward (`Callable[[torch.Tensor], torch.Tensor]`, *optional*):
                 A differentiable function to maximize, with weight `reward_scale`, from soft tokens of shape
                 `(batch_size, length, vocab_size)` to rewards of shape `(batch_size,)`, such as a [`ClassifierReward`]. At
@@ -271,7 +276,7 @@ class FLMGenerationMixin:
         ```
         """
         kwargs.pop("token_type_ids", None)  # made by BERT tokenizers
-        prompts = Prompts(input_ids, attention_mask, prompt_mask)
+        prompts = Prompts(input_ids, attention_mask, prompt_mask, negative_prompt_ids)
         check_types(generator, logits_processor, prior_state, noise_source, streamer, callback, compile_config)
         sizes = prompts.sizes()
         if prior_state is not None and prior_state.dim() == 3:
@@ -287,7 +292,7 @@ class FLMGenerationMixin:
         )
         if streamer is not None and config.num_samples != 1:
             raise ValueError(f"`streamer` needs a single sample: pass `num_samples=1`, got {config.num_samples}.")
-        model = add_guidance(self, guidance_model, config)
+        model = add_guidance(self, guidance_model, config, negative_prompt_ids is not None)
         if config.num_fixed_point_iterations > 1 and not model.takes_estimate:
             raise ValueError("`num_fixed_point_iterations` needs a model with `self_conditioning`: leave it out.")
         embedding = model.state_embedding.float()
@@ -376,7 +381,8 @@ class FLMGenerationMixin:
             [`FLMGenerationOutput`]: of the batch, before `pad_after_eos`.
         """
         config, rule, prompt = call.config, call.rule, known
-        cost = config.num_fixed_point_iterations + (call.reward is not None)  # of a step
+        # Of a step
+        cost = config.num_fixed_point_iterations * (1 if known.negative is None else 2) + (call.reward is not None)
         if rule.num_rounds is None:
             samples = self._run_steps(call, state, known, random)
             return FLMGenerationOutput(samples.tokens, samples.drafts, cost * samples.num_steps)

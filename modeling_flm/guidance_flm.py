@@ -22,15 +22,18 @@ class Autoguidance:
     the methods of a model that samplers use.
 
     A state is the concatenation of the states of both models for the same text, or a single state if their embeddings are
-    equal.
+    equal. In classifier-free guidance both models are the same, and their states differ at the prompt.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to guide.
         guidance_model ([`~transformers.PreTrainedModel`]): The weaker model, with the same vocabulary.
         scale (`float`): The strength of guidance, \\(\eta\\).
+        may_share_state (`bool`, *optional*, defaults to `True`): Whether models with equal embeddings have a single state.
     """
 
-    def __init__(self, model: PreTrainedModel, guidance_model: PreTrainedModel, scale: float):
+    def __init__(
+        self, model: PreTrainedModel, guidance_model: PreTrainedModel, scale: float, may_share_state: bool = True
+    ):
         self.model = model
         self.guidance_model = guidance_model
         self.scale = scale
@@ -38,7 +41,7 @@ class Autoguidance:
         other = guidance_model.state_embedding.float()
         self.guidance_device = other.device
         other = other.to(embedding.device)
-        self.shares_state = torch.equal(embedding, other)
+        self.shares_state = may_share_state and torch.equal(embedding, other)
         self.state_embedding = embedding if self.shares_state else torch.cat([embedding, other], dim=1)
         self.size = embedding.shape[1]
         self.state_sizes = model.state_sizes + ([] if self.shares_state else guidance_model.state_sizes)
@@ -72,12 +75,27 @@ class Autoguidance:
 
 
 def add_guidance(
-    model: PreTrainedModel, guidance_model: PreTrainedModel | None, config: FLMGenerationConfig
+    model: PreTrainedModel,
+    guidance_model: PreTrainedModel | None,
+    config: FLMGenerationConfig,
+    has_negative_prompt: bool = False,
 ) -> PreTrainedModel | Autoguidance:
-    """Returns the model with the guidance that a call asks for, if any. Raises a `ValueError` for a bad combination."""
+    """
+    Returns the model with the guidance that a call asks for, if any: away from a weaker model, or from another prompt. Raises a
+    `ValueError` for a bad combination.
+    """
+    if has_negative_prompt:
+        if guidance_model is not None:
+            raise ValueError("`negative_prompt_ids` and `guidance_model` are two kinds of guidance: pass one of them.")
+        if config.guidance_scale is None:
+            raise ValueError("`negative_prompt_ids` needs a `guidance_scale`, such as 1.0.")
+        # Also with a scale of 0, so that the noise is the same for every scale
+        return Autoguidance(model, model, config.guidance_scale, may_share_state=False)
     if guidance_model is None:
         if config.was_passed("guidance_scale") and config.guidance_scale:
-            raise ValueError(f"`guidance_scale={config.guidance_scale}` needs a `guidance_model`.")
+            raise ValueError(
+                f"`guidance_scale={config.guidance_scale}` needs a `guidance_model`, or `negative_prompt_ids` for guidance by the prompt."
+            )
         return model
     if config.guidance_scale is None:
         raise ValueError("`guidance_model` needs a `guidance_scale`, such as 1.0.")

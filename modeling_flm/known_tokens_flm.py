@@ -23,15 +23,18 @@ class KnownTokens:
         mask (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*): Mask of the known tokens. `None` if no token is known.
         attention_mask (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*):
             Mask of the real positions. `None` if nothing is padded.
+        negative (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
+            The tokens to guide away from, at known positions. The second half of a state has these.
     """
 
     tokens: torch.LongTensor
     mask: torch.BoolTensor | None = None
     attention_mask: torch.BoolTensor | None = None
+    negative: torch.LongTensor | None = None
 
     def __getitem__(self, rows: slice | torch.Tensor) -> "KnownTokens":
-        masks = (None if mask is None else mask[rows] for mask in (self.mask, self.attention_mask))
-        return KnownTokens(self.tokens[rows], *masks)
+        tensors = (self.tokens, self.mask, self.attention_mask, self.negative)
+        return KnownTokens(*(None if tensor is None else tensor[rows] for tensor in tensors))
 
     @property
     def is_fixed(self) -> torch.BoolTensor | None:
@@ -48,13 +51,18 @@ class KnownTokens:
     def commit(self, tokens: torch.LongTensor, where: torch.BoolTensor) -> "KnownTokens":
         """Returns the known tokens with `tokens` added where the mask `where` is set."""
         mask = where if self.mask is None else self.mask | where
-        return replace(self, tokens=torch.where(where, tokens, self.tokens), mask=mask)
+        negative = None if self.negative is None else torch.where(where, tokens, self.negative)
+        return replace(self, tokens=torch.where(where, tokens, self.tokens), mask=mask, negative=negative)
 
     def start(self, state: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """Replaces noise by the clean state at known tokens."""
         if self.mask is None:
             return state
         clean = embedding[self.tokens.masked_fill(~self.mask, 0)]
+        if self.negative is not None:
+            half = embedding.shape[1] // 2
+            negative = embedding[self.negative.masked_fill(~self.mask, 0)]
+            clean = torch.cat([clean[..., :half], negative[..., half:]], dim=-1)
         return torch.where(self.mask[..., None], clean, state)
 
     def complete(self, tokens: torch.LongTensor) -> torch.LongTensor:
@@ -75,7 +83,7 @@ class KnownTokens:
 @dataclass
 class Prompts:
     """
-    The `input_ids`, `attention_mask` and `prompt_mask` of a call of [`~FLMGenerationMixin.generate`]. Masks become Boolean.
+    The `input_ids`, `attention_mask`, `prompt_mask` and `negative_prompt_ids` of a call of [`~FLMGenerationMixin.generate`]. Masks become Boolean.
 
     Raises:
         `ValueError`: if their types or shapes do not match.
@@ -84,9 +92,10 @@ class Prompts:
     input_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
     prompt_mask: torch.Tensor | None
+    negative_prompt_ids: torch.Tensor | None = None
 
     def __post_init__(self):
-        ids = self.input_ids
+        ids, negative = self.input_ids, self.negative_prompt_ids
         if ids is not None and (not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point()):
             got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise ValueError(
@@ -95,6 +104,15 @@ class Prompts:
             )
         if self.prompt_mask is not None and ids is None:
             raise ValueError("`prompt_mask` marks the known tokens of `input_ids`: pass `input_ids` as well.")
+        if negative is not None:
+            shape = None if ids is None else tuple(ids.shape)
+            fits = isinstance(negative, torch.Tensor) and not negative.is_floating_point() and ids is not None
+            if not fits or tuple(negative.shape) not in (shape, (1, *shape[1:])):
+                raise ValueError(
+                    "`negative_prompt_ids` must be tokens in the place of `input_ids`: an integer tensor of their shape, or of one row. "
+                    f"Got {tuple(negative.shape) if isinstance(negative, torch.Tensor) else type(negative).__name__} for {shape}."
+                )
+            self.negative_prompt_ids = negative.expand(ids.shape)
         for name in ("attention_mask", "prompt_mask"):
             mask = getattr(self, name)
             if mask is None:
@@ -174,7 +192,11 @@ class Prompts:
         tokens[:, :size] = torch.where(known, ids, tokens[0, 0])[rows]
         is_known = torch.zeros_like(tokens, dtype=torch.bool)
         is_known[:, :size] = known[rows]
-        return KnownTokens(tokens, is_known, None if attended is None else attended[rows])
+        negative = None
+        if self.negative_prompt_ids is not None:
+            prompts = replace(self, input_ids=self.negative_prompt_ids, negative_prompt_ids=None)
+            negative = prompts.known_tokens(config, vocab_size, device).tokens
+        return KnownTokens(tokens, is_known, None if attended is None else attended[rows], negative)
 
     def _check_sizes(self, config: FLMGenerationConfig):
         if self.attention_mask is not None and (self.full_length or config.length) != config.length:

@@ -24,8 +24,8 @@ from .data.checking import check_length
 # Rounding to float32 must not reach 1: as a time, 1 has no noise left.
 _BELOW_ONE = 1 - 2**-24
 
-# Part of a seed: an example's prompt and its noise have different random numbers.
-_PROMPTS = 1
+# Parts of a seed: an example's prompt, whether it is dropped, and its noise have different random numbers.
+_PROMPTS, _DROPOUT = 1, 2
 
 # Patterns of known tokens in an example
 PROMPT_KINDS = ("prefix", "infill", "random", "independent")
@@ -244,6 +244,8 @@ def make_flow_batch(
     prompt_fraction: float = 0.0,
     prompt_kinds: Sequence[str] = PROMPT_KINDS[:3],
     prompts_from_labels: bool = False,
+    prompt_dropout: float = 0.0,
+    pad_token_id: int | None = None,
     device: torch.device | None = None,
 ) -> FlowBatch:
     """
@@ -267,6 +269,10 @@ def make_flow_batch(
             depend on how far a batch is padded. By default the length of this batch.
         prompt_fraction, prompt_kinds, prompts_from_labels:
             Which tokens are known, as for [`FLMTrainingArguments`].
+        prompt_dropout (`float`, *optional*, defaults to 0.0):
+            Fraction of the examples whose known tokens are replaced by `pad_token_id`.
+        pad_token_id (`int`, *optional*):
+            Needed for `prompt_dropout`.
         device (`torch.device`, *optional*):
             Device of the batch. By default the device of `examples`.
 
@@ -314,6 +320,10 @@ def make_flow_batch(
         known = prompts if known is None else known | prompts
     if known is not None:
         labels = labels.masked_fill(known, -100)
+        if prompt_dropout > 0:
+            uniforms = torch.tensor([np.random.default_rng([seed, _DROPOUT]).random() for seed in seeds])
+            is_dropped = (uniforms < prompt_dropout).to(device, non_blocking=True)
+            input_ids = input_ids.masked_fill(known & is_dropped[:, None], pad_token_id)
         times = {name: None if tau is None else times_with_known(tau, known) for name, tau in times.items()}
     return FlowBatch(input_ids, labels, **times, attention_mask=attention_mask, noise_seeds=seeds, groups=drawn.groups)
 

@@ -67,6 +67,10 @@ def check_model(
             f"`processing_class` has {len(processing_class)} tokens, but the model's `vocab_size` is {model.config.vocab_size}. "
             "Build the model with `vocab_size=len(tokenizer)`."
         )
+    if args.prompt_dropout > 0 and not args.has_prompts:
+        raise ValueError("`prompt_dropout` needs prompts: pass `prompt_fraction` or `prompts_from_labels`.")
+    if args.prompt_dropout > 0 and model.config.pad_token_id is None:
+        raise ValueError("`prompt_dropout` replaces prompts by padding: it needs a model with a `pad_token_id`.")
     if args.ema_decay is not None and any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
         raise ValueError(
             f"`model` has weights in {model.dtype}, in which small steps of their moving average round away: load it with "

@@ -71,6 +71,10 @@ class FLMTrainingArguments(TrainingArguments):
         prompts_from_labels (`bool`, *optional*, defaults to `False`):
             Whether tokens with label -100, except padding, are known in training and evaluation, such as the question before
             an answer. Otherwise they are noised like all others.
+        prompt_dropout (`float`, *optional*, defaults to 0.0):
+            Fraction of the examples whose known tokens are replaced by padding, in training and evaluation, for classifier-free
+            guidance: `generate(..., negative_prompt_ids=...)` with padding moves away from texts without a prompt. Needs a
+            `pad_token_id`.
         eval_likelihood_times (`int`, *optional*, defaults to 0):
             Number of noise levels, such as 32, at which each evaluation example is noised to bound its negative log-likelihood;
             each costs a forward pass. The bound is logged in nats per token as `eval_nll`, and its exponential as
@@ -127,6 +131,10 @@ class FLMTrainingArguments(TrainingArguments):
     )
     prompts_from_labels: bool = field(
         default=False, metadata={"help": "Tokens with label -100, except padding, are known."}
+    )
+    prompt_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Fraction of the examples whose known tokens become padding, for classifier-free guidance."},
     )
     eval_likelihood_times: int = field(
         default=0,
@@ -219,8 +227,9 @@ class FLMTrainingArguments(TrainingArguments):
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be at least 0 and below 1, or `None`, got {self.ema_decay}.")
-        if not 0 <= self.prompt_fraction <= 1:
-            raise ValueError(f"`prompt_fraction` must be in [0, 1], got {self.prompt_fraction}.")
+        for name in ("prompt_fraction", "prompt_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
         if not self.prompt_kinds or not set(self.prompt_kinds) <= set(PROMPT_KINDS):
             raise ValueError(
                 f"`prompt_kinds` must be a list of {', '.join(map(repr, PROMPT_KINDS))}, got {self.prompt_kinds!r}."

@@ -255,6 +255,8 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
             prompt_fraction=self.args.prompt_fraction,
             prompt_kinds=self.args.prompt_kinds,
             prompts_from_labels=self.args.prompts_from_labels,
+            prompt_dropout=self.args.prompt_dropout,
+            pad_token_id=self.network.config.pad_token_id,
             device=self.args.device,
         )
 
