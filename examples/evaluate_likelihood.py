@@ -75,4 +75,5 @@ if __name__ == "__main__":
     try:
         main(arguments := make_parser().parse_args())
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {with_flags(str(error), names=vars(arguments))}") from error
+        message = str(error).replace("`texts`", "`text_file`")
+        raise SystemExit(f"error: {with_flags(message, names=vars(arguments))}") from error

@@ -8,6 +8,7 @@ Not part of Hub repositories: no file that is copied there imports this module.
 
 import re
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -111,8 +112,8 @@ def train_tokenizer(texts: Iterable[str], tokenizer_type: str, vocab_size: int) 
         tokenizer.decoder = decoders.Fuse()
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
     special_tokens = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"]
-    if vocab_size <= len(special_tokens):
-        raise ValueError(f"`vocab_size` must be above {len(special_tokens)}, got {vocab_size}.")
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, Integral) or vocab_size <= len(special_tokens):
+        raise ValueError(f"`vocab_size` must be an integer above {len(special_tokens)}, got {vocab_size!r}.")
     if tokenizer_type == "bpe":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -434,8 +434,9 @@ class TestTokenizers:
     def test_errors(self):
         with pytest.raises(ValueError, match="`tokenizer_type` must be"):
             train_tokenizer(TEXTS, "sentencepiece", 100)
-        with pytest.raises(ValueError, match="`vocab_size` must be above 4"):
-            train_tokenizer(TEXTS, "word", 4)
+        for size in (4, 30.0, "30", True):
+            with pytest.raises(ValueError, match="`vocab_size` must be an integer above 4"):
+                train_tokenizer(TEXTS, "word", size)
         with pytest.raises(ValueError, match="`vocab_size` must be at least 260"):
             train_tokenizer(TEXTS, "bpe", 259)
 
