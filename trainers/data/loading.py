@@ -5,9 +5,11 @@
 import codecs
 import csv
 import glob
+import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,8 @@ def load_texts(
         raise ValueError("No texts to load: pass `dataset_name` or `train_file`.")
     if dataset_name is not None and train_file is not None:
         raise ValueError("Pass either `dataset_name` or `train_file`, and not both.")
+    if sample_by not in ("line", "paragraph", "document"):
+        raise ValueError(f"`sample_by` must be line, paragraph or document, got {sample_by!r}.")
     if not 0 <= validation_percentage < 100:
         raise ValueError(f"`validation_percentage` must be at least 0 and below 100, got {validation_percentage}.")
     if dataset_revision is not None and (dataset_name is None or Path(dataset_name).is_dir()):
@@ -191,13 +195,14 @@ def _load(
                 f"`{argument}` must be a {', '.join(first)} or {last} file, also compressed ({', '.join(_COMPRESSIONS)}), or a "
                 f"folder, got {path}."
             )
-        if not files and not glob.has_magic(path) and "://" not in path:
+        if not files and "://" not in path:
             raise FileNotFoundError(f"`{argument}`: there is no file {path}.")
         if Path(path).is_file() and Path(path).stat().st_size == 0:
             raise ValueError(f"`{argument}`: {path} is empty.")
         source = {"path": builder_name, "data_files": {"train": glob.escape(path) if Path(path).is_file() else path}}
     # `datasets` tells files apart by path and modification time only. The time of the last change cannot be set.
-    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns) for file in files]
+    stats = [(str(file), file.stat()) for file in files]
+    states = [(name, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for name, each in stats]
     cache = Path(datasets.config.HF_DATASETS_CACHE, "local", Hasher.hash(states)) if files else None
     source["cache_dir"] = None if cache is None else str(cache)
     try:
@@ -378,8 +383,16 @@ def _local_files(path: str) -> list[Path]:
     if "://" in path:
         return []
     paths = [Path(path)] if Path(path).exists() else map(Path, glob.glob(path, recursive=True))
-    files = [file for each in paths for file in (sorted(each.rglob("*")) if each.is_dir() else [each])]
+    files = [file for each in paths for file in (sorted(_walk(each)) if each.is_dir() else [each])]
     return [file for file in files if file.is_file()]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields the files of a folder, also in linked folders, except in links to a folder above."""
+    for root, folders, names in os.walk(folder, followlinks=True):
+        above = Path(root).resolve()
+        folders[:] = [each for each in folders if not above.is_relative_to(Path(root, each).resolve())]
+        yield from (Path(root, name) for name in names)
 
 
 def _reader_options(

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import random
 import re
 from contextlib import suppress
@@ -245,6 +246,45 @@ def test_errors_of_folders_name_the_file(name, tmp_path):
         (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"`train_file`: {tmp_path} cannot be read: {message}"):
         load_texts(train_file=str(tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_links(streaming, tmp_path):
+    """Linked folders are read, also if they have a link back, and a link to another file has its texts."""
+    for name in ("shelf/b.txt", "texts/a.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(f"{name}\n")
+    (tmp_path / "texts" / "more").symlink_to(tmp_path / "shelf")
+    (tmp_path / "shelf" / "back").symlink_to(tmp_path / "texts")
+    link = tmp_path / "link.txt"
+    for name in ("shelf/b.txt", "texts/a.txt"):
+        os.utime(tmp_path / name, (1, 1))
+
+    def load(path) -> list[str]:
+        loaded = load_texts(train_file=str(path), validation_percentage=0, streaming=streaming)["train"]
+        return sorted(row["text"] for row in loaded)
+
+    assert load(tmp_path / "texts") == ["shelf/b.txt", "texts/a.txt"]
+    for name in ("shelf/b.txt", "texts/a.txt"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / name)
+        assert load(link) == [name]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"train_file": "*.csv"}, "`train_file`: there is no file .*csv"),
+        ({"sample_by": "page"}, "`sample_by` must be line, paragraph or document, got 'page'"),
+        ({"validation_percentage": 100}, "`validation_percentage` must be at least 0 and below 100, got 100"),
+        ({"validation_percentage": 90}, "`validation_percentage`: 90 % of 3 texts leave none to train on"),
+    ],
+)
+def test_arguments_that_leave_no_texts(options, message, tmp_path):
+    (tmp_path / "a.txt").write_text(LINES)
+    options = {"train_file": "a.txt", **options}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_texts(**{**options, "train_file": str(tmp_path / options["train_file"])})
 
 
 TINY = "hidden_size=8,num_hidden_layers=1,num_attention_heads=1,conditioning_size=4,timestep_embedding_size=4"
