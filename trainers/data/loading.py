@@ -388,10 +388,14 @@ def _local_files(path: str) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yields the files of a folder, also in linked folders, except in links to a folder above."""
+    """Yields the files of a folder, also in linked folders, each of which is read once."""
+    seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        above = Path(root).resolve()
-        folders[:] = [each for each in folders if not above.is_relative_to(Path(root, each).resolve())]
+        if (place := Path(root).resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders.sort()
         yield from (Path(root, name) for name in names)
 
 
