@@ -28,7 +28,7 @@ _BELOW_ONE = 1 - 2**-24
 _PROMPTS, _DROPOUT = 1, 2
 
 # Patterns of known tokens in an example
-PROMPT_KINDS = ("prefix", "infill", "random", "independent")
+PROMPT_KINDS = ("prefix", "infill", "random", "independent", "confident")
 
 # The two times of a pair differ by at least this much, so that quotients of differences keep their precision.
 MIN_DIFFERENCE = 1e-3
@@ -362,6 +362,11 @@ def low_discrepancy_uniforms(first: int, num_points: int, num_dimensions: int) -
     return ((index[:, None] + 0.5) * steps % 1).float().clamp(max=_BELOW_ONE)
 
 
+def draw_prompt_uniforms(seed: int, num_uniforms: int) -> np.ndarray:
+    """Draws uniform random numbers below 1 that decide about the known tokens of an example."""
+    return np.minimum(np.random.default_rng([seed, _PROMPTS]).random(num_uniforms).astype(np.float32), _BELOW_ONE)
+
+
 def draw_known_masks(
     seeds: Sequence[int],
     real: torch.BoolTensor,
@@ -373,7 +378,7 @@ def draw_known_masks(
     Draws which tokens of each example are known. For a prefix (`"prefix"`), the context of a gap (`"infill"`) and a random
     subset (`"random"`), at least one token is known and at least one is not, and every number of known tokens is equally
     likely. For `"independent"`, each token is known with a probability that is uniform for the example, so that all or none may
-    be known.
+    be known. For `"confident"` no token is known yet, see [`commit_confident`].
 
     Args:
         seeds (`Sequence[int]`): One seed per example.
@@ -385,9 +390,8 @@ def draw_known_masks(
     Returns:
         `torch.BoolTensor` of the shape of `real`, and on its device.
     """
-    uniforms = np.stack([np.random.default_rng([seed, _PROMPTS]).random(4 + max_length) for seed in seeds])
-    uniforms = torch.from_numpy(uniforms).to(real.device, torch.float32, non_blocking=True)
-    uniforms = uniforms.clamp(max=_BELOW_ONE)
+    uniforms = np.stack([draw_prompt_uniforms(seed, 4 + max_length) for seed in seeds])
+    uniforms = torch.from_numpy(uniforms).to(real.device, non_blocking=True)
     prompt_draw, kind_draw, size, place = uniforms[:, :4, None].unbind(dim=1)
     num_tokens = real.sum(dim=1, keepdim=True)
     rank = real.cumsum(dim=1) - 1  # position among the example's tokens
@@ -401,6 +405,7 @@ def draw_known_masks(
         "infill": is_context,
         "random": token_uniforms.argsort(dim=1).argsort(dim=1) < num_chosen,
         "independent": token_uniforms < size,
+        "confident": torch.zeros_like(real),
     }
     known = torch.zeros_like(real)
     for index, name in enumerate(prompt_kinds):

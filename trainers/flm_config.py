@@ -14,6 +14,7 @@ from .batches import PROMPT_KINDS
 
 
 _LEAST = {
+    "confident_rounds": 1,
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(
         ("eval_accumulation_steps", "sample_num_samples", "sample_num_steps", "eval_gen_ppl_num_samples"), 1
@@ -66,8 +67,11 @@ class FLMTrainingArguments(TrainingArguments):
             prompting and infilling, ideally with `FLMConfig(per_token_timesteps=True)`.
         prompt_kinds (`list[str]`, *optional*, defaults to `["prefix", "infill", "random"]`):
             Patterns of known tokens in these examples, equally likely: a prefix (`"prefix"`), the context of a gap (`"infill"`), a
-            random subset (`"random"`), or each token independently with a probability drawn for the example
-            (`"independent"`, as for FMLM+).
+            random subset (`"random"`), each token independently with a probability drawn for the example (`"independent"`, as for
+            FMLM+), or the positions where the model is most confident at its present weights (`"confident"`).
+        confident_rounds (`int`, *optional*, defaults to 4):
+            For the pattern `"confident"`: in how many rounds refinement would commit all tokens. An example is trained after some of
+            these rounds, from none to all but one, each of which takes a forward pass.
         prompts_from_labels (`bool`, *optional*, defaults to `False`):
             Whether tokens with label -100, except padding, are known in training and evaluation, such as the question before
             an answer. Otherwise they are noised like all others.
@@ -128,6 +132,9 @@ class FLMTrainingArguments(TrainingArguments):
             "help": "Patterns of known tokens in these examples, equally likely.",
             "choices": list(PROMPT_KINDS),
         },
+    )
+    confident_rounds: int = field(
+        default=4, metadata={"help": "For the pattern confident: number of refinement rounds that commit all tokens."}
     )
     prompts_from_labels: bool = field(
         default=False, metadata={"help": "Tokens with label -100, except padding, are known."}

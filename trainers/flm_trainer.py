@@ -51,6 +51,7 @@ from .distributed import check_support, is_sharded, region_options, through_forw
 from .flm_config import FLMTrainingArguments
 from .metrics import TokenMeans
 from .objectives import expected_embedding, posterior_of
+from .refinement import commit_confident, draw_num_rounds
 from .resuming import ResumableTrainer
 
 
@@ -172,6 +173,8 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
         if data_collator is None or args.remove_unused_columns:  # then examples have `input_ids`
             check_datasets(self.train_dataset, self.eval_dataset, config)
         check_support(type(self).__name__, self.accelerator, self.is_deepspeed_enabled, self.is_fsdp_enabled)
+        if self.is_fsdp_enabled and args.prompt_fraction > 0 and "confident" in args.prompt_kinds:
+            raise ValueError('`prompt_kinds`: "confident" runs the network between steps, which FSDP shards: use DDP.')
         self._signature_columns = list(_COLUMNS)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the number of tokens in the global batch
         self._joint_noise: JointNoise | None = None
@@ -245,20 +248,29 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
         self, examples: dict[str, torch.Tensor], uniforms: torch.Tensor, positions: range, key: tuple[int, ...]
     ) -> FlowBatch:
         """Makes a [`FlowBatch`] of collated examples."""
-        return make_flow_batch(
+        args, max_length = self.args, self.network.config.max_position_embeddings
+        batch = make_flow_batch(
             examples,
             uniforms,
             positions,
             key,
             self.time_sampler,
-            max_length=self.network.config.max_position_embeddings,
-            prompt_fraction=self.args.prompt_fraction,
-            prompt_kinds=self.args.prompt_kinds,
-            prompts_from_labels=self.args.prompts_from_labels,
-            prompt_dropout=self.args.prompt_dropout,
+            max_length=max_length,
+            prompt_fraction=args.prompt_fraction,
+            prompt_kinds=args.prompt_kinds,
+            prompts_from_labels=args.prompts_from_labels,
+            prompt_dropout=args.prompt_dropout,
             pad_token_id=self.network.config.pad_token_id,
-            device=self.args.device,
+            device=args.device,
         )
+        rounds = draw_num_rounds(batch.noise_seeds, args.prompt_fraction, args.prompt_kinds, args.confident_rounds)
+        if not any(rounds):
+            return batch
+        joint_noise, autocast = self._get_joint_noise(), self.accelerator.autocast
+        with evaluating(self.network):
+            return commit_confident(
+                self.network, batch, rounds, args.confident_rounds, joint_noise, max_length, autocast
+            )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Returns the batches of the next optimizer step, and the number of tokens in the global batch that the loss counts."""
