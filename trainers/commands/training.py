@@ -388,6 +388,8 @@ def run(trainer: FLMTrainer, data_args: DataArguments):
     if trainer.is_world_process_zero():
         print(f"{type(model).__name__}: {model.num_parameters():,} parameters, {model.config.vocab_size:,} tokens")
     if should_train(args):
+        if data_args.packing == "lines" and model.generation_config.pad_after_eos is None:
+            model.generation_config.pad_after_eos = True  # texts of equal length have no padding to tell it from
         with friendly_errors(
             flags=["resume_from_checkpoint", "dataloader_drop_last", "gradient_accumulation_steps", "optim"]
         ):

@@ -113,6 +113,14 @@ class TestTrainingScripts:
         run_here("flm-train", *self.flags(packed))
         assert "Texts are joined and cut into blocks: the first blocks have the ends of" in caplog.text
 
+    def test_texts_of_one_length_end_at_eos(self, tmp_path):
+        (tmp_path / "lines.txt").write_text("go on\ngo up\n" * 20)
+        options = self.arguments(
+            tmp_path / "lines.txt", tmp_path / "out", packing="lines", block_size=None, max_steps=1
+        )
+        run_here("flm-train", *self.flags(options))
+        assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["pad_after_eos"] is True
+
     def test_prompts_and_answers(self, tmp_path):
         rows = [{"question": f"{n} and {n} is", "answer": f"{2 * n}"} for n in range(30)]
         (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
