@@ -347,8 +347,14 @@ def write_tokens(
 
     Returns:
         `np.ndarray` of shape `(num_steps, batch_size, sequence_length)`: the tokens after each step, int64.
+
+    Raises:
+        `ValueError`: if `num_steps`, `gamma` or the shape of `step_noise` cannot be used.
     """
-    shape = noise.shape[:2]
+    config = FLMGenerationConfig(num_steps=num_steps, gamma=gamma)  # checks both
+    gamma, shape = config.gamma or 0.0, noise.shape[:2]
+    if step_noise is not None and step_noise.shape != (num_steps - 1, *noise.shape):
+        raise ValueError(f"`step_noise` must have the shape {(num_steps - 1, *noise.shape)}, got {step_noise.shape}.")
     input_ids = np.zeros(shape, np.int64) if input_ids is None else input_ids
     prompt_mask = np.zeros(shape, bool) if prompt_mask is None else prompt_mask
     grid = np.linspace(0, 1, num_steps + 1, dtype=np.float32)

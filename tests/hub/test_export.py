@@ -1,5 +1,6 @@
 """Export to ONNX: the tokens of every kind of model, known tokens, other sizes, precisions, and what is refused."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,21 @@ class TestTokens:
         noise = draw_noise(step, 5, 12).numpy()
         first, second = (write_tokens(session, noise, 3, gamma=1.0) for _ in range(2))
         assert np.array_equal(first[0], second[0]) and not np.array_equal(first[1:], second[1:])
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            *(({"gamma": gamma}, "`gamma` must be a number in") for gamma in (-0.1, 1.5, math.nan, "1")),
+            ({"num_steps": 0}, "`num_steps` must be an integer of at least 1"),
+            (
+                {"num_steps": 3, "gamma": 0.5, "step_noise": np.zeros((1, 2, 3, 4))},
+                "`step_noise` must have the shape .2, 2, 3, 4.",
+            ),
+        ],
+    )
+    def test_arguments_that_cannot_be_used(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            write_tokens(None, np.zeros((2, 3, 4), np.float32), **options)
 
     def test_has_named_axes(self, exported):
         _, step, session = exported
