@@ -56,6 +56,10 @@ def describe_problem(checkpoint: str | Path) -> str | None:
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         if (damage := describe_damage(path)) is not None:
             return damage
+    for path, key in ((folder / TRAINER_STATE_NAME, "global_step"), (folder / TRAINING_NAME, "step")):
+        content = json.loads(path.read_bytes()) if path.is_file() else {key: 0}
+        if not isinstance(content, dict) or key not in content:
+            return f"{path} is damaged: it has no {key}."
     damaged = [path for pattern in _ZIP_FILES for path in folder.glob(pattern) if not zipfile.is_zipfile(path)]
     return f"{damaged[0]} is truncated or damaged." if damaged else None
 

@@ -83,6 +83,13 @@ class TestIncompleteCheckpoint:
         assert resume(training, max_steps=5).state.global_step == 5
         assert "checkpoint-4/training_weights.safetensors is" in caplog.text
 
+    @pytest.mark.parametrize("name", ["trainer_state.json", "training.json"])
+    @pytest.mark.parametrize("content", ["{}", "[]", "null", "5"])
+    def test_json_of_another_kind(self, content, name, training, caplog):
+        (training / "checkpoint-4" / name).write_text(content)
+        assert resume(training).state.global_step == 4
+        assert f"checkpoint-4/{name} is damaged: it has no" in caplog.text
+
     def test_without_a_complete_one(self, training):
         for step in (2, 4):
             cut(training / f"checkpoint-{step}" / "model.safetensors")
