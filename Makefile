@@ -8,7 +8,7 @@ installed = $(or $(wildcard $(VENV)/.installed-dev),$(VENV)/.installed-$(1))
 # One process per core, each with one thread. Neighboring tests share a process, and with it the models they train.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: install demo quickstart published test test-slow test-browser lint format clean
+.PHONY: install demo quickstart published docs test test-slow test-browser lint format clean
 
 install: $(VENV)/.installed-dev  ## everything, to work on the library itself
 
@@ -25,6 +25,10 @@ quickstart: $(call installed,quickstart)  ## train a small model, distill it and
 
 published: $(call installed,evaluate)  ## evaluate the released models as published; ARGS=--quick for a first look
 	$(BIN)/python examples/published.py $(ARGS)
+
+docs: $(call installed,docs)  ## the documentation site, in docs/_build; broken links between its pages are errors
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build
+	@echo "Open docs/_build/index.html"
 
 test: $(VENV)/.installed-dev  ## the fast tests
 	$(PYTEST)
@@ -47,4 +51,4 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache tests/browser/node_modules
+	rm -rf $(VENV) docs/_build *.egg-info .pytest_cache .ruff_cache tests/browser/node_modules
