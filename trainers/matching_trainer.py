@@ -3,6 +3,7 @@
 """Trainer for distribution matching: a flow map whose texts of few steps are distributed like the data's."""
 
 import copy
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -128,12 +129,12 @@ class DistributionMatchingTrainer(FMLMTrainer):
         return MatchingTimes(self.args.boundary_probability, self.args.num_start_times)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As [`FLMTrainer.get_batch_samples`], after the updates of the auxiliary denoiser with the same examples."""
-        examples = [each for _, each in zip(range(num_batches), epoch_iterator)]
-        self._joint_noise = None
+        """As [`FLMTrainer.get_batch_samples`], with the updates of the auxiliary denoiser, by the same examples."""
+        examples = list(islice(epoch_iterator, num_batches))
+        samples = super().get_batch_samples(iter(examples), num_batches, device)
         for update in range(self.args.auxiliary_updates if examples else 0):
             self._update_auxiliary(self._make_batches(examples, self.state.global_step, 1 + update))
-        return super().get_batch_samples(iter(examples), num_batches, device)
+        return samples
 
     def _noise_size(self) -> int:
         return 2 * super()._noise_size()  # to start from, and to noise the texts again
