@@ -106,8 +106,8 @@ class DistributionMatchingTrainer(FMLMTrainer):
             paths = [Path(resume_from_checkpoint, name) for name in (AUXILIARY_NAME, AUXILIARY_OPTIMIZER_NAME)]
             if missing := [path.name for path in paths if not path.is_file()]:
                 raise ValueError(
-                    f"`resume_from_checkpoint`: {resume_from_checkpoint} lacks {', '.join(missing)}, so it is none of distribution "
-                    "matching. To start from its model, pass that as `model`."
+                    f"`resume_from_checkpoint`: {resume_from_checkpoint} lacks {', '.join(missing)}: it is from another kind of "
+                    "training. To start from its model, pass that as `model`."
                 )
             self.auxiliary.load_state_dict(load_file(paths[0]))
             state = torch.load(paths[1], map_location=self.args.device, weights_only=True)
