@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from modeling_flm.utils_flm import describe_damage
+from modeling_flm.utils_flm import describe_damage, describe_other_content
 
 from .records import is_hub_name
 
@@ -202,7 +202,8 @@ class LightningCheckpoint(Checkpoint):
             raise
         except zipfile.BadZipFile:
             raise CheckpointError(
-                f"{path} is truncated or damaged, or was not written by `torch.save` of PyTorch 1.6 or newer."
+                describe_other_content(path)
+                or f"{path} is truncated or damaged, or was not written by `torch.save` of PyTorch 1.6 or newer."
             ) from None
         except Exception as error:  # a damaged file can raise anything
             raise CheckpointError(f"{path} cannot be read: {describe(error)}") from error
@@ -443,6 +444,8 @@ def open_checkpoint(
     is_repository = (
         not path.exists() and source.count("/") == 1 and path.suffix not in _SUFFIXES and is_hub_name(source)
     )
+    if revision == "":
+        raise CheckpointError("`--revision` is empty: name a branch, tag or commit, or leave it out.")
     if revision is not None and not is_repository:
         raise CheckpointError(f"`--revision` only applies to Hub repositories, but {source} is local.")
     if path.is_dir():

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel
 from modeling_flm.tokenization_flm import add_special_tokens
+from modeling_flm.utils_flm import check_finite
 
 from .checkpoints import Checkpoint, CheckpointError, HubCheckpoint, describe, open_checkpoint
 from .records import is_hub_name
@@ -190,6 +191,10 @@ def _build(
                 raise CheckpointError(f"{checkpoint.name}: {name} cannot be read: {describe(error)}") from error
     model = build()
     model.load_state_dict(tensors, assign=True)
+    try:
+        check_finite(names, model)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     return model.eval()
 
 
@@ -294,8 +299,8 @@ def _published_tokenizer(checkpoint: Checkpoint, vocab_size: int, token: str | N
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    if not (text.isascii() and text.isdigit() and len(text) < 8 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a positive number below 10 million, got {text[:20]!r}")
     return int(text)
 
 

@@ -41,6 +41,8 @@ def load_checked(auto_class: type, name: str | Path, **options) -> Any:
         `OSError`: if it cannot be found or read, if a model lacks weights or a flow-based one has others than its configuration says, if
             its folder has a tokenizer with more tokens, if weights are NaN or infinite, or if a folder is to have a `revision`.
     """
+    if options.get("revision") == "":
+        raise OSError("the revision is empty: name a branch, tag or commit, or leave it out.")
     if options.get("revision") not in (None, "main") and Path(name).is_dir():
         raise OSError(f"{name} is a folder, which has no revision {options['revision']!r}: leave out the revision.")
     is_model = hasattr(auto_class, "from_config")

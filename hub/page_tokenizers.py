@@ -24,6 +24,7 @@ ODD_TEXTS = (
     "👍🏽 👩‍👩‍👧 𝔞𝔟",
     "a\ufeffb",
     "x\x85y",
+    "\ufeffc\x85",
     "¡«q»! — “r” … (s) [t] {u} #v @w $x%",
 )
 

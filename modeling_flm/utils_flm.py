@@ -142,14 +142,22 @@ def progress(number: int, unit: str) -> Iterable[int]:
     return range(number) if number == 1 else logging.tqdm(range(number), **options)
 
 
-def describe_damage(path: str | Path) -> str | None:
-    """Returns what is wrong with a safetensors or JSON file, and what to do, or `None` if it can be read."""
-    path = Path(path)
-    start = path.open("rb").read(100)
+def describe_other_content(path: str | Path) -> str | None:
+    """Returns what a file has instead of its content, and what to do, or `None`: a pointer, a web page, or nothing."""
+    with Path(path).open("rb") as file:
+        start = file.read(100)
     if start.startswith(b"version https://git-lfs"):
         return f"{path} is a pointer of Git LFS, without the content: run `git lfs pull` in its folder."
     if not start or start.lstrip().startswith(b"<"):
         return f"{path} is {'a web page' if start else 'empty'}: download or copy the file again."
+    return None
+
+
+def describe_damage(path: str | Path) -> str | None:
+    """Returns what is wrong with a safetensors or JSON file, and what to do, or `None` if it can be read."""
+    path = Path(path)
+    if (other := describe_other_content(path)) is not None:
+        return other
     try:
         if path.suffix == ".json":
             json.loads(path.read_bytes())

@@ -160,6 +160,33 @@ class TestOtherCheckpoints:
         with pytest.raises(CheckpointError, match=message):
             convert(tmp_path / "x.ckpt", raw_weights=True)
 
+    @pytest.mark.parametrize("factor, dtype", [(float("nan"), torch.float32), (1e300, torch.float64)])
+    def test_weights_that_are_not_finite(self, factor, dtype, tmp_path):
+        name = "backbone.vocab_embed.embedding"
+        weight = published()["state_dict"][name].to(dtype) * factor
+        torch.save(published(**{name: weight}), tmp_path / "x.ckpt")
+        with pytest.raises(CheckpointError, match="x.ckpt.* weights that are NaN or infinite, in embed_tokens.weight"):
+            convert(tmp_path / "x.ckpt", raw_weights=True)
+
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+            (b"<html>", "a web page"),
+            (b"", "empty"),
+        ],
+    )
+    def test_files_with_other_content(self, content, message, tmp_path):
+        (tmp_path / "x.ckpt").write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"x.ckpt is .*{message}"):
+            convert(tmp_path / "x.ckpt")
+
+    @pytest.mark.parametrize("number", ["²", "0", "9" * 5000])
+    def test_numbers_of_flags(self, number, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            main(["--checkpoint", str(FLM), "--output", str(tmp_path / "out"), "--num_heads", number])
+        assert "must be a positive number below 10 million, got " in capsys.readouterr().err
+
     def test_wrong_roles(self):
         with pytest.raises(CheckpointError, match="pass it as `--correction`"):
             convert(STAGE_1)
@@ -471,6 +498,7 @@ class TestHub:
             main(["--checkpoint", REPO_ID, "--revision", revision, "--output", str(tmp_path / revision)])
             assert type(AutoModel.from_pretrained(tmp_path / revision)).__name__ == name
         self.refuse(tmp_path, capsys, "has no revision 'v9': pass another `--revision`", "--revision", "v9")
+        self.refuse(tmp_path, capsys, "`--revision` is empty: name a branch", "--revision", "")
         self.refuse(
             tmp_path, capsys, "`--revision` only applies to Hub repositories", "--revision", "v9", checkpoint=str(FLM)
         )

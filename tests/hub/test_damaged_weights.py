@@ -333,6 +333,13 @@ def test_folders_have_no_revision(use, folder):
         use(folder)
 
 
+@pytest.mark.parametrize("command", [("flm-generate",), ("flm-evaluate", "--model")])
+def test_empty_revisions_are_refused(command, tmp_path):
+    options = ("--output_dir", tmp_path / "out") if command[0] == "flm-evaluate" else ()
+    with pytest.raises(SystemExit, match="the revision is empty: name a branch, tag or commit, or leave it out"):
+        run_here(*command, "me/flm", "--revision", "", *options)
+
+
 @pytest.mark.parametrize("source", ["train_file", "dataset_name"])
 def test_local_texts_have_no_revision(source, tmp_path):
     (tmp_path / "a.txt").write_text("a b")

@@ -3,7 +3,7 @@
 import pytest
 from places import ROOT
 from small_models import build_model
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_flm.hub import export, page_tokenizers
@@ -42,6 +42,9 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
             [*WORDS, *(f"{space}{space} a{space}b{space}" for space in "\x85\ufeff\u2028\t ")], "bpe", 400
         )
     tokenizer = train_tokenizer(WORDS, "word", 400)
+    if kind == "Strip":
+        tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+        return tokenizer
     parts = {"Whitespace": pre_tokenizers.Whitespace(), "Punctuation": pre_tokenizers.Punctuation()}
     parts["WhitespaceSplit"] = pre_tokenizers.WhitespaceSplit()
     parts["Digits"] = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.Whitespace()])
@@ -62,6 +65,7 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         ("Digits", True),
         ("Punctuation", True),
         ("WhitespaceSplit", True),
+        ("Strip", True),
     ],
 )
 def test_comparison_with_javascript(kind, differs, monkeypatch):

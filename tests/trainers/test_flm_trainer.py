@@ -397,6 +397,9 @@ class TestBadDatasets:
             (Texts([torch.ones(5).long(), torch.ones(13).long()]), "or build the model with `max_position_embeddings=13`"),
             (Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, -100]]}), "`labels` of `{name}` are all -100"),
             (Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, 3]]}), "`labels` of `{name}` must equal `input_ids`"),
+            (Dataset.from_dict({"input_ids": [[]]}), "`input_ids` of `{name}` must be lists of one or more tokens, got "),
+            (Dataset.from_dict({"input_ids": ["a cat"]}), "`{name}` must be lists of one or more tokens, got 'a cat': make"),
+            (Dataset.from_dict({"input_ids": [[[1, 2]]]}), "`{name}` must be lists of one or more tokens"),
             (Dataset.from_dict({"input_ids": [[1, 53]]}), "have the token 53, but the model's are 0 to 52"),
         ],
     )  # fmt: skip

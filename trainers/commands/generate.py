@@ -152,6 +152,8 @@ def check_arguments(args: argparse.Namespace):
         parser.error("--seed must be at least 0")
     if args.sampler == "bridge" and args.gamma is not None:
         parser.error("--gamma is a setting of --sampler flow_map: leave it out")
+    if args.guidance_revision != "main" and args.guidance_model is None:
+        parser.error("--guidance_revision needs --guidance_model: pass the name of a weaker model")
     if args.live and (args.num_samples, args.num_return_sequences) != (1, 1):
         parser.error("--live shows one text: leave out --num_samples and --num_return_sequences")
 

@@ -57,7 +57,7 @@ def check_dataset(name: str, dataset: Any, config: PreTrainedConfig):
     for index in range(min(_NUM_EXAMPLES, len(dataset))):
         example = dataset[index]
         if isinstance(example, Mapping) and "input_ids" in example:
-            input_ids = torch.as_tensor(example["input_ids"])
+            input_ids = _tokens_of(name, example["input_ids"])
             check_length(f"Examples of `{name}`", len(input_ids), config.max_position_embeddings)
             check_tokens(f"Examples of `{name}`", input_ids, config.vocab_size)
             if "labels" in example:
@@ -74,6 +74,21 @@ def check_dataset(name: str, dataset: Any, config: PreTrainedConfig):
         raise ValueError(
             f"`labels` of `{name}` are all -100 in the first examples: give tokens to learn their ids as labels."
         )
+
+
+def _tokens_of(name: str, value: Any) -> torch.Tensor:
+    """Returns the tokens of an example, or raises a `ValueError` if these are none."""
+    try:
+        tokens = torch.as_tensor(value)
+    except (TypeError, ValueError):  # texts
+        tokens = torch.empty(0)
+    if tokens.dim() != 1 or len(tokens) == 0 or tokens.is_floating_point():
+        shown = repr(value)
+        raise ValueError(
+            f"`input_ids` of `{name}` must be lists of one or more tokens, got {shown[:60]}{'...' * (len(shown) > 60)}: make them "
+            "with `pack_dataset` or `pad_dataset`."
+        )
+    return tokens
 
 
 def check_length(name: str, length: int, max_length: int):

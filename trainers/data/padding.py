@@ -95,7 +95,7 @@ def pad_dataset(
         fitting = [(prompt, text) for prompt, text in rows if len(prompt) + len(text) <= length]
         if is_stream and len(fitting) < len(rows):
             logger.warning_once(
-                f"Texts of more than {length - 1} tokens are left out: pass a larger `length` to keep them."
+                f"Texts of more than {length - 1} tokens are left out: pass a larger `length` (in commands `--block_size`) to keep them."
             )
         padding = [[pad_token_id] * (length - len(prompt) - len(text)) for prompt, text in fitting]
         examples = {"input_ids": [prompt + text + pad for (prompt, text), pad in zip(fitting, padding)]}
@@ -128,7 +128,7 @@ def pad_dataset(
         raise ValueError(f"None of the {len(dataset):,} texts fits in {length} tokens with EOS: {remedy}.")
     if num_long:
         logger.warning(
-            f"{num_long:,} of {len(dataset):,} texts do not fit in {length} tokens with EOS and are left out: {remedy} to keep all."
+            f"{num_long:,} of {len(dataset):,} texts do not fit in {length} tokens with EOS and are left out: {remedy} (in commands `--block_size`) to keep all."
         )
     return padded
 

@@ -41,7 +41,7 @@ def load_check(name: str) -> Callable[[str], Any]:
                 module = importlib.import_module(module_name)
             finally:
                 sys.path.remove("")
-    except Exception as error:  # the module may raise any
+    except (Exception, SystemExit) as error:  # the module may raise any
         raise ValueError(f"`check`: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -79,7 +79,7 @@ def _apply(check: Callable[[str], Any], text: str) -> bool:
     try:
         result = check(text)
         result = result.item() if hasattr(result, "item") else result  # of numpy and torch
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"`check` failed for the text {text!r}: {type(error).__name__}: {error}. Return `False` for texts that do not pass."
         ) from error

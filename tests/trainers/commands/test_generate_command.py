@@ -369,6 +369,7 @@ class TestGenerate:
             (["--output", "x.csv"], "must end in .jsonl"),
             (["--live", "--num_samples", 2], "--live shows one text"),
             (["--num_samples", 0], "--num_samples must be at least 1"),
+            (["--guidance_revision", "step-1"], "--guidance_revision needs --guidance_model"),
             (["--resume"], "--resume continues a file"),
             (["--prompt", "a", "--prompts_file", "b.txt"], "exclude each other"),
             (["--prompt", "a", "--num_samples", 2], "pass --num_return_sequences"),

@@ -26,7 +26,8 @@ def test_examples_are_texts_with_eos_and_padding(tokenizer, caplog):
     decoded = tokenizer.batch_decode(examples["input_ids"][:])
     assert decoded == ["one two three [EOS] [PAD]", "four [EOS] [PAD] [PAD] [PAD]", "five six [EOS] [PAD] [PAD]"]
     assert (
-        "1 of 4 texts do not fit in 5 tokens with EOS and are left out: pass a `length` of at least 6" in caplog.text
+        "1 of 4 texts do not fit in 5 tokens with EOS and are left out: pass a `length` of at least 6 (in commands `--block_size`)"
+        in caplog.text
     )
     caplog.clear()
     examples = pad_dataset(dataset, tokenizer, length=6, num_proc=2)

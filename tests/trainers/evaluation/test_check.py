@@ -58,10 +58,20 @@ def test_results_that_are_always_true_are_refused(check):
 
 @pytest.mark.parametrize(
     "source, message",
-    [("x = (", "SyntaxError"), ("1 / 0", "ZeroDivisionError"), ("import nothing_here", "nothing_here")],
+    [
+        ("x = (", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("import nothing_here", "nothing_here"),
+        ("exit(3)", "SystemExit: 3"),
+    ],
 )
 def test_modules_that_fail(source, message, tmp_path):
     path = tmp_path / "checks.py"
     path.write_text(source)
     with pytest.raises(ValueError, match=f"`check`: .*checks.py cannot be imported: .*{message}"):
         load_check(f"{path}:is_valid")
+
+
+def test_functions_that_exit():
+    with pytest.raises(ValueError, match="`check` failed for the text 'a': SystemExit: 3"):
+        check_figures([["a"]], lambda text: exit(3))
