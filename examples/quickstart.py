@@ -236,7 +236,7 @@ def plot(rows: list[dict], log_histories: dict[str, list[dict]], path: Path):
             panel.errorbar(steps, [100 * share for share in shares], yerr=errors, marker="o", capsize=3, label=name)
         panel.set_xscale("log", base=2)
         panel.set_xticks(FLM_STEPS, labels=[str(step) for step in FLM_STEPS])
-        title = f"Samples of both ({rows[0]['num_samples']} each; 95 % intervals)"
+        title = f"Samples ({rows[0]['num_samples']} each; 95 % intervals)"
         panel.set(xlabel="sampling steps", ylabel="% grammatical", ylim=(0, 102), title=title)
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right")
