@@ -117,8 +117,8 @@ class TestTraining:
             options = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "bf16": name == "bf16"}
             each = trainers[name] = distillation(tmp_path, **options)
 
-            def spy(network, state, *args, name=name, posterior_of=objectives.posterior_of):
-                value = posterior_of(network, state, *args)
+            def spy(network, state, *args, name=name, posterior_of=objectives.posterior_of, **options):
+                value = posterior_of(network, state, *args, **options)
                 seen.setdefault(name, []).append((state, value.dense()))
                 return value
 
