@@ -26,14 +26,7 @@ import grammar  # noqa: E402
 import quickstart  # noqa: E402
 
 from modeling_flm import FLMModel, FMLMModel, FMLMTwoNetworkModel  # noqa: E402
-from modeling_flm.trainers import (  # noqa: E402
-    PRESETS as RECIPES,
-)
-from modeling_flm.trainers import (
-    DistributionMatchingTrainer,
-    FMLMTrainer,
-    FMLMTrainingArguments,
-)
+from modeling_flm.trainers import DistributionMatchingTrainer, FMLMTrainer, FMLMTrainingArguments  # noqa: E402
 from modeling_flm.trainers.evaluation.report import markdown_table  # noqa: E402
 
 
@@ -61,11 +54,14 @@ def main(args: argparse.Namespace):
     def train(
         preset: str, model: PreTrainedModel, teacher: PreTrainedModel | None, max_steps: int
     ) -> tuple[list[dict], float]:
-        settings, trainer_class = quickstart.distillation_settings(args, preset, max_steps), FMLMTrainer
         if preset == "distribution_matching":
             trainer_class = DistributionMatchingTrainer
-            settings |= {"learning_rate": args.matching_learning_rate, **RECIPES[preset]}
+            settings = quickstart.training_settings(args, preset, max_steps)
+            settings |= {"learning_rate": args.matching_learning_rate, "lr_scheduler_type": "linear"}
             del settings["lr_scheduler_kwargs"]
+        else:
+            trainer_class = FMLMTrainer
+            settings = quickstart.distillation_settings(args, preset, max_steps)
         training_args = FMLMTrainingArguments.from_preset(preset, **settings)
         trainer = trainer_class(model, training_args, teacher, train_dataset=dataset, processing_class=tokenizer)
         start = time.perf_counter()

@@ -108,6 +108,11 @@ class FlowBatch:
         """Tokens that the loss counts, of shape `(batch_size, sequence_length)`."""
         return self.labels != -100
 
+    @property
+    def known(self) -> torch.BoolTensor:
+        """Known tokens, of shape `(batch_size, sequence_length)`. A batch with one time per sequence has none."""
+        return self.tau_s == 1 if self.tau_s.dim() == 2 else torch.zeros_like(self.mask)
+
 
 @dataclass
 class FlowTimes:

@@ -472,7 +472,6 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
 
     def _add_likelihood(self, model: nn.Module, batch: FlowBatch):
         """Adds the likelihood bound of evaluation examples to the means. Examples without labels do not count."""
-        known = batch.tau_s == 1 if batch.tau_s.dim() == 2 else torch.zeros_like(batch.mask)
         generators = [torch.Generator().manual_seed(seed) for seed in batch.noise_seeds]
         with self.accelerator.autocast():
             output = through_forward(
@@ -481,9 +480,9 @@ class FLMTrainer(AveragedTrainer, ResumableTrainer):
                 lambda: self.network.log_likelihood_bound(
                     batch.input_ids,
                     batch.attention_mask,
-                    known,
+                    batch.known,
                     num_times=self.args.eval_likelihood_times,
-                    batch_size=len(known),
+                    batch_size=len(batch),
                     generator=generators,
                 ),
             )

@@ -150,8 +150,7 @@ class DistributionMatchingTrainer(FMLMTrainer):
         """Returns the states of noised texts at `batch.tau_u`, for teacher and auxiliary denoiser."""
         teacher, joint_noise = self.teacher, self._get_joint_noise()
         clean = teacher.make_state(batch.input_ids)
-        known = (batch.tau_s if batch.tau_s.dim() == 2 else batch.tau_s[:, None]) == 1
-        clean = torch.where(known[..., None], clean, expected_embedding(texts, teacher, clean))
+        clean = torch.where(batch.known[..., None], clean, expected_embedding(texts, teacher, clean))
         (index,) = joint_noise.indices_of(teacher)
         noise = batch.noise.chunk(2, dim=-1)[1] @ joint_noise.factor(index)
         return interpolate(noise, clean, teacher.time_map.tau_to_t(batch.tau_u))

@@ -79,8 +79,7 @@ def masked_posterior(network: PreTrainedModel, batch: FlowBatch, autocast: Autoc
         autocast (`Callable[[], AbstractContextManager]`): Precision that networks run in.
     """
     mask_token = network.config.vocab_size - 1
-    known = (batch.tau_s if batch.tau_s.dim() == 2 else batch.tau_s[:, None]) == 1
-    state = network.make_state(torch.where(known, batch.input_ids, mask_token))
+    state = network.make_state(torch.where(batch.known, batch.input_ids, mask_token))
     start = torch.zeros(len(state), device=state.device)
     no_mask = LogitsProcessorList([SuppressTokensLogitsProcessor([mask_token], device=state.device)])
     posterior = posterior_of(network, state, start, start, batch, autocast, logits_processor=no_mask)

@@ -66,9 +66,7 @@ def commit_confident(
         part, is_open = batch.select(rows), (batch.mask & ~committed)[rows]
         seeds = [example_seed(batch.noise_seeds[row], _ROUNDS, round) for row in chosen]
         noise = draw_noise(seeds, max_length, joint_noise.size, device=device)[:, :length]
-        start = times_with_known(torch.zeros_like(is_open, dtype=torch.float32), committed[rows])
-        if part.tau_s.dim() == 2:
-            start = times_with_known(start, part.tau_s == 1)
+        start = (committed[rows] | part.known).float()  # noise, and known tokens
         state = network.make_state(part.input_ids, start, noise, joint_noise)
         confidence = posterior_of(network, state, start, torch.ones_like(start), part, autocast).confidence()
         committed[rows] = committed[rows] | rule.commit(round, confidence, is_open)
